@@ -1,0 +1,93 @@
+"""Shard parameters with FSDP2: transformers' own plan decides the units, our mesh the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from hf_veomni import hf
+from hf_veomni.mesh import ParallelState
+
+_STYLES = {"free_full_weight": "free", "keep_full_weight": "keep"}
+
+
+def _stock_units(model: nn.Module) -> dict[str, str]:
+    """Module name -> "free" or "keep", from the family's plan, or one unit for each decoder layer."""
+    styles = hf.fsdp_styles(model)
+    if styles is not None:
+        return {name: _STYLES[style] for name, style in styles.items()}
+    layers = getattr(model.get_decoder(), "layers", None)
+    names = {module: name for name, module in model.named_modules()}
+    return {names[layer]: "free" for layer in layers} if isinstance(layers, nn.ModuleList) else {}
+
+
+def _with_tied(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
+    """The modules of a unit, and those outside of it that own one of its parameters too (a tied head)."""
+    owned = {id(p) for module in modules for p in module.parameters()}
+    inside = {child for module in modules for child in module.modules()}
+    tied = [
+        module
+        for module in model.modules()
+        if module not in inside and any(id(p) in owned for p in module.parameters(recurse=False))
+    ]
+    return modules + tied
+
+
+def plan_units(model: nn.Module, rules: Mapping[str, Mapping[str, str]]) -> list[tuple[list[nn.Module], bool]]:
+    """The FSDP units of a model, innermost first: (modules, keep the full weight between forward and backward).
+
+    Modules that keep their weight (final norm and head, which run back to back) share a unit, and tied modules always
+    do: a parameter can belong to one unit only.
+    """
+    units = _stock_units(model)
+    units.update({name: rule["fsdp"] for name, rule in rules.items() if "fsdp" in rule})
+    stock_keep = [name for name, style in units.items() if style == "keep" and name not in rules]
+    ordered = sorted((name for name in units if name not in stock_keep), key=lambda name: -name.count("."))
+    groups = [([model.get_submodule(name)], units[name] == "keep") for name in ordered]
+    if stock_keep:
+        groups.append(([model.get_submodule(name) for name in stock_keep], True))
+    return [(_with_tied(model, modules), keep) for modules, keep in groups]
+
+
+def _reshard_after_inference(model: nn.Module, args: Any, output: Any) -> None:
+    """Without a backward nothing would free the kept units: parameters would stay whole after an evaluation."""
+    if not torch.is_grad_enabled():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def shard_parameters(
+    model: nn.Module, state: ParallelState, mp_policy: MixedPrecisionPolicy | None = None
+) -> nn.Module:
+    """Shard all parameters over `fsdp` (dp_shard x sp), replicated over `dp_replicate`; gradients are averaged.
+
+    Args:
+        model: a transformers model with real parameters, the same on all ranks (`synchronize_parameters`).
+        mp_policy: FSDP2's mixed precision; None computes in the parameters' dtype.
+
+    Returns:
+        The same model, its parameters DTensors. In a world of one rank it is returned as it is.
+
+    Collectives: per unit an all-gather before forward and backward, and a reduce-scatter (plus an all-reduce over the
+    replicas) after backward.
+
+    Raises:
+        ValueError: a rule of the plan's `modules` that matches nothing.
+    """
+    rules = state.plan.match_modules(name for name, _ in model.named_modules() if name)
+    if state.fsdp_mesh is None:
+        return model
+    arguments: dict[str, Any] = {"mesh": state.fsdp_mesh}
+    if mp_policy is not None:
+        arguments["mp_policy"] = mp_policy
+    for modules, keep in plan_units(model, rules):
+        fully_shard(modules if len(modules) > 1 else modules[0], reshard_after_forward=not keep, **arguments)
+    fully_shard(model, **arguments)
+    model.register_forward_hook(_reshard_after_inference)
+    hf.mark_fsdp_managed(model, True)
+    return model

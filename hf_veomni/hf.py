@@ -1,0 +1,155 @@
+"""The one file that touches private names of transformers and peft. Verified against transformers 5.23, peft 0.21."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+AttentionFunction = Callable[..., tuple[Tensor, Any]]
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside `model`: itself, or what a `PeftModel` wraps.
+
+    Raises:
+        ValueError: not a transformers model, or a PEFT method that lengthens the row.
+    """
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        if getattr(model.active_peft_config, "is_prompt_learning", False):
+            kind = model.active_peft_config.peft_type
+            raise ValueError(
+                f"PEFT method {kind} puts virtual tokens before every row, which cannot be cut into sequence shards "
+                "here: use LoRA or another method that leaves the row as it is."
+            )
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"`model` ({type(model).__name__}) must be a transformers PreTrainedModel or a PeftModel on one.")
+    return model
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """Configuration of the text stack."""
+    return model.config.get_text_config(decoder=True)
+
+
+def code_names(module: nn.Module) -> tuple[str, ...]:
+    """Names that the forward of a module's class uses, decorators taken off."""
+    return inspect.unwrap(type(module).forward).__code__.co_names
+
+
+def uses_attention_interface(module: nn.Module) -> bool:
+    """Whether the module looks its attention function up in `AttentionInterface`: the seam that Ulysses needs."""
+    return {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code_names(module))
+
+
+def masks_follow_positions(decoder: nn.Module) -> bool:
+    """Whether the stack hands `position_ids` to the mask creation, so that stock masks separate packed documents."""
+    for owner in type(decoder).__mro__:  # FSDP2 puts a class of its own in front
+        if "forward" in vars(owner) and owner.__module__.startswith("transformers."):
+            try:
+                tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(owner.forward))))
+            except (OSError, SyntaxError):
+                return False
+            return any(_hands_positions_to_mask(node) for node in ast.walk(tree))
+    return False
+
+
+def _hands_positions_to_mask(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.startswith("create_"):
+        return any(keyword.arg == "position_ids" for keyword in node.keywords)
+    if isinstance(node, ast.Dict):
+        keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
+        return {"attention_mask", "position_ids"} <= keys
+    return False
+
+
+def eager_attention(module: nn.Module) -> AttentionFunction:
+    """The `eager_attention_forward` beside the class of an attention module."""
+    for owner in type(module).__mro__:
+        function = getattr(sys.modules.get(owner.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise ValueError(
+        f"{type(module).__name__} has no `eager_attention_forward` beside it: load the model with "
+        "attn_implementation='sdpa'."
+    )
+
+
+class AttentionRegistry:
+    """Wraps the registered attention functions in place, and puts the originals back.
+
+    The wrapper must behave like the original for modules that are not marked, since the registry is shared by all
+    models of the process. Functions that are registered later are wrapped by the next `wrap_all`.
+    """
+
+    def __init__(self) -> None:
+        self._originals: dict[str, AttentionFunction | None] = {}
+        self._wrapped: dict[str, AttentionFunction] = {}
+
+    def wrap_all(self, wrapper: Callable[[AttentionFunction | None], AttentionFunction]) -> None:
+        """Replace every entry f by `wrapper(f)`, and register `wrapper(None)` as "eager", which has no entry."""
+        for name in [*ALL_ATTENTION_FUNCTIONS.valid_keys(), "eager"]:
+            if not self.is_wrapped(name) and not name.startswith("paged|"):
+                original = AttentionInterface._global_mapping.get(name)
+                self._originals[name] = original
+                self._wrapped[name] = wrapper(original)
+                AttentionInterface.register(name, self._wrapped[name])
+
+    def is_wrapped(self, name: str) -> bool:
+        current = ALL_ATTENTION_FUNCTIONS.get(name)
+        return current is not None and current is self._wrapped.get(name)
+
+    def restore(self) -> None:
+        """Put the originals back where nobody has replaced the wrapper since."""
+        for name, original in self._originals.items():
+            if AttentionInterface._global_mapping.get(name) is self._wrapped[name]:
+                if original is None:
+                    del AttentionInterface._global_mapping[name]
+                else:
+                    AttentionInterface.register(name, original)
+        self._originals.clear()
+        self._wrapped.clear()
+
+
+def attention_name(config: Any) -> str:
+    return config._attn_implementation
+
+
+def set_attention_name(config: Any, name: str) -> None:
+    """Select an attention implementation that is registered, on this config alone."""
+    config._attn_implementation_internal = name
+
+
+def supports_sdpa(model: nn.Module) -> bool:
+    return bool(getattr(model, "_supports_sdpa", False))
+
+
+def fsdp_styles(model: PreTrainedModel) -> dict[str, str] | None:
+    """transformers' own FSDP plan for this model: module name -> "free_full_weight" or "keep_full_weight".
+
+    Tied embeddings are folded into one entry. None if the family has no plan.
+    """
+    if not model.fsdp_plan:
+        return None
+    _, _, plan = model._resolve_parallel_plans(DistributedConfig(fsdp_size=2))
+    return plan
+
+
+def mark_fsdp_managed(model: PreTrainedModel, managed: bool) -> None:
+    """What `generate` looks at to keep the ranks in step while they decode."""
+    model._is_fsdp_managed_module = managed
+
+
+def iterate_configs(decoder: nn.Module, modules: Iterator[nn.Module]) -> list[Any]:
+    """The distinct config objects that the stack and its attention modules read."""
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in (decoder, *modules)) if c is not None}
+    return list(configs.values())

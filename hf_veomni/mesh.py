@@ -1,0 +1,121 @@
+"""From a plan to meshes and process groups: `ParallelState`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from hf_veomni.plan import ParallelPlan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """The meshes and groups of one plan on this rank. It belongs to the models prepared with it, not to the process.
+
+    Attributes:
+        plan: the resolved plan.
+        device: where this rank's parameters live.
+        mesh: dense mesh with axes (pp, dp_replicate, dp_shard, sp); None in a world of one rank.
+        fsdp_mesh: what `fully_shard` takes: 1-D `fsdp` (dp_shard x sp flattened), or 2-D (dp_replicate, fsdp) for HSDP.
+        sp_group: the ranks that share this rank's rows, in sequence order; None when sp_size is 1.
+        sp_rank: this rank's place on the sequence axis.
+        dp_rank: which of the `dp_size` streams of rows this rank reads; the same on all ranks of an SP group.
+    """
+
+    plan: ParallelPlan
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    fsdp_mesh: DeviceMesh | None = None
+    sp_group: dist.ProcessGroup | None = None
+    sp_rank: int = 0
+    dp_rank: int = 0
+
+    @property
+    def sp_size(self) -> int:
+        return self.plan.sp_size
+
+    @property
+    def dp_size(self) -> int:
+        return self.plan.dp_size
+
+    @property
+    def world_size(self) -> int:
+        return self.plan.world_size
+
+
+def _device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or accelerator.type == "mps" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    torch.accelerator.set_device_index(index)
+    return torch.device(accelerator.type, index)
+
+
+def _ensure_process_group(device: torch.device) -> int:
+    """World size; starts the default process group when a launcher has set the environment for one."""
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return 1
+        dist.init_process_group("nccl" if device.type == "cuda" else None)
+    return dist.get_world_size()
+
+
+def init_parallel_state(plan: ParallelPlan | str | None = None) -> ParallelState:
+    """Resolve the plan for this world and make its meshes. Every rank must call it, in the same order.
+
+    Collectives: creates process groups over all ranks.
+
+    Raises:
+        ValueError: the sizes do not multiply to the world size; sizes that this release does not support.
+    """
+    plan = ParallelPlan.parse(plan)
+    device = _device()
+    plan = plan.resolve(_ensure_process_group(device))
+    if plan.ep_size > 1:
+        raise ValueError(
+            f"`ep_size` ({plan.ep_size}) must be 1: expert parallelism is not available in this release. "
+            "Experts are sharded by FSDP with the rest of the model."
+        )
+    if plan.world_size == 1:
+        return ParallelState(plan=plan, device=device)
+    names = ("pp", "dp_replicate", "dp_shard", "sp")
+    sizes = (plan.pp_size, plan.dp_replicate_size, plan._resolved_shard(), plan.sp_size)
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    # One mesh of its own for parameters, since a flattened axis cannot be combined with dp_replicate in every torch.
+    dense = init_device_mesh(
+        device.type, (plan.dp_replicate_size, plan.fsdp_size), mesh_dim_names=("dp_replicate", "fsdp")
+    )
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    _, replica, shard, sp_rank = coordinate
+    return ParallelState(
+        plan=plan,
+        device=device,
+        mesh=mesh,
+        fsdp_mesh=dense if plan.dp_replicate_size > 1 else dense["fsdp"],
+        sp_group=mesh.get_group("sp") if plan.sp_size > 1 else None,
+        sp_rank=sp_rank,
+        dp_rank=replica * plan._resolved_shard() + shard,
+    )
+
+
+def get_parallel_state(model: nn.Module) -> ParallelState:
+    """The state that `model` was prepared with.
+
+    Raises:
+        ValueError: the model was not prepared.
+    """
+    for module in model.modules():
+        state = module.__dict__.get("_omni_parallel_state")
+        if state is not None:
+            return state
+    raise ValueError(f"{type(model).__name__} is not prepared: call `prepare_omni(model, plan)` first.")

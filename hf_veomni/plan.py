@@ -1,0 +1,267 @@
+"""The declarative parallel plan: sizes of the mesh axes and rules by module name. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+ENV_VARIABLE = "HF_VEOMNI_PLAN"
+# What `accelerate launch` passes on verbatim from `parallelism_config_sp_backend` in its yaml (accelerate 1.15).
+ACCELERATE_ENV_VARIABLE = "PARALLELISM_CONFIG_SP_BACKEND"
+ACCELERATE_PREFIX = "veomni:"
+
+SIZES = ("dp_replicate_size", "dp_shard_size", "sp_size", "ep_size", "pp_size")
+SHORT_NAMES = {"dp_replicate": "dp_replicate_size", "dp_shard": "dp_shard_size", "dp": "dp_shard_size"}
+SHORT_NAMES |= {"sp": "sp_size", "ep": "ep_size", "pp": "pp_size"}
+
+# What a rule in `modules` may say. A key or value that nothing reads would be an option without effect.
+MODULE_RULES: dict[str, tuple[str, ...]] = {
+    "fsdp": ("free", "keep"),
+}
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    valid = sorted(valid)
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"{hint}Valid: {', '.join(valid)}"
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """How a model is laid out over the ranks: sizes of the mesh axes, and rules for modules by name pattern.
+
+    The world is `pp x dp_replicate x dp_shard x sp`, the innermost axis last: the ranks of an SP group are neighbours.
+    Parameters are sharded over `fsdp = dp_shard x sp` and replicated over `dp_replicate` (HSDP). `sp` is Ulysses
+    sequence parallelism: the ranks of an SP group share each row.
+
+    Args:
+        dp_replicate_size: number of replicas of the sharded model.
+        dp_shard_size: data ranks that shard one replica; None takes what is left of the world in `resolve`.
+        sp_size: ranks that share the sequence axis of a row.
+        ep_size: ranks that share the experts; divides `dp_shard_size * sp_size`.
+        pp_size: pipeline stages; only 1 is supported.
+        modules: rules by module-name pattern (`fnmatch`), for example `{"lm_head": {"fsdp": "keep"}}`. Rules:
+            `fsdp`: "free" gives the module an FSDP unit of its own that frees its weight after forward; "keep" one
+            that keeps it gathered until its backward.
+
+    Raises:
+        ValueError: a size that is no positive integer, sizes that do not fit each other, or an unknown rule.
+    """
+
+    dp_replicate_size: int = 1
+    dp_shard_size: int | None = None
+    sp_size: int = 1
+    ep_size: int = 1
+    pp_size: int = 1
+    modules: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in SIZES:
+            size = getattr(self, name)
+            if size is None and name == "dp_shard_size":
+                continue
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"`{name}` ({size!r}) must be a positive integer.")
+        if self.pp_size > 1:
+            raise ValueError(
+                f"`pp_size` ({self.pp_size}) must be 1: pipeline parallelism is not available in this release. "
+                "Use sp_size for long rows, dp_shard_size for large models."
+            )
+        if self.dp_shard_size is not None:
+            self._check_experts()
+        self._check_modules()
+
+    def _check_experts(self) -> None:
+        shard = self.fsdp_size
+        if shard % self.ep_size:
+            raise ValueError(
+                f"`ep_size` ({self.ep_size}) must divide `dp_shard_size * sp_size` ({shard}): use {_divisors(shard)}."
+            )
+
+    def _check_modules(self) -> None:
+        if not isinstance(self.modules, Mapping):
+            raise ValueError(f"`modules` ({self.modules!r}) must map module-name patterns to rules.")
+        for pattern, rules in self.modules.items():
+            if not isinstance(rules, Mapping) or not rules:
+                raise ValueError(f"`modules[{pattern!r}]` ({rules!r}) must map rule names to values.")
+            for key, value in rules.items():
+                if key not in MODULE_RULES:
+                    raise ValueError(f"Unknown rule '{key}' in `modules[{pattern!r}]`: {_nearest(key, MODULE_RULES)}.")
+                if value not in MODULE_RULES[key]:
+                    raise ValueError(
+                        f"`modules[{pattern!r}]`: '{key}' ({value!r}) is unknown: {_nearest(str(value), MODULE_RULES[key])}."
+                    )
+
+    @property
+    def fsdp_size(self) -> int:
+        """Ranks that shard the dense parameters of one replica: `dp_shard_size * sp_size` (of a resolved plan)."""
+        return self._resolved_shard() * self.sp_size
+
+    @property
+    def efsdp_size(self) -> int:
+        """Ranks that shard the same experts: `dp_shard_size * sp_size / ep_size` (of a resolved plan)."""
+        return self.fsdp_size // self.ep_size
+
+    @property
+    def dp_size(self) -> int:
+        """Data ranks, each with rows of its own: `dp_replicate_size * dp_shard_size` (of a resolved plan)."""
+        return self.dp_replicate_size * self._resolved_shard()
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that the plan is for (of a resolved plan)."""
+        return self.pp_size * self.dp_size * self.sp_size
+
+    def _resolved_shard(self) -> int:
+        if self.dp_shard_size is None:
+            raise ValueError("`dp_shard_size` (None) is open: call `plan.resolve(world_size)` first.")
+        return self.dp_shard_size
+
+    def resolve(self, world_size: int) -> ParallelPlan:
+        """The same plan with `dp_shard_size` filled in from what is left of the world.
+
+        Raises:
+            ValueError: the sizes do not multiply to `world_size`.
+        """
+        rest = prod((self.pp_size, self.dp_replicate_size, self.sp_size))
+        shard = self.dp_shard_size
+        if shard is None:
+            if world_size % rest:
+                raise ValueError(
+                    f"`pp_size * dp_replicate_size * sp_size` ({self.pp_size} * {self.dp_replicate_size} * "
+                    f"{self.sp_size} = {rest}) must divide the number of ranks ({world_size}): start a multiple of "
+                    f"{rest} ranks or make the sizes smaller."
+                )
+            shard = world_size // rest
+        elif shard * rest != world_size:
+            raise ValueError(
+                f"`pp_size * dp_replicate_size * dp_shard_size * sp_size` ({self.pp_size} * {self.dp_replicate_size} "
+                f"* {shard} * {self.sp_size} = {shard * rest}) must equal the number of ranks ({world_size}): start "
+                f"{shard * rest} ranks, or leave `dp_shard_size` out to take what is left."
+            )
+        return replace(self, dp_shard_size=shard)
+
+    def match_modules(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Rules for each module name that a pattern of `modules` matches; later patterns win.
+
+        Raises:
+            ValueError: a pattern matches nothing; the message lists near names.
+        """
+        names = list(names)
+        matched: dict[str, dict[str, str]] = {}
+        for pattern, rules in self.modules.items():
+            hits = fnmatch.filter(names, pattern)
+            if not hits:
+                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+                raise ValueError(f"`modules` pattern {pattern!r} matches no module of the model. Near: {near}.")
+            for name in hits:
+                matched[name] = {**matched.get(name, {}), **rules}
+        return matched
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ParallelPlan:
+        """A plan from full (`sp_size`) or short (`sp`) names; unknown names raise with the nearest valid one."""
+        valid = {f.name for f in fields(cls)}
+        arguments: dict[str, Any] = {}
+        for key, value in values.items():
+            name = SHORT_NAMES.get(key, key)
+            if name not in valid:
+                raise ValueError(f"Unknown plan key '{key}': {_nearest(key, valid | SHORT_NAMES.keys())}.")
+            if name in arguments:
+                raise ValueError(f"Plan key '{key}' sets `{name}` a second time: give it once.")
+            arguments[name] = value
+        return cls(**arguments)
+
+    @classmethod
+    def from_string(cls, text: str) -> ParallelPlan:
+        """A plan as one types it: `"sp=2,ep=2"`; the empty string is the default plan. Rules need yaml.
+
+        Raises:
+            ValueError: an entry that is no `name=integer`, or an unknown name.
+        """
+        values: dict[str, Any] = {}
+        for entry in filter(None, (part.strip() for part in text.split(","))):
+            key, sign, value = (part.strip() for part in entry.partition("="))
+            if not sign or not value.isdecimal():
+                raise ValueError(f"Plan entry '{entry}' in '{text}' must be name=integer, as in 'sp=2,dp_shard=2'.")
+            if key in values:
+                raise ValueError(f"Plan key '{key}' appears twice in '{text}': give it once.")
+            values[key] = int(value)
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> ParallelPlan:
+        """A plan from a yaml file of the constructor's arguments."""
+        import yaml
+
+        if not Path(path).is_file():
+            raise ValueError(f"Plan file '{path}' does not exist.")
+        values = yaml.safe_load(Path(path).read_text())
+        if not isinstance(values, Mapping):
+            raise ValueError(f"Plan file '{path}' must hold a mapping such as 'sp_size: 2', not {values!r}.")
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The constructor's arguments as plain values."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in SIZES}
+        if self.modules:
+            values["modules"] = {pattern: dict(rules) for pattern, rules in self.modules.items()}
+        return values
+
+    def to_yaml(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan so that `from_yaml` reads the same plan back."""
+        import yaml
+
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @classmethod
+    def from_env(cls) -> ParallelPlan:
+        """The plan that the launcher passed on: `HF_VEOMNI_PLAN` (string or yaml path), else the accelerate yaml.
+
+        `accelerate launch` hands `parallelism_config_sp_backend: "veomni:sp=2"` of its yaml over verbatim. Without
+        either, the default plan.
+
+        Raises:
+            ValueError: both are set and differ, or a string does not parse.
+        """
+        found = {}
+        if text := os.environ.get(ENV_VARIABLE):
+            found[ENV_VARIABLE] = cls.parse(text)
+        backend = os.environ.get(ACCELERATE_ENV_VARIABLE, "")
+        if backend.startswith(ACCELERATE_PREFIX):
+            found[ACCELERATE_ENV_VARIABLE] = cls.from_string(backend.removeprefix(ACCELERATE_PREFIX))
+        plans = list(found.values())
+        if len(plans) == 2 and plans[0] != plans[1]:
+            raise ValueError(f"{ENV_VARIABLE} ({plans[0]}) and the accelerate yaml ({plans[1]}) differ: set one.")
+        return plans[0] if plans else cls()
+
+    @classmethod
+    def parse(cls, plan: ParallelPlan | Mapping[str, Any] | str | os.PathLike[str] | None) -> ParallelPlan:
+        """A plan from whatever a user hands over: a plan, a mapping, a string, a yaml path; None reads `from_env`."""
+        if plan is None:
+            return cls.from_env()
+        if isinstance(plan, ParallelPlan):
+            return plan
+        if isinstance(plan, Mapping):
+            return cls.from_dict(plan)
+        if isinstance(plan, str) and not plan.endswith((".yaml", ".yml")):
+            return cls.from_string(plan)
+        if isinstance(plan, (str, os.PathLike)):
+            return cls.from_yaml(plan)
+        raise ValueError(f"`plan` ({plan!r}) must be a ParallelPlan, a mapping, a string such as 'sp=2' or a yaml path.")
+
+    def __str__(self) -> str:
+        short = {full: name for name, full in SHORT_NAMES.items() if name != "dp"}
+        sizes = ((short[name], getattr(self, name)) for name in SIZES)
+        return ",".join(f"{name}={size}" for name, size in sizes if size is not None and size != 1) or "single"

@@ -1,0 +1,159 @@
+"""`prepare_omni`: the fixed order of the steps, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from hf_veomni import hf
+from hf_veomni.fsdp import shard_parameters, synchronize_parameters
+from hf_veomni.loss import attach_lean_loss
+from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
+from hf_veomni.plan import ParallelPlan
+from hf_veomni.sequence.attach import SequenceAttachment, attach_sequence
+from hf_veomni.sequence.guard import attach_guards
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_STATE, _UNDO, _SEQUENCE = "_omni_parallel_state", "_omni_undo", "_omni_attachment"
+
+
+def _check_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"Parameter '{name}' is on the meta device: load the weights before `prepare_omni`, for example with "
+                "from_pretrained. Loading shard by shard is not available in this release."
+            )
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"Parameter '{name}' is already a DTensor: `prepare_omni` shards the model itself. Load it without "
+                "distributed_config, tp_plan or a second `prepare_omni`."
+            )
+
+
+def build_parallelize_model(
+    model: Model, plan: ParallelPlan | str | None, state: ParallelState, *, mp_policy: MixedPrecisionPolicy | None = None
+) -> Model:
+    """The lower step: make the ranks' parameters equal and shard them with FSDP2, without touching the sequence.
+
+    Args:
+        model: a transformers model or a `PeftModel`, the same architecture on all ranks.
+        plan: must be the plan of `state`, or None.
+        mp_policy: FSDP2's mixed precision policy.
+
+    Returns:
+        The same model on this rank's device, its parameters DTensors (unchanged in a world of one rank).
+
+    Raises:
+        ValueError: `plan` differs from the state's; parameters on meta or already sharded; rules that match nothing.
+    """
+    if plan is not None and ParallelPlan.parse(plan).resolve(state.world_size) != state.plan:
+        raise ValueError(f"`plan` ({plan}) differs from the plan of `state` ({state.plan}): pass one of them.")
+    base = hf.base_model(model)
+    _check_parameters(model)
+    model.to(state.device)
+    synchronize_parameters(model)
+    shard_parameters(base, state, mp_policy)
+    setattr(base, _STATE, state)
+    return model
+
+
+def prepare_omni(
+    model: Model,
+    plan: ParallelPlan | str | None = None,
+    *,
+    attention: str = "auto",
+    lean_loss: bool = True,
+    mp_policy: MixedPrecisionPolicy | None = None,
+) -> Model:
+    """Make a stock model train under a plan: sharded parameters, sequence parallelism, packed rows, a lean loss.
+
+    The model takes full rows [B, S], the same on all ranks of an SP group, and returns this rank's logits [B, s, V];
+    `out.loss` is the loss of the full row on every rank. Gradients averaged over the fsdp mesh (which FSDP does) are
+    the one-rank gradients. Order: check, mark and hook the attention, replace loss and head, shard the parameters.
+
+    Args:
+        model: a transformers model, or a `PeftModel` on one.
+        plan: `ParallelPlan`, string, mapping or yaml path; None reads what the launcher passed on.
+        attention: "auto" selects the varlen attention in place of sdpa; "keep" leaves the model's choice.
+        lean_loss: compute the training loss without the full logits.
+        mp_policy: FSDP2's mixed precision policy.
+
+    Returns:
+        The same model object.
+
+    Collectives: creates the process groups of the plan and compares the parameters of all ranks.
+
+    Raises:
+        ValueError: a plan that does not fit the world or the model. Nothing is changed then.
+    """
+    base = hf.base_model(model)
+    if hasattr(base, _STATE):
+        raise ValueError(f"{type(base).__name__} is already prepared: call `detach_omni(model)` first.")
+    _check_parameters(model)
+    state = init_parallel_state(plan)
+    undo: list[Callable[[], Any]] = []
+    try:
+        undo.extend(_attach(base, state, attention, lean_loss))
+        build_parallelize_model(model, None, state, mp_policy=mp_policy)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    setattr(base, _UNDO, undo)
+    return model
+
+
+def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool) -> list[Callable[[], Any]]:
+    """Everything but the parameters. Returns how to take it off."""
+    undo: list[Callable[[], Any]] = []
+    reasons: dict[str, str] = {}
+    try:
+        attachment = attach_sequence(base, state, attention)
+        setattr(base, _SEQUENCE, attachment)
+        undo.extend([attachment.detach, lambda: delattr(base, _SEQUENCE)])
+    except ValueError as error:
+        if state.sp_size > 1 or attention not in ("auto", "keep"):
+            raise
+        reasons["packed"] = str(error)
+    try:
+        undo.append(attach_lean_loss(base, state.sp_group, lean=lean_loss))
+    except ValueError as error:
+        reasons["labels"] = str(error)
+    undo.append(attach_guards(base, state, reasons))
+    return undo
+
+
+def detach_omni(model: Model) -> Model:
+    """Take hooks, marks and replaced functions off again; sharded parameters stay sharded.
+
+    Raises:
+        ValueError: the model was not prepared.
+    """
+    base = hf.base_model(model)
+    get_parallel_state(base)
+    for step in reversed(base.__dict__.pop(_UNDO, [])):
+        step()
+    hf.mark_fsdp_managed(base, False)
+    delattr(base, _STATE)
+    return model
+
+
+def gather_sequence(local: Tensor, model: nn.Module) -> Tensor:
+    """[B, s, ...] of this rank, for example logits, to the full [B, S, ...] of the model's last call, without padding.
+
+    Collective: one all-gather over the SP group; its backward is a reduce-scatter (sum), so a loss that every rank
+    computes on the full tensor gives gradients that average to those of one rank.
+
+    Raises:
+        ValueError: the model was not prepared, or `local` is not of its last call.
+    """
+    attachment: SequenceAttachment | None = getattr(hf.base_model(model), _SEQUENCE, None)
+    if attachment is None:
+        raise ValueError(f"{type(model).__name__} has no cut sequence: call `prepare_omni(model, plan)` first.")
+    return attachment.gather(local)

@@ -1,0 +1,254 @@
+"""Install sequence parallelism and packing on a stock model: marks on attention modules, hooks around the stack.
+
+    decoder stack     pre-hook    pads the row, finds the packed documents, switches the cache off
+      rotary          post-hook   rope tables [.., S', D] -> [.., s, D]
+      layer           pre-hook    hidden states [B, S', H] -> [B, s, H], in the first layer that sees the full row
+        attention     mark        the registered attention function exchanges tokens for heads (`ulysses`)
+    decoder stack     post-hook   checks that what comes out is this rank's slice
+
+Embeddings, masks and positions are made at full length by the model's own code, so every mask is right by construction.
+Module hooks run outside of activation checkpointing (transformers 5.23 checkpoints `forward`, not `__call__`), hence
+nothing here runs a second time in the backward; what the recomputation needs travels in the layers' arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from hf_veomni import hf
+from hf_veomni.mesh import ParallelState
+from hf_veomni.sequence.documents import Documents, current_documents
+from hf_veomni.sequence.seam import Seam, check_heads, find_seam
+from hf_veomni.sequence.shard import gather_rows, pad_inputs, shard_sequence
+from hf_veomni.sequence.ulysses import ulysses_attention
+from hf_veomni.sequence.varlen import VARLEN_NAME, register_varlen_attention
+
+_MARK = "_omni_sequence"
+_registry = hf.AttentionRegistry()
+_attached: WeakSet[SequenceAttachment] = WeakSet()
+
+
+@dataclass
+class _Row:
+    """What one forward of one stack works on. `whole`: no slicing, every rank of the SP group runs the full row."""
+
+    length: int
+    padded: int
+    whole: bool
+    tokens: list[tuple[ContextVar, Token]] = field(default_factory=list)
+
+
+# Set while a stack runs its forward; in a recomputation during backward it is None, and slicing is the rule.
+_current_row: ContextVar[_Row | None] = ContextVar("hf_veomni_row", default=None)
+
+
+def _wrap_attention(inner: hf.AttentionFunction | None) -> hf.AttentionFunction:
+    """`inner` for unmarked modules, Ulysses around it for marked ones; None stands for each family's eager function."""
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        function = inner or hf.eager_attention(module)
+        state: ParallelState | None = getattr(module, _MARK, None)
+        row = _current_row.get()
+        if state is None or state.sp_group is None or (row is not None and row.whole):
+            return function(module, query, key, value, attention_mask, **kwargs)
+        return ulysses_attention(
+            function, module, query, key, value, attention_mask, group=state.sp_group, rank=state.sp_rank, **kwargs
+        )
+
+    return wraps(inner)(attention) if inner is not None else attention
+
+
+class SequenceAttachment:
+    """Sequence parallelism and packing on one model; `detach` takes all of it off again."""
+
+    def __init__(self, model: nn.Module, state: ParallelState, attention: str = "auto") -> None:
+        """Check the model and install. See `attach_sequence`."""
+        self.model, self.state = hf.base_model(model), state
+        self.seam: Seam = find_seam(self.model)
+        check_heads(self.model, state.sp_size)
+        self.config = hf.text_config(self.model)
+        self.last_length: int | None = None
+        self._handles: list[Any] = []
+        self._configs = hf.iterate_configs(self.seam.decoder, iter(self.seam.attentions))
+        self._previous = [hf.attention_name(config) for config in self._configs]
+        self._signature = list(inspect.signature(self.seam.decoder.forward).parameters)
+        self._stock_masks_pack = hf.masks_follow_positions(self.seam.decoder)
+        self._install(attention)
+
+    def _install(self, attention: str) -> None:
+        if attention == "auto":
+            register_varlen_attention()
+            for config, name in zip(self._configs, self._previous, strict=True):
+                if name == "sdpa" or (name == "eager" and not hf.supports_sdpa(self.model)):
+                    hf.set_attention_name(config, VARLEN_NAME)
+        _registry.wrap_all(_wrap_attention)
+        _attached.add(self)
+        for module in self.seam.attentions:
+            setattr(module, _MARK, self.state)
+        decoder = self.seam.decoder
+        self._handles = [
+            decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
+            decoder.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+        ]
+        if self.state.sp_size > 1:
+            self._handles += [m.register_forward_hook(self._shard_rope) for m in self.seam.rotary]
+            self._handles += [m.register_forward_pre_hook(self._shard_hidden, with_kwargs=True) for m in self.seam.layers]
+
+    def detach(self) -> None:
+        """Remove hooks and marks, select the previous attention, and free the registry after the last model."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self.seam.attentions:
+            if _MARK in module.__dict__:
+                delattr(module, _MARK)
+        for config, name in zip(self._configs, self._previous, strict=True):
+            hf.set_attention_name(config, name)
+        _attached.discard(self)
+        if not _attached:
+            _registry.restore()
+
+    def gather(self, local: Tensor) -> Tensor:
+        """[B, s, ...] of this rank to [B, S, ...] without padding, S the length of the last row that ran."""
+        if self.last_length is None:
+            raise ValueError("No row has run through the model yet: call the model before `gather_sequence`.")
+        part = -(-self.last_length // self.state.sp_size)
+        if local.dim() < 2 or local.shape[1] != part:
+            raise ValueError(
+                f"`local` has shape {tuple(local.shape)}, but this rank's slice of the last row has {part} tokens on "
+                "dimension 1: hand over an output of the model's last call."
+            )
+        return gather_rows(local, self.last_length, self.state)
+
+    def _enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        inputs = {**dict(zip(self._signature, args, strict=False)), **kwargs}
+        given = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs.get("input_ids")
+        if given is None:
+            return args, kwargs  # the stack's own error names what is missing
+        length = given.shape[1]
+        whole = self._runs_whole(inputs)
+        extra = 0 if whole else -length % self.state.sp_size
+        row = _Row(length, length + extra, whole)
+        if not whole:
+            inputs = self._prepare(inputs, given, extra, row)
+            self.last_length = length
+        row.tokens.append((_current_row, _current_row.set(row)))
+        return (), inputs
+
+    def _runs_whole(self, inputs: dict[str, Any]) -> bool:
+        """With a cache (generation) every rank of the SP group runs the full row."""
+        cached = inputs.get("past_key_values") is not None or bool(inputs.get("use_cache"))
+        if cached and torch.is_grad_enabled() and self.state.sp_size > 1:
+            raise ValueError(
+                "`use_cache=True` or `past_key_values` cannot be combined with gradients under sequence parallelism: "
+                "leave them out in training, or generate under torch.no_grad()."
+            )
+        return cached
+
+    def _prepare(self, inputs: dict[str, Any], given: Tensor, extra: int, row: _Row) -> dict[str, Any]:
+        self._check_outputs(inputs)
+        positions = inputs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(given.shape[1], device=given.device)[None]
+        inputs = {**inputs, "position_ids": positions, "use_cache": False}
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()):
+            inputs["attention_mask"] = mask = None  # an all-ones mask would switch stock packing off
+        pad_token = getattr(self.config, "pad_token_id", None)
+        inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
+        documents = self._documents(inputs["position_ids"], given.shape[0])
+        self._check_documents(documents, mask)
+        row.tokens.append((current_documents, current_documents.set(documents)))
+        return inputs
+
+    def _check_outputs(self, inputs: dict[str, Any]) -> None:
+        wanted = inputs.get("output_attentions") or getattr(self.config, "output_attentions", False)
+        if wanted and self.state.sp_size > 1:
+            raise ValueError("`output_attentions` is not available under sequence parallelism: no rank has all weights.")
+        for config in self._configs:
+            name = hf.attention_name(config)
+            if not _registry.is_wrapped(name):
+                if self.state.sp_size > 1 or name == VARLEN_NAME:
+                    _registry.wrap_all(_wrap_attention)  # selected or registered after `prepare_omni`
+                if not _registry.is_wrapped(name) and self.state.sp_size > 1:
+                    raise ValueError(f"Attention '{name}' is unknown to transformers' AttentionInterface: register it.")
+
+    def _documents(self, positions: Tensor, num_rows: int) -> Documents:
+        if positions.dim() == 3:  # mRoPE: text positions come first where there are four
+            if positions.shape[0] != 4:
+                return Documents.from_lengths(((positions.shape[-1],),) * num_rows, device=positions.device)
+            positions = positions[0]
+        return Documents.from_position_ids(positions.expand(num_rows, -1))
+
+    def _check_documents(self, documents: Documents, mask: Any) -> None:
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is not None and documents.max_length > limit:
+            raise ValueError(
+                f"A document of {documents.max_length} tokens is longer than the model's context "
+                f"(`max_position_embeddings`, {limit}): split it, or raise the context in the model's config."
+            )
+        name = hf.attention_name(self.seam.decoder.config)
+        if name == VARLEN_NAME or not documents.is_packed:
+            return
+        if mask is not None or not self._stock_masks_pack:
+            why = "beside an `attention_mask`" if mask is not None else f"by the masks of {type(self.model).__name__}"
+            raise ValueError(
+                f"Packed documents are not kept apart {why} with attention '{name}': leave the mask out, or let "
+                f"`prepare_omni` select '{VARLEN_NAME}' (attention='auto')."
+            )
+
+    def _leave(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        row = _current_row.get()
+        if row is None:
+            return
+        for variable, token in reversed(row.tokens):
+            variable.reset(token)
+        hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
+        if isinstance(hidden, Tensor) and not row.whole and hidden.shape[1] * self.state.sp_size != row.padded:
+            raise ValueError(
+                f"{type(decoder).__name__} returned {hidden.shape[1]} tokens where a slice of {row.padded} over "
+                f"{self.state.sp_size} ranks was expected: its forward puts the row together again and cannot be cut."
+            )
+
+    def _shard_rope(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        row = _current_row.get()
+        if row is None or row.whole:
+            return output
+        tables = output if isinstance(output, tuple) else (output,)
+        if any(table.shape[-2] != row.padded for table in tables):
+            shapes = [tuple(table.shape) for table in tables]
+            raise ValueError(f"{type(module).__name__} returned tables of shapes {shapes}, not [..., {row.padded}, width].")
+        sliced = tuple(shard_sequence(table, -2, self.state) for table in tables)
+        return sliced if isinstance(output, tuple) else sliced[0]
+
+    def _shard_hidden(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        row = _current_row.get()
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if row is None or row.whole or hidden.shape[1] != row.padded:
+            return None
+        hidden = shard_sequence(hidden, 1, self.state)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def attach_sequence(model: nn.Module, state: ParallelState, attention: str = "auto") -> SequenceAttachment:
+    """Make a stock decoder-only model take full rows and work on this rank's slice; packed documents stay apart.
+
+    Args:
+        model: a transformers model or a `PeftModel` on one. Nothing of it is copied.
+        state: whose SP group shares the rows; with sp_size 1 only packing is installed.
+        attention: "auto" selects the varlen attention where the model has sdpa (or eager and nothing else); "keep"
+            leaves the selected implementation.
+
+    Raises:
+        ValueError: the model has no seam, or fewer query heads than sp_size.
+    """
+    if attention not in ("auto", "keep"):
+        raise ValueError(f"`attention` ({attention!r}) must be 'auto' or 'keep'.")
+    return SequenceAttachment(model, state, attention)

@@ -1,0 +1,58 @@
+"""Checks at the top of a prepared model, before any rank enters a collective."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_veomni.mesh import ParallelState
+
+
+def _check_labels(inputs: Mapping[str, Any]) -> None:
+    labels, given = inputs.get("labels"), inputs.get("input_ids")
+    given = inputs.get("inputs_embeds") if given is None else given
+    if isinstance(labels, Tensor) and isinstance(given, Tensor) and labels.shape[:2] != given.shape[:2]:
+        raise ValueError(
+            f"`labels` {tuple(labels.shape)} must have one entry for each token of the row {tuple(given.shape[:2])}: "
+            "give both at full length, unshifted; they are shifted and cut inside the model."
+        )
+
+
+def _is_packed(positions: Any) -> bool:
+    return isinstance(positions, Tensor) and positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any())
+
+
+def attach_guards(model: nn.Module, state: ParallelState, reasons: Mapping[str, str]) -> Callable[[], None]:
+    """Refuse calls that the prepared model would answer wrongly.
+
+    Args:
+        reasons: why this model takes no "packed" rows, or computes no loss from "labels" under its plan.
+
+    Returns:
+        A function that removes the checks.
+    """
+    signature = list(inspect.signature(model.forward).parameters)
+
+    def check(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs = {**dict(zip(signature, args, strict=False)), **kwargs}
+        _check_labels(inputs)
+        if "packed" in reasons and inputs.get("attention_mask") is None and _is_packed(inputs.get("position_ids")):
+            raise ValueError(f"Packed rows would not be kept apart: {reasons['packed']}")
+        if state.sp_size == 1:
+            return
+        if "labels" in reasons and inputs.get("labels") is not None:
+            raise ValueError(f"No loss over a cut row: {reasons['labels']}")
+        keep = inputs.get("logits_to_keep", 0)
+        cached = inputs.get("past_key_values") is not None or inputs.get("use_cache")
+        if not cached and (isinstance(keep, Tensor) or keep != 0):
+            raise ValueError(
+                f"`logits_to_keep` ({keep!r}) counts from the end of the full row, which no rank of an SP group "
+                "holds: leave it out and slice what `gather_sequence` returns."
+            )
+
+    handle = model.register_forward_pre_hook(torch.compiler.disable(check), with_kwargs=True)
+    return handle.remove

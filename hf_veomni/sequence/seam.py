@@ -1,0 +1,96 @@
+"""Can this model be cut along its sequence? Finds the places to cut, or says which rule the model breaks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_veomni import hf
+from hf_veomni.sequence.ulysses import head_layout
+
+# Modules that carry a state along the sequence, or pick tokens, outside of the attention interface.
+_MIXERS = re.compile(
+    r"Mamba|SSM|DeltaNet|LinearAttention|LightningAttention|Recurrent|R(?i:wkv)|Hyena|TimeMix|ShortConv|Conv1d$|Indexer"
+    r"|R(?i:glru)|Retention|(?i:xlstm)"
+)
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True)
+class Seam:
+    """Where a decoder-only stack is cut.
+
+    Attributes:
+        decoder: the stack; embeddings, masks and rope are made at full length at its top.
+        layers: its layers, which see this rank's tokens only.
+        attentions: the attention modules inside the layers.
+        rotary: the modules at the top of the stack that make rope tables.
+    """
+
+    decoder: nn.Module
+    layers: nn.ModuleList
+    attentions: tuple[nn.Module, ...]
+    rotary: tuple[nn.Module, ...]
+
+
+def _refuse(model: nn.Module, reason: str) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} has no seam for sequence parallelism or packed rows: {reason}. Use sp_size=1 with "
+        "one document a row for it."
+    )
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise _refuse(model, "it is an encoder-decoder model, and only decoder-only stacks can be cut")
+    decoder = model.get_decoder()
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise _refuse(model, f"its decoder ({type(decoder).__name__}) keeps no list of `layers`")
+    return decoder
+
+
+def _check_layer(model: nn.Module, name: str, layer: nn.Module, attentions: list[nn.Module]) -> None:
+    for path, module in layer.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.Conv1d) or _MIXERS.search(kind):
+            raise _refuse(model, f"`{name}.{path}` ({kind}) mixes tokens outside of the attention interface")
+    if len(attentions) != 1:
+        raise _refuse(
+            model,
+            f"`{name}` ({type(layer).__name__}) has {len(attentions)} modules that ask transformers' "
+            "AttentionInterface for their attention, and exactly one is needed",
+        )
+
+
+def find_seam(model: nn.Module) -> Seam:
+    """The places to cut a transformers model.
+
+    Raises:
+        ValueError: names the rule that the model breaks.
+    """
+    if model.get_output_embeddings() is None and model.get_decoder() is not model:
+        raise _refuse(model, "it has a head that pools or picks tokens of the full row")
+    decoder = _decoder(model)
+    types = set(getattr(decoder.config, "layer_types", None) or ())
+    if unknown := sorted(types - _LAYER_TYPES):
+        raise _refuse(model, f"its `layer_types` hold {unknown}, which are not attention over the row")
+    names = {module: name for name, module in model.named_modules()}
+    attentions: list[nn.Module] = []
+    for layer in decoder.layers:
+        found = [module for module in layer.modules() if hf.uses_attention_interface(module)]
+        _check_layer(model, names[layer], layer, found)
+        attentions.extend(found)
+    inside = {module for layer in decoder.layers for module in layer.modules()}
+    rotary = [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+    if not rotary or any(module in inside for module in rotary):
+        raise _refuse(model, "its positions do not enter through a rotary embedding at the top of the stack")
+    return Seam(decoder, decoder.layers, tuple(attentions), tuple(rotary))
+
+
+def check_heads(model: nn.Module, sp_size: int) -> None:
+    """Raises ValueError where `sp_size` exceeds the number of query heads."""
+    heads = getattr(hf.text_config(model), "num_attention_heads", None)
+    if heads is not None:
+        head_layout(heads, heads, sp_size)

@@ -1,0 +1,74 @@
+"""Pad, slice and gather what has a sequence axis.
+
+Shapes: B rows; S tokens of the row as given; S' = S padded to a multiple of sp; s = S'/sp tokens of this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_veomni.comm.gather import gather_shards
+from hf_veomni.mesh import ParallelState
+
+
+def shard_sequence(x: Tensor, dim: int, state: ParallelState) -> Tensor:
+    """This rank's slice of a tensor that is the same on all ranks of the SP group.
+
+    Args:
+        x: full tensor, S' along `dim`, a multiple of sp_size.
+
+    Returns:
+        Local tensor, s along `dim`: a copy, so that the full tensor can be freed.
+    """
+    size = x.shape[dim]
+    assert size % state.sp_size == 0, (x.shape, dim, state.sp_size)
+    part = size // state.sp_size
+    return x.narrow(dim, state.sp_rank * part, part).clone()
+
+
+def gather_rows(x: Tensor, length: int, state: ParallelState) -> Tensor:
+    """Full rows [B, S, ...] from the slices [B, s, ...] of the SP group, without the padding.
+
+    Collective: one all-gather over the SP group; its backward is a reduce-scatter (sum).
+    """
+    if state.sp_group is not None:
+        x = gather_shards(x, state.sp_group, dim=1)
+    return x.narrow(1, 0, length)
+
+
+def pad_positions(position_ids: Tensor, extra: int) -> Tensor:
+    """Lengthen [..., S] by `extra` positions that count from 0: a dummy document of its own."""
+    tail = torch.arange(extra, device=position_ids.device, dtype=position_ids.dtype)
+    return torch.cat([position_ids, tail.expand(*position_ids.shape[:-1], extra)], dim=-1)
+
+
+def pad_inputs(inputs: dict[str, Any], extra: int, pad_token_id: int) -> dict[str, Any]:
+    """Lengthen everything in a decoder stack's inputs that has a sequence axis by `extra` tokens.
+
+    Args:
+        inputs: `input_ids` [B, S] or `inputs_embeds` [B, S, H]; `position_ids` [..., S]; `attention_mask` [B, S].
+
+    Raises:
+        ValueError: an attention mask that is already expanded to [B, 1, S, S] or per layer type.
+    """
+    if not extra:
+        return inputs
+    padded = dict(inputs)
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise ValueError(
+                f"`attention_mask` ({type(mask).__name__}) is already expanded, so the row cannot be padded by {extra} "
+                "tokens: pass a [batch, tokens] mask or none, or make the row a multiple of sp_size."
+            )
+        padded["attention_mask"] = F.pad(mask, (0, extra))
+    if inputs.get("input_ids") is not None:
+        padded["input_ids"] = F.pad(inputs["input_ids"], (0, extra), value=pad_token_id)
+    if inputs.get("inputs_embeds") is not None:
+        padded["inputs_embeds"] = F.pad(inputs["inputs_embeds"], (0, 0, 0, extra))
+    padded["position_ids"] = pad_positions(inputs["position_ids"], extra)
+    return padded

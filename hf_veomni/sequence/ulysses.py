@@ -1,0 +1,203 @@
+"""Ulysses: exchange sequence shards for head shards around any attention function (arXiv 2309.14509).
+
+    rank r before   all H heads, its s = S/sp tokens        q, k, v [B, H, s, D]
+    all-to-all      h of H heads, all S tokens              q, k, v [B, h, S, D]
+    attention       any function, with the mask of the full row
+    all-to-all      all H heads, its s tokens               out     [B, s, H, D]
+
+Query heads are dealt out as evenly as the head count allows (9 heads over 2 ranks: 5 and 4). A rank gets the key/value
+heads that its query heads read, so fewer key/value heads than ranks are replicated, and nothing else is sent.
+
+Shapes: B rows; S, s tokens of the full row and of this rank; H, h query heads; K, k key/value heads; D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_veomni.comm.all_to_all import all_to_all, exchange
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Which heads each rank of an SP group attends with: pure index arithmetic.
+
+    Attributes:
+        query: per rank the half-open span of its query heads.
+        key_value: per rank the span of the key/value heads that those read; spans may overlap.
+    """
+
+    query: tuple[Span, ...]
+    key_value: tuple[Span, ...]
+    group: int
+
+    def counts(self, rank: int) -> list[int]:
+        """How many query heads of `rank` read each of its local key/value heads, in order."""
+        (first, last), (low, high) = self.query[rank], self.key_value[rank]
+        return [min(last, (h + 1) * self.group) - max(first, h * self.group) for h in range(low, high)]
+
+
+@lru_cache(maxsize=64)
+def head_layout(num_query: int, num_key_value: int, sp_size: int) -> HeadLayout:
+    """Deal `num_query` heads out to `sp_size` ranks, neighbours together, sizes differing by at most one.
+
+    Raises:
+        ValueError: more ranks than query heads, or query heads that are no multiple of the key/value heads.
+    """
+    if sp_size > num_query:
+        raise ValueError(
+            f"`sp_size` ({sp_size}) must not exceed the number of query heads ({num_query}): use sp_size <= {num_query}."
+        )
+    if num_query % num_key_value:
+        raise ValueError(
+            f"The number of query heads ({num_query}) must be a multiple of the key/value heads ({num_key_value})."
+        )
+    group = num_query // num_key_value
+    small, larger = divmod(num_query, sp_size)
+    edges = [rank * small + min(rank, larger) for rank in range(sp_size + 1)]
+    query = tuple(zip(edges[:-1], edges[1:], strict=True))
+    key_value = tuple((first // group, (last - 1) // group + 1) for first, last in query)
+    return HeadLayout(query, key_value, group)
+
+
+class _SequenceToHeads(torch.autograd.Function):
+    """Several [B, *, s, D] tensors in one all-to-all; spans may overlap, so the backward adds in rank order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: dist.ProcessGroup, rank: int, spans: tuple[tuple[Span, ...], ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.group, ctx.rank, ctx.spans, ctx.shapes = group, rank, spans, [t.shape for t in tensors]
+        size = dist.get_world_size(group)
+        pieces = [
+            tensor[:, low:high].transpose(0, 1)
+            for peer in range(size)
+            for tensor, span in zip(tensors, spans, strict=True)
+            for low, high in [span[peer]]
+        ]
+        send = [sum(span[peer][1] - span[peer][0] for span in spans) for peer in range(size)]
+        received = exchange(torch.cat(pieces), group, send, [send[rank]] * size)  # [sp * n, B, s, D]
+        heads = received.unflatten(0, (size, send[rank])).permute(2, 1, 0, 3, 4)  # [B, n, sp, s, D]
+        counts = [span[rank][1] - span[rank][0] for span in spans]
+        return tuple(part.flatten(2, 3) for part in heads.split(counts, dim=1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        size, rank = dist.get_world_size(ctx.group), ctx.rank
+        counts = [[span[peer][1] - span[peer][0] for span in ctx.spans] for peer in range(size)]
+        mine = sum(counts[rank])
+        whole = torch.cat([grad.unflatten(2, (size, -1)) for grad in grads], dim=1)  # [B, n, sp, s, D]
+        send = whole.permute(2, 1, 0, 3, 4).flatten(0, 1)
+        received = exchange(send, ctx.group, [mine] * size, [sum(count) for count in counts])
+        out = [grad.new_zeros(shape) for grad, shape in zip(grads, ctx.shapes, strict=True)]
+        blocks = iter(received.split([n for count in counts for n in count]))
+        for peer in range(size):
+            for tensor, span in zip(out, ctx.spans, strict=True):
+                low, high = span[peer]
+                tensor[:, low:high] += next(blocks).transpose(0, 1)
+        return None, None, None, *out
+
+
+def _repeat_heads(x: Tensor, counts: list[int]) -> Tensor:
+    """[B, k, S, D] to [B, sum(counts), S, D]: head i `counts[i]` times (expand, so the backward is a plain sum)."""
+    return torch.cat([x[:, i : i + 1].expand(-1, n, -1, -1) for i, n in enumerate(counts)], dim=1)
+
+
+def sequence_to_heads(
+    query: Tensor, key: Tensor, value: Tensor, layout: HeadLayout, group: dist.ProcessGroup, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Local query [B, H, s, D], key and value [B, K, s, D] to [B, h, S, D] and [B, k, S, D].
+
+    Collective: one all-to-all over `group` (two if the value width differs, as in MLA); the backward is the reverse
+    one, which sums the gradients of key/value heads that several ranks read.
+    """
+    if value.shape[-1] == query.shape[-1]:
+        spans = (layout.query, layout.key_value, layout.key_value)
+        query, key, value = _SequenceToHeads.apply(group, rank, spans, query, key, value)
+    else:
+        query, key = _SequenceToHeads.apply(group, rank, (layout.query, layout.key_value), query, key)
+        (value,) = _SequenceToHeads.apply(group, rank, (layout.key_value,), value)
+    return query, key, value
+
+
+def heads_to_sequence(out: Tensor, layout: HeadLayout, group: dist.ProcessGroup, rank: int) -> Tensor:
+    """Attention output [B, S, h, D] of this rank's heads to [B, s, H, D] of this rank's tokens.
+
+    Collective: one all-to-all over `group`; the backward is the reverse one.
+    """
+    size = len(layout.query)
+    heads = [last - first for first, last in layout.query]
+    send = out.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4).flatten(0, 1)  # [sp * h, B, s, D]
+    received = all_to_all(send, group, [heads[rank]] * size, heads)  # [H, B, s, D]
+    return received.permute(1, 2, 0, 3).contiguous()
+
+
+class _LocalHeads:
+    """What the inner attention function sees as `module`: the real one, with the head counts of this rank."""
+
+    def __init__(self, module: torch.nn.Module, **overrides: Any) -> None:
+        self.__dict__.update(_module=module, **overrides)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+
+def _slice_per_head(x: Any, dim: int, span: Span, num_heads: int) -> Any:
+    """This rank's heads of a tensor that has one entry per query head; anything else unchanged."""
+    if isinstance(x, Tensor) and x.dim() > dim and x.shape[dim] == num_heads:
+        return x.narrow(dim, span[0], span[1] - span[0])
+    return x
+
+
+def ulysses_attention(
+    inner: Callable[..., tuple[Tensor, Any]],
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    group: dist.ProcessGroup,
+    rank: int,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Run `inner`, any Hugging Face attention function, on this rank's heads of the full rows.
+
+    Args:
+        query: local [B, H, s, D]; key and value local [B, K, s, D].
+        attention_mask: whatever `inner` takes for the FULL row; sliced here if it has an entry per head.
+
+    Returns:
+        Local output [B, s, H, D], and None: attention weights would be those of this rank's heads only.
+
+    Collectives: two all-to-alls over `group` (three if the value width differs), and as many in the backward.
+    """
+    num_heads = query.shape[1]
+    layout = head_layout(num_heads, key.shape[1], dist.get_world_size(group))
+    span = layout.query[rank]
+    query, key, value = sequence_to_heads(query, key, value, layout, group, rank)
+    counts = layout.counts(rank)
+    if len(set(counts)) > 1:  # attention functions repeat every key/value head equally often
+        key, value, counts = _repeat_heads(key, counts), _repeat_heads(value, counts), [1]
+    overrides: dict[str, Any] = {"num_key_value_groups": counts[0]}
+    if isinstance(getattr(module, "sinks", None), Tensor):
+        overrides["sinks"] = _slice_per_head(module.sinks, 0, span, num_heads)
+    kwargs["s_aux"] = _slice_per_head(kwargs.get("s_aux"), 0, span, num_heads)
+    kwargs["position_bias"] = _slice_per_head(kwargs.get("position_bias"), 1, span, num_heads)
+    for name in ("s_aux", "position_bias"):
+        if kwargs[name] is None:
+            del kwargs[name]
+    mask = attention_mask
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        mask = _slice_per_head(mask, 1, span, num_heads)
+    out, _ = inner(_LocalHeads(module, **overrides), query, key, value, mask, **kwargs)
+    return heads_to_sequence(out, layout, group, rank), None

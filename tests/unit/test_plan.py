@@ -1,0 +1,90 @@
+"""ParallelPlan: strings, yaml, environment, resolution, refusals."""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_veomni.plan import ParallelPlan
+
+
+def test_string_and_full_names_give_the_same_plan():
+    plan = ParallelPlan.from_string("sp=2, dp_shard=4,dp_replicate=3")
+    assert plan == ParallelPlan(sp_size=2, dp_shard_size=4, dp_replicate_size=3)
+    assert plan == ParallelPlan.from_dict({"sp_size": 2, "dp": 4, "dp_replicate_size": 3})
+    assert str(plan) == "dp_replicate=3,dp_shard=4,sp=2"
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+def test_str_reads_back(replicate, shard, sp):
+    plan = ParallelPlan(dp_replicate_size=replicate, dp_shard_size=shard, sp_size=sp)
+    text = str(plan)
+    back = ParallelPlan() if text == "single" else ParallelPlan.from_string(text)
+    assert back.resolve(plan.world_size) == plan.resolve(plan.world_size)
+
+
+def test_yaml_round_trip(tmp_path):
+    plan = ParallelPlan(sp_size=2, modules={"lm_head": {"fsdp": "keep"}})
+    plan.to_yaml(tmp_path / "plan.yaml")
+    assert ParallelPlan.from_yaml(tmp_path / "plan.yaml") == plan
+    assert ParallelPlan.parse(str(tmp_path / "plan.yaml")) == plan
+
+
+def test_resolve_takes_what_is_left_of_the_world():
+    plan = ParallelPlan(sp_size=2, dp_replicate_size=2).resolve(16)
+    assert (plan.dp_shard_size, plan.fsdp_size, plan.dp_size, plan.world_size) == (4, 8, 8, 16)
+    assert ParallelPlan(sp_size=2, ep_size=4).resolve(4).efsdp_size == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ParallelPlan.from_string("sq=2"), r"Unknown plan key 'sq': did you mean 'sp'"),
+        (lambda: ParallelPlan.from_string("sp=two"), r"'sp=two'.*name=integer"),
+        (lambda: ParallelPlan.from_string("sp"), r"must be name=integer"),
+        (lambda: ParallelPlan.from_string("sp=2,sp=4"), r"'sp' appears twice"),
+        (lambda: ParallelPlan.from_dict({"sp": 2, "sp_size": 2}), r"a second time"),
+        (lambda: ParallelPlan(sp_size=0), r"`sp_size` \(0\) must be a positive integer"),
+        (lambda: ParallelPlan(sp_size=True), r"positive integer"),
+        (lambda: ParallelPlan(pp_size=2), r"`pp_size` \(2\) must be 1"),
+        (lambda: ParallelPlan(dp_shard_size=8, ep_size=6), r"`ep_size` \(6\) must divide .*\(8\): use 1, 2, 4, 8"),
+        (lambda: ParallelPlan(ep_size=3).resolve(4), r"`ep_size` \(3\) must divide"),
+        (lambda: ParallelPlan(sp_size=3).resolve(4), r"= 3\) must divide the number of ranks \(4\)"),
+        (lambda: ParallelPlan(sp_size=2, dp_shard_size=4).resolve(4), r"= 8\) must equal the number of ranks \(4\)"),
+        (lambda: ParallelPlan(modules={"lm_head": {"fsdq": "keep"}}), r"Unknown rule 'fsdq'.*did you mean 'fsdp'"),
+        (lambda: ParallelPlan(modules={"lm_head": {"fsdp": "kept"}}), r"'fsdp' \('kept'\).*did you mean 'keep'"),
+        (lambda: ParallelPlan(modules={"lm_head": {}}), r"must map rule names"),
+        (lambda: ParallelPlan(modules={"lm_heat": {"fsdp": "keep"}}).match_modules(["lm_head"]), r"Near: \['lm_head'\]"),
+        (lambda: ParallelPlan().fsdp_size, r"call `plan.resolve"),
+        (lambda: ParallelPlan.parse("missing.yaml"), r"'missing.yaml' does not exist"),
+        (lambda: ParallelPlan.parse(3), r"`plan` \(3\) must be"),
+    ],
+)
+def test_bad_plans_name_value_rule_and_way_out(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_env_reads_what_accelerate_launch_passes_on(monkeypatch):
+    monkeypatch.delenv("HF_VEOMNI_PLAN", raising=False)
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_BACKEND", "deepspeed")
+    assert ParallelPlan.from_env() == ParallelPlan()
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_BACKEND", "veomni:sp=2")
+    assert ParallelPlan.parse(None) == ParallelPlan(sp_size=2)
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_BACKEND", "veomni:spp=2")
+    with pytest.raises(ValueError, match="Unknown plan key 'spp'"):
+        ParallelPlan.from_env()
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_BACKEND", "veomni:sp=2")
+    monkeypatch.setenv("HF_VEOMNI_PLAN", "sp=4")
+    with pytest.raises(ValueError, match="differ: set one"):
+        ParallelPlan.from_env()
+
+
+def test_plan_imports_no_torch():
+    code = "import sys, importlib.util as u; s = u.spec_from_file_location('plan', sys.argv[1]); m = u.module_from_spec(s)"
+    code += "; sys.modules['plan'] = m; s.loader.exec_module(m); assert 'torch' not in sys.modules"
+    import hf_veomni.plan
+
+    subprocess.run([sys.executable, "-c", code, hf_veomni.plan.__file__], check=True, timeout=60)
