@@ -32,7 +32,9 @@ def base_model(model: nn.Module) -> PreTrainedModel:
             )
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"`model` ({type(model).__name__}) must be a transformers PreTrainedModel or a PeftModel on one.")
+        raise ValueError(
+            f"`model` ({type(model).__name__}) must be a transformers PreTrainedModel or a PeftModel on one."
+        )
     return model
 
 

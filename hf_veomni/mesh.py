@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hf_veomni.plan import ParallelPlan
@@ -51,22 +52,14 @@ class ParallelState:
         return self.plan.world_size
 
 
-def _device() -> torch.device:
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type == "mps" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        return torch.device("cpu")
-    index = int(os.environ.get("LOCAL_RANK", 0))
-    torch.accelerator.set_device_index(index)
-    return torch.device(accelerator.type, index)
-
-
-def _ensure_process_group(device: torch.device) -> int:
-    """World size; starts the default process group when a launcher has set the environment for one."""
+def _start() -> tuple[torch.device, int]:
+    """This rank's device and the world size; joins the process group of a launcher through accelerate if need be."""
     if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            return 1
-        dist.init_process_group("nccl" if device.type == "cuda" else None)
-    return dist.get_world_size()
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        return state.device, state.num_processes
+    if "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device()), dist.get_world_size()
+    return torch.device("cpu"), dist.get_world_size()
 
 
 def init_parallel_state(plan: ParallelPlan | str | None = None) -> ParallelState:
@@ -78,8 +71,8 @@ def init_parallel_state(plan: ParallelPlan | str | None = None) -> ParallelState
         ValueError: the sizes do not multiply to the world size; sizes that this release does not support.
     """
     plan = ParallelPlan.parse(plan)
-    device = _device()
-    plan = plan.resolve(_ensure_process_group(device))
+    device, world_size = _start()
+    plan = plan.resolve(world_size)
     if plan.ep_size > 1:
         raise ValueError(
             f"`ep_size` ({plan.ep_size}) must be 1: expert parallelism is not available in this release. "

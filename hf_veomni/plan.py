@@ -259,7 +259,9 @@ class ParallelPlan:
             return cls.from_string(plan)
         if isinstance(plan, (str, os.PathLike)):
             return cls.from_yaml(plan)
-        raise ValueError(f"`plan` ({plan!r}) must be a ParallelPlan, a mapping, a string such as 'sp=2' or a yaml path.")
+        raise ValueError(
+            f"`plan` ({plan!r}) must be a ParallelPlan, a mapping, a string such as 'sp=2' or a yaml path."
+        )
 
     def __str__(self) -> str:
         short = {full: name for name, full in SHORT_NAMES.items() if name != "dp"}

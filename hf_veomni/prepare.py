@@ -37,7 +37,11 @@ def _check_parameters(model: nn.Module) -> None:
 
 
 def build_parallelize_model(
-    model: Model, plan: ParallelPlan | str | None, state: ParallelState, *, mp_policy: MixedPrecisionPolicy | None = None
+    model: Model,
+    plan: ParallelPlan | str | None,
+    state: ParallelState,
+    *,
+    mp_policy: MixedPrecisionPolicy | None = None,
 ) -> Model:
     """The lower step: make the ranks' parameters equal and shard them with FSDP2, without touching the sequence.
 

@@ -48,5 +48,7 @@ def synchronize_parameters(model: nn.Module) -> list[str]:
     for name in different:
         dist.broadcast(named[name].detach(), src=0)
     if different and dist.get_rank() == 0:
-        logger.warning("%d tensors differed between the ranks (first: %s); rank 0's are used.", len(different), different[0])
+        logger.warning(
+            "%d tensors differed between the ranks (first: %s); rank 0's are used.", len(different), different[0]
+        )
     return different

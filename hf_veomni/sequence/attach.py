@@ -100,7 +100,9 @@ class SequenceAttachment:
         ]
         if self.state.sp_size > 1:
             self._handles += [m.register_forward_hook(self._shard_rope) for m in self.seam.rotary]
-            self._handles += [m.register_forward_pre_hook(self._shard_hidden, with_kwargs=True) for m in self.seam.layers]
+            self._handles += [
+                m.register_forward_pre_hook(self._shard_hidden, with_kwargs=True) for m in self.seam.layers
+            ]
 
     def detach(self) -> None:
         """Remove hooks and marks, select the previous attention, and free the registry after the last model."""
@@ -171,14 +173,18 @@ class SequenceAttachment:
     def _check_outputs(self, inputs: dict[str, Any]) -> None:
         wanted = inputs.get("output_attentions") or getattr(self.config, "output_attentions", False)
         if wanted and self.state.sp_size > 1:
-            raise ValueError("`output_attentions` is not available under sequence parallelism: no rank has all weights.")
+            raise ValueError(
+                "`output_attentions` is not available under sequence parallelism: no rank has all weights."
+            )
         for config in self._configs:
             name = hf.attention_name(config)
             if not _registry.is_wrapped(name):
                 if self.state.sp_size > 1 or name == VARLEN_NAME:
                     _registry.wrap_all(_wrap_attention)  # selected or registered after `prepare_omni`
                 if not _registry.is_wrapped(name) and self.state.sp_size > 1:
-                    raise ValueError(f"Attention '{name}' is unknown to transformers' AttentionInterface: register it.")
+                    raise ValueError(
+                        f"Attention '{name}' is unknown to transformers' AttentionInterface: register it."
+                    )
 
     def _documents(self, positions: Tensor, num_rows: int) -> Documents:
         if positions.dim() == 3:  # mRoPE: text positions come first where there are four
@@ -224,7 +230,9 @@ class SequenceAttachment:
         tables = output if isinstance(output, tuple) else (output,)
         if any(table.shape[-2] != row.padded for table in tables):
             shapes = [tuple(table.shape) for table in tables]
-            raise ValueError(f"{type(module).__name__} returned tables of shapes {shapes}, not [..., {row.padded}, width].")
+            raise ValueError(
+                f"{type(module).__name__} returned tables of shapes {shapes}, not [..., {row.padded}, width]."
+            )
         sliced = tuple(shard_sequence(table, -2, self.state) for table in tables)
         return sliced if isinstance(output, tuple) else sliced[0]
 
