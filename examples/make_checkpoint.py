@@ -54,7 +54,7 @@ def check_free_disk(folder: Path, needed: int = BYTES_NEEDED) -> None:
 
 
 def load_gguf(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in bf16 and its tokenizer, with no trace of the quantization (a quantized model refuses to be saved)."""
+    """The model in bf16 and its tokenizer, with no trace of gguf: a model that knows it was quantized is not saved."""
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
     quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
     values = quantized.config.to_dict()

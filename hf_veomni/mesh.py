@@ -25,7 +25,7 @@ class ParallelState:
         plan: the resolved plan.
         device: where this rank's parameters live.
         mesh: dense mesh with axes (pp, dp_replicate, dp_shard, sp); None in a world of one rank.
-        fsdp_mesh: what `fully_shard` takes: 1-D `fsdp` (dp_shard x sp flattened), or 2-D (dp_replicate, fsdp) for HSDP.
+        fsdp_mesh: for `fully_shard`: 1-D `fsdp` (dp_shard x sp flattened), or 2-D (dp_replicate, fsdp) for HSDP.
         sp_group: the ranks that share this rank's rows, in sequence order; None when sp_size is 1.
         sp_rank: this rank's place on the sequence axis.
         dp_rank: which of the `dp_size` streams of rows this rank reads; the same on all ranks of an SP group.

@@ -99,9 +99,8 @@ class ParallelPlan:
                 if key not in MODULE_RULES:
                     raise ValueError(f"Unknown rule '{key}' in `modules[{pattern!r}]`: {_nearest(key, MODULE_RULES)}.")
                 if value not in MODULE_RULES[key]:
-                    raise ValueError(
-                        f"`modules[{pattern!r}]`: '{key}' ({value!r}) is unknown: {_nearest(str(value), MODULE_RULES[key])}."
-                    )
+                    hint = _nearest(str(value), MODULE_RULES[key])
+                    raise ValueError(f"`modules[{pattern!r}]`: '{key}' ({value!r}) is unknown: {hint}.")
 
     @property
     def fsdp_size(self) -> int:

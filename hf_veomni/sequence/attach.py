@@ -6,7 +6,7 @@
         attention     mark        the registered attention function exchanges tokens for heads (`ulysses`)
     decoder stack     post-hook   checks that what comes out is this rank's slice
 
-Embeddings, masks and positions are made at full length by the model's own code, so every mask is right by construction.
+Embeddings, masks and positions are made at full length by the model's own code, so masks are right by construction.
 Module hooks run outside of activation checkpointing (transformers 5.23 checkpoints `forward`, not `__call__`), hence
 nothing here runs a second time in the backward; what the recomputation needs travels in the layers' arguments.
 """
@@ -51,7 +51,7 @@ _current_row: ContextVar[_Row | None] = ContextVar("hf_veomni_row", default=None
 
 
 def _wrap_attention(inner: hf.AttentionFunction | None) -> hf.AttentionFunction:
-    """`inner` for unmarked modules, Ulysses around it for marked ones; None stands for each family's eager function."""
+    """`inner` for unmarked modules, Ulysses around it for marked ones; None stands for the family's eager function."""
 
     def attention(module, query, key, value, attention_mask, **kwargs):
         function = inner or hf.eager_attention(module)
@@ -72,6 +72,7 @@ class SequenceAttachment:
     def __init__(self, model: nn.Module, state: ParallelState, attention: str = "auto") -> None:
         """Check the model and install. See `attach_sequence`."""
         self.model, self.state = hf.base_model(model), state
+        self.name = type(self.model).__name__  # FSDP2 renames the class
         self.seam: Seam = find_seam(self.model)
         check_heads(self.model, state.sp_size)
         self.config = hf.text_config(self.model)
@@ -204,7 +205,7 @@ class SequenceAttachment:
         if name == VARLEN_NAME or not documents.is_packed:
             return
         if mask is not None or not self._stock_masks_pack:
-            why = "beside an `attention_mask`" if mask is not None else f"by the masks of {type(self.model).__name__}"
+            why = "beside an `attention_mask`" if mask is not None else f"by the masks of {self.name}"
             raise ValueError(
                 f"Packed documents are not kept apart {why} with attention '{name}': leave the mask out, or let "
                 f"`prepare_omni` select '{VARLEN_NAME}' (attention='auto')."

@@ -55,7 +55,7 @@ def head_layout(num_query: int, num_key_value: int, sp_size: int) -> HeadLayout:
     """
     if sp_size > num_query:
         raise ValueError(
-            f"`sp_size` ({sp_size}) must not exceed the number of query heads ({num_query}): use sp_size <= {num_query}."
+            f"`sp_size` ({sp_size}) must not exceed the number of query heads ({num_query}): use at most {num_query}."
         )
     if num_query % num_key_value:
         raise ValueError(

@@ -56,7 +56,10 @@ def test_resolve_takes_what_is_left_of_the_world():
         (lambda: ParallelPlan(modules={"lm_head": {"fsdq": "keep"}}), r"Unknown rule 'fsdq'.*did you mean 'fsdp'"),
         (lambda: ParallelPlan(modules={"lm_head": {"fsdp": "kept"}}), r"'fsdp' \('kept'\).*did you mean 'keep'"),
         (lambda: ParallelPlan(modules={"lm_head": {}}), r"must map rule names"),
-        (lambda: ParallelPlan(modules={"lm_heat": {"fsdp": "keep"}}).match_modules(["lm_head"]), r"Near: \['lm_head'\]"),
+        (
+            lambda: ParallelPlan(modules={"lm_heat": {"fsdp": "keep"}}).match_modules(["lm_head"]),
+            r"Near: \['lm_head'\]",
+        ),
         (lambda: ParallelPlan().fsdp_size, r"call `plan.resolve"),
         (lambda: ParallelPlan.parse("missing.yaml"), r"'missing.yaml' does not exist"),
         (lambda: ParallelPlan.parse(3), r"`plan` \(3\) must be"),
