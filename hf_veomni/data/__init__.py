@@ -1,0 +1,13 @@
+"""Packing and batching: many documents in a row, rows of equal cost for every data rank."""
+
+from hf_veomni.data.collator import OmniDataCollatorWithPacking
+from hf_veomni.data.pack import pack_dataset, unpack
+from hf_veomni.data.sampler import BalancedBatchSampler, attention_cost
+
+__all__ = [
+    "BalancedBatchSampler",
+    "OmniDataCollatorWithPacking",
+    "attention_cost",
+    "pack_dataset",
+    "unpack",
+]

@@ -1,0 +1,329 @@
+"""Packing of tokenised documents into rows of at most `max_tokens`, for map-style and streamed datasets.
+
+Only lengths are looked at first: they are read from the offsets of the arrow columns. The plan is index arithmetic
+(`bins.py`); the rows are then written batch after batch from arrow values, never token by token.
+
+n documents, p pieces (a document, or a part of one that was too long), r rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets.fingerprint import Hasher
+
+from hf_veomni.data.bins import STRATEGIES, members
+from hf_veomni.data.columns import (
+    DOCUMENT_LENGTHS,
+    IGNORE_INDEX,
+    Columns,
+    flat_values,
+    read_columns,
+    token_spans,
+)
+
+logger = logging.getLogger(__name__)
+
+OVERLONG = ("error", "split", "truncate", "drop")
+BUFFER_SIZE = 10_000  # documents that a stream packs at a time
+_BATCH_TOKENS = 2**20  # tokens that are assembled at a time: a few megabytes
+_SCAN_DOCUMENTS = 16_384
+_INDEX = "__sample_index__"
+
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
+
+
+@dataclass(frozen=True)
+class _Rules:
+    max_tokens: int
+    strategy: str
+    overlong: str
+    columns: Columns
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Pieces row after row: the document [p], first token in it [p] and tokens [p] of each; pieces of a row [r]."""
+
+    documents: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    row_sizes: np.ndarray
+
+
+def pack_dataset(
+    dataset: AnyDataset,
+    max_tokens: int,
+    strategy: str = "best_fit",
+    *,
+    overlong: str = "error",
+    columns: Sequence[str] = (),
+    num_proc: int | None = None,
+    buffer_size: int | None = None,
+) -> AnyDataset:
+    """Pack tokenised documents into rows of at most `max_tokens`, each row several whole documents.
+
+    A row of the result holds `input_ids`, `labels` and `position_ids` [T], T <= max_tokens, and `document_lengths`
+    [documents of the row]. Documents stand behind each other, `position_ids` restart at 0 with each, and the first
+    label of each is -100, so that nothing is predicted across a boundary. The result goes to a Trainer as it is, with
+    `OmniDataCollatorWithPacking` as its collator. It is deterministic and keeps the order of the source as far as
+    packing allows: shuffle with `dataset.shuffle(seed=...)` before.
+
+    Labels are the column `labels` if there is one, else a copy of `input_ids`. Padding at the ends of a document
+    (`attention_mask` 0) is cut off. Columns that do not hold one number a token, such as the text, are dropped; a
+    column that does is carried if `columns` names it and refused otherwise. Empty documents are skipped with a
+    warning that counts them.
+
+    Args:
+        dataset: a `datasets.Dataset`, packed as a whole and written with a progress bar (to the cache directory of a
+            dataset on disk, else to memory), or a `datasets.IterableDataset`, packed while it is read.
+        max_tokens: the largest number of tokens in a row.
+        strategy: "best_fit" (best-fit decreasing: fewest rows) or "sequential" (a row is closed when the next
+            document does not fit: the order is kept exactly).
+        overlong: what becomes of a document with more than `max_tokens`: "error", "split" (into pieces that are
+            documents of their own, all but the last of `max_tokens`), "truncate" or "drop" (with a warning).
+        columns: further columns of one number a token, packed along.
+        num_proc: processes that write the rows of a `Dataset`.
+        buffer_size: documents that an `IterableDataset` packs at a time (default 10,000): what is held in memory. A
+            stream so keeps its shards, its `state_dict` and its workers; the price is one row a buffer that is not
+            full.
+
+    Returns:
+        A dataset of the same kind.
+
+    Raises:
+        ValueError: a document over `max_tokens` (with `overlong="error"`), a column of another length than
+            `input_ids`, columns of images, audio or video, a dataset without token ids or already packed, an unknown
+            option. Errors of a stream come when it is read.
+    """
+    _check_options(dataset, max_tokens, strategy, overlong, num_proc, buffer_size)
+    if isinstance(dataset, IterableDataset):
+        return _pack_stream(dataset, max_tokens, strategy, overlong, columns, buffer_size or BUFFER_SIZE)
+    rules = _Rules(max_tokens, strategy, overlong, read_columns(dataset.features, columns))
+    source = dataset.select_columns(list(rules.columns.read)).with_format("arrow")
+    pieces = _plan(*_scan(source, rules.columns), rules)
+    return _write(dataset, source, pieces, rules, num_proc).with_format(dataset.format["type"])
+
+
+def unpack(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The documents of one packed row, for a look at it.
+
+    Args:
+        row: a row of `pack_dataset`, with `document_lengths`; or a batch of `OmniDataCollatorWithPacking`, whose
+            documents are found where `position_ids` [1, T] restart.
+
+    Returns:
+        One dict a document with its part of every per-token column. The first label of a document is -100: packing
+        has masked it.
+    """
+    tokens = {name: np.asarray(value).reshape(-1) for name, value in row.items() if name != DOCUMENT_LENGTHS}
+    if DOCUMENT_LENGTHS in row:
+        ends = np.cumsum(np.asarray(row[DOCUMENT_LENGTHS]))[:-1]
+    else:
+        ends = np.flatnonzero(tokens["position_ids"] == 0)[1:]
+    parts = {name: np.split(value, ends) for name, value in tokens.items()}
+    return [dict(zip(parts, document, strict=True)) for document in zip(*parts.values(), strict=True)]
+
+
+def _check_options(dataset: Any, max_tokens: int, strategy: str, overlong: str, num_proc: Any, buffer_size: Any):
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise ValueError(
+            f"`dataset` ({type(dataset).__name__}) must be a datasets.Dataset or IterableDataset: give one split, or "
+            "convert with datasets.Dataset.from_list(samples)"
+        )
+    _check_positive("max_tokens", max_tokens)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"`strategy` ({strategy!r}) must be one of {', '.join(map(repr, STRATEGIES))}")
+    if overlong not in OVERLONG:
+        raise ValueError(f"`overlong` ({overlong!r}) must be one of {', '.join(map(repr, OVERLONG))}")
+    if isinstance(dataset, IterableDataset):
+        if num_proc is not None:
+            raise ValueError(
+                f"`num_proc` ({num_proc}) has no effect on an IterableDataset: leave it out and read the packed "
+                "stream with dataloader_num_workers"
+            )
+        if buffer_size is not None:
+            _check_positive("buffer_size", buffer_size)
+    elif buffer_size is not None:
+        raise ValueError(
+            f"`buffer_size` ({buffer_size}) has no effect on a Dataset, which is packed as a whole: leave it out, or "
+            "give dataset.to_iterable_dataset()"
+        )
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` ({value!r}) must be a positive integer")
+
+
+def _scan(source: Dataset, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+    """First token and number of tokens of every document, int64 [n] each, from the arrow offsets."""
+    spans, first = [], 0
+    for table in source.iter(batch_size=_SCAN_DOCUMENTS):
+        spans.append(token_spans(table, columns, range(first, first + len(table))))
+        first += len(table)
+    if not spans:
+        raise ValueError("`dataset` has no rows: there is nothing to pack")
+    return np.concatenate([s for s, _ in spans]), np.concatenate([n for _, n in spans])
+
+
+def _plan(starts: np.ndarray, lengths: np.ndarray, rules: _Rules, names: Sequence[int] | None = None) -> _Pieces:
+    """Decide which piece goes into which row. `names`: what to call the documents in messages, default 0..n-1."""
+    documents, starts, lengths = _fit(starts, lengths, rules, range(len(lengths)) if names is None else names)
+    order, row_sizes = members(STRATEGIES[rules.strategy](lengths, rules.max_tokens))
+    return _Pieces(documents[order], starts[order], lengths[order], row_sizes)
+
+
+def _fit(starts: np.ndarray, lengths: np.ndarray, rules: _Rules, names: Sequence[int]):
+    """Cut or leave out documents until each piece has 1 to max_tokens tokens: document, first token, length, [p]."""
+    limit = rules.max_tokens
+    documents = np.arange(len(lengths))
+    empty, over = lengths == 0, lengths > limit
+    if empty.any():
+        logger.warning("skipped %d empty documents, the first is sample %d", empty.sum(), names[int(empty.argmax())])
+    if over.any():
+        worst = int(over.argmax())
+        if rules.overlong == "error":
+            raise ValueError(
+                f"sample {names[worst]} has {lengths[worst]} tokens, more than `max_tokens` ({limit}), and "
+                f"{int(over.sum()) - 1} more are too long: raise `max_tokens`, or choose overlong='split', "
+                "'truncate' or 'drop'"
+            )
+        if rules.overlong == "drop":
+            logger.warning("dropped %d documents of more than %d tokens", over.sum(), limit)
+            empty = empty | over
+        elif rules.overlong == "truncate":
+            lengths = np.minimum(lengths, limit)
+    counts = np.where(empty, 0, -(-lengths // limit))  # pieces of each document: 1 unless it is split
+    documents = np.repeat(documents, counts)
+    offset = limit * ranges_of(counts)
+    return documents, starts[documents] + offset, np.minimum(lengths[documents] - offset, limit)
+
+
+def ranges_of(counts: np.ndarray) -> np.ndarray:
+    """0..counts[0]-1, 0..counts[1]-1, ... behind each other: the positions of documents of these lengths."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _assemble(table: pa.Table, pieces: _Pieces, columns: Columns) -> pa.Table:
+    """Rows from the documents of `table`; `pieces.documents` index into it."""
+    tokens: dict[str, np.ndarray] = {}
+    take: np.ndarray | None = None
+    for name in ("input_ids", *columns.along):
+        values, lengths = flat_values(table, name)
+        if not tokens:  # the columns have equal lengths: one index serves all of them
+            first = (np.cumsum(lengths) - lengths)[pieces.documents] + pieces.starts
+            as_it_is = len(values) == pieces.lengths.sum() and bool((first == _exclusive_sum(pieces.lengths)).all())
+            take = None if as_it_is else np.repeat(first, pieces.lengths) + ranges_of(pieces.lengths)
+        tokens[name] = values if take is None else values[take]
+    # A copy, since the values of arrow are read-only, in a type that has room for -100.
+    tokens["labels"] = np.array(tokens.get("labels", tokens["input_ids"]), dtype=columns.types["labels"])
+    tokens["labels"][_exclusive_sum(pieces.lengths)] = IGNORE_INDEX
+    tokens["position_ids"] = ranges_of(pieces.lengths)
+    row_ends = np.cumsum(pieces.row_sizes)
+    token_ends = np.cumsum(pieces.lengths)[row_ends - 1]
+    arrays = {
+        name: _lists(tokens[name].astype(dtype, copy=False), token_ends)
+        for name, dtype in columns.types.items()
+        if name != DOCUMENT_LENGTHS
+    }
+    arrays[DOCUMENT_LENGTHS] = _lists(pieces.lengths.astype(columns.types[DOCUMENT_LENGTHS]), row_ends)
+    return pa.table(arrays)
+
+
+def _exclusive_sum(lengths: np.ndarray) -> np.ndarray:
+    return np.cumsum(lengths) - lengths
+
+
+def _lists(values: np.ndarray, ends: np.ndarray) -> pa.Array:
+    offsets = np.concatenate([[0], ends]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def _features(columns: Columns) -> Features:
+    return Features({name: datasets.List(Value(dtype)) for name, dtype in columns.types.items()})
+
+
+def _write(dataset: Dataset, source: Dataset, pieces: _Pieces, rules: _Rules, num_proc: int | None) -> Dataset:
+    """Write the rows of a plan through `Dataset.map`, which brings batches, progress bar, cache and processes."""
+    if not len(pieces.row_sizes):
+        raise ValueError(f"nothing is left to pack: none of {len(dataset)} samples has tokens that fit `max_tokens`")
+    rows, tokens = len(pieces.row_sizes), int(pieces.lengths.sum())
+    fill = 100 * tokens / (rows * rules.max_tokens)
+    logger.info("packing %d documents, %d tokens, into %d rows: %.2f %% full", len(dataset), tokens, rows, fill)
+    ends = np.cumsum(pieces.row_sizes)
+    plan = Dataset(pa.table({key: _lists(getattr(pieces, key), ends) for key in ("documents", "starts", "lengths")}))
+    cache_file, fingerprint = None, uuid.uuid4().hex  # a dataset in memory stays there, and is not looked up again
+    if dataset.cache_files and datasets.is_caching_enabled():
+        fingerprint = Hasher.hash((dataset, rules))
+        cache_file = os.path.join(os.path.dirname(dataset.cache_files[0]["filename"]), f"packed-{fingerprint}.arrow")
+    batch_rows = max(1, _BATCH_TOKENS // rules.max_tokens)
+    return plan.with_format("arrow").map(
+        _write_batch,
+        batched=True,
+        batch_size=batch_rows,
+        writer_batch_size=batch_rows,
+        fn_kwargs={"source": source, "columns": rules.columns},
+        features=_features(rules.columns),
+        cache_file_name=cache_file,
+        new_fingerprint=fingerprint,
+        num_proc=num_proc,
+        desc="Packing",
+    )
+
+
+def _write_batch(plan: pa.Table, source: Dataset, columns: Columns) -> pa.Table:
+    documents, row_sizes = flat_values(plan, "documents")
+    starts, lengths = flat_values(plan, "starts")[0], flat_values(plan, "lengths")[0]
+    wanted, place = np.unique(documents, return_inverse=True)
+    if len(wanted) == len(documents):  # in the order of the rows, so that the values need no second gather
+        wanted, place = documents, np.arange(len(documents))
+    return _assemble(source[wanted], _Pieces(place, starts, lengths, row_sizes), columns)
+
+
+def _pack_stream(
+    dataset: IterableDataset,
+    max_tokens: int,
+    strategy: str,
+    overlong: str,
+    columns: Sequence[str],
+    buffer_size: int,
+) -> IterableDataset:
+    features = dataset.features
+    if features is None:  # a stream without a schema, such as a mapped one: its first sample tells
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError("`dataset` has no samples: there is nothing to pack")
+        features = Dataset.from_list([first]).features
+    rules = _Rules(max_tokens, strategy, overlong, read_columns(features, columns))
+    # Two maps: datasets 5.2 counts output rows, not input rows, for the indices of a map that changes their number.
+    numbered = dataset.with_format("arrow").map(_number, with_indices=True, batched=True, batch_size=buffer_size)
+    packed = numbered.map(
+        _pack_buffer,
+        batched=True,
+        batch_size=buffer_size,
+        fn_kwargs={"rules": rules},
+        features=_features(rules.columns),
+    )
+    return packed.with_format(None)
+
+
+def _number(table: pa.Table, indices: list[int]) -> pa.Table:
+    return table.append_column(_INDEX, pa.array(indices, type=pa.int64()))
+
+
+def _pack_buffer(table: pa.Table, rules: _Rules) -> pa.Table:
+    names = table.column(_INDEX).to_pylist()
+    pieces = _plan(*token_spans(table, rules.columns, names), rules, names)
+    if not len(pieces.row_sizes):
+        return _features(rules.columns).arrow_schema.empty_table()
+    return _assemble(table, pieces, rules.columns)
