@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 AttentionFunction = Callable[..., tuple[Tensor, Any]]
 
 
-def base_model(model: nn.Module) -> PreTrainedModel:
+def base_model(model: Any) -> PreTrainedModel:
     """The transformers model inside `model`: itself, or what a `PeftModel` wraps.
 
     Raises:
@@ -148,7 +148,7 @@ def fsdp_styles(model: PreTrainedModel) -> dict[str, str] | None:
 
 def mark_fsdp_managed(model: PreTrainedModel, managed: bool) -> None:
     """What `generate` looks at to keep the ranks in step while they decode."""
-    model._is_fsdp_managed_module = managed
+    setattr(model, "_is_fsdp_managed_module", managed)  # noqa: B010 (nn.Module's setter takes no bool)
 
 
 def iterate_configs(decoder: nn.Module, modules: Iterator[nn.Module]) -> list[Any]:

@@ -56,6 +56,7 @@ def _start() -> tuple[torch.device, int]:
     """This rank's device and the world size; joins the process group of a launcher through accelerate if need be."""
     if not dist.is_initialized():
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        assert state.device is not None
         return state.device, state.num_processes
     if "nccl" in dist.get_backend():
         return torch.device("cuda", torch.cuda.current_device()), dist.get_world_size()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
 
 from hf_veomni import hf
 from hf_veomni.mesh import ParallelState
@@ -15,7 +16,7 @@ from hf_veomni.mesh import ParallelState
 _STYLES = {"free_full_weight": "free", "keep_full_weight": "keep"}
 
 
-def _stock_units(model: nn.Module) -> dict[str, str]:
+def _stock_units(model: PreTrainedModel) -> dict[str, str]:
     """Module name -> "free" or "keep", from the family's plan, or one unit for each decoder layer."""
     styles = hf.fsdp_styles(model)
     if styles is not None:
@@ -37,7 +38,7 @@ def _with_tied(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
     return modules + tied
 
 
-def plan_units(model: nn.Module, rules: Mapping[str, Mapping[str, str]]) -> list[tuple[list[nn.Module], bool]]:
+def plan_units(model: PreTrainedModel, rules: Mapping[str, Mapping[str, str]]) -> list[tuple[list[nn.Module], bool]]:
     """The FSDP units of a model, innermost first: (modules, keep the full weight between forward and backward).
 
     Modules that keep their weight (final norm and head, which run back to back) share a unit, and tied modules always
@@ -62,8 +63,8 @@ def _reshard_after_inference(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def shard_parameters(
-    model: nn.Module, state: ParallelState, mp_policy: MixedPrecisionPolicy | None = None
-) -> nn.Module:
+    model: PreTrainedModel, state: ParallelState, mp_policy: MixedPrecisionPolicy | None = None
+) -> PreTrainedModel:
     """Shard all parameters over `fsdp` (dp_shard x sp), replicated over `dp_replicate`; gradients are averaged.
 
     Args:

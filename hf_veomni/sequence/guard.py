@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_veomni.mesh import ParallelState
@@ -54,5 +53,5 @@ def attach_guards(model: nn.Module, state: ParallelState, reasons: Mapping[str, 
                 "holds: leave it out and slice what `gather_sequence` returns."
             )
 
-    handle = model.register_forward_pre_hook(torch.compiler.disable(check), with_kwargs=True)
+    handle = model.register_forward_pre_hook(check, with_kwargs=True)
     return handle.remove

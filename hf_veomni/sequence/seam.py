@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_veomni import hf
 from hf_veomni.sequence.ulysses import head_layout
@@ -42,13 +43,14 @@ def _refuse(model: nn.Module, reason: str) -> ValueError:
     )
 
 
-def _decoder(model: nn.Module) -> nn.Module:
+def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     if getattr(model.config, "is_encoder_decoder", False):
         raise _refuse(model, "it is an encoder-decoder model, and only decoder-only stacks can be cut")
     decoder = model.get_decoder()
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
         raise _refuse(model, f"its decoder ({type(decoder).__name__}) keeps no list of `layers`")
-    return decoder
+    return decoder, layers
 
 
 def _check_layer(model: nn.Module, name: str, layer: nn.Module, attentions: list[nn.Module]) -> None:
@@ -64,7 +66,7 @@ def _check_layer(model: nn.Module, name: str, layer: nn.Module, attentions: list
         )
 
 
-def find_seam(model: nn.Module) -> Seam:
+def find_seam(model: PreTrainedModel) -> Seam:
     """The places to cut a transformers model.
 
     Raises:
@@ -72,24 +74,24 @@ def find_seam(model: nn.Module) -> Seam:
     """
     if model.get_output_embeddings() is None and model.get_decoder() is not model:
         raise _refuse(model, "it has a head that pools or picks tokens of the full row")
-    decoder = _decoder(model)
+    decoder, layers = _decoder(model)
     types = set(getattr(decoder.config, "layer_types", None) or ())
     if unknown := sorted(types - _LAYER_TYPES):
         raise _refuse(model, f"its `layer_types` hold {unknown}, which are not attention over the row")
     names = {module: name for name, module in model.named_modules()}
     attentions: list[nn.Module] = []
-    for layer in decoder.layers:
+    for layer in layers:
         found = [module for module in layer.modules() if hf.uses_attention_interface(module)]
         _check_layer(model, names[layer], layer, found)
         attentions.extend(found)
-    inside = {module for layer in decoder.layers for module in layer.modules()}
+    inside = {module for layer in layers for module in layer.modules()}
     rotary = [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
     if not rotary or any(module in inside for module in rotary):
         raise _refuse(model, "its positions do not enter through a rotary embedding at the top of the stack")
-    return Seam(decoder, decoder.layers, tuple(attentions), tuple(rotary))
+    return Seam(decoder, layers, tuple(attentions), tuple(rotary))
 
 
-def check_heads(model: nn.Module, sp_size: int) -> None:
+def check_heads(model: PreTrainedModel, sp_size: int) -> None:
     """Raises ValueError where `sp_size` exceeds the number of query heads."""
     heads = getattr(hf.text_config(model), "num_attention_heads", None)
     if heads is not None:

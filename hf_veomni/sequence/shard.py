@@ -62,7 +62,7 @@ def pad_inputs(inputs: dict[str, Any], extra: int, pad_token_id: int) -> dict[st
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise ValueError(
-                f"`attention_mask` ({type(mask).__name__}) is expanded already, and cannot be padded by {extra} tokens: "
+                f"`attention_mask` ({type(mask).__name__}) is expanded already, so it cannot take {extra} more: "
                 "pass a [batch, tokens] mask or none, or make the row a multiple of sp_size."
             )
         padded["attention_mask"] = F.pad(mask, (0, extra))
