@@ -40,6 +40,7 @@ _attached: WeakSet[SequenceAttachment] = WeakSet()
 class _Row:
     """What one forward of one stack works on. `whole`: no slicing, every rank of the SP group runs the full row."""
 
+    owner: SequenceAttachment
     length: int
     padded: int
     whole: bool
@@ -48,6 +49,9 @@ class _Row:
 
 # Set while a stack runs its forward; in a recomputation during backward it is None, and slicing is the rule.
 _current_row: ContextVar[_Row | None] = ContextVar("hf_veomni_row", default=None)
+# Whether the caller of the model asked for a cache. The stack alone cannot tell: some families hand it the default of
+# their config.
+_cache_requested: ContextVar[bool | None] = ContextVar("hf_veomni_cache_requested", default=None)
 
 
 def _wrap_attention(inner: hf.AttentionFunction | None) -> hf.AttentionFunction:
@@ -95,7 +99,12 @@ class SequenceAttachment:
         for module in self.seam.attentions:
             setattr(module, _MARK, self.state)
         decoder = self.seam.decoder
-        self._handles = [
+        if self.model is not decoder:
+            self._handles = [
+                self.model.register_forward_pre_hook(self._note_cache, with_kwargs=True),
+                self.model.register_forward_hook(self._forget_cache, always_call=True),
+            ]
+        self._handles += [
             decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             decoder.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
@@ -138,22 +147,30 @@ class SequenceAttachment:
         length = given.shape[1]
         whole = self._runs_whole(inputs)
         extra = 0 if whole else -length % self.state.sp_size
-        row = _Row(length, length + extra, whole)
+        row = _Row(self, length, length + extra, whole)
         if not whole:
             inputs = self._prepare(inputs, given, extra, row)
             self.last_length = length
         row.tokens.append((_current_row, _current_row.set(row)))
         return (), inputs
 
+    def _note_cache(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        _cache_requested.set(kwargs.get("past_key_values") is not None or bool(kwargs.get("use_cache")))
+
+    def _forget_cache(self, model: nn.Module, args: tuple, output: Any) -> None:
+        _cache_requested.set(None)
+
     def _runs_whole(self, inputs: dict[str, Any]) -> bool:
         """With a cache (generation) every rank of the SP group runs the full row."""
-        cached = inputs.get("past_key_values") is not None or bool(inputs.get("use_cache"))
-        if cached and torch.is_grad_enabled() and self.state.sp_size > 1:
+        requested = _cache_requested.get()
+        if requested is None:
+            requested = inputs.get("past_key_values") is not None or bool(inputs.get("use_cache"))
+        if requested and torch.is_grad_enabled() and self.state.sp_size > 1:
             raise ValueError(
                 "`use_cache=True` or `past_key_values` cannot be combined with gradients under sequence parallelism: "
                 "leave them out in training, or generate under torch.no_grad()."
             )
-        return cached
+        return requested
 
     def _prepare(self, inputs: dict[str, Any], given: Tensor, extra: int, row: _Row) -> dict[str, Any]:
         self._check_outputs(inputs)
@@ -213,8 +230,8 @@ class SequenceAttachment:
 
     def _leave(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         row = _current_row.get()
-        if row is None:
-            return
+        if row is None or row.owner is not self:
+            return  # `_enter` raised
         for variable, token in reversed(row.tokens):
             variable.reset(token)
         hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)

@@ -47,6 +47,11 @@ def attach_guards(model: nn.Module, state: ParallelState, reasons: Mapping[str, 
             raise ValueError(f"No loss over a cut row: {reasons['labels']}")
         keep = inputs.get("logits_to_keep", 0)
         cached = inputs.get("past_key_values") is not None or inputs.get("use_cache")
+        if cached and inputs.get("labels") is not None:
+            raise ValueError(
+                "`labels` with `use_cache=True` or `past_key_values` is not available at sp_size > 1: a row with a cache "
+                "runs whole on every rank. Leave the cache out to get a loss."
+            )
         if not cached and (isinstance(keep, Tensor) or keep != 0):
             raise ValueError(
                 f"`logits_to_keep` ({keep!r}) counts from the end of the full row, which no rank of an SP group "
