@@ -42,12 +42,14 @@ DEFAULTS = {
     "output_dir": "outputs/demo",
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
-    "max_steps": 20,
+    "max_steps": 16,
     "learning_rate": 1e-3,
     "warmup_steps": 2,
     "lr_scheduler_type": "cosine",
     "logging_steps": 1,
     "logging_first_step": True,
+    # The rows are shuffled below, so that accelerate_loop.py can read them in the same order.
+    "train_sampling_strategy": "sequential",
     "save_strategy": "no",
     "report_to": "none",
 }
@@ -102,7 +104,7 @@ def main() -> None:
     trainer = OmniTrainer(
         model=model,
         args=args,
-        train_dataset=train,
+        train_dataset=train.shuffle(seed=0),
         eval_dataset=held_out,
         data_collator=OmniDataCollatorWithPacking(max_tokens=script.max_tokens),
         processing_class=tokenizer,
