@@ -1,0 +1,260 @@
+"""Install the loss on an unmodified transformers causal LM, and take it off again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from hf_veomni import hf
+from hf_veomni.loss.chunked import full_precision, summed_loss
+from hf_veomni.loss.head import record_head_call
+from hf_veomni.loss.rule import Count, denominator, local_targets, sum_over_sequence
+from hf_veomni.loss.stand_in import LeanLogits, Recipe
+
+
+@dataclass
+class _State:
+    """Shared by the loss and the head of one model; a deep copy of the model gets its own, with the same group."""
+
+    sp_group: dist.ProcessGroup | None
+    chunk_tokens: int | None
+    label_smoothing: float = 0.0
+    evaluating: bool = False
+    attached: bool = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        memo[id(self)] = copied = replace(self)
+        return copied
+
+
+class CausalLMLoss:
+    """The loss that `model.loss_function` becomes: next-token cross entropy of full rows, from this rank's logits.
+
+    Set `label_smoothing` (0 to 1) to get what transformers' `LabelSmoother` computes, without the full logits.
+    """
+
+    def __init__(self, state: _State) -> None:
+        self._state = state
+
+    @property
+    def label_smoothing(self) -> float:
+        return self._state.label_smoothing
+
+    @label_smoothing.setter
+    def label_smoothing(self, value: float) -> None:
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"`label_smoothing` ({value}) must be between 0 and 1.")
+        self._state.label_smoothing = float(value)
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Count | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Token losses of the full rows, summed and divided by `num_items_in_batch` or by the number of targets.
+
+        Args:
+            logits: this rank's part [B, s, V], or a stand-in for it.
+            labels: full rows [B, S], not shifted, the same on all ranks of the SP group.
+            vocab_size: ignored; V is the last dimension of the logits.
+            num_items_in_batch: targets over which the caller averages; None means the valid targets of these rows.
+            shift_labels: targets already shifted, full rows [B, S] or this rank's part [B, s]; replaces `labels`.
+
+        Returns:
+            Scalar, the same on all ranks of the SP group; fp32, or fp64 for fp64 logits. Without any valid target it
+            is what stock transformers gives: nan, or 0 if `num_items_in_batch` is given.
+
+        Collective: one all-reduce of a scalar over the SP group. The backward has none, and multiplies by sp, so that
+        gradients averaged over the SP group are those of one rank with the full rows.
+
+        Raises:
+            ValueError: targets whose shape does not fit the logits.
+        """
+        group = self._state.sp_group
+        targets, count = local_targets(labels, shift_labels, logits.shape[-2], group, ignore_index)
+        if targets.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"Targets of shape {tuple(targets.shape)} must match logits of shape {tuple(logits.shape)} but for the "
+                "vocabulary: pass labels with one class index for each input token."
+            )
+        total = self._sum(logits, targets.to(logits.device), ignore_index)
+        return sum_over_sequence(total / denominator(num_items_in_batch, count, total.device), group)
+
+    def _sum(self, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        smoothing = self._state.label_smoothing
+        if not isinstance(logits, LeanLogits) or logits.recipe.real is not None:
+            scores = logits.to(full_precision(logits.dtype)).flatten(0, -2)
+            return F.cross_entropy(
+                scores, targets.flatten(), ignore_index=ignore_index, reduction="sum", label_smoothing=smoothing
+            )
+        total = summed_loss(logits.recipe, targets, ignore_index, smoothing)
+        call = logits.recipe.call
+        if total.requires_grad:
+            total.register_hook(lambda grad: setattr(call, "spent", True))
+        return total
+
+
+class _HeadForward:
+    """Forward of the output head: a stand-in where only the loss will want the logits, else the original."""
+
+    def __init__(self, model: nn.Module, head: nn.Module, original: Callable[..., Tensor], state: _State) -> None:
+        self.model, self.head, self.original, self.state = model, head, original, state
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        wanted = self.model.training if torch.is_grad_enabled() else self.state.evaluating
+        if self.state.attached and (wanted or self.state.evaluating) and len(args) == 1 and not kwargs:
+            sharded = isinstance(self.model, FSDPModule)
+            call = record_head_call(self.head, self.original, args[0], sharded, self.state.chunk_tokens)
+            if call is not None:
+                return LeanLogits.make(Recipe(call, call.dtype))
+        return self.original(*args, **kwargs)
+
+
+def attach_lean_loss(
+    model: nn.Module,
+    sp_group: dist.ProcessGroup | None = None,
+    *,
+    lean: bool = True,
+    chunk_tokens: int | None = None,
+    label_smoothing: float = 0.0,
+) -> Callable[[], None]:
+    """Replace the loss of a causal LM by one that knows sequence shards, and its head by one that computes no logits.
+
+    In training, with gradients, the head returns a `LeanLogits` stand-in; in evaluation, without gradients and in
+    generation, real logits (see `lean_evaluation`).
+
+    Args:
+        model: a transformers model whose forward calls `self.loss_function` for a causal LM, or a `PeftModel` on one.
+        sp_group: ranks that share the rows, in the order of their shards; None for whole rows.
+        lean: False keeps the full local logits and replaces only the loss.
+        chunk_tokens: tokens whose logits are held at once; by default as many as take 128 MiB in fp32.
+        label_smoothing: see `CausalLMLoss.label_smoothing`.
+
+    Returns:
+        A function that puts everything back.
+
+    Raises:
+        ValueError: the model computes its loss itself, its loss is not the causal LM loss (another type, or one that
+            was set by hand), or it has no output head.
+    """
+    base = hf.base_model(model)
+    _check(base)
+    state = _State(sp_group, chunk_tokens)
+    loss = CausalLMLoss(state)
+    loss.label_smoothing = label_smoothing
+    restore_head = _replace_head(base, state) if lean else None
+    restore_loss = _replace_loss(base, loss)
+
+    def detach() -> None:
+        if state.attached:
+            state.attached = False
+            restore_loss()
+            if restore_head is not None:
+                restore_head()
+
+    return detach
+
+
+@contextmanager
+def lean_evaluation(model: nn.Module) -> Iterator[None]:
+    """Within this context the attached head returns a stand-in in evaluation too: for when only the loss is wanted.
+
+    Raises:
+        ValueError: no loss is attached to `model`.
+    """
+    loss = hf.base_model(model).loss_function
+    if not isinstance(loss, CausalLMLoss):
+        raise ValueError(f"{type(model).__name__} has no loss attached: call `attach_lean_loss(model)` first.")
+    previous, loss._state.evaluating = loss._state.evaluating, True
+    try:
+        yield
+    finally:
+        loss._state.evaluating = previous
+
+
+def _check(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    if not _calls_loss_function(type(model)):
+        raise ValueError(
+            f"{name} computes its loss inside its forward instead of calling `self.loss_function`, so it cannot be "
+            "replaced: use a model that does, or compute the loss from the logits yourself."
+        )
+    current = model.loss_function
+    if isinstance(current, CausalLMLoss):
+        raise ValueError(f"{name} has this loss attached already: detach it first.")
+    if current is not ForCausalLMLoss:
+        raise ValueError(
+            f"{name} has the loss {getattr(current, '__name__', type(current).__name__)!r} (loss_type "
+            f"{getattr(model, 'loss_type', None)!r}), and only 'ForCausalLMLoss' can be replaced: leave "
+            "`model.loss_function` as the library sets it, or keep your own loss and sp_size=1."
+        )
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{name} has no output head (`get_output_embeddings()` is None): use a causal LM.")
+    required = [p for p in inspect.signature(head.forward).parameters.values() if p.default is p.empty]
+    if len([p for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) != 1:
+        raise ValueError(
+            f"The output head of {name} ({type(head).__name__}) must take the hidden states alone, not "
+            f"{inspect.signature(head.forward)}: use lean_loss=False."
+        )
+
+
+def _calls_loss_function(model_class: type[nn.Module]) -> bool:
+    """Whether the class's forward, or the inherited one that it calls, uses `self.loss_function`."""
+    for owner in model_class.__mro__:
+        if "forward" in vars(owner):
+            names = inspect.unwrap(vars(owner)["forward"]).__code__.co_names
+            if "loss_function" in names:
+                return True
+            if "super" not in names:
+                return False
+    return False
+
+
+def _replace_head(model: PreTrainedModel, state: _State) -> Callable[[], None]:
+    head = model.get_output_embeddings()
+    own = vars(head).get("forward")
+    replacement = _HeadForward(model, head, head.forward, state)
+    head.forward = replacement  # type: ignore[method-assign]
+
+    def restore() -> None:
+        if vars(head).get("forward") is not replacement:
+            return  # wrapped by somebody since; detached, it only passes on
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
+
+    return restore
+
+
+def _replace_loss(model: PreTrainedModel, loss: CausalLMLoss) -> Callable[[], None]:
+    # transformers keeps a loss that was set in `_loss_function`; without it the loss follows from the loss type.
+    own = vars(model).get("_loss_function")
+    model.loss_function = loss
+
+    def restore() -> None:
+        if model.loss_function is not loss:
+            return
+        if own is None:
+            del model._loss_function
+        else:
+            model.loss_function = own
+
+    return restore

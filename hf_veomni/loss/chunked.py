@@ -1,0 +1,215 @@
+"""Sum of token losses from a stand-in, a chunk of logits at a time.
+
+Shapes: N scored tokens of this rank, H hidden size, V vocabulary.
+
+A plain linear head, the usual case, goes through one autograd function. Its forward walks over chunks of tokens:
+
+    frozen head     logits [c, V] -> loss, and the gradient of the hidden states at once    2 matmuls, as many as stock
+    trained head    logits [c, V] -> loss, and each token's log-sum-exp                     1 matmul
+
+and the backward of a trained head walks over blocks of the vocabulary, for which the log-sum-exp is what was missing:
+
+    logits [N, v] -> gradient [N, v] -> rows v of the weight's gradient, in one matmul over all tokens; hidden += ...
+
+So the weight's gradient is rounded once, as in stock, and needs no fp32 copy of the weight's size; the price is one more
+matmul (4 instead of 3). Any other head (an adapter on it, a saved module) is called chunk by chunk under activation
+checkpointing, where autograd finds all that it uses.
+
+Matmuls run in the dtype of the model (or of autocast), and their results are upcast to fp32.
+
+`torch.nn.functional.linear_cross_entropy` (torch 2.13) with reduction "sum" is not used: with bf16 it adds up the loss
+in bf16 (1.5 % off at 2048 tokens in chunks of 64; benchmarks/loss_memory.py measures it) and rounds the weight's gradient
+after each chunk (2.3 times stock's error); it keeps the gradients until the loss object dies, or else forbids a second
+backward; and it takes neither scaled logits nor label smoothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from hf_veomni.loss.head import Op, replay
+from hf_veomni.loss.stand_in import Recipe
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What the linear path needs beside tensors."""
+
+    ops: tuple[Op, ...]  # recorded functions
+    dtype: torch.dtype  # of the matmuls
+    sum_dtype: torch.dtype
+    label_smoothing: float
+    chunk_elements: int  # logits held at once
+
+
+def full_precision(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which losses are summed: fp64 for fp64 logits, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _block_loss_gradient(
+    block: Tensor,
+    logits: Tensor,
+    lse: Tensor,
+    targets: Tensor,
+    vocabulary: int,
+    smoothing: float,
+    first: int = 0,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Gradient of the summed loss, times `scale`, for a block of the head's output.
+
+    Args:
+        block: output of the head for classes first, first + 1, ...; [n, v].
+        logits: `block` after the recorded functions, with a graph to it if there are any.
+        lse: log-sum-exp over all V classes; [n].
+        targets: class indices; [n].
+
+    Returns:
+        softmax - (1 - smoothing) * one-hot - smoothing / V, taken back through the recorded functions; [n, v].
+    """
+    grad = (logits.detach().to(lse.dtype) - lse[:, None]).exp_()
+    if smoothing:
+        grad -= smoothing / vocabulary
+    inside = (targets >= first) & (targets < first + block.shape[1])
+    column = torch.where(inside, targets - first, 0)[:, None]
+    grad.scatter_add_(1, column, ((smoothing - 1.0) * inside).to(grad.dtype)[:, None])
+    if scale is not None:
+        grad *= scale  # before the cast: a gradient scaler keeps small fp16 values from vanishing
+    if logits is block:
+        return grad.to(block.dtype)
+    return torch.autograd.grad(logits, block, grad.to(logits.dtype))[0]
+
+
+def _leaf_and_logits(block: Tensor, ops: tuple[Op, ...]) -> tuple[Tensor, Tensor]:
+    """The head's output, and the logits that the recorded functions make of it."""
+    if not ops:
+        return block, block
+    with torch.enable_grad():
+        leaf = block.detach().requires_grad_()
+        return leaf, replay(ops, leaf)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """(hidden [N, H], weight [V, H], bias [V] or None, targets [N]) -> sum of token losses, scalar."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
+    ) -> Tensor:
+        vocabulary, dtype, smoothing = weight.shape[0], settings.sum_dtype, settings.label_smoothing
+        at_once = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
+        total = hidden.new_zeros((), dtype=dtype)
+        lse = hidden.new_empty(len(hidden), dtype=dtype)
+        grad_hidden = torch.empty_like(hidden) if at_once else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            w, b = weight.to(settings.dtype), None if bias is None else bias.to(settings.dtype)
+            for start, end in _ranges(len(hidden), settings.chunk_elements // vocabulary):
+                target = targets[start:end]
+                block, logits = _leaf_and_logits(F.linear(hidden[start:end].to(settings.dtype), w, b), settings.ops)
+                scores = logits.detach().to(dtype)
+                lse[start:end] = torch.logsumexp(scores, dim=-1)
+                total += (lse[start:end] - (1 - smoothing) * scores.gather(1, target[:, None]).squeeze(1)).sum()
+                if smoothing:
+                    total -= scores.sum() * (smoothing / vocabulary)
+                if grad_hidden is not None:
+                    grad = _block_loss_gradient(block, logits, lse[start:end], target, vocabulary, smoothing)
+                    grad_hidden[start:end] = grad @ w
+        ctx.settings = settings
+        ctx.at_once = at_once
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.at_once:
+            (grad_hidden,) = ctx.saved_tensors
+            return (grad_hidden * grads[0]).to(grad_hidden.dtype), None, None, None, None
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return *_backward_by_vocabulary(ctx, grads[0]), None, None
+
+
+def _backward_by_vocabulary(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias, recomputing the logits for blocks of the vocabulary."""
+    hidden, weight, bias, targets, lse = ctx.saved_tensors
+    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    settings: _Settings = ctx.settings
+    h = hidden.to(settings.dtype)
+    grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if needs_hidden else None
+    grad_weight = torch.empty_like(weight) if needs_weight else None
+    grad_bias = torch.empty_like(bias) if needs_bias else None
+    for start, end in _ranges(len(weight), settings.chunk_elements // max(1, len(hidden))):
+        w = weight[start:end].to(settings.dtype)
+        b = None if bias is None else bias[start:end].to(settings.dtype)
+        block, logits = _leaf_and_logits(F.linear(h, w, b), settings.ops)
+        grad = _block_loss_gradient(
+            block, logits, lse, targets, len(weight), settings.label_smoothing, first=start, scale=scale
+        )
+        if grad_hidden is not None:
+            grad_hidden += grad @ w
+        if grad_weight is not None:
+            grad_weight[start:end] = grad.T @ h
+        if grad_bias is not None:
+            grad_bias[start:end] = grad.sum(0, dtype=lse.dtype)
+    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+
+
+def _ranges(length: int, step: int) -> Iterator[tuple[int, int]]:
+    step = max(1, step if step < 64 else step // 64 * 64)  # whole tiles of a matmul
+    return ((start, min(start + step, length)) for start in range(0, length, step))
+
+
+def _by_checkpoint(recipe: Recipe, hidden: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """The sum over chunks of tokens for any head, recomputed in backward."""
+
+    def part(h: Tensor, target: Tensor) -> Tensor:
+        logits = replay(recipe.ops, recipe.call.run(h))
+        return F.cross_entropy(
+            logits.to(full_precision(logits.dtype)), target, reduction="sum", label_smoothing=label_smoothing
+        )
+
+    step = recipe.call.chunk_tokens
+    parts = zip(hidden.split(step), targets.split(step), strict=True)
+    return torch.stack([checkpoint(part, h, t, use_reentrant=False) for h, t in parts]).sum()
+
+
+def summed_loss(recipe: Recipe, targets: Tensor, ignore_index: int, label_smoothing: float = 0.0) -> Tensor:
+    """Sum of the token losses of logits that were not computed.
+
+    Tokens without a target are left out before the head is applied, so they cost nothing.
+
+    Args:
+        recipe: of the stand-in, logits [..., V].
+        targets: class indices [...], or `ignore_index`.
+        label_smoothing: weight of the uniform distribution over the vocabulary.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 logits), with the gradients of hidden states and head.
+
+    Raises:
+        RuntimeError: FSDP has freed the head's weight.
+    """
+    call = recipe.call
+    call.check_gathered()
+    hidden, targets = call.hidden.flatten(0, -2), targets.flatten()
+    scored = (targets != ignore_index).nonzero().squeeze(1)
+    if len(scored) < len(targets):
+        hidden, targets = hidden.index_select(0, scored), targets.index_select(0, scored)
+    if call.weight is None:
+        return _by_checkpoint(recipe, hidden, targets, label_smoothing)
+    settings = _Settings(
+        recipe.ops, call.dtype, full_precision(recipe.dtype), label_smoothing, call.chunk_tokens * call.vocabulary
+    )
+    return _LinearCrossEntropy.apply(hidden, call.weight, call.bias, targets, settings)

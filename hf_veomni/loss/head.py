@@ -1,0 +1,107 @@
+"""One call of the output head, kept so that it can be made for some tokens at a time, or late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+Op = tuple[Callable[..., Tensor], tuple[Any, ...]]
+
+
+@dataclass
+class HeadCall:
+    """One call of the output head on hidden states [..., s, H], kept so that it can be made for some tokens, or late.
+
+    `weight` and `bias` are set for a plain linear head; any other head is called through `forward`.
+    """
+
+    hidden: Tensor
+    forward: Callable[[Tensor], Tensor]
+    parameters: list[Tensor]
+    weight: Tensor | None
+    bias: Tensor | None
+    sharded: bool
+    dtype: torch.dtype  # of the head's output
+    autocast: torch.dtype | None
+    vocabulary: int
+    chunk_tokens: int
+    spent: bool = False
+    versions: list[int] = field(default_factory=list)
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """The head's output for `hidden` [..., H], under the autocast of the original call."""
+        enabled = self.autocast is not None
+        with torch.autocast(hidden.device.type, dtype=self.autocast, enabled=enabled):
+            return self.forward(hidden)
+
+    def check_gathered(self) -> None:
+        """Raise if FSDP has freed the head's weight."""
+        if any(p.numel() and p.untyped_storage().size() == 0 for p in self.parameters):
+            raise RuntimeError(
+                "The head's weight has been freed by FSDP, so its logits cannot be computed any more. For the loss: "
+                "keep the head gathered between forward and backward (plan rule {'lm_head': {'fsdp': 'keep'}}, or "
+                "fully_shard(..., reshard_after_forward=False)). For logits in training: look at them before "
+                "backward, use model.eval(), or prepare_omni(..., lean_loss=False)."
+            )
+
+    def check_fresh(self) -> None:
+        """Raise if the logits of this call would be computed from other weights than the loss was."""
+        self.check_gathered()
+        if (self.sharded and self.spent) or self.versions != [p._version for p in self.parameters]:
+            raise RuntimeError(
+                "These logits were not computed in the forward (the loss did not need them), and the head's weight "
+                "has changed or been freed since. Look at them before backward and before the optimizer steps, use "
+                "model.eval(), or prepare_omni(..., lean_loss=False)."
+            )
+
+
+def record_head_call(
+    head: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor, sharded: bool, chunk_tokens: int | None
+) -> HeadCall | None:
+    """Describe the call `forward(hidden)` of `head`, or None where it has to be made at once (a DTensor head)."""
+    parameters = list(head.parameters())
+    if any(isinstance(p, DTensor) for p in (hidden, *parameters)):
+        return None
+    kind = hidden.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    weight = bias = None
+    if getattr(forward, "__func__", None) is nn.Linear.forward and isinstance(head, nn.Linear):
+        weight, bias = head.weight, head.bias
+        vocabulary = weight.shape[0]
+        eligible = autocast is not None and hidden.is_floating_point() and hidden.dtype != torch.float64
+        dtype = autocast if eligible and autocast is not None else hidden.dtype
+        parameters = [p for p in (weight, bias) if p is not None]
+    else:
+        probe = forward(hidden[..., :1, :])
+        vocabulary, dtype = probe.shape[-1], probe.dtype
+    return HeadCall(
+        hidden=hidden,
+        forward=forward,
+        parameters=parameters,
+        weight=weight,
+        bias=bias,
+        sharded=sharded or isinstance(head, FSDPModule),
+        dtype=dtype,
+        autocast=autocast,
+        vocabulary=vocabulary,
+        chunk_tokens=chunk_tokens or default_chunk_tokens(vocabulary),
+        versions=[p._version for p in parameters],
+    )
+
+
+def default_chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose fp32 logits take 128 MiB, at least 32."""
+    return max(32, (128 << 20) // (4 * vocabulary))
+
+
+def replay(ops: tuple[Op, ...], logits: Tensor) -> Tensor:
+    """Apply the recorded functions to (some of) the head's output."""
+    for function, operands in ops:
+        logits = function(logits, *operands)
+    return logits
