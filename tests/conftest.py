@@ -1,11 +1,14 @@
-"""Checkpoints that several test folders use; each is made once a session."""
+"""What several test folders use: ranks, and checkpoints that are made once a session."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.ranks.pool import RankPools
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +19,14 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPools]:
+    """`ranks(n).run(function, *args)` runs a function on n gloo ranks; see tests/ranks/README.md."""
+    pools = RankPools()
+    yield pools
+    pools.close()
 
 
 @pytest.fixture(scope="session")

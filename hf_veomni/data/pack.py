@@ -8,6 +8,7 @@ n documents, p pieces (a document, or a part of one that was too long), r rows.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import uuid
@@ -37,6 +38,7 @@ OVERLONG = ("error", "split", "truncate", "drop")
 BUFFER_SIZE = 10_000  # documents that a stream packs at a time
 _BATCH_TOKENS = 2**20  # tokens that are assembled at a time: a few megabytes
 _SCAN_DOCUMENTS = 16_384
+_LOOK_AT = 1000
 _INDEX = "__sample_index__"
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
@@ -299,14 +301,13 @@ def _pack_stream(
     buffer_size: int,
 ) -> IterableDataset:
     features = dataset.features
-    if features is None:  # a stream without a schema, such as a mapped one: its first sample tells
-        first = next(iter(dataset), None)
-        if first is None:
-            raise ValueError("`dataset` has no samples: there is nothing to pack")
-        features = Dataset.from_list([first]).features
+    if features is None:  # a stream without a schema, such as a mapped one: its first samples tell
+        features = _look_at(dataset)
     rules = _Rules(max_tokens, strategy, overlong, read_columns(features, columns))
+    names = list(rules.columns.read)
+    stream = dataset.select_columns(names).cast(Features({name: features[name] for name in names}))
     # Two maps: datasets 5.2 counts output rows, not input rows, for the indices of a map that changes their number.
-    numbered = dataset.with_format("arrow").map(_number, with_indices=True, batched=True, batch_size=buffer_size)
+    numbered = stream.with_format("arrow").map(_number, with_indices=True, batched=True, batch_size=buffer_size)
     packed = numbered.map(
         _pack_buffer,
         batched=True,
@@ -315,6 +316,16 @@ def _pack_stream(
         features=_features(rules.columns),
     )
     return packed.with_format(None)
+
+
+def _look_at(stream: IterableDataset) -> Features:
+    sample = None
+    for sample in itertools.islice(stream, _LOOK_AT):
+        if len(sample.get("input_ids", "?")):  # an empty list has no type
+            break
+    if sample is None:
+        raise ValueError("`dataset` has no samples: there is nothing to pack")
+    return Dataset.from_list([sample]).features
 
 
 def _number(table: pa.Table, indices: list[int]) -> pa.Table:

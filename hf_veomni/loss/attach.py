@@ -90,8 +90,8 @@ class CausalLMLoss:
         targets, count = local_targets(labels, shift_labels, logits.shape[-2], group, ignore_index)
         if targets.shape != logits.shape[:-1]:
             raise ValueError(
-                f"Targets of shape {tuple(targets.shape)} must match logits of shape {tuple(logits.shape)} but for the "
-                "vocabulary: pass labels with one class index for each input token."
+                f"Targets of shape {tuple(targets.shape)} must match logits of shape {tuple(logits.shape)} in all "
+                "but the vocabulary: pass labels with one class index for each input token."
             )
         total = self._sum(logits, targets.to(logits.device), ignore_index)
         return sum_over_sequence(total / denominator(num_items_in_batch, count, total.device), group)

@@ -9,18 +9,17 @@ A plain linear head, the usual case, goes through one autograd function. Its for
 
 and the backward of a trained head walks over blocks of the vocabulary, for which the log-sum-exp is what was missing:
 
-    logits [N, v] -> gradient [N, v] -> rows v of the weight's gradient, in one matmul over all tokens; hidden += ...
+    logits [N, v] -> gradient [N, v] -> hidden += ..., and rows v of the weight's gradient, complete    3 matmuls
 
-So the weight's gradient is rounded once, as in stock, and needs no fp32 copy of the weight's size; the price is one more
-matmul (4 instead of 3). Any other head (an adapter on it, a saved module) is called chunk by chunk under activation
-checkpointing, where autograd finds all that it uses.
+So the weight's gradient is rounded once, as in stock, and needs no fp32 copy of the weight's size; the price is one
+more matmul (4 instead of 3). Any other head (an adapter on it, a saved module) is called chunk by chunk under
+activation checkpointing, where autograd finds all that it uses.
 
 Matmuls run in the dtype of the model (or of autocast), and their results are upcast to fp32.
 
 `torch.nn.functional.linear_cross_entropy` (torch 2.13) with reduction "sum" is not used: with bf16 it adds up the loss
-in bf16 (1.5 % off at 2048 tokens in chunks of 64; benchmarks/loss_memory.py measures it) and rounds the weight's gradient
-after each chunk (2.3 times stock's error); it keeps the gradients until the loss object dies, or else forbids a second
-backward; and it takes neither scaled logits nor label smoothing.
+in bf16 and rounds the weight's gradient after each chunk (benchmarks/loss_memory.py shows both); it keeps gradients
+until the loss object dies, or else forbids a second backward; and it takes neither scaled logits nor label smoothing.
 """
 
 from __future__ import annotations

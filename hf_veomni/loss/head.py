@@ -65,7 +65,7 @@ def record_head_call(
     head: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor, sharded: bool, chunk_tokens: int | None
 ) -> HeadCall | None:
     """Describe the call `forward(hidden)` of `head`, or None where it has to be made at once (a DTensor head)."""
-    parameters = list(head.parameters())
+    parameters: list[Tensor] = list(head.parameters())
     if any(isinstance(p, DTensor) for p in (hidden, *parameters)):
         return None
     kind = hidden.device.type

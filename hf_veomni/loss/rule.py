@@ -91,7 +91,8 @@ def local_targets(
         return targets, count
     if targets.dim() != 2:
         raise ValueError(
-            f"`{name}` of shape {tuple(targets.shape)} must be [rows, tokens] under sequence parallelism: use sp_size=1."
+            f"`{name}` of shape {tuple(targets.shape)} must be [rows, tokens] under sequence parallelism: "
+            "use sp_size=1."
         )
     start = dist.get_rank(group) * local_length
     padded = F.pad(targets, (0, missing), value=ignore_index)

@@ -143,7 +143,7 @@ def _is_fsdp_hook(func: Any, args: Any) -> bool:
     return func is T.register_hook and str(getattr(args[1], "__module__", "")).startswith("torch.distributed.fsdp")
 
 
-def _lazily(func: Any, logits: LeanLogits, operands: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _lazily(func: Any, logits: LeanLogits, operands: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The answer to `func(logits, *operands, **kwargs)` that needs no real logits, if there is one."""
     if func in _CASTS:
         return _cast(func, logits, operands, kwargs)
@@ -180,7 +180,7 @@ def _takes_all(index: Any, shape: torch.Size) -> bool:
     )
 
 
-def _record(function: Callable[..., Tensor], logits: LeanLogits, operands: tuple[Any, ...]) -> LeanLogits | None:
+def _record(function: Callable[..., Tensor], logits: LeanLogits, operands: tuple[Any, ...]) -> Any:
     """Append an elementwise function with scalar operands; None if it is not one."""
     kept = []
     for operand in operands:
@@ -198,7 +198,7 @@ def _record(function: Callable[..., Tensor], logits: LeanLogits, operands: tuple
     return LeanLogits.make(replace(recipe, dtype=sample.dtype, ops=(*recipe.ops, (function, tuple(kept)))))
 
 
-def _cast(func: Any, logits: LeanLogits, operands: tuple[Any, ...], kwargs: dict[str, Any]) -> LeanLogits | None:
+def _cast(func: Any, logits: LeanLogits, operands: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Append a dtype cast; None if `func` does anything else (another device, a copy, the name of the type)."""
     if kwargs.keys() - {"dtype", "device", "non_blocking"} or any(isinstance(x, Tensor) for x in operands):
         return None

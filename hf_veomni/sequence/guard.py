@@ -49,8 +49,8 @@ def attach_guards(model: nn.Module, state: ParallelState, reasons: Mapping[str, 
         cached = inputs.get("past_key_values") is not None or inputs.get("use_cache")
         if cached and inputs.get("labels") is not None:
             raise ValueError(
-                "`labels` with `use_cache=True` or `past_key_values` is not available at sp_size > 1: with a cache every "
-                "rank runs the whole row. Leave the cache out to get a loss."
+                "`labels` with `use_cache=True` or `past_key_values` is not available at sp_size > 1: every "
+                "rank runs the whole row then. Leave the cache out to get a loss."
             )
         if not cached and (isinstance(keep, Tensor) or keep != 0):
             raise ValueError(
