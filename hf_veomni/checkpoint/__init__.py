@@ -1,0 +1,29 @@
+"""Saving and loading: plain formats for others, sharded state for resuming."""
+
+from hf_veomni.checkpoint.agree import agree, together
+from hf_veomni.checkpoint.files import staged
+from hf_veomni.checkpoint.plain import gather_full_state, gather_plain_state, load_plain, save_plain
+from hf_veomni.checkpoint.state import (
+    load_optimizer,
+    load_stock_optimizer,
+    load_weights,
+    save_optimizer,
+    save_weights,
+    unwrap_optimizer,
+)
+
+__all__ = [
+    "agree",
+    "gather_full_state",
+    "gather_plain_state",
+    "load_optimizer",
+    "load_plain",
+    "load_stock_optimizer",
+    "load_weights",
+    "save_optimizer",
+    "save_plain",
+    "save_weights",
+    "staged",
+    "together",
+    "unwrap_optimizer",
+]

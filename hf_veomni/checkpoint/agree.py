@@ -1,0 +1,57 @@
+"""An error on one rank becomes an error on every rank: otherwise the others wait in the next collective for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+# What travels between ranks is kind and text: a user's exception class may not unpickle elsewhere.
+_KINDS: tuple[type[Exception], ...] = (ValueError, OSError)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def agree(error: Exception | None, what: str) -> None:
+    """Raise on every rank if `error` is set on any of them.
+
+    Args:
+        error: what went wrong on this rank, or None.
+        what: the job in words, for the message on the ranks where nothing went wrong.
+
+    Collective: one all-gather of small objects over all ranks.
+
+    Raises:
+        Exception: `error` itself on its own rank; elsewhere a ValueError, OSError or RuntimeError that names the rank.
+    """
+    if _world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    kind = next((index for index, known in enumerate(_KINDS) if isinstance(error, known)), -1)
+    mine = None if error is None else (kind, f"{type(error).__name__}: {error}")
+    reports: list[tuple[int, str] | None] = [None] * _world_size()
+    dist.all_gather_object(reports, mine)
+    if error is not None:
+        raise error
+    for rank, report in enumerate(reports):
+        if report is not None:
+            raised = _KINDS[report[0]] if report[0] >= 0 else RuntimeError
+            raise raised(f"{what} failed on rank {rank}: {report[1]}")
+
+
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """Run a block that holds no collective; if it raises on one rank, every rank raises after it.
+
+    Collective: one all-gather of small objects over all ranks at the end of the block.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:  # every kind: whatever it is, the other ranks must hear of it
+        error = caught
+    agree(error, what)

@@ -1,0 +1,53 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def _publish(staging: Path, directory: Path) -> None:
+    """Move what was written into its place; weights of an earlier save that it does not replace are removed."""
+    if not directory.exists():
+        os.rename(staging, directory)
+        return
+    written = {entry.name for entry in staging.iterdir()}
+    for entry in sorted(staging.iterdir()):
+        target = directory / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(entry, target)
+    for entry in directory.iterdir():
+        if _WEIGHTS.fullmatch(entry.name) and entry.name not in written:
+            entry.unlink()
+    staging.rmdir()
+
+
+@contextmanager
+def staged(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """A directory beside `directory` to write into; its files move over in one go when the block ends well.
+
+    Whatever goes wrong inside (a full disk, an interrupt), the staging directory is removed and `directory` is as it
+    was. Not a collective: call it on the rank that writes.
+
+    Raises:
+        ValueError: `directory` is a file.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"`{directory}` is a file: name a directory to save to, or remove the file.")
+    staging = directory.parent / f".{directory.name}.incomplete"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        _publish(staging, directory)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise

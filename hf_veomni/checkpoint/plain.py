@@ -1,0 +1,236 @@
+"""Sharded model <-> the plain formats: safetensors that stock transformers and stock PEFT open."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from hf_veomni import hf
+from hf_veomni.checkpoint.agree import together
+from hf_veomni.checkpoint.files import staged
+
+
+def _stock_class(model: nn.Module) -> type:
+    """The class that a user knows: `fully_shard` puts a generated one in front."""
+    return next(owner for owner in type(model).__mro__ if not owner.__name__.startswith("FSDP"))
+
+
+def _adapter_keys(model: PeftModel, name: str, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Key in PEFT's file -> key in the model's state dict, for the adapter `name`."""
+    names = {id(tensor): key for key, tensor in state.items()}
+    saved = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=name)
+    return {key: names[id(tensor)] for key, tensor in saved.items()}
+
+
+def gather_full_state(model: nn.Module, *, keep: bool, names: set[str] | None = None) -> dict[str, Tensor]:
+    """Parameters and buffers in full on the CPU, one at a time, so that no rank holds a second whole model.
+
+    Args:
+        keep: whether this rank wants them; the others take part and drop each tensor at once.
+        names: keys of the state dict; None takes all.
+
+    Returns:
+        Global tensors by name on ranks that keep them, an empty dict elsewhere. Tied parameters share one tensor.
+
+    Collectives: one all-gather per sharded tensor over the mesh it lives on. No gradient.
+    """
+    parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    full: dict[str, Tensor] = {}
+    seen: dict[int, Tensor | None] = {}
+    for name, tensor in model.state_dict().items():
+        if names is not None and name not in names:
+            continue
+        key = parameters.get(name, id(tensor))
+        if key not in seen:
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            seen[key] = whole.detach().cpu() if keep else None
+        value = seen[key]
+        if value is not None:
+            full[name] = value
+    return full
+
+
+def gather_plain_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """What a plain checkpoint of `model` holds: all of it, or the adapters' tensors of a `PeftModel`.
+
+    Collectives: see `gather_full_state`.
+    """
+    if not isinstance(model, PeftModel):
+        return gather_full_state(model, keep=keep)
+    state = model.state_dict()
+    names = {key for name in model.peft_config for key in _adapter_keys(model, name, state).values()}
+    return gather_full_state(model, keep=keep, names=names)
+
+
+def _restore_class_name(directory: Path, base: PreTrainedModel) -> None:
+    """PEFT notes the base class for AutoPeftModel: the stock one, not FSDP2's generated subclass."""
+    for path in directory.rglob("adapter_config.json"):
+        config = json.loads(path.read_text())
+        if isinstance(config.get("auto_mapping"), dict):
+            stock = _stock_class(base)
+            config["auto_mapping"] = {"base_model_class": stock.__name__, "parent_library": stock.__module__}
+            path.write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def save_plain(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    write: bool,
+    extras: Callable[[Path], Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Save so that `from_pretrained` of stock transformers (or PEFT, for a `PeftModel`: adapters only) opens it.
+
+    Every rank must call it. The directory appears whole, or stays as it was if anything fails.
+
+    Args:
+        write: whether this rank writes; true on rank 0 alone.
+        extras: called with the directory to add files to it (tokenizer, arguments).
+        state: full tensors that were gathered already.
+
+    Collectives: see `gather_full_state`, then one small all-gather.
+
+    Raises:
+        OSError: no space, no permission; on every rank.
+        ValueError: `directory` is a file; on every rank.
+    """
+    if state is None:
+        state = gather_plain_state(model, keep=write)
+    with together(f"Saving the model to '{directory}'"):
+        if write:
+            with staged(directory) as staging:
+                saver: Any = model
+                saver.save_pretrained(staging, state_dict=dict(state))
+                if isinstance(model, PeftModel):
+                    _restore_class_name(staging, hf.base_model(model))
+                if extras is not None:
+                    extras(staging)
+
+
+def _weight_files(directory: Path) -> dict[str, Path]:
+    """Key -> file that holds it, for a plain model directory."""
+    index, single = directory / SAFE_WEIGHTS_INDEX_NAME, directory / SAFE_WEIGHTS_NAME
+    if single.is_file():
+        with safe_open(single, framework="pt") as handle:
+            return dict.fromkeys(handle.keys(), single)
+    if not index.is_file():
+        raise ValueError(
+            f"'{directory}' holds no weights: expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME} there. Name a "
+            "directory that `save_model` or a checkpoint wrote."
+        )
+    weight_map = json.loads(index.read_text())["weight_map"]
+    missing = sorted({name for name in weight_map.values() if not (directory / name).is_file()})
+    if missing:
+        raise ValueError(f"'{directory}' is incomplete: {', '.join(missing)} of {index.name} do not exist.")
+    return {key: directory / name for key, name in weight_map.items()}
+
+
+def _adapter_files(model: PeftModel, directory: Path, state: Mapping[str, Tensor]) -> dict[str, tuple[Path, str]]:
+    found: dict[str, tuple[Path, str]] = {}
+    for name in model.peft_config:
+        path = (directory if name == "default" else directory / name) / ADAPTER_SAFE_WEIGHTS_NAME
+        if not path.is_file():
+            raise ValueError(f"'{path}' does not exist: '{directory}' holds no checkpoint of the adapter '{name}'.")
+        found.update({key: (path, saved) for saved, key in _adapter_keys(model, name, state).items()})
+    return found
+
+
+def _copy_slice(target: Tensor, handle: Any, key: str, path: Path) -> None:
+    """Read this rank's part of one tensor from disk into `target`, a DTensor or a plain tensor."""
+    part = handle.get_slice(key)
+    if tuple(part.get_shape()) != tuple(target.shape):
+        raise ValueError(
+            f"'{path}': '{key}' has shape {tuple(part.get_shape())}, but the model's has {tuple(target.shape)}: the "
+            "checkpoint is of another model."
+        )
+    if not target.dim():
+        target.copy_(handle.get_tensor(key))
+    elif isinstance(target, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+        ranges = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+        local = target.to_local()
+        if local.numel():
+            local.copy_(part[ranges])
+    else:
+        target.copy_(part[:])
+
+
+def _pairs(
+    files: Mapping[str, tuple[Path, str]], state: Mapping[str, Tensor]
+) -> Iterator[tuple[Tensor, Any, str, Path]]:
+    with ExitStack() as stack:
+        handles: dict[Path, Any] = {}
+        for key, (path, saved) in files.items():
+            if path not in handles:
+                handles[path] = stack.enter_context(safe_open(path, framework="pt"))
+            if saved not in handles[path].keys():
+                raise ValueError(f"'{path}' has no tensor '{saved}': it is a checkpoint of another model or adapter.")
+            yield state[key], handles[path], saved, path
+
+
+@torch.no_grad()
+def load_plain(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Load a plain checkpoint into a model whose parameters may be sharded; the inverse of `save_plain`.
+
+    Each rank reads the part of each tensor that it owns. Where the family stores its weights in another arrangement
+    than it computes with (stacked experts), rank 0 converts with transformers' own loader and hands the parts out.
+
+    Collectives: one small all-gather; in the second case a broadcast per tensor.
+
+    Raises:
+        ValueError: no checkpoint there, or one of another model; on every rank.
+    """
+    directory = Path(directory)
+    state = model.state_dict()
+    files: dict[str, tuple[Path, str]] = {}
+    converted = False
+    with together(f"Reading the checkpoint '{directory}'"):
+        if isinstance(model, PeftModel):
+            files = _adapter_files(model, directory, state)
+        else:
+            weights = _weight_files(directory)
+            files = {key: (weights[key], key) for key in state if key in weights}
+            converted = bool(_untied(model, set(state) - set(files)))
+        if not converted:
+            for target, handle, key, path in _pairs(files, state):
+                _copy_slice(target, handle, key, path)
+    if converted:
+        _load_converted(model, directory)
+
+
+def _untied(model: nn.Module, missing: set[str]) -> set[str]:
+    """Those of `missing` that are not another name of a parameter that is there."""
+    parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    present = {ident for name, ident in parameters.items() if name not in missing}
+    return {name for name in missing if parameters.get(name) not in present}
+
+
+def _load_converted(model: nn.Module, directory: Path) -> None:
+    base = hf.base_model(model)
+    full: dict[str, Tensor] = {}
+    with together(f"Converting the checkpoint '{directory}'"):
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            loader: Any = _stock_class(base)
+            plain, info = loader.from_pretrained(directory, dtype=base.dtype, output_loading_info=True)
+            if info["missing_keys"]:
+                missing = ", ".join(sorted(info["missing_keys"])[:3])
+                raise ValueError(
+                    f"'{directory}' lacks tensors of {loader.__name__}: {missing}: it is of another model."
+                )
+            full = plain.state_dict()
+    set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))

@@ -1,0 +1,130 @@
+"""What a resumed run needs beside the weights in their plain format: state that stays sharded on disk (torch DCP)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from hf_veomni.checkpoint.agree import together
+
+# Names instead of positions: another plan may group or order the parameters differently.
+_BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def unwrap_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside accelerate's wrappers."""
+    while not isinstance(optimizer, Optimizer) or hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _is_complete(directory: Path) -> bool:
+    return (directory / ".metadata").is_file()
+
+
+def _require(directory: Path) -> None:
+    if not _is_complete(directory):
+        raise ValueError(
+            f"'{directory}' is missing or incomplete (no .metadata in it): the checkpoint cannot be resumed from. Use "
+            "an earlier one, or load its weights alone with from_pretrained."
+        )
+
+
+def _no_group() -> bool:
+    return not torch.distributed.is_initialized()
+
+
+def save_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLike[str]) -> None:
+    """Write the optimizer's state; each rank writes what it owns, by parameter name. Every rank must call it.
+
+    Collectives: DCP's planning gathers over all ranks.
+
+    Raises:
+        CheckpointException: torch's own, on every rank, when one of them cannot write.
+    """
+    state = get_optimizer_state_dict(model, unwrap_optimizer(optimizer), options=_BY_NAME)
+    dcp.save({"optimizer": state}, checkpoint_id=directory, no_dist=_no_group())
+
+
+def load_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLike[str]) -> None:
+    """Read what `save_optimizer` wrote, under the same plan or another. Every rank must call it.
+
+    Collectives: DCP's planning gathers over all ranks.
+
+    Raises:
+        ValueError: nothing complete there; on every rank.
+    """
+    with together(f"Reading the optimizer state '{directory}'"):
+        _require(Path(directory))
+    inner = unwrap_optimizer(optimizer)
+    state = get_optimizer_state_dict(model, inner, options=_BY_NAME)
+    dcp.load({"optimizer": state}, checkpoint_id=directory, no_dist=_no_group())
+    set_optimizer_state_dict(model, inner, state, options=_BY_NAME)
+
+
+def load_stock_optimizer(model: nn.Module, optimizer: Any, path: str | os.PathLike[str]) -> None:
+    """Read the `optimizer.pt` of a one-process run into an optimizer over the same, possibly sharded, parameters.
+
+    That file knows parameters by position; the groups of this optimizer name them.
+
+    Raises:
+        ValueError: other groups than this optimizer's; on every rank.
+    """
+    inner = unwrap_optimizer(optimizer)
+    state: dict[str, Any] = {}
+    with together(f"Reading the optimizer state '{path}'"):
+        state = _named_state(model, inner, torch.load(path, map_location="cpu", weights_only=True), path)
+    set_optimizer_state_dict(model, inner, state, options=StateDictOptions(full_state_dict=True))
+
+
+def _named_state(model: nn.Module, optimizer: Optimizer, stored: dict[str, Any], path: Any) -> dict[str, Any]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    here = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    there = [group["params"] for group in stored["param_groups"]]
+    if [len(group) for group in here] != [len(group) for group in there]:
+        raise ValueError(
+            f"'{path}' has parameter groups of {[len(g) for g in there]} tensors, this optimizer of "
+            f"{[len(g) for g in here]}: it was written by a run with other trainable parameters or weight decay."
+        )
+    by_position = {p: n for ns, ps in zip(here, there, strict=True) for n, p in zip(ns, ps, strict=True)}
+    groups = [{**group, "params": ns} for group, ns in zip(stored["param_groups"], here, strict=True)]
+    return {"state": {by_position[p]: value for p, value in stored["state"].items()}, "param_groups": groups}
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: everything, or the trainable parameters of a `PeftModel` (its base has a file of its own)."""
+    state = model.state_dict()
+    if not isinstance(model, PeftModel):
+        return state
+    trainable = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return {name: tensor for name, tensor in state.items() if name in trainable}
+
+
+def save_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the weights, each rank what it owns. Every rank must call it. See `save_optimizer`."""
+    dcp.save({"model": _weights(model)}, checkpoint_id=directory, no_dist=_no_group())
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Read what `save_weights` wrote, under the same plan or another. Every rank must call it.
+
+    Raises:
+        ValueError: nothing complete there; on every rank.
+    """
+    with together(f"Reading the weights '{directory}'"):
+        _require(Path(directory))
+    # In place: the state dict holds the parameters' own storage.
+    dcp.load({"model": _weights(model)}, checkpoint_id=directory, no_dist=_no_group())

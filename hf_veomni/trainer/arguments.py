@@ -1,0 +1,63 @@
+"""`OmniTrainingArguments`: TrainingArguments with a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from hf_veomni.plan import ParallelPlan
+from hf_veomni.trainer.launcher import release_launcher
+from hf_veomni.trainer.parallelism import OmniParallelismConfig
+from hf_veomni.trainer.refusals import check_given, check_sharded
+
+
+@dataclass
+class OmniTrainingArguments(TrainingArguments):
+    """TrainingArguments + `plan`.
+
+    Args:
+        plan: how the ranks are used: a string ("sp=2,dp_shard=2"), a path to a yaml file, a mapping or a
+            `ParallelPlan`. None reads what the launcher passed on, and without a launcher leaves the world to data
+            parallelism. After construction it is the resolved `ParallelPlan`.
+
+    Raises:
+        ValueError: a plan that does not fit the world, or an argument that does not go with a plan.
+    """
+
+    # A string for HfArgumentParser; `__post_init__` parses it.
+    plan: str | None = field(
+        default=None,
+        metadata={
+            "help": "Parallel plan: 'sp=2,dp_shard=2' or a path to a yaml file. Default: what the launcher passed on."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        plan = ParallelPlan.parse(self.plan or None)
+        check_given(self)
+        given = self.parallelism_config
+        if given is not None and not isinstance(given, OmniParallelismConfig):
+            raise ValueError(f"`parallelism_config` ({type(given).__name__}) does not go with a plan: leave it out.")
+        release_launcher(plan)
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else accelerate starts every process as if it were alone
+        super().__post_init__()
+        self._n_gpu = min(self._n_gpu, 1)  # one process drives one device: no DataParallel
+        plan = plan.resolve(self.world_size)
+        self.plan: Any = plan
+        if plan.world_size > 1:
+            check_sharded(self)
+            self.parallelism_config = OmniParallelismConfig(plan)
+            if self.accelerator_config.dispatch_batches is None:
+                # accelerate's default for streams: rank 0 reads, concatenates and cuts. Packed rows do not add up.
+                self.accelerator_config.dispatch_batches = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in TrainingArguments: plain values, the plan included. What follows from the plan is left out."""
+        values = super().to_dict()
+        values["plan"] = self.plan.to_dict()
+        values["parallelism_config"] = None
+        return values

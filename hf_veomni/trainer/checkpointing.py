@@ -1,0 +1,156 @@
+"""Saving, resuming and best models of the Trainer, for sharded parameters."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_veomni.checkpoint import (
+    agree,
+    load_optimizer,
+    load_plain,
+    load_stock_optimizer,
+    save_optimizer,
+    save_plain,
+    together,
+)
+
+if TYPE_CHECKING:
+    from hf_veomni.trainer.batching import BatchingMixin as _Base
+else:
+    _Base = object
+
+OPTIMIZER_DIRECTORY = "optimizer"  # torch DCP, one file a rank, by parameter name
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Trainer writes its state last."""
+    return (checkpoint / TRAINER_STATE_NAME).is_file()
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path:
+    """The newest checkpoint under `output_dir` that was written to its end.
+
+    Raises:
+        ValueError: there is none.
+    """
+    root = Path(output_dir)
+    found = [entry for entry in (root.iterdir() if root.is_dir() else ()) if _CHECKPOINT.fullmatch(entry.name)]
+    found.sort(key=lambda entry: int(entry.name.rpartition("-")[2]))
+    complete = [entry for entry in found if _is_complete(entry)]
+    if not complete:
+        partial = f"; {', '.join(e.name for e in found)} lack {TRAINER_STATE_NAME}" if found else ""
+        raise ValueError(
+            f"No complete checkpoint in `output_dir` ('{output_dir}'){partial}: start without "
+            "`resume_from_checkpoint`, or name the directory of one."
+        )
+    return complete[-1]
+
+
+class CheckpointingMixin(_Base):
+    """Overrides of Trainer for files.
+
+    A checkpoint has Trainer's layout: the model or adapter in its plain format, scheduler, random states and trainer
+    state; the optimizer lies in `optimizer/` as torch DCP, so that another plan can read it. An error on one rank is
+    raised on all of them, and what was written of that checkpoint is removed.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        directory = Path(self.args.output_dir if output_dir is None else output_dir)
+        save_plain(self.model, directory, write=self.args.should_save, extras=self._save_extras, state=state_dict)
+
+    def _save_extras(self, directory: Path) -> None:
+        processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if processing is not None:
+            processing.save_pretrained(directory)
+        torch.save(self.args, directory / TRAINING_ARGS_NAME)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        directory = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        existed = directory.exists()
+        error: Exception | None = None
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as caught:
+            error = caught
+            if self.args.should_save:
+                # Every step inside agrees on errors, so no rank writes any more.
+                leftover = directory / TRAINER_STATE_NAME if existed else directory
+                leftover.unlink(missing_ok=True) if existed else shutil.rmtree(leftover, ignore_errors=True)
+        agree(error, f"Saving '{directory}'")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.parallel_state.world_size == 1:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_optimizer(self.model, self.optimizer, Path(output_dir) / OPTIMIZER_DIRECTORY)
+        with together(f"Saving the scheduler to '{output_dir}'"):
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        with together(f"Saving the gradient scaler to '{output_dir}'"):
+            super()._save_scaler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with together(f"Saving the random state to '{output_dir}'"):
+            super()._save_rng_state(output_dir)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's `train`. With `resume_from_checkpoint=True`, from the newest checkpoint that is complete.
+
+        Raises:
+            ValueError: no complete checkpoint there; on every rank.
+        """
+        checkpoint = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _find_checkpoint(self, wanted: str | bool) -> str:
+        found: list[str | None] = [None]
+        with together("Looking for the checkpoint"):
+            path = last_complete_checkpoint(self.args.output_dir) if wanted is True else Path(str(wanted))
+            if not _is_complete(path):
+                raise ValueError(
+                    f"`resume_from_checkpoint` ('{path}') is missing or incomplete (no {TRAINER_STATE_NAME} in it): "
+                    "name a checkpoint directory, or True for the newest complete one."
+                )
+            found = [str(path)]
+        if self.parallel_state.world_size > 1:
+            dist.broadcast_object_list(found, src=0)
+        assert found[0] is not None
+        return found[0]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_plain(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        load_plain(self.model, self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        sharded, stock = Path(checkpoint) / OPTIMIZER_DIRECTORY, Path(checkpoint) / OPTIMIZER_NAME
+        with together(f"Looking for the optimizer state in '{checkpoint}'"):
+            missing = [p.name for p in (Path(checkpoint) / SCHEDULER_NAME,) if not p.is_file()]
+            if missing or not (sharded.is_dir() or stock.is_file()):
+                raise ValueError(
+                    f"'{checkpoint}' holds no optimizer and scheduler state (`save_only_model`?): it cannot be "
+                    "resumed from. To go on from its weights alone, load them with from_pretrained."
+                )
+        if sharded.is_dir():
+            load_optimizer(self.model, self.optimizer, sharded)
+        else:
+            load_stock_optimizer(self.model, self.optimizer, stock)
+        with together(f"Reading the scheduler of '{checkpoint}'"):
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))

@@ -1,0 +1,98 @@
+"""Loss, evaluation and prediction under a plan: what a user's function sees is what one rank would hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from hf_veomni.loss import lean_evaluation
+from hf_veomni.mesh import ParallelState, get_parallel_state
+from hf_veomni.prepare import gather_sequence
+
+if TYPE_CHECKING:
+    from hf_veomni.trainer.batching import BatchingMixin as _Base
+else:
+    _Base = object
+
+
+def _gather_outputs(model: nn.Module, output: Any) -> Any:
+    """Full-length logits and hidden states in place of this rank's slices; everything else as it is."""
+    if not isinstance(output, Mapping) or not isinstance(output.get("logits"), Tensor):
+        return output
+    local = output["logits"].shape[1]
+    output["logits"] = gather_sequence(output["logits"], model)
+    hidden = output.get("hidden_states")
+    if isinstance(hidden, tuple):
+        output["hidden_states"] = tuple(gather_sequence(h, model) if h.shape[1] == local else h for h in hidden)
+    return output
+
+
+@contextmanager
+def whole_outputs(model: nn.Module) -> Iterator[None]:
+    """Inside, the model returns full-length logits [B, S, V] on every rank, with gradients.
+
+    Every rank of the SP group then holds them, and what is computed from them is computed sp times over: the price of
+    a function that wants to see all logits.
+
+    Collective: per forward one all-gather over the SP group; its backward is a reduce-scatter (sum).
+    """
+    state: ParallelState = get_parallel_state(model)
+    if state.sp_size == 1:
+        yield
+        return
+    handle = model.register_forward_hook(lambda module, args, output: _gather_outputs(model, output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class EvaluationMixin(_Base):
+    """Overrides of Trainer around `compute_loss` and `prediction_step`.
+
+    Evaluation runs under SP. Loss: each batch by its own tokens, as in one process. Logits: gathered over the SP group
+    before `preprocess_logits_for_metrics`, then over the data ranks, in dataset order and without fillers. When nobody
+    looks at logits, none are made.
+    """
+
+    _outputs_are_whole = False
+
+    @contextmanager
+    def _whole(self, model: nn.Module, wanted: bool) -> Iterator[None]:
+        if not wanted or self._outputs_are_whole:
+            yield
+            return
+        self._outputs_are_whole = True
+        try:
+            with whole_outputs(model):
+                yield
+        finally:
+            self._outputs_are_whole = False
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # `compute_loss_func` gets full logits and full labels. Every rank of the SP group computes the whole loss from
+        # them; the gather's backward sums the equal gradients, and FSDP's mean over the group takes the sum back.
+        with self._whole(model, self.compute_loss_func is not None):
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        lean = prediction_loss_only and self.compute_loss_func is None and self.label_smoother is None
+        self._evaluating = True
+        try:
+            with ExitStack() as stack:
+                if lean:
+                    stack.enter_context(lean_evaluation(model))
+                else:
+                    stack.enter_context(self._whole(model, not prediction_loss_only))
+                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._evaluating = False

@@ -1,0 +1,59 @@
+"""Gather over the data ranks: the ranks of an SP group hold the same rows, which must count once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils.operations import recursively_apply
+from torch import Tensor
+
+
+def gather_rows(data: Any, group: dist.ProcessGroup | None) -> Any:
+    """Concatenate the rows of all data ranks, in data-rank order, for each tensor in a nested structure.
+
+    Args:
+        data: tensors [b, ...], alike in all but the first size (the last batch of an epoch may be short); a scalar
+            counts as one row.
+        group: one rank of each SP group; None if there is one data rank.
+
+    Returns:
+        Tensors [sum of b, ...], the same on every rank.
+
+    Collectives: two all-gathers over `group` for each tensor. No gradient.
+    """
+    return recursively_apply(_gather_one, data, group, error_on_other_type=True)
+
+
+def _gather_one(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    rows = tensor.detach().clone()[None] if tensor.dim() == 0 else tensor.detach().contiguous()
+    if group is None:
+        return rows
+    ranks = dist.get_world_size(group)
+    sizes = rows.new_empty(ranks, dtype=torch.long)
+    dist.all_gather_into_tensor(sizes, sizes.new_tensor([rows.shape[0]]), group=group)
+    counts: list[int] = sizes.tolist()
+    longest = max(counts)
+    if rows.shape[0] < longest:
+        rows = torch.cat([rows, rows.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
+    as_bytes = rows.dtype == torch.bool  # gloo has no bool
+    sent = rows.view(torch.uint8) if as_bytes else rows
+    out = sent.new_empty(ranks * longest, *sent.shape[1:])
+    dist.all_gather_into_tensor(out, sent, group=group)
+    out = out.view(torch.bool) if as_bytes else out
+    if len(set(counts)) == 1:
+        return out
+    return torch.cat([part[:count] for part, count in zip(out.split(longest), counts, strict=True)])
+
+
+def gather_objects(data: list[Any], group: dist.ProcessGroup | None) -> list[Any]:
+    """The lists of all data ranks as one list, in data-rank order.
+
+    Collective: one all-gather of pickled objects over `group`.
+    """
+    if group is None:
+        return list(data)
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, data, group=group)
+    return [entry for part in parts for entry in part]

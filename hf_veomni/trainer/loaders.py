@@ -1,0 +1,102 @@
+"""Which rows a rank reads. Data ranks get whole batches of their own, the ranks of an SP group the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import Sampler
+
+from hf_veomni.mesh import ParallelState
+
+
+class WholeBatches(BatchSamplerShard):
+    """Every `num_processes`-th batch, as one process would have made it.
+
+    accelerate fills a short last batch up with rows from the beginning, which then weigh twice. Here a batch stays as
+    it is, and a data rank for which none is left runs the first batch once more as a filler, to keep in step: its
+    labels are blanked in training, its outputs cut off in evaluation.
+    """
+
+    @property
+    def ends_with_filler(self) -> bool:
+        """Whether this rank's last batch is one that another rank had."""
+        rest = len(self.batch_sampler) % self.num_processes
+        return not self.drop_last and rest != 0 and self.process_index >= rest
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first: list[int] = []
+        mine: list[int] = []
+        index = -1
+        for index, batch in enumerate(self.batch_sampler):
+            first = batch if index == 0 else first
+            if index % self.num_processes == self.process_index:
+                mine = batch
+            if index % self.num_processes == self.num_processes - 1:
+                yield mine
+                mine = []
+        if (index + 1) % self.num_processes and not self.drop_last:
+            yield mine or first
+
+
+def keep_batches_whole(loader: Any) -> WholeBatches | None:
+    """Turn the sharding that accelerate put on a loader into `WholeBatches`.
+
+    Returns:
+        The batch sampler of this rank, or None where accelerate did not shard (one data rank, a stream, a sampler that
+        knows its rank).
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    if type(sampler) is BatchSamplerShard and sampler.num_processes > 1:
+        sampler.__class__ = WholeBatches
+    return sampler if isinstance(sampler, WholeBatches) else None
+
+
+class EpochSeeded(Sampler[int]):
+    """A sampler that draws from a generator of its own, seeded by (seed, epoch): the same order on every rank, and
+    after a resume in a later epoch."""
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+        sampler.generator = torch.Generator()
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator.manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell the innermost sampler; accelerate does not reach it through a loader that skips batches (a resume)."""
+    sampler = loader
+    for name in ("batch_sampler", "batch_sampler", "sampler"):
+        sampler = getattr(sampler, name, sampler)
+    if sampler is not loader and hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+
+
+class DataRankView:
+    """Training arguments that count data ranks where Trainer builds samplers and seeds loader workers."""
+
+    def __init__(self, arguments: Any, state: ParallelState) -> None:
+        self._arguments = arguments
+        self.world_size, self.process_index = state.dp_size, state.dp_rank
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._arguments, name)
+
+
+class Filler(dict):
+    """A batch that only keeps a rank in step: no label of it counts."""
+
+    @classmethod
+    def of(cls, batch: Any) -> Filler:
+        blank = {k: torch.full_like(v, -100) for k, v in batch.items() if k in ("labels", "shift_labels")}
+        return cls({**batch, **blank})

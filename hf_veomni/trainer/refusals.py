@@ -1,0 +1,104 @@
+"""Training arguments that do not go with a plan. An option without effect is an error, with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.training_args import OptimizerNames
+
+# Optimizers whose update of an element needs no other element of the parameter, or that are torch's own on DTensors.
+_SHARDED_OPTIMIZERS = frozenset(
+    {
+        OptimizerNames.ADAMW_TORCH,
+        OptimizerNames.ADAMW_TORCH_FUSED,
+        OptimizerNames.SGD,
+        OptimizerNames.ADAGRAD,
+        OptimizerNames.RMSPROP,
+        OptimizerNames.SCHEDULE_FREE_ADAMW,
+        OptimizerNames.SCHEDULE_FREE_SGD,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One argument: `refused(value)` tells whether the value is refused, `reason` why and the way out."""
+
+    name: str
+    refused: Callable[[Any], bool]
+    reason: str
+
+    def check(self, arguments: Any) -> None:
+        value = getattr(arguments, self.name, None)
+        if self.refused(value):
+            shown = getattr(value, "value", value)
+            raise ValueError(f"`{self.name}` ({shown!r}) does not go with a plan: {self.reason}.")
+
+
+def _given(value: Any) -> bool:
+    return value is not None
+
+
+def _falsy(value: Any) -> bool:
+    return not value
+
+
+# Whatever the plan is, one rank included.
+_ALWAYS = (
+    Refusal("fsdp", bool, "the plan shards the model; leave `fsdp` out and give `plan='dp_shard=N'`"),
+    Refusal(
+        "fsdp_config", bool, "the plan shards the model; leave `fsdp_config` out, per-module rules go into the plan"
+    ),
+    Refusal("deepspeed", bool, "the plan shards the model; leave `deepspeed` out and give `plan='dp_shard=N'`"),
+    Refusal("torch_compile", bool, "the sequence is cut by hooks that torch.compile does not trace; leave it off"),
+    Refusal("use_liger_kernel", bool, "the loss runs without full logits already; leave `use_liger_kernel` off"),
+)
+
+# A world of several ranks.
+_SHARDED = (
+    Refusal("fp16", bool, "the gradient scaler cannot see infinities on other ranks' shards; use `bf16=True`"),
+    Refusal("fp16_full_eval", bool, "sharded parameters cannot change their dtype; load the model in bfloat16"),
+    Refusal("bf16_full_eval", bool, "sharded parameters cannot change their dtype; load the model in bfloat16"),
+    Refusal("auto_find_batch_size", bool, "ranks that run out of memory alone would leave the others waiting; set it"),
+    Refusal("save_on_each_node", bool, "rank 0 alone writes; save to a directory that all nodes share"),
+    Refusal(
+        "average_tokens_across_devices", _falsy, "the loss is normalised by the tokens of all ranks; leave it at True"
+    ),
+    Refusal("ddp_find_unused_parameters", _given, "FSDP2 is used, not DDP; leave it out"),
+    Refusal("ddp_bucket_cap_mb", _given, "FSDP2 is used, not DDP; leave it out"),
+    Refusal("ddp_broadcast_buffers", _given, "FSDP2 is used, not DDP; leave it out"),
+    Refusal("ddp_static_graph", _given, "FSDP2 is used, not DDP; leave it out"),
+    Refusal(
+        "optim",
+        lambda value: value not in _SHARDED_OPTIMIZERS,
+        f"it does not work on sharded parameters; use {', '.join(sorted(o.value for o in _SHARDED_OPTIMIZERS))}, or "
+        "hand one over in `optimizer_cls_and_kwargs`",
+    ),
+    Refusal(
+        "activation_checkpointing_kwargs",
+        lambda value: bool(value and value.get("use_reentrant")),
+        "reentrant checkpointing runs FSDP's hooks in the wrong order; leave `use_reentrant` out or False",
+    ),
+)
+
+_LOADERS = (
+    Refusal("split_batches", bool, "each data rank reads batches of its own; give the batch size per device"),
+    Refusal("dispatch_batches", bool, "rank 0 cannot cut packed rows of different lengths; leave it out"),
+    Refusal("even_batches", _falsy, "every rank must run the same number of batches; leave it at True"),
+)
+
+
+def check_given(arguments: Any) -> None:
+    """Refuse what no plan goes with. Raises ValueError that names the argument, its value and the way out."""
+    for refusal in _ALWAYS:
+        refusal.check(arguments)
+
+
+def check_sharded(arguments: Any) -> None:
+    """Refuse what a world of several ranks does not go with. Raises ValueError as `check_given` does."""
+    for refusal in _SHARDED:
+        refusal.check(arguments)
+    for refusal in _LOADERS:
+        refusal.check(arguments.accelerator_config)
