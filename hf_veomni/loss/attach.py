@@ -154,11 +154,11 @@ def attach_lean_loss(
             was set by hand), or it has no output head.
     """
     base = hf.base_model(model)
-    _check(base)
+    head = _checked_head(base)
     state = _State(sp_group, chunk_tokens)
     loss = CausalLMLoss(state)
     loss.label_smoothing = label_smoothing
-    restore_head = _replace_head(base, state) if lean else None
+    restore_head = _replace_head(base, head, state) if lean else None
     restore_loss = _replace_loss(base, loss)
 
     def detach() -> None:
@@ -188,7 +188,7 @@ def lean_evaluation(model: nn.Module) -> Iterator[None]:
         loss._state.evaluating = previous
 
 
-def _check(model: PreTrainedModel) -> None:
+def _checked_head(model: PreTrainedModel) -> nn.Module:
     name = type(model).__name__
     if not _calls_loss_function(type(model)):
         raise ValueError(
@@ -207,12 +207,14 @@ def _check(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{name} has no output head (`get_output_embeddings()` is None): use a causal LM.")
-    required = [p for p in inspect.signature(head.forward).parameters.values() if p.default is p.empty]
-    if len([p for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) != 1:
+    try:
+        inspect.signature(head.forward).bind("hidden states")
+    except TypeError as error:
         raise ValueError(
-            f"The output head of {name} ({type(head).__name__}) must take the hidden states alone, not "
-            f"{inspect.signature(head.forward)}: use lean_loss=False."
-        )
+            f"The output head of {name} ({type(head).__name__}) must take the hidden states alone: {error}. Use "
+            "lean_loss=False."
+        ) from error
+    return head
 
 
 def _calls_loss_function(model_class: type[nn.Module]) -> bool:
@@ -227,8 +229,7 @@ def _calls_loss_function(model_class: type[nn.Module]) -> bool:
     return False
 
 
-def _replace_head(model: PreTrainedModel, state: _State) -> Callable[[], None]:
-    head = model.get_output_embeddings()
+def _replace_head(model: PreTrainedModel, head: nn.Module, state: _State) -> Callable[[], None]:
     own = vars(head).get("forward")
     replacement = _HeadForward(model, head, head.forward, state)
     head.forward = replacement  # type: ignore[method-assign]
