@@ -1,0 +1,95 @@
+"""Where the packed documents of a batch of rows begin and end.
+
+Shapes: B rows; S tokens of a full row; N documents of the whole batch. A row is a boundary too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Boundaries of the packed documents of a batch of full rows [B, S].
+
+    Attributes:
+        lengths: tokens of every document, per row; each row sums to S.
+        cu_seqlens: int32 [N + 1], where the documents begin in the flattened B*S tokens, and B*S.
+        max_length: tokens of the longest document.
+    """
+
+    lengths: tuple[tuple[int, ...], ...]
+    cu_seqlens: Tensor
+    max_length: int
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[Sequence[int]], *, device: torch.device | str | None = None) -> Documents:
+        """Documents of given lengths in tokens, one sequence of lengths per row.
+
+        Raises:
+            ValueError: no row, a length below 1, or rows of different sizes.
+        """
+        rows = tuple(tuple(int(length) for length in row) for row in lengths)
+        if not rows or any(length < 1 for row in rows for length in row) or not all(rows):
+            raise ValueError(f"`lengths` ({rows}) must hold one row or more, each of documents of 1 token or more.")
+        sizes = [sum(row) for row in rows]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"`lengths` gives rows of {sizes} tokens: all rows of a batch must be equally long.")
+        flat = list(chain.from_iterable(rows))
+        edges = torch.tensor([0, *accumulate(flat)], dtype=torch.int32)
+        return cls(rows, edges.to(device or "cpu", non_blocking=True), max(flat))
+
+    @classmethod
+    def from_position_ids(cls, position_ids: Tensor) -> Documents:
+        """Documents of packed rows: one begins wherever a position is not its left neighbour's plus one.
+
+        Args:
+            position_ids: [B, S] of the full rows. Reads one small tensor back to the host.
+
+        Raises:
+            ValueError: not [B, S], or empty.
+        """
+        if position_ids.dim() != 2 or not position_ids.numel():
+            raise ValueError(
+                f"`position_ids` {list(position_ids.shape)} must be [rows, tokens] and not empty: of mRoPE positions "
+                "hand over the text row alone."
+            )
+        num_rows, size = position_ids.shape
+        begins = torch.ones_like(position_ids, dtype=torch.bool)
+        begins[:, 1:] = position_ids.diff(dim=1) != 1
+        flat: list[int] = begins.flatten().nonzero().flatten().tolist()
+        rows: list[list[int]] = [[] for _ in range(num_rows)]
+        for first, following in zip(flat, [*flat[1:], num_rows * size], strict=True):
+            rows[first // size].append(following - first)
+        return cls.from_lengths(rows, device=position_ids.device)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def row_length(self) -> int:
+        """S, tokens of a row."""
+        return sum(self.lengths[0])
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether some row holds more than one document."""
+        return any(len(row) > 1 for row in self.lengths)
+
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """Every document as (row, begin, end) in tokens of its row, end exclusive, in order."""
+        for index, row in enumerate(self.lengths):
+            for end, length in zip(accumulate(row), row, strict=True):
+                yield index, end - length, end
+
+
+# Set around the forward of a decoder stack; masks are created inside of it.
+current_documents: ContextVar[Documents | None] = ContextVar("hf_veomni_documents", default=None)
