@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, set_seed
 
 from hf_veomni import OmniDataCollatorWithPacking, OmniTrainer, OmniTrainingArguments, pack_dataset
 from make_checkpoint import DEFAULT_OUTPUT, answer
@@ -93,6 +93,7 @@ def peak_memory() -> list[dict[str, float]]:
 
 def main() -> None:
     script, args = parse_arguments()
+    set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(script.model)
     model = AutoModelForCausalLM.from_pretrained(script.model, dtype=script.dtype)
     train, held_out = (

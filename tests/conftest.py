@@ -32,7 +32,7 @@ def ranks() -> Iterator[RankPools]:
 @pytest.fixture(scope="session")
 def smollm2_checkpoint() -> Path:
     """Folder of the real SmolLM2-135M-Instruct in bf16. Made at the first use (25 s), kept under outputs/."""
-    from examples.make_checkpoint import DEFAULT_OUTPUT, make_checkpoint
+    from make_checkpoint import DEFAULT_OUTPUT, make_checkpoint
 
     return make_checkpoint(ROOT / DEFAULT_OUTPUT)
 
