@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import datasets
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
 
@@ -39,7 +40,6 @@ BUFFER_SIZE = 10_000  # documents that a stream packs at a time
 _BATCH_TOKENS = 2**20  # tokens that are assembled at a time: a few megabytes
 _SCAN_DOCUMENTS = 16_384
 _LOOK_AT = 1000
-_INDEX = "__sample_index__"
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
@@ -305,17 +305,19 @@ def _pack_stream(
         features = _look_at(dataset)
     rules = _Rules(max_tokens, strategy, overlong, read_columns(features, columns))
     names = list(rules.columns.read)
-    stream = dataset.select_columns(names).cast(Features({name: features[name] for name in names}))
-    # Two maps: datasets 5.2 counts output rows, not input rows, for the indices of a map that changes their number.
-    numbered = stream.with_format("arrow").map(_number, with_indices=True, batched=True, batch_size=buffer_size)
-    packed = numbered.map(
-        _pack_buffer,
-        batched=True,
-        batch_size=buffer_size,
-        fn_kwargs={"rules": rules},
-        features=_features(rules.columns),
+    return (
+        dataset.with_format(None)
+        .select_columns(names)
+        .map(
+            _pack_buffer,
+            with_indices=True,
+            batched=True,
+            batch_size=buffer_size,
+            remove_columns=names,
+            fn_kwargs={"rules": rules, "kinds": {name: _list_type(features[name]) for name in names}},
+            features=_features(rules.columns),
+        )
     )
-    return packed.with_format(None)
 
 
 def _look_at(stream: IterableDataset) -> Features:
@@ -328,13 +330,23 @@ def _look_at(stream: IterableDataset) -> Features:
     return Dataset.from_list([sample]).features
 
 
-def _number(table: pa.Table, indices: list[int]) -> pa.Table:
-    return table.append_column(_INDEX, pa.array(indices, type=pa.int64()))
-
-
-def _pack_buffer(table: pa.Table, rules: _Rules) -> pa.Table:
-    names = table.column(_INDEX).to_pylist()
-    pieces = _plan(*token_spans(table, rules.columns, names), rules, names)
+def _pack_buffer(batch: dict[str, list], indices: list[int], rules: _Rules, kinds: dict[str, pa.DataType]) -> dict:
+    """Pack what a stream has read. Lists of Python on both sides: what a stream is made of, whatever its source."""
+    table = pa.table({name: _as_array(name, batch[name], kind, indices) for name, kind in kinds.items()})
+    pieces = _plan(*token_spans(table, rules.columns, indices), rules, indices)
     if not len(pieces.row_sizes):
-        return _features(rules.columns).arrow_schema.empty_table()
-    return _assemble(table, pieces, rules.columns)
+        return {name: [] for name in rules.columns.types}
+    return _assemble(table, pieces, rules.columns).to_pydict()
+
+
+def _list_type(feature: Any) -> pa.DataType:
+    return pa.list_(Features({"values": feature}).arrow_schema.field("values").type.value_type)
+
+
+def _as_array(name: str, lists: list, kind: pa.DataType, indices: Sequence[int]) -> pa.Array:
+    try:
+        if any(isinstance(values, torch.Tensor | np.ndarray) for values in lists):
+            lists = [None if values is None else np.asarray(values).tolist() for values in lists]
+        return pa.array(lists, type=kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        raise ValueError(f"samples {indices[0]} to {indices[-1]}: `{name}` does not hold {kind}: {error}") from error

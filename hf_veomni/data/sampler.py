@@ -48,9 +48,8 @@ def attention_cost(lengths: Any, hidden_size: int, layer_parameters: int | None 
     costs = documents + documents.astype(np.float64) ** 2 * (hidden_size / weights)
     if not nested:
         return costs
-    totals = np.concatenate([[0.0], np.cumsum(costs)])
-    ends = np.cumsum([len(row) for row in lengths])
-    return totals[ends] - totals[np.concatenate([[0], ends[:-1]])]
+    sizes = np.array([len(row) for row in lengths])
+    return np.add.reduceat(costs, np.cumsum(sizes) - sizes)
 
 
 class BalancedBatchSampler(Sampler[list[int]]):
