@@ -1,10 +1,18 @@
 """Train any Hugging Face model under sequence parallelism, FSDP2 and packing, without forking it."""
 
+from hf_veomni.data import BalancedBatchSampler, OmniDataCollatorWithPacking, pack_dataset
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.prepare import build_parallelize_model, detach_omni, gather_sequence, prepare_omni
+from hf_veomni.trainer import OmniParallelismConfig, OmniTrainer, OmniTrainerMixin, OmniTrainingArguments
 
 __all__ = [
+    "BalancedBatchSampler",
+    "OmniDataCollatorWithPacking",
+    "OmniParallelismConfig",
+    "OmniTrainer",
+    "OmniTrainerMixin",
+    "OmniTrainingArguments",
     "ParallelPlan",
     "ParallelState",
     "build_parallelize_model",
@@ -12,5 +20,6 @@ __all__ = [
     "gather_sequence",
     "get_parallel_state",
     "init_parallel_state",
+    "pack_dataset",
     "prepare_omni",
 ]
