@@ -1,0 +1,10 @@
+"""Imported once by the fork server, so that every rank starts with these in memory."""
+
+import accelerate  # noqa: F401
+import peft  # noqa: F401
+import torch
+import transformers.modeling_utils  # noqa: F401
+
+import hf_veomni  # noqa: F401
+
+torch.set_num_threads(1)
