@@ -56,6 +56,8 @@ def _check_backend(plan: ParallelPlan) -> None:
             f"'{ACCELERATE_PREFIX}', as in '{ACCELERATE_PREFIX}sp=2,dp_shard=2'."
         )
     launched = ParallelPlan.from_string(backend.removeprefix(ACCELERATE_PREFIX))
+    if plan.dp_shard_size is not None:
+        launched = launched.resolve(plan.world_size)
     if launched != plan:
         raise ValueError(
             f"`plan` ({plan}) differs from the plan in the launcher's yaml ({launched}): give it in one place."
@@ -66,7 +68,7 @@ def release_launcher(plan: ParallelPlan) -> None:
     """Check what the launcher exported against `plan` and clear the switches that name another owner of the model.
 
     Args:
-        plan: the plan as the user gave it, not resolved yet.
+        plan: the plan as the user gave it, or resolved.
 
     Raises:
         ValueError: the launcher asks for something that the plan does not do, or for another plan.
