@@ -16,14 +16,14 @@ class _GatherShards(torch.autograd.Function):
         size = dist.get_world_size(group)
         moved = x.movedim(dim, 0).contiguous()
         out = moved.new_empty(size * moved.shape[0], *moved.shape[1:])
-        dist.all_gather_into_tensor(out, moved, group=group)
+        dist.all_gather_single(out, moved, group=group)
         return out.movedim(0, dim)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         moved = grads[0].movedim(ctx.dim, 0).contiguous()
         out = moved.new_empty(moved.shape[0] // dist.get_world_size(ctx.group), *moved.shape[1:])
-        dist.reduce_scatter_tensor(out, moved, group=ctx.group)
+        dist.reduce_scatter_single(out, moved, group=ctx.group)
         return out.movedim(0, ctx.dim), None, None
 
 
