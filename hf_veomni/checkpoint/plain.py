@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from hf_veomni import hf
 from hf_veomni.checkpoint.agree import together
@@ -222,7 +223,7 @@ def _untied(model: nn.Module, missing: set[str]) -> set[str]:
 
 def _load_converted(model: nn.Module, directory: Path) -> None:
     base = hf.base_model(model)
-    full: dict[str, Tensor] = {}
+    full: dict[str, Any] = {}
     with together(f"Converting the checkpoint '{directory}'"):
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             loader: Any = _stock_class(base)

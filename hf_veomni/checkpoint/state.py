@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -25,9 +25,8 @@ _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 def unwrap_optimizer(optimizer: Any) -> Optimizer:
     """The torch optimizer inside accelerate's wrappers."""
-    while not isinstance(optimizer, Optimizer) or hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
+    inner = getattr(optimizer, "optimizer", None)
+    return optimizer if inner is None else unwrap_optimizer(inner)
 
 
 def _is_complete(directory: Path) -> bool:
@@ -55,7 +54,7 @@ def save_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLik
         CheckpointException: torch's own, on every rank, when one of them cannot write.
     """
     state = get_optimizer_state_dict(model, unwrap_optimizer(optimizer), options=_BY_NAME)
-    dcp.save({"optimizer": state}, checkpoint_id=directory, no_dist=_no_group())
+    state_dict_saver.save({"optimizer": state}, checkpoint_id=directory, no_dist=_no_group())
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLike[str]) -> None:
@@ -70,7 +69,7 @@ def load_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLik
         _require(Path(directory))
     inner = unwrap_optimizer(optimizer)
     state = get_optimizer_state_dict(model, inner, options=_BY_NAME)
-    dcp.load({"optimizer": state}, checkpoint_id=directory, no_dist=_no_group())
+    state_dict_loader.load({"optimizer": state}, checkpoint_id=directory, no_dist=_no_group())
     set_optimizer_state_dict(model, inner, state, options=_BY_NAME)
 
 
@@ -104,7 +103,7 @@ def _named_state(model: nn.Module, optimizer: Optimizer, stored: dict[str, Any],
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: everything, or the trainable parameters of a `PeftModel` (its base has a file of its own)."""
+    """What training changes: everything, or a `PeftModel`'s trainable parameters (its base has its own file)."""
     state = model.state_dict()
     if not isinstance(model, PeftModel):
         return state
@@ -114,7 +113,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def save_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the weights, each rank what it owns. Every rank must call it. See `save_optimizer`."""
-    dcp.save({"model": _weights(model)}, checkpoint_id=directory, no_dist=_no_group())
+    state_dict_saver.save({"model": _weights(model)}, checkpoint_id=directory, no_dist=_no_group())
 
 
 @torch.no_grad()
@@ -127,4 +126,4 @@ def load_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     with together(f"Reading the weights '{directory}'"):
         _require(Path(directory))
     # In place: the state dict holds the parameters' own storage.
-    dcp.load({"model": _weights(model)}, checkpoint_id=directory, no_dist=_no_group())
+    state_dict_loader.load({"model": _weights(model)}, checkpoint_id=directory, no_dist=_no_group())

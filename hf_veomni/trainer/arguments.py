@@ -47,17 +47,20 @@ class OmniTrainingArguments(TrainingArguments):
         super().__post_init__()
         self._n_gpu = min(self._n_gpu, 1)  # one process drives one device: no DataParallel
         plan = plan.resolve(self.world_size)
-        self.plan: Any = plan
+        parsed: Any = plan
+        self.plan = parsed
         if plan.world_size > 1:
             check_sharded(self)
             self.parallelism_config = OmniParallelismConfig(plan)
-            if self.accelerator_config.dispatch_batches is None:
+            loaders: Any = self.accelerator_config
+            if loaders.dispatch_batches is None:
                 # accelerate's default for streams: rank 0 reads, concatenates and cuts. Packed rows do not add up.
-                self.accelerator_config.dispatch_batches = False
+                loaders.dispatch_batches = False
 
     def to_dict(self) -> dict[str, Any]:
         """As in TrainingArguments: plain values, the plan included. What follows from the plan is left out."""
         values = super().to_dict()
-        values["plan"] = self.plan.to_dict()
+        plan: Any = self.plan
+        values["plan"] = plan.to_dict()
         values["parallelism_config"] = None
         return values

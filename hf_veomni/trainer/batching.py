@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,7 @@ from hf_veomni.trainer.adapt import deferred_reduction
 from hf_veomni.trainer.loaders import DataRankView, EpochSeeded, Filler, WholeBatches, keep_batches_whole, set_epoch
 from hf_veomni.trainer.randomness import own_stream
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
+_Trainer: Any = object  # the Trainer class behind the mixins; typed as Any, since it may be one from another library
 
 
 def _checksum(batch: Any) -> Tensor | int:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,7 @@ from hf_veomni.checkpoint import (
     together,
 )
 
-if TYPE_CHECKING:
-    from hf_veomni.trainer.batching import BatchingMixin as _Base
-else:
-    _Base = object
+_Trainer: Any = object
 
 OPTIMIZER_DIRECTORY = "optimizer"  # torch DCP, one file a rank, by parameter name
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -57,7 +54,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path:
     return complete[-1]
 
 
-class CheckpointingMixin(_Base):
+class CheckpointingMixin(_Trainer):
     """Overrides of Trainer for files.
 
     A checkpoint has Trainer's layout: the model or adapter in its plain format, scheduler, random states and trainer

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,15 +12,12 @@ from hf_veomni.loss import lean_evaluation
 from hf_veomni.mesh import ParallelState, get_parallel_state
 from hf_veomni.prepare import gather_sequence
 
-if TYPE_CHECKING:
-    from hf_veomni.trainer.batching import BatchingMixin as _Base
-else:
-    _Base = object
+_Trainer: Any = object
 
 
 def _gather_outputs(model: nn.Module, output: Any) -> Any:
     """Full-length logits and hidden states in place of this rank's slices; everything else as it is."""
-    if not isinstance(output, Mapping) or not isinstance(output.get("logits"), Tensor):
+    if not isinstance(output, MutableMapping) or not isinstance(output.get("logits"), Tensor):
         return output
     local = output["logits"].shape[1]
     output["logits"] = gather_sequence(output["logits"], model)
@@ -50,7 +47,7 @@ def whole_outputs(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-class EvaluationMixin(_Base):
+class EvaluationMixin(_Trainer):
     """Overrides of Trainer around `compute_loss` and `prediction_step`.
 
     Evaluation runs under SP. Loss: each batch by its own tokens, as in one process. Logits: gathered over the SP group

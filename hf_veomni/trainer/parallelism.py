@@ -51,7 +51,7 @@ class OmniParallelismConfig(ParallelismConfig):
     def _take_sizes(self) -> None:
         self.dp_replicate_size = self.plan.dp_replicate_size
         self.dp_shard_size = self.plan.dp_shard_size or 1
-        self.cp_size = self.plan.sp_size
+        self.cp_size: Any = self.plan.sp_size
         sizes = (self.dp_replicate_size, self.dp_shard_size, self.cp_size)
         self._sizes = {**dict(zip(_AXES, sizes, strict=True)), "tp": 1, "sp": 1}
 
@@ -73,7 +73,7 @@ class OmniParallelismConfig(ParallelismConfig):
 
     @property
     def non_dp_dim_names(self) -> list[str]:
-        return ["cp"] if self.cp_size > 1 else []
+        return ["cp"] if self.plan.sp_size > 1 else []
 
     @property
     def dp_shard_cp_dim_names(self) -> list[str]:
@@ -113,9 +113,10 @@ class OmniParallelismConfig(ParallelismConfig):
                 f"Accelerator was given a plugin for {kind.value if kind in owned else 'FSDP'}, but the plan "
                 f"({self.plan}) shards the model: leave the plugin out."
             )
-        if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        dynamo: Any = accelerator.state.dynamo_plugin
+        if dynamo.backend != DynamoBackend.NO:
             raise ValueError(
-                f"`dynamo_plugin` ({accelerator.state.dynamo_plugin.backend.value}) is not available under a plan: "
+                f"`dynamo_plugin` ({dynamo.backend.value}) is not available under a plan: "
                 "the sequence is cut by hooks that torch.compile does not trace."
             )
         adapt_accelerator(accelerator, self.plan, self.data_group)

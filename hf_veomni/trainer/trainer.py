@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
@@ -16,11 +16,6 @@ from hf_veomni.trainer.arguments import OmniTrainingArguments
 from hf_veomni.trainer.batching import BatchingMixin
 from hf_veomni.trainer.checkpointing import CheckpointingMixin
 from hf_veomni.trainer.evaluation import EvaluationMixin
-
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
 
 _LAYERDROP = ("layerdrop", "decoder_layerdrop", "encoder_layerdrop")
 
@@ -39,7 +34,7 @@ def _with_adapters(model: nn.Module, peft_config: PeftConfig | None) -> nn.Modul
     return wrapped
 
 
-def _ready(model: nn.Module, args: OmniTrainingArguments, peft_config: PeftConfig | None) -> nn.Module:
+def _ready(model: nn.Module, args: Any, peft_config: PeftConfig | None) -> nn.Module:
     """Adapters, then `prepare_omni`, and the marks that Trainer looks for."""
     model = _with_adapters(model, peft_config)
     if not is_prepared(model):
@@ -60,7 +55,7 @@ def _ready(model: nn.Module, args: OmniTrainingArguments, peft_config: PeftConfi
     return model
 
 
-class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin, _Trainer):
+class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
     """Put before a Trainer class: `class MySFT(OmniTrainerMixin, SFTTrainer)`.
 
     Args:
@@ -108,8 +103,8 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin, _Trai
         owned = {id(p) for p in self.model.parameters()}
         if any(id(p) not in owned for group in self.optimizer.param_groups for p in group["params"]):
             raise ValueError(
-                "`optimizers` holds parameters that are not the prepared model's: call prepare_omni(model, plan) first "
-                "and make the optimizer from the result, or hand over `optimizer_cls_and_kwargs`."
+                "`optimizers` holds parameters that are not the prepared model's: call prepare_omni(model, plan) "
+                "first and make the optimizer from the result, or hand over `optimizer_cls_and_kwargs`."
             )
 
     def _take_over_label_smoothing(self) -> None:
