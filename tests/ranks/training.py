@@ -148,6 +148,7 @@ class Run:
             gradient_accumulation_steps=2,
             num_train_epochs=2,
             learning_rate=1e-3,
+            adam_epsilon=1e-4,  # else Adam makes a full step of the rounding noise of a gradient of zero
             max_grad_norm=0.5,
             logging_steps=1,
             save_strategy="no",
