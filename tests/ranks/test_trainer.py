@@ -13,6 +13,7 @@ from tests.ranks.training import (
     Run,
     assert_same_training,
     collate,
+    outcome,
     relative,
     tiny_model,
     train_omni,
@@ -195,16 +196,17 @@ def test_neftune_adds_noise_in_training_and_leaves(ranks):
 
 def _model_init(plan: str, run: Run):
     from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
-    from tests.ranks.training import outcome
 
     arguments = OmniTrainingArguments(**run.all_arguments(plan=plan))
     trainer = OmniTrainer(model_init=run.model, args=arguments, **run.data())
     return outcome(trainer, trainer.train().training_loss)
 
 
-def test_model_init_equals_a_model(ranks):
+def test_model_init_equals_one_process(ranks):
     run = Run()
-    expected = train_stock(run)
+    arguments = TrainingArguments(**run.all_arguments())
+    trainer = Trainer(model_init=run.model, args=arguments, **run.data())
+    expected = outcome(trainer, trainer.train().training_loss)
     for found in ranks(2).run(_model_init, "sp=2", run, timeout=120):
         assert_same_training(found, expected)
 
