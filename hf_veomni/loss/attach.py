@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from hf_veomni import hf
 from hf_veomni.loss.chunked import full_precision, summed_loss
 from hf_veomni.loss.head import record_head_call
-from hf_veomni.loss.rule import Count, denominator, local_targets, sum_over_sequence
+from hf_veomni.loss.rule import Count, sum_over_sequence, targets_and_count
 from hf_veomni.loss.stand_in import LeanLogits, Recipe
 
 
@@ -87,14 +87,18 @@ class CausalLMLoss:
             ValueError: targets whose shape does not fit the logits.
         """
         group = self._state.sp_group
-        targets, count = local_targets(labels, shift_labels, logits.shape[-2], group, ignore_index)
-        if targets.shape != logits.shape[:-1]:
+        targets, divisor = targets_and_count(
+            labels, shift_labels, num_items_in_batch, logits.shape[-2], group, ignore_index
+        )
+        if targets.numel() != logits.shape[:-1].numel():
             raise ValueError(
                 f"Targets of shape {tuple(targets.shape)} must match logits of shape {tuple(logits.shape)} in all "
                 "but the vocabulary: pass labels with one class index for each input token."
             )
         total = self._sum(logits, targets.to(logits.device), ignore_index)
-        return sum_over_sequence(total / denominator(num_items_in_batch, count, total.device), group)
+        if isinstance(divisor, Tensor):
+            divisor = divisor.to(total.device)
+        return sum_over_sequence(total / divisor, group)
 
     def _sum(self, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
         smoothing = self._state.label_smoothing
@@ -104,9 +108,8 @@ class CausalLMLoss:
                 scores, targets.flatten(), ignore_index=ignore_index, reduction="sum", label_smoothing=smoothing
             )
         total = summed_loss(logits.recipe, targets, ignore_index, smoothing)
-        call = logits.recipe.call
         if total.requires_grad:
-            total.register_hook(lambda grad: setattr(call, "spent", True))
+            total.register_hook(logits.recipe.call.before_backward)
         return total
 
 

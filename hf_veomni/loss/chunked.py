@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from hf_veomni.loss.head import Op, replay
@@ -131,8 +131,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("The lean loss has no second derivatives: use prepare_omni(..., lean_loss=False).")
         if ctx.at_once:
             (grad_hidden,) = ctx.saved_tensors
             return (grad_hidden * grads[0]).to(grad_hidden.dtype), None, None, None, None
@@ -203,9 +204,10 @@ def summed_loss(recipe: Recipe, targets: Tensor, ignore_index: int, label_smooth
     call = recipe.call
     call.check_gathered()
     hidden, targets = call.hidden.flatten(0, -2), targets.flatten()
-    scored = (targets != ignore_index).nonzero().squeeze(1)
-    if len(scored) < len(targets):
-        hidden, targets = hidden.index_select(0, scored), targets.index_select(0, scored)
+    if not isinstance(targets, FakeTensor):  # a dry run has no values: it counts every token
+        scored = (targets != ignore_index).nonzero().squeeze(1)
+        if len(scored) < len(targets):
+            hidden, targets = hidden.index_select(0, scored), targets.index_select(0, scored)
     if call.weight is None:
         return _by_checkpoint(recipe, hidden, targets, label_smoothing)
     settings = _Settings(

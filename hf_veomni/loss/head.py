@@ -31,14 +31,22 @@ class HeadCall:
     autocast: torch.dtype | None
     vocabulary: int
     chunk_tokens: int
+    versions: list[int]
     spent: bool = False
-    versions: list[int] = field(default_factory=list)
+    # FSDP2's pre-backward hooks, which gather the weight again if another backward has freed it.
+    hooks: list[Callable[[Tensor], Any]] = field(default_factory=list)
 
     def run(self, hidden: Tensor) -> Tensor:
         """The head's output for `hidden` [..., H], under the autocast of the original call."""
         enabled = self.autocast is not None
         with torch.autocast(hidden.device.type, dtype=self.autocast, enabled=enabled):
             return self.forward(hidden)
+
+    def before_backward(self, grad: Tensor) -> None:
+        """To be called when a gradient arrives, before it goes through the head."""
+        for hook in self.hooks:
+            hook(grad)
+        self.spent = True
 
     def check_gathered(self) -> None:
         """Raise if FSDP has freed the head's weight."""

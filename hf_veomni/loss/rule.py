@@ -44,62 +44,61 @@ def sum_over_sequence(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return part if group is None else _SumOverSequence.apply(part, group)
 
 
-def local_targets(
+def targets_and_count(
     labels: Tensor | None,
     shift_labels: Tensor | None,
+    num_items_in_batch: Count | None,
     local_length: int,
     group: dist.ProcessGroup | None,
     ignore_index: int = -100,
-) -> tuple[Tensor, Tensor]:
-    """Targets of this rank's tokens, and the number of valid targets in the full rows.
+) -> tuple[Tensor, Count]:
+    """Targets of this rank's tokens, and what the sum of their losses is divided by.
 
     The shift comes before the cut: the last token of a shard is scored on the first label of the next shard.
 
     Args:
         labels: full rows [B, S], not shifted; ignored if `shift_labels` is given.
         shift_labels: already shifted; full rows [B, S] or this rank's part [B, s].
+        num_items_in_batch: the divisor, if the caller has one; else it is the valid targets of the full rows.
         local_length: s. Full rows may be up to sp - 1 tokens shorter than s * sp, where the model padded its input.
 
     Returns:
-        Targets [B, s], and the count as a 0-dim integer tensor.
+        Targets [B, s], and the divisor.
 
-    Collective: none, except for local `shift_labels`: an all-reduce (sum) of their counts over `group`.
+    Collective: none, unless `shift_labels` is local and has to be counted: then an all-reduce (sum) over `group`.
 
     Raises:
         ValueError: a length that fits neither the full rows nor this rank's part.
     """
-    size = 1 if group is None else dist.get_world_size(group)
     if shift_labels is not None:
         name, targets = "shift_labels", shift_labels
     elif labels is not None:
         name, targets = "labels", F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     else:
         raise ValueError("`labels` (None) or `shift_labels` (None) must be given: the loss needs targets.")
-    length = targets.shape[-1]
-    if group is not None and shift_labels is not None and length == local_length:
-        count = (targets != ignore_index).sum()
-        dist.all_reduce(count, group=group)
-        return targets, count
-    missing = local_length * size - length
-    if not 0 <= missing < size:
-        raise ValueError(
-            f"`{name}` of length {length} must be as long as the full row, {local_length * size} tokens here "
-            f"({local_length} on each of {size} ranks): pass the labels of the same row as `input_ids`."
-        )
-    count = (targets != ignore_index).sum()
+    divisor = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     if group is None:
-        return targets, count
+        return targets, divisor
     if targets.dim() != 2:
         raise ValueError(
             f"`{name}` of shape {tuple(targets.shape)} must be [rows, tokens] under sequence parallelism: "
             "use sp_size=1."
         )
+    if shift_labels is not None and targets.shape[1] == local_length:
+        if num_items_in_batch is None:
+            dist.all_reduce(divisor, group=group)
+        return targets, divisor
+    return _shard(targets, name, local_length, group, ignore_index), divisor
+
+
+def _shard(targets: Tensor, name: str, local_length: int, group: dist.ProcessGroup, ignore_index: int) -> Tensor:
+    """[B, S] -> [B, s], where the model padded S up to s * sp."""
+    size = dist.get_world_size(group)
+    missing = local_length * size - targets.shape[1]
+    if not 0 <= missing < size:
+        raise ValueError(
+            f"`{name}` of length {targets.shape[1]} must be as long as the full row, {local_length * size} tokens "
+            f"({local_length} on each of {size} ranks): pass the labels of the same row as `input_ids`."
+        )
     start = dist.get_rank(group) * local_length
-    padded = F.pad(targets, (0, missing), value=ignore_index)
-    return padded[:, start : start + local_length], count
-
-
-def denominator(num_items_in_batch: Count | None, count: Tensor, device: torch.device) -> Count:
-    """What the summed token losses are divided by: `num_items_in_batch` if given, else the count of the full rows."""
-    chosen = count if num_items_in_batch is None else num_items_in_batch
-    return chosen.to(device) if isinstance(chosen, Tensor) else chosen
+    return F.pad(targets, (0, missing), value=ignore_index)[:, start : start + local_length]

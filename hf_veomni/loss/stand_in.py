@@ -62,6 +62,8 @@ class Recipe:
                 self.real = replay(self.ops, self.call.run(self.call.hidden))
             if self.detached:
                 self.real = self.real.detach()
+            elif self.real.requires_grad:
+                self.real.register_hook(self.call.before_backward)
         return self.real
 
 
@@ -118,7 +120,9 @@ class LeanLogits(Tensor):
         kwargs = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, LeanLogits) and first.recipe.real is None:
-            if func in _QUERIES or _is_fsdp_hook(func, args) or (func is T.type and len(args) == 1 and not kwargs):
+            if _is_fsdp_hook(func, args):
+                return first.recipe.call.hooks.append(args[1])
+            if func in _QUERIES or (func is T.type and len(args) == 1 and not kwargs):
                 return super().__torch_function__(func, types, args, kwargs)
             answer = _lazily(func, first, args[1:], kwargs)
             if answer is not None:
@@ -139,7 +143,7 @@ class LeanLogits(Tensor):
 
 
 def _is_fsdp_hook(func: Any, args: Any) -> bool:
-    """FSDP2 registers its pre-backward hook on the outputs of a unit; the one on the loss does the work."""
+    """FSDP2 hooks the outputs of its units: that must not compute them, and runs when the loss goes backward."""
     return func is T.register_hook and str(getattr(args[1], "__module__", "")).startswith("torch.distributed.fsdp")
 
 
