@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,18 @@ def _no_group() -> bool:
     return not torch.distributed.is_initialized()
 
 
+@contextmanager
+def _groups_with_parameters(optimizer: Optimizer) -> Iterator[None]:
+    """Hide empty parameter groups (Trainer's "no decay" under LoRA): torch 2.13 fails to name a group without any."""
+    empty = [(place, group) for place, group in enumerate(optimizer.param_groups) if not group["params"]]
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    try:
+        yield
+    finally:
+        for place, group in empty:  # back in place: schedulers count groups
+            optimizer.param_groups.insert(place, group)
+
+
 def save_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLike[str]) -> None:
     """Write the optimizer's state; each rank writes what it owns, by parameter name. Every rank must call it.
 
@@ -53,7 +67,9 @@ def save_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLik
     Raises:
         CheckpointException: torch's own, on every rank, when one of them cannot write.
     """
-    state = get_optimizer_state_dict(model, unwrap_optimizer(optimizer), options=_BY_NAME)
+    inner = unwrap_optimizer(optimizer)
+    with _groups_with_parameters(inner):
+        state = get_optimizer_state_dict(model, inner, options=_BY_NAME)
     state_dict_saver.save({"optimizer": state}, checkpoint_id=directory, no_dist=_no_group())
 
 
@@ -68,9 +84,10 @@ def load_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLik
     with together(f"Reading the optimizer state '{directory}'"):
         _require(Path(directory))
     inner = unwrap_optimizer(optimizer)
-    state = get_optimizer_state_dict(model, inner, options=_BY_NAME)
-    state_dict_loader.load({"optimizer": state}, checkpoint_id=directory, no_dist=_no_group())
-    set_optimizer_state_dict(model, inner, state, options=_BY_NAME)
+    with _groups_with_parameters(inner):
+        state = get_optimizer_state_dict(model, inner, options=_BY_NAME)
+        state_dict_loader.load({"optimizer": state}, checkpoint_id=directory, no_dist=_no_group())
+        set_optimizer_state_dict(model, inner, state, options=_BY_NAME)
 
 
 def load_stock_optimizer(model: nn.Module, optimizer: Any, path: str | os.PathLike[str]) -> None:
@@ -85,7 +102,8 @@ def load_stock_optimizer(model: nn.Module, optimizer: Any, path: str | os.PathLi
     state: dict[str, Any] = {}
     with together(f"Reading the optimizer state '{path}'"):
         state = _named_state(model, inner, torch.load(path, map_location="cpu", weights_only=True), path)
-    set_optimizer_state_dict(model, inner, state, options=StateDictOptions(full_state_dict=True))
+    with _groups_with_parameters(inner):
+        set_optimizer_state_dict(model, inner, state, options=StateDictOptions(full_state_dict=True))
 
 
 def _named_state(model: nn.Module, optimizer: Optimizer, stored: dict[str, Any], path: Any) -> dict[str, Any]:
@@ -98,7 +116,7 @@ def _named_state(model: nn.Module, optimizer: Optimizer, stored: dict[str, Any],
             f"{[len(g) for g in here]}: it was written by a run with other trainable parameters or weight decay."
         )
     by_position = {p: n for ns, ps in zip(here, there, strict=True) for n, p in zip(ns, ps, strict=True)}
-    groups = [{**group, "params": ns} for group, ns in zip(stored["param_groups"], here, strict=True)]
+    groups = [{**group, "params": ns} for group, ns in zip(stored["param_groups"], here, strict=True) if ns]
     return {"state": {by_position[p]: value for p, value in stored["state"].items()}, "param_groups": groups}
 
 

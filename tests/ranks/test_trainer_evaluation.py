@@ -99,8 +99,9 @@ def test_evaluation_features_equal_one_process(ranks, run, options):
 
 def _count_tokens(prediction: EvalPrediction) -> dict[str, float]:
     predicted, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    valid = labels != -100
     return {
-        "hits": float((predicted == labels).sum()),
+        "hits": float((predicted == labels)[valid].sum()),
         "total": float(predicted[valid].sum()),
         "rows": float(len(predicted)),
     }

@@ -1,0 +1,314 @@
+"""Saving and resuming on ranks: plain formats on disk, exact continuation, errors on every rank."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from tests.ranks.training import Outcome, Run, assert_same_training, full, outcome, relative, tiny_model, train_stock
+
+PLANS = [(2, "sp=2"), (2, "dp_shard=2"), (4, "sp=2,dp_shard=2"), (4, "dp_replicate=2,sp=2")]
+plans = pytest.mark.parametrize(("world", "plan"), PLANS, ids=[plan for _, plan in PLANS])
+
+
+def _trainer(plan: str, run: Run, directory: Path, **options: Any):
+    from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
+
+    arguments = OmniTrainingArguments(**run.all_arguments(plan=plan, output_dir=str(directory)))
+    return OmniTrainer(model=run.model(), args=arguments, **run.data(), **run.options, **options)
+
+
+def _save(plan: str, run: Run, directory: Path) -> dict[str, torch.Tensor]:
+    """Train a little, evaluate (which gathers parameters), save. Returns the weights in full."""
+    trainer = _trainer(plan, run, directory)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model(str(directory / "saved"))
+    return {name: full(tensor).clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+@plans
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_saved_model_opens_in_plain_transformers(ranks, tmp_path, world, plan, tied):
+    run = Run(eval_rows=2, config={"tie_word_embeddings": tied}, arguments={"max_steps": 2})
+    weights = ranks(world).run(_save, plan, run, tmp_path, timeout=120)[0]
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert json.loads((tmp_path / "saved/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert (tmp_path / "saved/generation_config.json").is_file()
+    assert (tmp_path / "saved/training_args.bin").is_file()
+    stored = model.state_dict()
+    assert stored.keys() == weights.keys()
+    assert all(torch.equal(stored[name], weight) for name, weight in weights.items())
+    assert not any(entry.name.endswith(".incomplete") for entry in tmp_path.iterdir())
+
+
+@plans
+def test_saved_adapter_opens_in_plain_peft(ranks, tmp_path, world, plan):
+    run = Run(lora=True, eval_rows=2, arguments={"max_steps": 2})
+    weights = ranks(world).run(_save, plan, run, tmp_path, timeout=120)[0]
+    stored = load_file(tmp_path / "saved/adapter_model.safetensors")
+    named = {name.replace(".default", "").replace(".modules_to_save", ""): name for name in weights}
+    trained = {key for key, name in named.items() if "lora_" in name or "modules_to_save" in name}
+    assert stored.keys() == trained, "the adapters and the trained head, nothing of the base"
+    assert all(torch.equal(tensor, weights[named[key]]) for key, tensor in stored.items())
+    opened = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved")
+    found = opened.state_dict()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    mapping = json.loads((tmp_path / "saved/adapter_config.json").read_text())["auto_mapping"]
+    assert mapping["base_model_class"] == "LlamaForCausalLM"
+    assert mapping["parent_library"].startswith("transformers.models.llama")
+
+
+def _train_and_resume(plan: str, run: Run, directory: Path, other: str) -> tuple[Outcome, Outcome]:
+    """A run with checkpoints, and a second trainer that goes on from the middle one."""
+    whole = _trainer(plan, run, directory)
+    uninterrupted = outcome(whole, whole.train().training_loss)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for checkpoint in directory.glob("checkpoint-*"):
+            if int(checkpoint.name.rpartition("-")[2]) > run.arguments["save_steps"]:
+                shutil.rmtree(checkpoint)
+    dist.barrier()
+    resumed = _trainer(other, run, directory)
+    return uninterrupted, outcome(resumed, resumed.train(resume_from_checkpoint=True).training_loss)
+
+
+def _assert_continues(whole: Outcome, resumed: Outcome, tolerance: float) -> None:
+    assert relative(resumed.losses, whole.losses) <= tolerance
+    assert relative(resumed.norms, whole.norms) <= tolerance
+    assert resumed.state == whole.state
+    for name, weight in whole.weights.items():
+        assert (resumed.weights[name] - weight).abs().max() <= tolerance, name
+
+
+@plans
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_resume_is_exact(ranks, tmp_path, world, plan, lora):
+    """From the middle of the second epoch, with shuffling, momentum, a schedule and dropout."""
+    rows, steps = (8, 6) if plan.startswith("sp=2") and world == 2 else (16, 6)
+    run = Run(
+        lora=lora,
+        num_rows=rows,
+        config={} if lora else {"attention_dropout": 0.1},
+        arguments={"save_strategy": "steps", "save_steps": steps - 1, "max_steps": steps + 1},
+    )
+    for whole, resumed in ranks(world).run(_train_and_resume, plan, run, tmp_path, plan, timeout=180):
+        assert whole.state["num_train_epochs"] >= 2
+        _assert_continues(whole, resumed, 0.0)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("plan", "other"), [("sp=4", "sp=2,dp_shard=2"), ("dp_shard=4", "dp_replicate=2,sp=2")], ids=lambda plan: plan
+)
+def test_resume_under_another_plan(ranks, tmp_path, plan, other, lora):
+    """Same weights and optimizer state; the batch per step is held by the accumulation."""
+    results = ranks(4).run(_resume_elsewhere, plan, other, lora, tmp_path, timeout=180)
+    for before, after in results:
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert torch.equal(tensor, after[name]), name
+    assert any("exp_avg" in name for name in results[0][0])
+
+
+def _whole_state(trainer: Any) -> dict[str, torch.Tensor]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    optimizer = get_optimizer_state_dict(trainer.model, trainer.optimizer.optimizer, options=options)
+    found = {**trainer.model.state_dict(), **optimizer}
+    return {name: full(tensor).clone() for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+
+
+class _Stop(TrainerCallback):
+    """Ends the run at its first step, keeping the state the step would have started from."""
+
+    trainer: Any = None
+    state: dict[str, torch.Tensor] | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.state = self.state or _whole_state(self.trainer)
+        control.should_training_stop = True
+
+
+def _resume_elsewhere(plan: str, other: str, lora: bool, directory: Path):
+    run = Run(
+        lora=lora,
+        num_rows=8,
+        arguments={"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "logging_steps": 5},
+    )
+    first = _trainer(plan, run, directory)
+    first.train()
+    before = _whole_state(first)
+    dist.barrier()
+    longer = Run(lora=lora, num_rows=8, arguments=run.arguments | {"max_steps": 3})
+    stop = _Stop()
+    second = _trainer(other, longer, directory, callbacks=[stop])
+    stop.trainer = second
+    second.train(resume_from_checkpoint=str(directory / "checkpoint-2"))
+    return before, stop.state
+
+
+def _resume(plan: str, run: Run, directory: Path) -> Outcome:
+    trainer = _trainer(plan, run, directory)
+    return outcome(trainer, trainer.train(resume_from_checkpoint=True).training_loss)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_resume_on_ranks_what_the_stock_trainer_began(ranks, tmp_path, lora):
+    arguments = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5, "output_dir": str(tmp_path)}
+    run = Run(lora=lora, arguments=arguments)
+    trainer = Trainer(model=run.model(), args=TrainingArguments(**run.all_arguments()), **run.data())
+    whole = outcome(trainer, trainer.train().training_loss)
+    shutil.rmtree(tmp_path / "checkpoint-5")
+    for resumed in ranks(2).run(_resume, "sp=2", run, tmp_path, timeout=120):
+        _assert_continues(whole, resumed, 1e-5)
+
+
+def _begin(plan: str, run: Run, directory: Path) -> None:
+    _trainer(plan, run, directory).train()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_resume_in_one_process_what_ranks_began(ranks, tmp_path, lora):
+    constant = {"lr_scheduler_type": "constant"}
+    run = Run(lora=lora, arguments=constant | {"save_strategy": "steps", "save_steps": 3, "max_steps": 3})
+    ranks(2).run(_begin, "sp=2", run, tmp_path, timeout=120)
+    longer = Run(lora=lora, arguments=constant | {"max_steps": 5})
+    resumed = _resume("", longer, tmp_path)
+    reference = train_stock(longer)
+    assert relative(resumed.losses[-2:], reference.losses[-2:]) < 1e-5
+    assert relative(resumed.norms[-2:], reference.norms[-2:]) < 1e-5
+
+
+def _best(plan: str, run: Run, directory: Path) -> tuple[list[str], str, dict[str, torch.Tensor]]:
+    trainer = _trainer(plan, run, directory)
+    trainer.train()
+    weights = {name: full(tensor).clone() for name, tensor in trainer.model.state_dict().items()}
+    dist.barrier()
+    return sorted(p.name for p in directory.glob("checkpoint-*")), trainer.state.best_model_checkpoint, weights
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_best_model_and_save_total_limit(ranks, tmp_path, lora):
+    """A learning rate that ruins the model makes the first checkpoint the best one."""
+    run = Run(
+        lora=lora,
+        num_rows=8,
+        eval_rows=3,
+        arguments={
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "max_steps": 4,
+            "learning_rate": 0.5,
+            "lr_scheduler_type": "constant",
+            "per_device_eval_batch_size": 1,
+            "save_total_limit": 2,
+            "load_best_model_at_end": True,
+        },
+    )
+    kept, best, weights = ranks(4).run(_best, "sp=2,dp_shard=2", run, tmp_path, timeout=120)[0]
+    assert len(kept) == 2 and Path(best).name in kept
+    if lora:
+        stored = PeftModel.from_pretrained(tiny_model(), best).state_dict()
+    else:
+        stored = AutoModelForCausalLM.from_pretrained(best).state_dict()
+    assert all(torch.equal(stored[name], weight) for name, weight in weights.items())
+
+
+def _refused(plan: str, run: Run, directory: Path, checkpoint: Any) -> None:
+    _trainer(plan, run, directory).train(resume_from_checkpoint=checkpoint)
+
+
+def test_missing_checkpoint_is_refused_on_every_rank(ranks, tmp_path):
+    ranks(2).raises(_refused, "sp=2", Run(), tmp_path, True, match="No complete checkpoint", timeout=60)
+    missing = str(tmp_path / "nowhere")
+    ranks(2).raises(_refused, "sp=2", Run(), tmp_path, missing, match="missing or incomplete", timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ("trainer_state.json", "No complete checkpoint"),
+        ("model.safetensors", "holds no weights"),
+        ("scheduler.pt", "no optimizer and scheduler state"),
+        ("optimizer/.metadata", "missing or incomplete"),
+    ],
+)
+def test_incomplete_checkpoint_is_refused_on_every_rank(ranks, tmp_path, removed, message):
+    run = Run(arguments={"save_strategy": "steps", "save_steps": 1, "max_steps": 1})
+    ranks(2).run(_begin, "sp=2", run, tmp_path, timeout=120)
+    (tmp_path / "checkpoint-1" / removed).unlink()
+    ranks(2).raises(_refused, "sp=2", run, tmp_path, True, match=message, timeout=60)
+
+
+def _other_model(plan: str, directory: Path) -> None:
+    run = Run(config={"hidden_size": 64}, arguments={"max_steps": 2})
+    _trainer(plan, run, directory).train(resume_from_checkpoint=True)
+
+
+def test_checkpoint_of_another_model_is_refused_on_every_rank(ranks, tmp_path):
+    run = Run(arguments={"save_strategy": "steps", "save_steps": 1, "max_steps": 1})
+    ranks(2).run(_begin, "sp=2", run, tmp_path, timeout=120)
+    ranks(2).raises(_other_model, "sp=2", tmp_path, match="has shape", timeout=60)
+
+
+def _limited(plan: str, run: Run, directory: Path, limit: int, rank: int) -> str:
+    """Files of more than `limit` bytes cannot be written on one rank, as on a full disk. Returns the error."""
+    trainer = _trainer(plan, run, directory)
+    if dist.get_rank() == rank:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        trainer.train()
+        trainer.save_model(str(directory / "saved"))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        if dist.get_rank() == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return ""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("limit", [4096, 60_000], ids=["in_the_model", "in_the_optimizer"])
+def test_no_space_leaves_nothing_and_reaches_every_rank(ranks, tmp_path, limit, rank):
+    run = Run(arguments={"save_strategy": "steps", "save_steps": 1, "max_steps": 1})
+    size = sum(p.numel() for p in run.model().parameters()) * 4
+    assert 60_000 < size, "the limit must strike"
+    errors = ranks(2).run(_limited, "sp=2", run, tmp_path, limit, rank, timeout=90)
+    assert all(errors), errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_leaves_the_earlier_one(ranks, tmp_path):
+    run = Run(arguments={"max_steps": 1})
+    assert ranks(2).run(_limited, "sp=2", run, tmp_path, 10_000_000, 0, timeout=90) == ["", ""]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    errors = ranks(2).run(_limited, "sp=2", run, tmp_path, 4096, 0, timeout=90)
+    assert all("sav" in error.lower() or "File too large" in error for error in errors), errors
+    assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_comparison_can_fail():
+    run = Run(num_rows=4)
+    one = train_stock(run)
+    with pytest.raises(AssertionError):
+        assert_same_training(train_stock(Run(num_rows=4, arguments={"learning_rate": 2e-3})), one)
