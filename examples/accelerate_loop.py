@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import LoraConfig, get_peft_model
@@ -36,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_tokens", type=int, default=2048, help="length of a packed row (%(default)s)")
     parser.add_argument("--max_steps", type=int, default=16, help="optimizer steps (%(default)s)")
     parser.add_argument("--accumulation", type=int, default=1, help="rows of a data rank in a step (%(default)s)")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=4e-3)
     parser.add_argument("--dtype", default="bfloat16", help="type that the weights are loaded in (%(default)s)")
     return parser.parse_args()
 
@@ -106,9 +105,8 @@ def main() -> None:
         metrics = {"world_size": accelerator.num_processes, "train_losses": losses}
         (Path(arguments.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(f"train loss {losses[0]:.3f} -> {losses[-1]:.3f}, adapter in {arguments.output_dir}")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

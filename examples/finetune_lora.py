@@ -13,11 +13,14 @@ from __future__ import annotations
 import json
 import resource
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import torch
 import torch.distributed as dist
+import transformers
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, set_seed
 
@@ -34,7 +37,7 @@ class ScriptArguments:
     max_tokens: int = field(default=2048, metadata={"help": "Length of a packed row, in tokens."})
     dtype: str = field(default="bfloat16", metadata={"help": "Type that the weights are loaded in."})
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapter on the attention projections."})
-    question: str = field(default="Explain Python's await", metadata={"help": "Asked before and after the training."})
+    question: str = field(default="Explain Python's lambda", metadata={"help": "Asked before and after the training."})
 
 
 # What differs from the defaults of TrainingArguments: sized for some minutes on two CPU cores.
@@ -43,7 +46,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "max_steps": 16,
-    "learning_rate": 1e-3,
+    "learning_rate": 4e-3,
     "warmup_steps": 2,
     "lr_scheduler_type": "cosine",
     "logging_steps": 1,
@@ -91,8 +94,17 @@ def peak_memory() -> list[dict[str, float]]:
     return ranks
 
 
+def quiet(rank: int) -> None:
+    """One progress bar instead of one a rank, and no notes on what the next versions of the libraries will drop."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if rank > 0:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+
 def main() -> None:
     script, args = parse_arguments()
+    quiet(args.process_index)
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(script.model)
     model = AutoModelForCausalLM.from_pretrained(script.model, dtype=script.dtype)
@@ -139,13 +151,15 @@ def main() -> None:
         }
         (Path(args.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(f"\n{script.question}\n  before: {reply_before!r}\n  after:  {reply_after!r}")
-        print(f"train loss       {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps, {seconds:.0f} s")
+        few = -(-len(losses) // 4)
+        first, last = sum(losses[:few]) / few, sum(losses[-few:]) / few
+        print(f"train loss       {first:.3f} -> {last:.3f} (means of {few} of {len(losses)} steps), {seconds:.0f} s")
         print(f"evaluation loss  {before:.3f} -> {after:.3f}")
         for rank, peak in enumerate(memory):
             print(f"peak of rank {rank}   " + ", ".join(f"{name} {value:.2f}" for name, value in peak.items()))
         print(f"adapter and metrics.json are in {args.output_dir}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
