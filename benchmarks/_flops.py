@@ -1,0 +1,51 @@
+"""Model flops of a training step on a packed row, and what devices can do at best.
+
+T tokens, N weights of all matmuls in the layers, V x H the head, Hq query heads of width D, documents L_i:
+
+    forward = 2 T N  +  2 T_scored V H  +  layers * 4 Hq D * sum(L_i^2) / 2;      step = 3 * forward
+
+so attention counts the causal half within each document, and recomputation counts nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+# Dense bf16 FLOP/s by a part of the device's name, from the vendor's data sheets; the first that fits.
+PEAKS = {
+    "B200": 2250e12,
+    "GH200": 989.4e12,
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.4e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "L40": 181e12,
+    "L4": 121e12,
+}
+
+
+def flops_of_step(options: argparse.Namespace, lengths: list[int]) -> dict[str, float]:
+    """Model flops of one step by part; see the formula at the top of this file."""
+    tokens, scored = sum(lengths), sum(lengths) - len(lengths)
+    width = options.hidden // options.heads
+    projections = 2 * options.hidden * width * (options.heads + options.kv_heads)
+    pairs = sum(length**2 for length in lengths) / 2
+    forward = {
+        "projections": 2 * tokens * options.layers * projections,
+        "attention": options.layers * 4 * options.heads * width * pairs,
+        "mlp": 2 * tokens * options.layers * 3 * options.hidden * options.intermediate,
+        "loss": 2 * scored * options.hidden * options.vocab,
+    }
+    return {part: 3.0 * flops for part, flops in forward.items()}
+
+
+def peak_flops(device: str) -> float | None:
+    """From the data sheet; None for a device that is not listed, the CPU among them."""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
