@@ -13,6 +13,7 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
     T5Config,
@@ -185,6 +186,16 @@ def test_models_that_compute_their_loss_themselves_are_refused(build):
 
 
 LLAMA = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+
+
+def test_a_forward_that_calls_the_inherited_one_is_followed():
+    class Llama(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    model = Llama(LLAMA)
+    attach_lean_loss(model)
+    assert type(model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits) is LeanLogits
 
 
 def test_another_loss_type_is_refused():
