@@ -54,12 +54,12 @@ def test_python_blocks_run(home: Path) -> None:
     script = start % "outputs/checkpoints/smollm2-135m" + "\n".join(blocks("python"))
     assert len(blocks("python")) >= 3
     (home / "blocks.py").write_text(script)
-    python("blocks.py", cwd=home)
+    launch("cpu_sp2.yaml", "blocks.py", cwd=home)
 
 
 def test_commands_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
-    mentioned = set(re.findall(r"\bmake ([a-z-]+)", TEXT))
+    mentioned = set(re.findall(r"(?:^|`)make ([a-z-]+)", TEXT, flags=re.M))
     assert {"demo", "test"} <= mentioned <= targets
     for path in re.findall(r"`((?:examples|docs|accelerate_configs)/[\w./]*)`", TEXT):
         assert (ROOT / path).exists(), path
