@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -43,8 +44,26 @@ def _require(directory: Path) -> None:
         )
 
 
-def _no_group() -> bool:
-    return not torch.distributed.is_initialized()
+@contextmanager
+def _readable_errors(what: str) -> Iterator[None]:
+    """DCP raises on every rank by itself, but a BaseException of all ranks' tracebacks: name the first cause."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        kind = next((known for known in (OSError, ValueError) if isinstance(cause, known)), RuntimeError)
+        raise kind(f"{what} failed on rank {rank}: {type(cause).__name__}: {cause}") from cause
+
+
+def _write(values: dict[str, Any], directory: str | os.PathLike[str]) -> None:
+    with _readable_errors(f"Writing '{directory}'"):
+        state_dict_saver.save(values, checkpoint_id=directory, no_dist=not torch.distributed.is_initialized())
+
+
+def _read(values: dict[str, Any], directory: str | os.PathLike[str]) -> None:
+    """In place: the values keep their storage."""
+    with _readable_errors(f"Reading '{directory}'"):
+        state_dict_loader.load(values, checkpoint_id=directory, no_dist=not torch.distributed.is_initialized())
 
 
 @contextmanager
@@ -65,12 +84,12 @@ def save_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLik
     Collectives: DCP's planning gathers over all ranks.
 
     Raises:
-        CheckpointException: torch's own, on every rank, when one of them cannot write.
+        OSError: a rank cannot write; on every rank.
     """
     inner = unwrap_optimizer(optimizer)
     with _groups_with_parameters(inner):
         state = get_optimizer_state_dict(model, inner, options=_BY_NAME)
-    state_dict_saver.save({"optimizer": state}, checkpoint_id=directory, no_dist=_no_group())
+    _write({"optimizer": state}, directory)
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLike[str]) -> None:
@@ -86,7 +105,7 @@ def load_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLik
     inner = unwrap_optimizer(optimizer)
     with _groups_with_parameters(inner):
         state = get_optimizer_state_dict(model, inner, options=_BY_NAME)
-        state_dict_loader.load({"optimizer": state}, checkpoint_id=directory, no_dist=_no_group())
+        _read({"optimizer": state}, directory)
         set_optimizer_state_dict(model, inner, state, options=_BY_NAME)
 
 
@@ -131,7 +150,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def save_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the weights, each rank what it owns. Every rank must call it. See `save_optimizer`."""
-    state_dict_saver.save({"model": _weights(model)}, checkpoint_id=directory, no_dist=_no_group())
+    _write({"model": _weights(model)}, directory)
 
 
 @torch.no_grad()
@@ -143,5 +162,4 @@ def load_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     with together(f"Reading the weights '{directory}'"):
         _require(Path(directory))
-    # In place: the state dict holds the parameters' own storage.
-    state_dict_loader.load({"model": _weights(model)}, checkpoint_id=directory, no_dist=_no_group())
+    _read({"model": _weights(model)}, directory)
