@@ -57,6 +57,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     Returns:
         The bin of each document, int64 [n].
     """
+    assert not len(lengths) or 1 <= lengths.min() <= lengths.max() <= capacity
     sizes = lengths.tolist()
     smallest = min(sizes, default=0)
     bins = np.zeros(len(sizes), dtype=np.int64)
@@ -89,6 +90,7 @@ def sequential(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
     Args and result as in `best_fit`.
     """
+    assert not len(lengths) or 1 <= lengths.min() <= lengths.max() <= capacity
     ends = np.cumsum(lengths)
     bins = np.empty(len(lengths), dtype=np.int64)
     start = num_bins = 0

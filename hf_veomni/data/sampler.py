@@ -60,16 +60,17 @@ class BalancedBatchSampler(Sampler[list[int]]):
     divide their number are dropped (`drop_last=True`, at most R - 1 batches, another choice each epoch), or some are
     split in two until R does (the default); if there are too few samples for that, the cheapest are repeated.
 
-    Three ways to use it, all with `DataLoader(dataset, batch_sampler=sampler, collate_fn=...)`:
+    It goes into `DataLoader(dataset, batch_sampler=sampler, collate_fn=OmniDataCollatorWithPacking(max_tokens))`:
 
-    - `rank=r`: the batches of data rank r. Do not hand the loader to `accelerator.prepare`, which would shard again.
-    - `rank=None`: the batches of all data ranks in turn, (step 0, rank 0), (step 0, rank 1), ... That is the order in
-      which accelerate's `BatchSamplerShard` deals out a loader given to `accelerator.prepare`, so each data rank gets
-      the batches meant for it. `len()` is then R times as large.
-    - one process: the defaults serve both.
+    - `rank=r`: the batches of data rank r. The loader is used as it is, for example returned by `get_train_dataloader`
+      of a Trainer; `accelerator.prepare` would shard it once more.
+    - `rank=None`: the batches of all data ranks in turn, (step 0, rank 0), (step 0, rank 1), ... That is how
+      accelerate deals out the batches of a loader given to `accelerator.prepare`, so each data rank gets those meant
+      for it. `len()` is then R times as large.
 
-    `set_epoch` before every epoch; a prepared loader and the Trainer do it. Under a Trainer nothing needs saving: it
-    skips the batches of a resumed epoch by their indices alone. A loop of one's own saves `state_dict()`.
+    `set_epoch` before every epoch: a prepared loader and the Trainer do it (accelerate 1.15 does not reach the sampler
+    of a loader from `skip_first_batches`: do it yourself there). A Trainer saves nothing of the sampler: it leaves out
+    the batches of a resumed epoch by their indices alone. A loop of one's own saves `state_dict()`.
 
     Args:
         lengths_or_costs: tokens of each sample, [n]; or costs, if `lengths` is given.
