@@ -19,7 +19,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from tests.ranks.training import Outcome, Run, assert_same_training, full, outcome, relative, tiny_model, train_stock
+from tests.ranks.training import (
+    Outcome,
+    Run,
+    assert_same_training,
+    forget_meshes,
+    full,
+    outcome,
+    relative,
+    tiny_model,
+    train_stock,
+)
 
 PLANS = [(2, "sp=2"), (2, "dp_shard=2"), (4, "sp=2,dp_shard=2"), (4, "dp_replicate=2,sp=2")]
 plans = pytest.mark.parametrize(("world", "plan"), PLANS, ids=[plan for _, plan in PLANS])
@@ -28,6 +38,7 @@ plans = pytest.mark.parametrize(("world", "plan"), PLANS, ids=[plan for _, plan 
 def _trainer(plan: str, run: Run, directory: Path, **options: Any):
     from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
 
+    forget_meshes()
     arguments = OmniTrainingArguments(**run.all_arguments(plan=plan, output_dir=str(directory)))
     return OmniTrainer(model=run.model(), args=arguments, **run.data(), **run.options, **options)
 
