@@ -100,7 +100,7 @@ def pack_dataset(
             full.
 
     Returns:
-        A dataset of the same kind.
+        A dataset of the same kind, in the same format (`with_format("torch")`, for example).
 
     Raises:
         ValueError: a document over `max_tokens` (with `overlong="error"`), a column of another length than
@@ -113,7 +113,9 @@ def pack_dataset(
     rules = _Rules(max_tokens, strategy, overlong, read_columns(dataset.features, columns))
     source = dataset.select_columns(list(rules.columns.read)).with_format("arrow")
     pieces = _plan(*_scan(source, rules.columns), rules)
-    return _write(dataset, source, pieces, rules, num_proc).with_format(dataset.format["type"])
+    packed = _write(dataset, source, pieces, rules, num_proc)
+    kind = dataset.format["type"]  # a transform of the user's is made for documents, not for packed rows
+    return packed.with_format(None if kind == "custom" else kind)
 
 
 def unpack(row: Mapping[str, Any]) -> list[dict[str, Any]]:

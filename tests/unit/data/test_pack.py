@@ -110,6 +110,8 @@ def test_selected_and_shuffled_rows_are_read_through_their_index():
 def test_the_format_of_the_source_is_kept():
     packed = pack_dataset(Dataset.from_list(samples_of([5, 3])).with_format("torch"), 10)
     assert packed[0]["input_ids"].tolist() == [0, 1, 2, 3, 4, 1000, 1001, 1002]
+    packed = pack_dataset(Dataset.from_list(samples_of([5, 3])).with_transform(lambda batch: {"text": "a"}), 10)
+    assert packed[0]["input_ids"] == [0, 1, 2, 3, 4, 1000, 1001, 1002]
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "int64"])
