@@ -34,7 +34,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_veomni.loss.head import Op, replay
+from hf_veomni.loss.head import Op, autocast, replay
 from hf_veomni.loss.stand_in import Recipe
 
 
@@ -57,7 +57,7 @@ def full_precision(dtype: torch.dtype) -> torch.dtype:
 def _block_loss_gradient(
     block: Tensor,
     logits: Tensor,
-    lse: Tensor,
+    probabilities: Tensor,
     targets: Tensor,
     vocabulary: int,
     smoothing: float,
@@ -69,13 +69,13 @@ def _block_loss_gradient(
     Args:
         block: output of the head for classes first, first + 1, ...; [n, v].
         logits: `block` after the recorded functions, with a graph to it if there are any.
-        lse: log-sum-exp over all V classes; [n].
+        probabilities: softmax of the logits over all V classes, for these classes; [n, v]. Overwritten.
         targets: class indices; [n].
 
     Returns:
         softmax - (1 - smoothing) * one-hot - smoothing / V, taken back through the recorded functions; [n, v].
     """
-    grad = (logits.detach().to(lse.dtype) - lse[:, None]).exp_()
+    grad = probabilities
     if smoothing:
         grad -= smoothing / vocabulary
     inside = (targets >= first) & (targets < first + block.shape[1])
@@ -86,6 +86,11 @@ def _block_loss_gradient(
     if logits is block:
         return grad.to(block.dtype)
     return torch.autograd.grad(logits, block, grad.to(logits.dtype))[0]
+
+
+def _scores(logits: Tensor, ops: tuple[Op, ...], dtype: torch.dtype) -> Tensor:
+    """Logits in `dtype`, to be overwritten: recorded functions may need their results, the head alone does not."""
+    return logits.detach().to(dtype, copy=bool(ops))
 
 
 def _leaf_and_logits(block: Tensor, ops: tuple[Op, ...]) -> tuple[Tensor, Tensor]:
@@ -109,18 +114,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=dtype)
         lse = hidden.new_empty(len(hidden), dtype=dtype)
         grad_hidden = torch.empty_like(hidden) if at_once else None
-        with torch.autocast(hidden.device.type, enabled=False):
+        with autocast(hidden.device.type, None):
             w, b = weight.to(settings.dtype), None if bias is None else bias.to(settings.dtype)
             for start, end in _ranges(len(hidden), settings.chunk_elements // vocabulary):
                 target = targets[start:end]
                 block, logits = _leaf_and_logits(F.linear(hidden[start:end].to(settings.dtype), w, b), settings.ops)
-                scores = logits.detach().to(dtype)
-                lse[start:end] = torch.logsumexp(scores, dim=-1)
-                total += (lse[start:end] - (1 - smoothing) * scores.gather(1, target[:, None]).squeeze(1)).sum()
+                scores = _scores(logits, settings.ops, dtype)
+                of_target = scores.gather(1, target[:, None]).squeeze(1)
                 if smoothing:
                     total -= scores.sum() * (smoothing / vocabulary)
+                top = scores.amax(1)
+                weights = scores.sub_(top[:, None]).exp_()
+                norm = weights.sum(1)
+                lse[start:end] = norm.log() + top
+                total += (lse[start:end] - (1 - smoothing) * of_target).sum()
                 if grad_hidden is not None:
-                    grad = _block_loss_gradient(block, logits, lse[start:end], target, vocabulary, smoothing)
+                    softmax = weights.div_(norm[:, None])
+                    grad = _block_loss_gradient(block, logits, softmax, target, vocabulary, smoothing)
                     grad_hidden[start:end] = grad @ w
         ctx.settings = settings
         ctx.at_once = at_once
@@ -137,7 +147,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.at_once:
             (grad_hidden,) = ctx.saved_tensors
             return (grad_hidden * grads[0]).to(grad_hidden.dtype), None, None, None, None
-        with torch.autocast(grads[0].device.type, enabled=False):
+        with autocast(grads[0].device.type, None):
             return *_backward_by_vocabulary(ctx, grads[0]), None, None
 
 
@@ -154,8 +164,9 @@ def _backward_by_vocabulary(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Ten
         w = weight[start:end].to(settings.dtype)
         b = None if bias is None else bias[start:end].to(settings.dtype)
         block, logits = _leaf_and_logits(F.linear(h, w, b), settings.ops)
+        softmax = _scores(logits, settings.ops, lse.dtype).sub_(lse[:, None]).exp_()
         grad = _block_loss_gradient(
-            block, logits, lse, targets, len(weight), settings.label_smoothing, first=start, scale=scale
+            block, logits, softmax, targets, len(weight), settings.label_smoothing, first=start, scale=scale
         )
         if grad_hidden is not None:
             grad_hidden += grad @ w
@@ -204,7 +215,7 @@ def summed_loss(recipe: Recipe, targets: Tensor, ignore_index: int, label_smooth
     call = recipe.call
     call.check_gathered()
     hidden, targets = call.hidden.flatten(0, -2), targets.flatten()
-    if not isinstance(targets, FakeTensor):  # a dry run has no values: it counts every token
+    if not (isinstance(targets, FakeTensor) or targets.is_meta):  # a dry run has no values: it counts every token
         scored = (targets != ignore_index).nonzero().squeeze(1)
         if len(scored) < len(targets):
             hidden, targets = hidden.index_select(0, scored), targets.index_select(0, scored)

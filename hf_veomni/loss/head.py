@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +39,7 @@ class HeadCall:
 
     def run(self, hidden: Tensor) -> Tensor:
         """The head's output for `hidden` [..., H], under the autocast of the original call."""
-        enabled = self.autocast is not None
-        with torch.autocast(hidden.device.type, dtype=self.autocast, enabled=enabled):
+        with autocast(hidden.device.type, self.autocast):
             return self.forward(hidden)
 
     def before_backward(self, grad: Tensor) -> None:
@@ -69,6 +69,13 @@ class HeadCall:
             )
 
 
+def autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to `dtype`, or none; also on devices that know no autocast."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None)
+
+
 def record_head_call(
     head: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor, sharded: bool, chunk_tokens: int | None
 ) -> HeadCall | None:
@@ -77,13 +84,13 @@ def record_head_call(
     if any(isinstance(p, DTensor) for p in (hidden, *parameters)):
         return None
     kind = hidden.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    cast = torch.get_autocast_dtype(kind) if enabled else None
     weight = bias = None
     if getattr(forward, "__func__", None) is nn.Linear.forward and isinstance(head, nn.Linear):
         weight, bias = head.weight, head.bias
         vocabulary = weight.shape[0]
-        eligible = autocast is not None and hidden.is_floating_point() and hidden.dtype != torch.float64
-        dtype = autocast if eligible and autocast is not None else hidden.dtype
+        dtype = hidden.dtype if cast is None or hidden.dtype == torch.float64 else cast
         parameters = [p for p in (weight, bias) if p is not None]
     else:
         probe = forward(hidden[..., :1, :])
@@ -96,7 +103,7 @@ def record_head_call(
         bias=bias,
         sharded=sharded or isinstance(head, FSDPModule),
         dtype=dtype,
-        autocast=autocast,
+        autocast=cast,
         vocabulary=vocabulary,
         chunk_tokens=chunk_tokens or default_chunk_tokens(vocabulary),
         versions=[p._version for p in parameters],

@@ -264,8 +264,9 @@ def test_evaluation_of_the_loss_computes_no_gradients():
     assert {shape[-1] for shape in seen.matmuls} == {VOCABULARY}
 
 
-def test_dry_run_with_fake_tensors():
-    with FakeTensorMode():
+@pytest.mark.parametrize("mode", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"])
+def test_dry_run(mode):
+    with mode():
         model = build_model("llama")
         attach_lean_loss(model, chunk_tokens=CHUNK)
         hidden = torch.empty(1, 30, 64, requires_grad=True)
