@@ -107,10 +107,9 @@ class MaskSpec:
         return len(self.spans) == self.num_rows and all(s.end - s.begin == self.row_length for s in self.spans)
 
     def is_plain(self, length: int) -> bool:
-        """Whether a span of `length` tokens is fully causal or fully bidirectional: no limit is felt in it."""
+        """Whether the limits leave a span of `length` tokens fully causal or fully bidirectional."""
         reach = length - 1
-        near = (self.before is None or self.before >= reach) and (self.after in (None, 0) or self.after >= reach)
-        return near and not self.evaluate
+        return (self.before is None or self.before >= reach) and (self.after in (None, 0) or self.after >= reach)
 
     @cached_property
     def kernel_layout(self) -> KernelLayout:

@@ -114,6 +114,15 @@ def test_unknown_functions_are_evaluated(name: str, use_vmap: bool) -> None:
     assert dense(spec).equal(stock(UNKNOWN[name]))
 
 
+def test_functions_of_single_indices_are_evaluated_by_vmap() -> None:
+    table = torch.rand(S, S, generator=torch.Generator().manual_seed(0)) < 0.5
+
+    def function(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return table[q_idx][kv_idx]  # not what broadcasting makes of it
+
+    assert dense(make_spec(function, use_vmap=True)).equal(table.expand(2, -1, -1))
+
+
 @pytest.mark.parametrize("name", FUNCTIONS | UNKNOWN)
 def test_documents_are_kept_apart(name: str) -> None:
     function = UNKNOWN[name] if name in UNKNOWN else FUNCTIONS[name][0]
