@@ -91,7 +91,7 @@ class BatchingMixin(_Trainer):
         """The micro-batches of one optimizer step, and the tokens in them over all data ranks.
 
         Returns:
-            batches: the same number on every rank. A rank that ran out first gets fillers.
+            batches: `num_batches` on every rank, or none. Where rows ran out, fillers take their place.
             num_items: label tokens of the window over all data ranks, or None where the model computes its own mean.
 
         Collective: one all-gather of three integers over all ranks.
@@ -101,20 +101,25 @@ class BatchingMixin(_Trainer):
         """
         self._micro_step = 0
         if self.parallel_state.world_size == 1:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            return self._fill_window(batches, num_batches if batches else 0), num_items
         batches = []
         for batch in _take(epoch_iterator, num_batches):
             ends = self._train_batches is not None and self._train_batches.ends_with_filler
             batches.append(Filler.of(batch) if ends and self.accelerator.gradient_state.end_of_dataloader else batch)
         facts = self._window_facts(batches, device)
         self._check_rows(facts)
-        longest = int(facts[:, 0].max())
-        if batches:
-            self._last_batch = batches[-1]
-        batches += [Filler.of(self._last_batch) for _ in range(longest - len(batches))]
+        batches = self._fill_window(batches, num_batches if facts[:, 0].any() else 0)
         total = int(facts[:: self.parallel_state.sp_size, 1].sum())
         counted = bool(batches) and self._counts_items(batches[0])
         return batches, torch.tensor(total, device=device) if counted else None
+
+    def _fill_window(self, batches: list[Any], length: int) -> list[Any]:
+        """The window at its full length. A stream can end within it, on this rank or on all: Trainer, which expects
+        the full number from a stream, would leave the gradients of a short window over for the next one."""
+        if batches:
+            self._last_batch = batches[-1]
+        return batches + [Filler.of(self._last_batch) for _ in range(length - len(batches))]
 
     def _window_facts(self, batches: list[Any], device: torch.device) -> Tensor:
         """[ranks, 4] on the CPU: batches, label tokens, checksum of the rows, whether an earlier batch is at hand."""
