@@ -34,6 +34,7 @@ class Setting:
     attention: str | None = None
     dtype: torch.dtype = torch.float32
     lora: bool = False
+    lengths: tuple[tuple[int, ...], ...] | None = None  # of the documents of each batch; None takes uneven ones
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
@@ -69,7 +70,7 @@ _ROWS = ((23, 37), (41, 5), (17, 29), (13, 43), (35, 35), (1, 33), (27, 39), (31
 def make_batches(setting: Setting) -> list[list[Batch]]:
     """Batches by data rank and micro-batch."""
     make, lengths = (packed_batch, _LENGTHS) if setting.packed else (padded_batch, _ROWS)
-    count = setting.micro_batches
+    lengths, count = setting.lengths or lengths, setting.micro_batches
     return [
         [make(lengths[rank * count + micro], seed=rank * count + micro) for micro in range(count)]
         for rank in range(setting.dp_size)
@@ -142,13 +143,20 @@ def _exact_loss(logits: Tensor, document: Batch, items: int) -> Tensor:
 
 def compare(setting: Setting, run: Run, path: str) -> dict[str, Any]:
     """On every rank: the prepared model against the reference at `path`; returns `Errors` as a dictionary."""
-    from hf_veomni import get_parallel_state, prepare_omni
+    from hf_veomni import prepare_omni
 
-    reference = torch.load(path)
     model = make_model(setting)
     prepare_omni(model, run.plan, attention=run.attention, lean_loss=run.lean_loss)
     if run.checkpointing:
         model.gradient_checkpointing_enable()
+    return measure(model, setting, run, path)
+
+
+def measure(model: nn.Module, setting: Setting, run: Run, path: str) -> dict[str, Any]:
+    """One accumulation window of a prepared model against the reference at `path`."""
+    from hf_veomni import get_parallel_state
+
+    reference = torch.load(path)
     state = get_parallel_state(model)
     batches = make_batches(setting)[state.dp_rank]
     first = state.dp_rank * setting.micro_batches
@@ -163,7 +171,7 @@ def compare(setting: Setting, run: Run, path: str) -> dict[str, Any]:
         expected = reference["losses"][first + micro]
         errors.loss = max(errors.loss, abs(out.loss.item() - expected) / abs(expected))
         errors.losses.append(out.loss.item())
-    _compare_gradients(model, reference, errors)
+    compare_gradients(model, reference, errors)
     return asdict(errors)
 
 
@@ -179,7 +187,8 @@ def _compare_logits(model: nn.Module, batch: Batch, expected: dict[tuple[int, in
     return max(relative_error(got, wanted) for got, wanted in parts)
 
 
-def _compare_gradients(model: nn.Module, reference: dict[str, Any], errors: Errors) -> None:
+def compare_gradients(model: nn.Module, reference: dict[str, Any], errors: Errors) -> None:
+    """Enter the worst relative error of the gradients and of their norm into `errors`. Collective."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     errors.one_sided = sorted(trained.keys() ^ reference["gradients"].keys())
     for name, parameter in trained.items():

@@ -133,6 +133,12 @@ def test_kept_attention_equals_one_rank_on_padded_rows(check, model, attention):
     check(Setting(model, attention=attention, packed=False), Run("sp=2", attention="keep"))
 
 
+@pytest.mark.parametrize("plan", ["sp=2", "sp=3"])
+def test_kept_attention_equals_one_rank_on_one_document(check, plan):
+    """gpt-oss's own masks do not know documents, but the tokens that fill the row up to sp are none of the user's."""
+    check(Setting("gpt_oss", attention="eager", lengths=((31,),)), Run(plan, attention="keep"))
+
+
 @pytest.mark.parametrize("model", ["llama", "gemma2", "cohere", "granite", "gpt_oss"])
 def test_loss_from_full_logits_equals_one_rank(check, model):
     check(Setting(model), Run("sp=2", lean_loss=False))

@@ -1,0 +1,193 @@
+"""What cannot be right is refused on every rank, within seconds, by a message that names the value and the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models import build_model, packed_batch, padded_batch
+
+
+def _prepare(name: str, plan: Any, overrides: dict[str, Any] | None = None, **options: Any) -> None:
+    """Prepare; where that is refused the model must be as it was."""
+    from hf_veomni import prepare_omni
+    from tests.ranks.traces import changes, traces
+
+    model = build_model(name, **(overrides or {}))
+    before = traces(model)
+    try:
+        prepare_omni(model, plan, **options)
+    except ValueError:
+        assert not changes(before, traces(model))
+        raise
+
+
+def _call(name: str, plan: str, change: str, overrides: dict[str, Any] | None = None) -> None:
+    """A call that is refused; the prepared model must still answer a right one as before."""
+    from hf_veomni import gather_sequence, prepare_omni
+
+    model = prepare_omni(build_model(name, **(overrides or {})), plan)
+    right = packed_batch((9, 6))
+    before = gather_sequence(model(**right).logits, model)
+    try:
+        CALLS[change](model)
+    except ValueError:
+        assert torch.equal(gather_sequence(model(**right).logits, model), before), "the refusal left something behind"
+        raise
+
+
+def _long_document(model):
+    model(**packed_batch((5, 33)))
+
+
+def _short_labels(model):
+    batch = packed_batch((9, 6))
+    model(**{**batch, "labels": batch["labels"][:, 1:]})
+
+
+def _local_labels(model):
+    batch = packed_batch((9, 7))
+    model(**{**batch, "labels": batch["labels"][:, :8]})
+
+
+def _logits_to_keep(model):
+    model(**packed_batch((9, 6)), logits_to_keep=1)
+
+
+def _cache_with_labels(model):
+    model(**packed_batch((9, 6)), use_cache=True)
+
+
+def _cache_with_gradients(model):
+    batch = packed_batch((9, 6))
+    batch.pop("labels")
+    model(**batch, use_cache=True)
+
+
+def _output_attentions(model):
+    model(**packed_batch((9, 6)), output_attentions=True)
+
+
+def _expanded_mask(model):
+    batch = padded_batch((15,))
+    mask = torch.ones(15, 15, dtype=torch.bool).tril()[None, None]
+    model(input_ids=batch["input_ids"], attention_mask=mask)
+
+
+CALLS = {f.__name__: f for f in (_long_document, _short_labels, _local_labels, _logits_to_keep)} | {
+    f.__name__: f for f in (_cache_with_labels, _cache_with_gradients, _output_attentions, _expanded_mask)
+}
+
+
+@pytest.mark.parametrize(
+    ("plan", "match"),
+    [
+        ("sp=3", r"pp_size \* dp_replicate_size \* sp_size.* = 3\) must divide the number of ranks \(2\)"),
+        ("sp=2,dp_shard=2", r"= 4\) must equal the number of ranks \(2\): start 4 ranks"),
+        ("dp_shard=1", r"= 1\) must equal the number of ranks \(2\)"),
+        ("spp=2", r"Unknown plan key 'spp': did you mean 'sp'"),
+        ("sp=two", r"Plan entry 'sp=two' in 'sp=two' must be name=integer"),
+        ({"sp_size": 0}, r"`sp_size` \(0\) must be a positive integer"),
+        ("pp=2", r"`pp_size` \(2\) must be 1: pipeline parallelism is not available"),
+        ("sp=2,ep=2", r"`ep_size` \(2\) must be 1: expert parallelism is not available"),
+        ("sp=2,dp_shard=1,ep=3", r"`ep_size` \(3\) must divide `dp_shard_size \* sp_size` \(2\): use 1, 2"),
+        ({"sp": 2, "modules": {"lm_haed": {"fsdp": "keep"}}}, r"'lm_haed' matches no module.*lm_head"),
+        ({"sp": 2, "modules": {"lm_head": {"fspd": "keep"}}}, r"Unknown rule 'fspd'.*did you mean 'fsdp'"),
+    ],
+)
+def test_plans_that_do_not_fit(ranks, plan, match):
+    ranks(2).raises(_prepare, "llama", plan, match=match, timeout=30)
+
+
+@pytest.mark.parametrize("model", ["qwen3_moe", "llama"])
+def test_expert_parallelism(ranks, model):
+    match = r"`ep_size` \(2\) must be 1: expert parallelism is not available"
+    ranks(2).raises(_prepare, model, "dp_shard=2,ep=2", match=match, timeout=30)
+
+
+def test_more_sp_ranks_than_query_heads(ranks):
+    match = r"`sp_size` \(4\) must not exceed the number of query heads \(2\): use at most 2"
+    ranks(4).raises(_prepare, "llama", "sp=4", {"num_attention_heads": 2}, match=match, timeout=30)
+
+
+def test_model_without_a_seam(ranks):
+    match = r"BloomForCausalLM has no seam for sequence parallelism.*Use sp_size=1"
+    ranks(2).raises(_prepare, "bloom", "sp=2", match=match, timeout=30)
+
+
+def test_unknown_attention_option(ranks):
+    match = r"`attention` \('varlen'\) must be 'auto' or 'keep'"
+    ranks(2).raises(_prepare, "llama", "sp=2", match=match, attention="varlen", timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        ("_long_document", r"A document of 33 tokens is longer than the model's context .*32\)"),
+        ("_short_labels", r"`labels` \(1, 14\) must have one entry for each token of the row \(1, 15\)"),
+        ("_local_labels", r"`labels` \(1, 8\) must have one entry for each token of the row \(1, 16\)"),
+        ("_logits_to_keep", r"`logits_to_keep` \(1\) counts from the end of the full row"),
+        ("_cache_with_labels", r"`labels` with `use_cache=True`"),
+        ("_cache_with_gradients", r"`use_cache=True` or `past_key_values` cannot be combined with gradients"),
+        ("_output_attentions", r"`output_attentions` is not available under sequence parallelism"),
+        ("_expanded_mask", r"`attention_mask` \(Tensor\) is expanded already"),
+    ],
+)
+def test_calls_that_cannot_be_right(ranks, call, match):
+    overrides = {"max_position_embeddings": 32}
+    ranks(2).raises(_call, "llama", "sp=2", call, overrides, match=match, timeout=30)
+
+
+def _packed_rows_of_bloom() -> None:
+    from hf_veomni import prepare_omni
+
+    model = prepare_omni(build_model("bloom"), "dp_shard=2")
+    batch = packed_batch((9, 6))
+    positions = batch.pop("position_ids")
+    model(**batch).loss.backward()  # one document a row is fine
+    model(**batch, position_ids=positions)
+
+
+def test_packed_rows_of_a_model_that_cannot_tell_documents_apart(ranks):
+    ranks(2).raises(_packed_rows_of_bloom, match="position_ids|Packed rows would not be kept apart", timeout=30)
+
+
+def _twice() -> None:
+    from hf_veomni import prepare_omni
+
+    prepare_omni(prepare_omni(build_model("llama"), "sp=2"), "sp=2")
+
+
+def _unprepared() -> None:
+    from hf_veomni import gather_sequence
+
+    gather_sequence(torch.zeros(1, 4), build_model("llama"))
+
+
+def _on_meta() -> None:
+    from hf_veomni import prepare_omni
+
+    prepare_omni(build_model("llama").to("meta"), "sp=2")
+
+
+def _foreign_slice() -> None:
+    from hf_veomni import gather_sequence, prepare_omni
+
+    model = prepare_omni(build_model("llama"), "sp=2")
+    model(**packed_batch((9, 6)))
+    gather_sequence(torch.zeros(1, 15, 3), model)
+
+
+@pytest.mark.parametrize(
+    ("case", "match"),
+    [
+        (_twice, r"LlamaForCausalLM is already prepared: call `detach_omni\(model\)` first"),
+        (_unprepared, r"LlamaForCausalLM has no cut sequence: call `prepare_omni"),
+        (_on_meta, r"Parameter 'model.embed_tokens.weight' is on the meta device"),
+        (_foreign_slice, r"`local` has shape \(1, 15, 3\), but this rank's slice .* has 8 tokens"),
+    ],
+)
+def test_misuse(ranks, case, match):
+    ranks(2).raises(case, match=match, timeout=30)
