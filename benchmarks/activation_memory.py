@@ -104,7 +104,10 @@ def work(rank: int, sp_size: int, folder: str, options: argparse.Namespace) -> N
 def run_ranks(sp_size: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """What `work` measured on each of sp_size ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (sp_size, folder, options), nprocs=sp_size)
+        if sp_size == 1:
+            work(0, 1, folder, options)
+        else:
+            mp.spawn(work, (sp_size, folder, options), nprocs=sp_size)
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(sp_size)]
 
 

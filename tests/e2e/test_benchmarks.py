@@ -1,0 +1,166 @@
+"""Every benchmark runs, small, through the one command; and its check fails when what it times is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import benchmarks.__main__ as entry
+from benchmarks import _record, activation_memory, packing_vs_padding, step
+from benchmarks._flops import flops_of_step
+from benchmarks._memory import MemoryLog
+from benchmarks._phases import PHASES
+
+SHAPE = ["--hidden", "32", "--heads", "4", "--kv-heads", "2", "--layers", "2", "--vocab", "128"]
+TINY_STEP = [*SHAPE, "--intermediate", "48", "--tokens", "96", "--median", "16", "--rounds", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """`bench(name, *options)` runs a benchmark in this process and returns its rows."""
+    monkeypatch.setattr(_record, "RESULTS", tmp_path)
+
+    def run(*arguments: str) -> list[dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", ["python -m benchmarks", *arguments])
+        try:
+            entry.main()
+        except SystemExit as ended:
+            assert not ended.code, ended.code
+        (path,) = tmp_path.glob("*.json")
+        content = json.loads(path.read_text())
+        assert {"benchmark", "commit", "date", "versions", "hardware", "plan", "rows"} <= set(content)
+        return content["rows"]
+
+    return run
+
+
+@pytest.fixture
+def tiny_step(monkeypatch: pytest.MonkeyPatch) -> step.Bench:
+    monkeypatch.setattr(sys, "argv", ["step", *TINY_STEP])
+    return step.Bench(step.parse())
+
+
+def test_step_is_checked_and_compared(bench: Any) -> None:
+    ours, stock = bench("step", *TINY_STEP)
+    assert (ours["contender"], stock["contender"]) == ("ours", "stock sdpa")
+    assert ours["check"]["passed"] and stock["check"]["passed"]
+    assert set(ours["phases"]) == set(PHASES) and ours["phases"]["attention"]["seconds"] > 0
+    assert stock["ours_is_faster"]["p50"] > 0 and ours["peak_bytes"] > 0 and ours["mfu"] is None
+
+
+def test_step_notices_documents_that_see_each_other(tiny_step: step.Bench) -> None:
+    tiny_step.load([16, 16])
+    expected = tiny_step.reference()
+    assert tiny_step.check("ours", expected)["passed"]
+    tiny_step.batch["position_ids"] = torch.arange(32)[None]  # one document
+    assert not tiny_step.check("ours", expected)["passed"]
+
+
+def test_step_records_a_contender_that_runs_out_of_memory(
+    tiny_step: step.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = step.Bench.block
+
+    def full(self: step.Bench, name: str, steps: int) -> list[float]:
+        if name == "stock sdpa":
+            raise torch.OutOfMemoryError("full")
+        return block(self, name, steps)
+
+    monkeypatch.setattr(step.Bench, "block", full)
+    ours, stock = step.measure_row(tiny_step, [16, 16], rate=1e9)
+    assert not ours["out_of_memory"] and ours["tokens_per_second"]["p50"] > 0
+    assert stock["out_of_memory"] and "seconds" not in stock
+
+
+def test_flops_count_the_causal_half_of_each_document() -> None:
+    options = argparse.Namespace(hidden=8, heads=2, kv_heads=1, intermediate=16, layers=3, vocab=10)
+    whole, halves = flops_of_step(options, [64]), flops_of_step(options, [32, 32])
+    assert whole["attention"] == 3 * 3 * 4 * 8 * 64**2 / 2 == 2 * halves["attention"]
+    assert whole["mlp"] == halves["mlp"] == 3 * 2 * 64 * 3 * 3 * 8 * 16
+    assert whole["projections"] == 3 * 2 * 64 * 3 * (8 * 8 * 2 + 2 * 8 * 4)
+    assert whole["loss"] == 3 * 2 * 63 * 8 * 10
+
+
+def test_memory_log_counts_what_is_live() -> None:
+    weight = torch.zeros(256, requires_grad=True)
+    with MemoryLog() as log:
+        weight.register_hook(lambda grad: log.label(grad, "gradient"))
+        kept = (weight * 2).exp()  # the product dies, the exponential is saved
+        log.mark("loss")
+        kept.sum().backward()
+        del kept
+    assert log.at("loss", "activation") == 1024
+    assert log.curve("activation")[-1] == 0  # the graph is gone
+    assert log.curve("gradient")[-1] == weight.grad.nbytes == 1024
+    assert log.peak("activation")[0] == 2048 + 8  # the exponential and its gradient; the sum and its gradient
+
+
+def test_activation_memory_falls_with_sp(bench: Any) -> None:
+    rows = bench("activation_memory", *SHAPE, "--sp", "1", "2", "--tokens", "256", "--median", "32")
+    assert [(row["sp_size"], row["checkpointing"]) for row in rows] == [(1, False), (1, True), (2, False), (2, True)]
+    assert all(abs(row["held_times_sp"] - 1) < 0.1 and abs(row["peak_times_sp"] - 1) < 0.1 for row in rows)
+
+
+def test_activation_memory_notices_what_does_not_fall() -> None:
+    def row(sp_size: int, held: int, loss: float = 2.0) -> dict[str, Any]:
+        rank = {"held": held, "peak": 100 // sp_size, "loss": loss, "left": 0}
+        return {"sp_size": sp_size, "checkpointing": False, "ranks": [rank] * sp_size}
+
+    assert activation_memory.compare([row(1, 100), row(2, 54)], 0.1, 1e-5) == []
+    (held,) = activation_memory.compare([row(1, 100), row(2, 56)], 0.1, 1e-5)
+    assert "held activations at sp=2" in held
+    (loss,) = activation_memory.compare([row(1, 100), row(2, 50, loss=2.1)], 0.1, 1e-5)
+    assert "loss at sp=2" in loss
+
+
+def test_packing_equals_padding(bench: Any) -> None:
+    options = ["--every", "60", "--layers", "1", "--longest", "64", "--budget", "256", "--rounds", "1"]
+    padded, grouped, packed = bench("packing_vs_padding", *options, "--device", "cpu")
+    assert [row["contender"] for row in (padded, grouped, packed)] == ["padding", "padding, grouped", "packing"]
+    assert packed["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-4)
+    assert padded["slots"]["p50"] >= packed["slots"]["p50"] >= packed["useful_tokens"] > 0
+
+
+def test_packing_notices_another_loss() -> None:
+    result = {"seconds": 1.0, "slots": 10, "steps": 1, "loss": 2.0, "grad_norm": 1.0}
+    blocks = {"padding": [result], "padding, grouped": [result], "packing": [{**result, "loss": 2.001}]}
+    _, wrong = packing_vs_padding.compare(blocks, useful=10, tolerance=1e-4)
+    assert len(wrong) == 1 and "loss of packing" in wrong[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("packing", "--documents", "200", "--max-tokens", "512", "--repeats", "1"),
+        pytest.param(
+            ("loss_memory", "--tokens", "128", "--vocab", "20000", "--hidden", "64", "--repeats", "1"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_others_run(bench: Any, arguments: tuple[str, ...]) -> None:
+    assert bench(*arguments)
+
+
+def test_every_script_is_in_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(entry.__file__).parent
+    assert {path.stem for path in folder.glob("[!_]*.py")} == set(entry.SCRIPTS)
+    for name, takes_device in entry.SCRIPTS.items():
+        monkeypatch.setattr(sys, "argv", ["python -m benchmarks", name, "--help"])
+        with pytest.raises(SystemExit):
+            entry.main()
+        assert ("--device" in capsys.readouterr().out) == takes_device, name
+
+
+def test_unknown_name_lists_the_scripts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["python -m benchmarks", "steps"])
+    with pytest.raises(SystemExit):
+        entry.main()
+    assert "activation_memory" in capsys.readouterr().err
