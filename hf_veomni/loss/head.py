@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ class HeadCall:
     vocabulary: int
     chunk_tokens: int
     versions: list[int]
-    spent: bool = False
+    # Set once a gradient has gone through the head; the list is shared with detached copies.
+    spent: list[bool] = field(default_factory=list)
     # FSDP2's pre-backward hooks, which gather the weight again if another backward has freed it.
     hooks: list[Callable[[Tensor], Any]] = field(default_factory=list)
 
@@ -42,11 +43,15 @@ class HeadCall:
         with autocast(hidden.device.type, self.autocast):
             return self.forward(hidden)
 
+    def detach(self) -> HeadCall:
+        """The same call without the graph of its hidden states."""
+        return replace(self, hidden=self.hidden.detach())
+
     def before_backward(self, grad: Tensor) -> None:
         """To be called when a gradient arrives, before it goes through the head."""
         for hook in self.hooks:
             hook(grad)
-        self.spent = True
+        self.spent.append(True)
 
     def check_gathered(self) -> None:
         """Raise if FSDP has freed the head's weight."""

@@ -160,7 +160,7 @@ def _lazily(func: Any, logits: LeanLogits, operands: tuple[Any, ...], kwargs: di
     if kwargs:
         return None
     if func in (T.detach, torch.detach):
-        return LeanLogits.make(replace(logits.recipe, detached=True))
+        return LeanLogits.make(replace(logits.recipe, call=logits.recipe.call.detach(), detached=True))
     if func in (T.clone, torch.clone):
         return LeanLogits.make(replace(logits.recipe))
     if func in _OUT_OF_PLACE:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -225,6 +227,27 @@ def test_detach_is_free_and_has_no_graph(model):
     assert isinstance(detached, LeanLogits) and not detached.requires_grad and not _computed(lean)
     assert not detached.exp().requires_grad
     torch.testing.assert_close(detached.exp(), real.exp().detach())
+
+
+@pytest.mark.parametrize("use", ["loss", "look", "detach", "nothing"])
+def test_nothing_is_kept_alive(use):
+    """Without the garbage collector: a cycle would hold a step's activations until it runs."""
+    model = build_model("llama")
+    attach_lean_loss(model)
+    gc.disable()
+    try:
+        out = model(**padded_batch([7, 5]), use_cache=False)
+        embedded = weakref.ref(out.logits.recipe.call.hidden)
+        kept = out.logits.detach() if use == "detach" else None
+        if use == "look":
+            out.logits.exp()
+        if use != "nothing":
+            out.loss.backward()
+        del out
+        assert embedded() is None
+        assert kept is None or kept.exp().shape == (2, 7, VOCABULARY)
+    finally:
+        gc.enable()
 
 
 def test_outputs_pass_through_the_usual_utilities(model):
