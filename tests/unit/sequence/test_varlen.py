@@ -16,8 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
+from hf_veomni.sequence.blocks import take_slices
 from hf_veomni.sequence.documents import Documents
-from hf_veomni.sequence.mask import omni_mask
+from hf_veomni.sequence.mask import Span, omni_mask
 from hf_veomni.sequence.varlen import VARLEN_NAME, register_varlen_attention, varlen_attention
 from tests.unit.sequence.dense import (
     FUNCTIONS,
@@ -214,6 +215,22 @@ def test_dropout_drops_the_same_weights_in_the_backward() -> None:
     torch.manual_seed(3)
     assert varlen_attention(SimpleNamespace(), query, key, value, spec, dropout=0.25)[0].equal(out)
     assert not varlen_attention(SimpleNamespace(), query, key, value, spec, dropout=1.0)[0].any()
+
+
+def test_dropout_differs_from_block_to_block() -> None:
+    query, key, _ = random_inputs(((700,),), heads=8, num_kv=8)
+    value = torch.eye(700, dtype=torch.float64).expand(1, 8, -1, -1)
+    spec = make_spec(FUNCTIONS["bidirectional"], ((700,),))
+    out, _ = varlen_attention(SimpleNamespace(), query, key, value, spec, dropout=0.5)
+    assert len(next(iter(spec.cache.values()))) > 1
+    assert (out[0, :, 0] != 0).unique(dim=0).shape[0] == 700
+
+
+def test_overlapping_slices_sum_in_fp32() -> None:
+    tensor = torch.zeros(1, 1, 4, 1, dtype=torch.bfloat16, requires_grad=True)
+    slices = take_slices(tensor, [Span(0, 1, 3)] * 300, overlap=True)  # bf16 counts to 256
+    sum(x.sum() for x in slices).backward()
+    assert tensor.grad is not None and tensor.grad.flatten().tolist() == [0, 300, 300, 0]
 
 
 class LargestTensor(TorchDispatchMode):
