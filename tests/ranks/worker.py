@@ -120,6 +120,7 @@ def _fresh_state(case: Case, rank: int, world_size: int) -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        _forget_meshes()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         os.environ.clear()
@@ -128,3 +129,18 @@ def _fresh_state(case: Case, rank: int, world_size: int) -> Iterator[None]:
         torch.set_grad_enabled(True)
         torch.use_deterministic_algorithms(False)
         gc.collect()
+
+
+def _forget_meshes() -> None:
+    """Empty torch's caches of DTensor layouts, which outlive process groups.
+
+    Meshes compare equal by shape and names, so the next world would be served with the groups of the last one: "Could
+    not resolve the process group", or an all-gather over too few ranks (torch 2.13, HSDP meshes).
+    """
+    from torch.distributed.tensor import _redistribute
+    from torch.distributed.tensor.debug import _clear_fast_path_sharding_prop_cache, _clear_python_sharding_prop_cache
+
+    _redistribute._gen_transform_infos.cache_clear()
+    _redistribute.clear_redistribute_planner_cache()
+    _clear_fast_path_sharding_prop_cache()
+    _clear_python_sharding_prop_cache()
