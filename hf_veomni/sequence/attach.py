@@ -21,7 +21,6 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from hf_veomni.sequence.varlen import VARLEN_NAME, register_varlen_attention
 from torch import Tensor, nn
 
 from hf_veomni import hf
@@ -30,6 +29,7 @@ from hf_veomni.sequence.documents import Documents, current_documents
 from hf_veomni.sequence.seam import Seam, check_heads, find_seam
 from hf_veomni.sequence.shard import gather_rows, pad_inputs, shard_sequence
 from hf_veomni.sequence.ulysses import ulysses_attention
+from hf_veomni.sequence.varlen import VARLEN_NAME, register_varlen_attention
 
 _MARK = "_omni_sequence"
 _registry = hf.AttentionRegistry()
