@@ -87,7 +87,8 @@ def test_env_reads_what_accelerate_launch_passes_on(monkeypatch):
 
 def test_plan_imports_no_torch():
     code = "import sys, importlib.util as u; s = u.spec_from_file_location('plan', sys.argv[1])"
-    code += "; m = u.module_from_spec(s); sys.modules['plan'] = m; s.loader.exec_module(m); assert 'torch' not in sys.modules"
+    code += "; m = u.module_from_spec(s); sys.modules['plan'] = m; s.loader.exec_module(m)"
+    code += "; assert 'torch' not in sys.modules"
     import hf_veomni.plan
 
     subprocess.run([sys.executable, "-c", code, hf_veomni.plan.__file__], check=True, timeout=60)
