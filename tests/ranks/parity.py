@@ -124,7 +124,7 @@ def compute_reference(setting: Setting, path: Path) -> None:
             found, row_logits = 0.0, {}
             for row, begin, document in documents(batch):
                 out = model(**document, num_items_in_batch=items, use_cache=False)
-                loss = out.loss if setting.dtype == torch.float32 else _exact_loss(out.logits, document, items)
+                loss = out.loss if setting.dtype != torch.float64 else _exact_loss(out.logits, document, items)
                 (loss / setting.dp_size).backward()
                 found += loss.item()
                 row_logits[row, begin] = out.logits.detach()
@@ -196,6 +196,7 @@ def compare_gradients(model: nn.Module, reference: dict[str, Any], errors: Error
         if (parameter.grad is None) != (wanted is None):
             errors.one_sided.append(name)
         elif wanted is not None:
+            assert parameter.grad.dtype == wanted.dtype, (name, parameter.grad.dtype)
             error = relative_error(whole(parameter.grad), wanted)
             if error >= errors.gradient:
                 errors.gradient, errors.parameter = error, name

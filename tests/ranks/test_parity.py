@@ -18,7 +18,8 @@ from hf_veomni import ParallelPlan
 from tests.models import ZOO
 from tests.ranks.parity import Run, Setting, compare, compute_reference
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+# bf16 has 8 bits: an order of sums of its own changes a gradient by a few of its last ones.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 0.05}
 MODELS = [name for name in ZOO if name != "bloom"]
 PLANS = {
     2: ["sp=2", "dp_shard=2", "dp_replicate=2"],
@@ -153,6 +154,11 @@ def test_fp64_equals_one_rank_to_ten_digits(check, plan):
 @pytest.mark.parametrize("plan", ["sp=2", "dp_shard=2", "sp=2,dp_shard=2", "sp=2,dp_replicate=2", "sp=4"])
 def test_lora_equals_one_rank(check, plan, checkpointing):
     check(Setting("llama_uneven", lora=True, micro_batches=2), Run(plan, checkpointing=checkpointing))
+
+
+@pytest.mark.parametrize("plan", ["sp=2", "dp_shard=2", "sp=2,dp_shard=2", "sp=2,dp_replicate=2"])
+def test_lora_in_fp32_on_a_base_in_bf16_follows_one_rank(check, plan):
+    check(Setting("llama_uneven", lora=True, dtype=torch.bfloat16), Run(plan))
 
 
 @pytest.mark.slow
