@@ -129,7 +129,7 @@ class BatchingMixin(_Trainer):
         mine = [torch.as_tensor(fact, dtype=torch.long) for fact in (len(batches), count, checksum, int(bool(held)))]
         sent = torch.stack([fact.to(device) for fact in mine])
         facts = sent.new_empty(dist.get_world_size() * len(mine))
-        dist.all_gather_into_tensor(facts, sent)
+        dist.all_gather_single(facts, sent)
         return facts.view(-1, len(mine)).cpu()
 
     def _check_rows(self, facts: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_veomni.loss import lean_evaluation
+from hf_veomni.loss import LeanLogits, lean_evaluation
 from hf_veomni.mesh import ParallelState, get_parallel_state
 from hf_veomni.prepare import gather_sequence
 
@@ -19,8 +19,11 @@ def _gather_outputs(model: nn.Module, output: Any) -> Any:
     """Full-length logits and hidden states in place of this rank's slices; everything else as it is."""
     if not isinstance(output, MutableMapping) or not isinstance(output.get("logits"), Tensor):
         return output
-    local = output["logits"].shape[1]
-    output["logits"] = gather_sequence(output["logits"], model)
+    logits, local = output["logits"], output["logits"].shape[1]
+    # A stand-in is built here, in the model's own graph: inside the gather's autograd function it would be built by a
+    # nested backward, whose end FSDP takes for the end of the whole.
+    logits = logits.recipe.build() if isinstance(logits, LeanLogits) else logits
+    output["logits"] = gather_sequence(logits, model)
     hidden = output.get("hidden_states")
     if isinstance(hidden, tuple):
         output["hidden_states"] = tuple(gather_sequence(h, model) if h.shape[1] == local else h for h in hidden)

@@ -32,7 +32,7 @@ def _gather_one(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return rows
     ranks = dist.get_world_size(group)
     sizes = rows.new_empty(ranks, dtype=torch.long)
-    dist.all_gather_into_tensor(sizes, sizes.new_tensor([rows.shape[0]]), group=group)
+    dist.all_gather_single(sizes, sizes.new_tensor([rows.shape[0]]), group=group)
     counts: list[int] = sizes.tolist()
     longest = max(counts)
     if rows.shape[0] < longest:
@@ -40,7 +40,7 @@ def _gather_one(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     as_bytes = rows.dtype == torch.bool  # gloo has no bool
     sent = rows.view(torch.uint8) if as_bytes else rows
     out = sent.new_empty(ranks * longest, *sent.shape[1:])
-    dist.all_gather_into_tensor(out, sent, group=group)
+    dist.all_gather_single(out, sent, group=group)
     out = out.view(torch.bool) if as_bytes else out
     if len(set(counts)) == 1:
         return out
