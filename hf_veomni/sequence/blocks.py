@@ -208,9 +208,7 @@ def _run(ctx: Any, index: int, parts: Sequence[Any]) -> Tensor:
     query, key, value, sinks, bias = parts
     limited = spec.evaluate or spec.before is not None or spec.after is not None
     mask = spec.block(block.queries, block.keys).to(query.device) if limited else None
-    # Autocast is settled before; it would not be on in the backward.
-    with torch.autocast(query.device.type, enabled=False):
-        return attend(query, key, value, formula, sinks=sinks, bias=bias, mask=mask, seed=ctx.seed + index)
+    return attend(query, key, value, formula, sinks=sinks, bias=bias, mask=mask, seed=ctx.seed + index)
 
 
 def attend_recomputed(

@@ -95,6 +95,12 @@ def test_kernel_path_drops_padding_and_windows_that_nothing_feels(kernel_calls: 
         assert_equal(out, dense_attention(*inputs, dense_mask(function, lengths, padding)), inputs)
 
 
+def test_kernel_is_not_called_for_padding_alone(kernel_calls: list) -> None:
+    spec = make_spec(FUNCTIONS["causal"], ((9,),), torch.zeros(1, 9, dtype=torch.bool))
+    assert not varlen_attention(SimpleNamespace(), *random_inputs(((9,),)), spec)[0].any()
+    assert kernel_calls == []
+
+
 def test_kernel_path_cuts_chunks(kernel_calls: list) -> None:
     function = masking_utils.chunked_causal_mask_function(50, torch.zeros(2, dtype=torch.long))
     cut = ((50, 20, 1, 50, 50, 29, 30), (50, 50, 50, 50, 30))
