@@ -1,4 +1,4 @@
-"""The one file that touches private names of transformers and peft. Verified against transformers 5.23, peft 0.21."""
+"""The one file that touches private names of transformers and peft (`sequence/pattern` reads masks). transformers 5.23, peft 0.21."""
 
 from __future__ import annotations
 
