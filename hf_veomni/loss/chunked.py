@@ -88,9 +88,9 @@ def _block_loss_gradient(
     return torch.autograd.grad(logits, block, grad.to(logits.dtype))[0]
 
 
-def _scores(logits: Tensor, ops: tuple[Op, ...], dtype: torch.dtype) -> Tensor:
-    """Logits in `dtype`, to be overwritten: recorded functions may need their results, the head alone does not."""
-    return logits.detach().to(dtype, copy=bool(ops))
+def _scores(logits: Tensor, settings: _Settings) -> Tensor:
+    """Logits to be overwritten: recorded functions may need their results again, the head alone does not."""
+    return logits.detach().to(settings.sum_dtype, copy=bool(settings.ops))
 
 
 def _leaf_and_logits(block: Tensor, ops: tuple[Op, ...]) -> tuple[Tensor, Tensor]:
@@ -102,6 +102,29 @@ def _leaf_and_logits(block: Tensor, ops: tuple[Op, ...]) -> tuple[Tensor, Tensor
         return leaf, replay(ops, leaf)
 
 
+def _score_tokens(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One chunk of c tokens: loss (scalar), log-sum-exp [c], and the gradient of the hidden states [c, H] if wanted.
+
+    A function of its own, so that the chunk's logits are freed before the next ones are made.
+    """
+    vocabulary, smoothing = weight.shape[0], settings.label_smoothing
+    block, logits = _leaf_and_logits(F.linear(hidden, weight, bias), settings.ops)
+    scores = _scores(logits, settings)
+    of_target = scores.gather(1, targets[:, None]).squeeze(1)
+    uniform = scores.sum() * (smoothing / vocabulary) if smoothing else 0.0
+    top = scores.amax(1)
+    weights = scores.sub_(top[:, None]).exp_()
+    norm = weights.sum(1)
+    lse = norm.log() + top
+    loss = (lse - (1 - smoothing) * of_target).sum() - uniform
+    if not with_gradient:
+        return loss, lse, None
+    softmax = weights.div_(norm[:, None])
+    return loss, lse, _block_loss_gradient(block, logits, softmax, targets, vocabulary, smoothing) @ weight
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """(hidden [N, H], weight [V, H], bias [V] or None, targets [N]) -> sum of token losses, scalar."""
 
@@ -109,29 +132,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
     ) -> Tensor:
-        vocabulary, dtype, smoothing = weight.shape[0], settings.sum_dtype, settings.label_smoothing
         at_once = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
-        total = hidden.new_zeros((), dtype=dtype)
-        lse = hidden.new_empty(len(hidden), dtype=dtype)
+        total = hidden.new_zeros((), dtype=settings.sum_dtype)
+        lse = hidden.new_empty(len(hidden), dtype=settings.sum_dtype)
         grad_hidden = torch.empty_like(hidden) if at_once else None
         with autocast(hidden.device.type, None):
             w, b = weight.to(settings.dtype), None if bias is None else bias.to(settings.dtype)
-            for start, end in _ranges(len(hidden), settings.chunk_elements // vocabulary):
-                target = targets[start:end]
-                block, logits = _leaf_and_logits(F.linear(hidden[start:end].to(settings.dtype), w, b), settings.ops)
-                scores = _scores(logits, settings.ops, dtype)
-                of_target = scores.gather(1, target[:, None]).squeeze(1)
-                if smoothing:
-                    total -= scores.sum() * (smoothing / vocabulary)
-                top = scores.amax(1)
-                weights = scores.sub_(top[:, None]).exp_()
-                norm = weights.sum(1)
-                lse[start:end] = norm.log() + top
-                total += (lse[start:end] - (1 - smoothing) * of_target).sum()
+            for start, end in _ranges(len(hidden), settings.chunk_elements // len(weight)):
+                h = hidden[start:end].to(settings.dtype)
+                loss, norms, grad = _score_tokens(h, w, b, targets[start:end], settings, at_once)
+                total += loss
+                lse[start:end] = norms
                 if grad_hidden is not None:
-                    softmax = weights.div_(norm[:, None])
-                    grad = _block_loss_gradient(block, logits, softmax, target, vocabulary, smoothing)
-                    grad_hidden[start:end] = grad @ w
+                    grad_hidden[start:end] = grad
         ctx.settings = settings
         ctx.at_once = at_once
         if grad_hidden is not None:
@@ -163,18 +176,34 @@ def _backward_by_vocabulary(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Ten
     for start, end in _ranges(len(weight), settings.chunk_elements // max(1, len(hidden))):
         w = weight[start:end].to(settings.dtype)
         b = None if bias is None else bias[start:end].to(settings.dtype)
-        block, logits = _leaf_and_logits(F.linear(h, w, b), settings.ops)
-        softmax = _scores(logits, settings.ops, lse.dtype).sub_(lse[:, None]).exp_()
-        grad = _block_loss_gradient(
-            block, logits, softmax, targets, len(weight), settings.label_smoothing, first=start, scale=scale
-        )
+        grad = _score_classes(h, w, b, targets, lse, settings, start, len(weight), scale)
         if grad_hidden is not None:
             grad_hidden += grad @ w
         if grad_weight is not None:
             grad_weight[start:end] = grad.T @ h
         if grad_bias is not None:
             grad_bias[start:end] = grad.sum(0, dtype=lse.dtype)
+        del grad  # before the next block is made
     return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+
+
+def _score_classes(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lse: Tensor,
+    settings: _Settings,
+    first: int,
+    vocabulary: int,
+    scale: Tensor,
+) -> Tensor:
+    """One block of v classes: gradient of the head's output for all tokens, times `scale`; [N, v]."""
+    block, logits = _leaf_and_logits(F.linear(hidden, weight, bias), settings.ops)
+    softmax = _scores(logits, settings).sub_(lse[:, None]).exp_()
+    return _block_loss_gradient(
+        block, logits, softmax, targets, vocabulary, settings.label_smoothing, first=first, scale=scale
+    )
 
 
 def _ranges(length: int, step: int) -> Iterator[tuple[int, int]]:

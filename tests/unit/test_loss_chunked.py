@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -27,12 +28,18 @@ class _Shapes(TorchDispatchMode):
         super().__init__()
         self.shapes: list[tuple[int, ...]] = []
         self.matmuls: list[tuple[int, ...]] = []
+        self.most_chunks = 0  # that were alive at once
+        self._chunks: list[weakref.ref] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, Tensor):
                 self.shapes.append(tuple(x.shape))
+                if x.numel() == CHUNK * VOCABULARY:
+                    self._chunks.append(weakref.ref(x.untyped_storage()))
+                    alive = {id(ref()) for ref in self._chunks if ref() is not None}
+                    self.most_chunks = max(self.most_chunks, len(alive))
                 if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
                     self.matmuls.append(tuple(x.shape))
         return out
@@ -139,6 +146,7 @@ def test_never_holds_more_than_a_chunk(freeze):
     assert (CHUNK, VOCABULARY) in seen.shapes
     largest = max(torch.Size(shape).numel() for shape in seen.shapes if 64 not in shape)  # 64: hidden and weight
     assert largest == CHUNK * VOCABULARY
+    assert seen.most_chunks == 1, "a chunk is overwritten in place, and freed before the next"
 
 
 def test_a_frozen_head_costs_two_matmuls_and_none_in_backward():
