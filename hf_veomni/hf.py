@@ -1,4 +1,7 @@
-"""The one file that touches private names of transformers and peft (`sequence/pattern` reads masks). transformers 5.23, peft 0.21."""
+"""The one file that touches private names of transformers and peft, but for masks (`sequence/pattern`).
+
+Verified against transformers 5.23 and peft 0.21.
+"""
 
 from __future__ import annotations
 

@@ -240,6 +240,12 @@ class ParallelPlan:
         backend = os.environ.get(ACCELERATE_ENV_VARIABLE, "")
         if backend.startswith(ACCELERATE_PREFIX):
             found[ACCELERATE_ENV_VARIABLE] = cls.from_string(backend.removeprefix(ACCELERATE_PREFIX))
+        elif not found and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
+            # accelerate drops unknown keys of the section, so a mistyped key would silently mean the default plan.
+            raise ValueError(
+                f"The launcher's yaml has a `parallelism_config` but no plan (sp_backend is {backend!r}): give it as "
+                f'`parallelism_config_sp_backend: "{ACCELERATE_PREFIX}sp=2"` and check the spelling of the key.'
+            )
         plans = list(found.values())
         if len(plans) == 2 and plans[0] != plans[1]:
             raise ValueError(f"{ENV_VARIABLE} ({plans[0]}) and the accelerate yaml ({plans[1]}) differ: set one.")
