@@ -143,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss, norms, grad = _score_tokens(h, w, b, targets[start:end], settings, at_once)
                 total += loss
                 lse[start:end] = norms
-                if grad_hidden is not None:
+                if grad_hidden is not None and grad is not None:
                     grad_hidden[start:end] = grad
         ctx.settings = settings
         ctx.at_once = at_once

@@ -77,6 +77,11 @@ class _Track(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.recipe.call.sharded:  # FSDP2 takes the end of a nested backward for the end of the whole, and crashes
+            raise RuntimeError(
+                "These logits were handed, before they were computed, to a function that hides itself from torch "
+                "functions (an autograd.Function): hand over `logits.contiguous() + 0`, or prepare with lean_loss=False."
+            )
         needed = ctx.needs_input_grad[1:]
         wanted = [x for x, need in zip(ctx.inputs, needed, strict=True) if need]
         found = iter(torch.autograd.grad(ctx.recipe.build(), wanted, grads[0], retain_graph=True, allow_unused=True))
