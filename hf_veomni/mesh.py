@@ -55,7 +55,9 @@ class ParallelState:
 def _start() -> tuple[torch.device, int]:
     """This rank's device and the world size; joins the process group of a launcher through accelerate if need be."""
     if not dist.is_initialized():
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        # Without an accelerator, accelerate joins the CPU ranks of a launcher only when it is told to use the CPU.
+        no_device = torch.accelerator.current_accelerator() is None
+        state = PartialState(cpu=no_device or parse_flag_from_env("ACCELERATE_USE_CPU"))
         assert state.device is not None
         return state.device, state.num_processes
     if "nccl" in dist.get_backend():

@@ -9,22 +9,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class _GatherShards(torch.autograd.Function):
+class _GatherFirst(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        size = dist.get_world_size(group)
-        moved = x.movedim(dim, 0).contiguous()
-        out = moved.new_empty(size * moved.shape[0], *moved.shape[1:])
-        dist.all_gather_single(out, moved, group=group)
-        return out.movedim(0, dim)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+        dist.all_gather_single(out, x, group=group)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        moved = grads[0].movedim(ctx.dim, 0).contiguous()
-        out = moved.new_empty(moved.shape[0] // dist.get_world_size(ctx.group), *moved.shape[1:])
-        dist.reduce_scatter_single(out, moved, group=ctx.group)
-        return out.movedim(0, ctx.dim), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        whole = grads[0].contiguous()
+        out = whole.new_empty(whole.shape[0] // dist.get_world_size(ctx.group), *whole.shape[1:])
+        dist.reduce_scatter_single(out, whole, group=ctx.group)
+        return out, None
 
 
 def gather_shards(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
@@ -39,4 +37,5 @@ def gather_shards(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     Collective: one all-gather over `group`; its backward is a reduce-scatter (sum) of the gradients that all ranks
     have for the whole.
     """
-    return _GatherShards.apply(x, group, dim % x.dim())
+    # Moved out here, where a stand-in for logits is built in the model's own graph and not in a nested backward.
+    return _GatherFirst.apply(x.movedim(dim, 0).contiguous(), group).movedim(0, dim)

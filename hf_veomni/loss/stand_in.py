@@ -79,8 +79,8 @@ class _Track(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.recipe.call.sharded:  # FSDP2 takes the end of a nested backward for the end of the whole, and crashes
             raise RuntimeError(
-                "These logits were handed, before they were computed, to a function that hides itself from torch "
-                "functions (an autograd.Function): hand over `logits.contiguous() + 0`, or prepare with lean_loss=False."
+                "These logits were handed, before they were computed, to an autograd.Function, where they cannot be "
+                "computed under FSDP: hand over `logits.clone()`, or prepare with lean_loss=False."
             )
         needed = ctx.needs_input_grad[1:]
         wanted = [x for x, need in zip(ctx.inputs, needed, strict=True) if need]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_veomni.loss import LeanLogits, lean_evaluation
+from hf_veomni.loss import lean_evaluation
 from hf_veomni.mesh import ParallelState, get_parallel_state
 from hf_veomni.prepare import gather_sequence
 
@@ -20,9 +20,6 @@ def _gather_outputs(model: nn.Module, output: Any) -> Any:
     if not isinstance(output, MutableMapping) or not isinstance(output.get("logits"), Tensor):
         return output
     logits, local = output["logits"], output["logits"].shape[1]
-    # A stand-in is built here, in the model's own graph: inside the gather's autograd function it would be built by a
-    # nested backward, whose end FSDP takes for the end of the whole.
-    logits = logits.recipe.build() if isinstance(logits, LeanLogits) else logits
     output["logits"] = gather_sequence(logits, model)
     hidden = output.get("hidden_states")
     if isinstance(hidden, tuple):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_veomni import gather_sequence, prepare_omni
 from hf_veomni.comm import gather_shards
 from hf_veomni.sequence.ulysses import ulysses_attention
 
@@ -92,3 +96,25 @@ def _gather_gradient() -> tuple[float, float]:
 def test_gather_concatenates_and_its_backward_sums(ranks):
     for errors in ranks(3).run(_gather_gradient):
         assert errors == (0.0, 0.0)
+
+
+def _training_logits(config: dict) -> list[float]:
+    """Differences of gathered training logits and gradients to one rank, while the loss could still be lean."""
+    torch.manual_seed(0)
+    stock = LlamaForCausalLM(LlamaConfig(**config)).double()
+    model = prepare_omni(copy.deepcopy(stock), "sp=2").train()
+    ids = torch.arange(21)[None]
+    found = gather_sequence(model(input_ids=ids).logits, model)
+    expected = stock(input_ids=ids, use_cache=False).logits
+    for logits in (found, expected):
+        logits.log_softmax(-1)[..., 0].sum().backward()
+    pairs = zip(model.parameters(), stock.parameters(), strict=True)
+    errors = [(ours.grad.full_tensor() - theirs.grad).abs().max() for ours, theirs in pairs]
+    return [float((found - expected).abs().max()), float(max(errors))]
+
+
+def test_gathered_training_logits_and_their_gradients_equal_single_rank(ranks):
+    config = dict(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+    config |= dict(num_attention_heads=4, num_key_value_heads=2)
+    for errors in ranks(2).run(_training_logits, config):
+        assert max(errors) < 1e-6, errors  # Llama's norms compute in fp32
