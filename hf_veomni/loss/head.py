@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -41,6 +42,8 @@ class HeadCall:
     def run(self, hidden: Tensor) -> Tensor:
         """The head's output for `hidden` [..., H], under the autocast of the original call."""
         with autocast(hidden.device.type, self.autocast):
+            if self.weight is not None:
+                return F.linear(hidden, self.weight, self.bias)
             return self.forward(hidden)
 
     def detach(self) -> HeadCall:

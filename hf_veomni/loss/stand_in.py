@@ -52,6 +52,7 @@ class Recipe:
     dtype: torch.dtype
     ops: tuple[Op, ...] = ()
     real: Tensor | None = None
+    version: int = 0  # of `real` as it was built
     detached: bool = False
 
     def build(self) -> Tensor:
@@ -64,6 +65,7 @@ class Recipe:
                 self.real = self.real.detach()
             elif self.real.requires_grad:
                 self.real.register_hook(self.call.before_backward)
+            self.version = self.real._version
         return self.real
 
 
@@ -77,14 +79,21 @@ class _Track(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.recipe.call.sharded:  # FSDP2 takes the end of a nested backward for the end of the whole, and crashes
+        recipe, needed = ctx.recipe, ctx.needs_input_grad[1:]
+        if recipe.real is not None and recipe.real._version != recipe.version:
             raise RuntimeError(
-                "These logits were handed, before they were computed, to an autograd.Function, where they cannot be "
-                "computed under FSDP: hand over `logits.clone()`, or prepare with lean_loss=False."
+                "These logits were changed in place and then handed to an autograd.Function, which torch functions do "
+                "not see: hand over `logits + 0`, or prepare with lean_loss=False."
             )
-        needed = ctx.needs_input_grad[1:]
-        wanted = [x for x, need in zip(ctx.inputs, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(ctx.recipe.build(), wanted, grads[0], retain_graph=True, allow_unused=True))
+        recipe.call.before_backward(grads[0])
+        recipe.call.check_gathered()
+        # From a leaf: else a tied weight would get the gradient of the embedding as well, and FSDP's hooks on the way
+        # would take the end of this nested backward for the end of the whole.
+        inputs = [ctx.inputs[0].detach().requires_grad_(), *ctx.inputs[1:]]
+        with torch.enable_grad():
+            logits = replay(recipe.ops, recipe.call.run(inputs[0]))
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(logits, wanted, grads[0], allow_unused=True))
         return None, *(next(found) if need else None for need in needed)
 
 

@@ -223,6 +223,40 @@ def test_two_forwards_before_one_backward(ranks, name, adapter):
             assert (gradient - expected[key]).norm() / expected[key].norm() < 1e-5, key
 
 
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (x * x).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] / ctx.saved_tensors[0].numel() * grads[0]
+
+
+def _function_of_logits(name: str, loss_too: bool, lean: bool) -> dict[str, Tensor]:
+    model = _model(name, "none")
+    attach_lean_loss(model, chunk_tokens=4, lean=lean)
+    if lean:
+        _shard(model, "one unit")
+    ids = IDS[dist.get_rank() :][:1] if lean else IDS
+    for _ in range(2):
+        out = model(input_ids=ids, labels=ids, use_cache=False)
+        (_Square.apply(out.logits) + loss_too * out.loss).backward()
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    return {key: g.full_tensor() if isinstance(g, DTensor) else g for key, g in gradients.items()}
+
+
+@pytest.mark.parametrize("loss_too", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_an_autograd_function_of_the_logits_under_fsdp(ranks, name, loss_too):
+    expected = _function_of_logits(name, loss_too, lean=False)
+    for gradients in ranks(2).run(_function_of_logits, name, loss_too, True):
+        assert gradients.keys() == expected.keys()
+        for key, gradient in gradients.items():
+            assert (gradient - expected[key]).norm() / expected[key].norm() < 1e-5, key
+
+
 def _late_looks() -> tuple[bool, list[str]]:
     model = _model("llama", "none")
     attach_lean_loss(model)

@@ -210,6 +210,42 @@ def test_an_autograd_function_gets_values_and_gives_gradients(model, change):
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
+def test_an_autograd_function_of_the_logits_of_a_tied_model():
+    model = build_model("gemma2", dtype=torch.float64)
+    batch = padded_batch([7, 5]) | {"use_cache": False}
+    gradients = []
+    for lean in (False, True):
+        detach = attach_lean_loss(model, lean=lean)
+        loss = _SumOfSquares.apply(model(**batch).logits)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        detach()
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)  # its norms compute in fp32
+
+
+def test_an_autograd_function_after_a_change_in_place_is_refused(model):
+    lean, _ = _pair(model)
+    lean[..., 5] = 0
+    with pytest.raises(RuntimeError, match=r"changed in place.*hand over `logits \+ 0`"):
+        _SumOfSquares.apply(lean).backward()
+    _SumOfSquares.apply(lean + 0).backward()
+
+
+def test_a_parametrized_head(model):
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+    hidden, inputs = _hidden(), list(model.lm_head.parameters())
+    gradients = [
+        torch.autograd.grad(use(model.lm_head(hidden)), inputs)
+        for use in (
+            lambda x: model.loss_function(x, LABELS),
+            lambda x: model.loss_function(x.softmax(-1).log(), LABELS),
+            lambda x: _SumOfSquares.apply(x),
+            lambda x: _SumOfSquares.apply(x.abs()),
+        )
+    ]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradients[2], gradients[3], rtol=1e-9, atol=1e-12)
+
+
 def test_hooks_and_kept_gradients_see_the_gradient_of_the_loss(model):
     lean, real = _pair(model)
     seen: list[Tensor] = []
