@@ -37,5 +37,5 @@ def gather_shards(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     Collective: one all-gather over `group`; its backward is a reduce-scatter (sum) of the gradients that all ranks
     have for the whole.
     """
-    # Moved out here, where a stand-in for logits is built in the model's own graph and not in a nested backward.
+    # Moved out here, so that a stand-in for logits is built in the graph of the model.
     return _GatherFirst.apply(x.movedim(dim, 0).contiguous(), group).movedim(0, dim)
