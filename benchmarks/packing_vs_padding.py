@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -251,7 +252,7 @@ def main() -> None:
                 result = epoch(name, model, rows, options, max(seed, 0), folder)
                 results += [result] if seed >= 0 else []
     rows, wrong = compare(blocks, sum(targets(piece["labels"]) for piece in pieces), TOLERANCE[options.dtype])
-    facts = {"corpus": f"pydoc topics, {options.tokenizer or 'bytes'}", "pieces": len(pieces)}
+    facts = {"corpus": f"pydoc topics, {Path(options.tokenizer or 'bytes').name}", "pieces": len(pieces)}
     for row in rows:
         row |= facts | {key: value for key, value in vars(options).items() if key not in ("tokenizer", "rounds")}
         show(row)
