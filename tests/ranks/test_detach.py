@@ -38,7 +38,7 @@ def _detach_alone(name: str, lora: bool) -> list[str]:
     assert traces(model) != before
     model(**packed_batch((9, 6))).loss.backward()
     assert detach_omni(model) is model
-    return changes(before, traces(model)) + _differences(_stock_outputs(model), wanted)
+    return changes(before, traces(model)) + wrapped_functions() + _differences(_stock_outputs(model), wanted)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])

@@ -13,14 +13,15 @@ from tests.models import build_model, packed_batch, padded_batch
 def _prepare(name: str, plan: Any, overrides: dict[str, Any] | None = None, **options: Any) -> None:
     """Prepare; where that is refused the model must be as it was."""
     from hf_veomni import prepare_omni
-    from tests.ranks.traces import changes, traces
+    from tests.ranks.traces import changes, traces, wrapped_functions
 
     model = build_model(name, **(overrides or {}))
-    before = traces(model)
+    before, wrapped = traces(model), set(wrapped_functions())
     try:
         prepare_omni(model, plan, **options)
     except ValueError:
         assert not changes(before, traces(model))
+        assert wrapped.issuperset(wrapped_functions())
         raise
 
 

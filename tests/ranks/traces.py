@@ -14,11 +14,11 @@ OURS = "omni_varlen"  # stays registered, as a name that a config may select
 
 
 def traces(model: nn.Module) -> dict[Any, Any]:
-    """Hooks, attributes, classes, attention choices and loss function of a model, and the registry's functions.
+    """Hooks, attributes, classes, attention choices and loss function of a model.
 
     Values that PyTorch keeps in the module (parameters, submodules) are named, not compared.
     """
-    found: dict[Any, Any] = {"registry": {k: f for k, f in AttentionInterface._global_mapping.items() if k != OURS}}
+    found: dict[Any, Any] = {}
     for path, module in model.named_modules():
         found[path, "class"] = type(module)
         for hooks in _HOOKS:
