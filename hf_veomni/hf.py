@@ -151,7 +151,10 @@ def fsdp_styles(model: PreTrainedModel) -> dict[str, str] | None:
 
 def mark_fsdp_managed(model: PreTrainedModel, managed: bool) -> None:
     """What `generate` looks at to keep the ranks in step while they decode."""
-    setattr(model, "_is_fsdp_managed_module", managed)  # noqa: B010 (nn.Module's setter takes no bool)
+    if managed:
+        setattr(model, "_is_fsdp_managed_module", True)  # noqa: B010 (nn.Module's setter takes no bool)
+    else:
+        vars(model).pop("_is_fsdp_managed_module", None)
 
 
 def iterate_configs(decoder: nn.Module, modules: Iterator[nn.Module]) -> list[Any]:

@@ -184,7 +184,7 @@ class SequenceAttachment:
         pad_token = getattr(self.config, "pad_token_id", None)
         inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
         documents = self._documents(inputs["position_ids"], given.shape[0])
-        self._check_documents(documents, mask)
+        self._check_documents(documents, mask, filled=bool(extra))
         row.tokens.append((current_documents, current_documents.set(documents)))
         return inputs
 
@@ -211,7 +211,7 @@ class SequenceAttachment:
             positions = positions[0]
         return Documents.from_position_ids(positions.expand(num_rows, -1))
 
-    def _check_documents(self, documents: Documents, mask: Any) -> None:
+    def _check_documents(self, documents: Documents, mask: Any, *, filled: bool) -> None:
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is not None and documents.max_length > limit:
             raise ValueError(
@@ -219,7 +219,8 @@ class SequenceAttachment:
                 f"(`max_position_embeddings`, {limit}): split it, or raise the context in the model's config."
             )
         name = hf.attention_name(self.seam.decoder.config)
-        if name == VARLEN_NAME or not documents.is_packed:
+        # The dummy document that fills a row up comes last, so a causal mask alone keeps the one before it apart.
+        if name == VARLEN_NAME or all(len(row) <= 1 + filled for row in documents.lengths):
             return
         if mask is not None or not self._stock_masks_pack:
             why = "beside an `attention_mask`" if mask is not None else f"by the masks of {self.name}"
