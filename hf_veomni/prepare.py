@@ -98,12 +98,16 @@ def prepare_omni(
     """
     base = hf.base_model(model)
     if hasattr(base, _STATE):
-        raise ValueError(f"{type(base).__name__} is already prepared: call `detach_omni(model)` first.")
+        raise ValueError(
+            f"{type(base).__name__} is already prepared: call `detach_omni(model)` first. On several ranks its "
+            "parameters stay sharded, so load the model again there."
+        )
     _check_parameters(model)
     state = init_parallel_state(plan)
+    state.plan.match_modules(name for name, _ in base.named_modules() if name)  # raises before anything is changed
     undo: list[Callable[[], Any]] = []
     try:
-        undo.extend(_attach(base, state, attention, lean_loss))
+        _attach(base, state, attention, lean_loss, undo)
         build_parallelize_model(model, None, state, mp_policy=mp_policy)
     except BaseException:
         for step in reversed(undo):
@@ -113,9 +117,8 @@ def prepare_omni(
     return model
 
 
-def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool) -> list[Callable[[], Any]]:
-    """Everything but the parameters. Returns how to take it off."""
-    undo: list[Callable[[], Any]] = []
+def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool, undo: list[Callable[[], Any]]) -> None:
+    """Everything but the parameters. Adds to `undo` how to take each piece off."""
     reasons: dict[str, str] = {}
     try:
         attachment = attach_sequence(base, state, attention)
@@ -130,7 +133,6 @@ def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool) ->
     except ValueError as error:
         reasons["labels"] = str(error)
     undo.append(attach_guards(base, state, reasons))
-    return undo
 
 
 def detach_omni(model: Model) -> Model:

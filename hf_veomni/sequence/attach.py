@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from hf_veomni import hf
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.documents import Documents, current_documents
+from hf_veomni.sequence.mask import MaskSpec
 from hf_veomni.sequence.seam import Seam, check_heads, find_seam
 from hf_veomni.sequence.shard import gather_rows, pad_inputs, shard_sequence
 from hf_veomni.sequence.ulysses import ulysses_attention
@@ -85,6 +86,7 @@ class SequenceAttachment:
         self._configs = hf.iterate_configs(self.seam.decoder, iter(self.seam.attentions))
         self._previous = [hf.attention_name(config) for config in self._configs]
         self._signature = list(inspect.signature(self.seam.decoder.forward).parameters)
+        self._model_signature = list(inspect.signature(self.model.forward).parameters)
         self._stock_masks_pack = hf.masks_follow_positions(self.seam.decoder)
         self._install(attention)
 
@@ -155,6 +157,7 @@ class SequenceAttachment:
         return (), inputs
 
     def _note_cache(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        kwargs = {**dict(zip(self._model_signature, args, strict=False)), **kwargs}
         _cache_requested.set(kwargs.get("past_key_values") is not None or bool(kwargs.get("use_cache")))
 
     def _forget_cache(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -177,14 +180,24 @@ class SequenceAttachment:
         positions = inputs.get("position_ids")
         if positions is None:
             positions = torch.arange(given.shape[1], device=given.device)[None]
+        elif positions.dim() == 3 and positions.shape[0] != 4 and bool((positions[0].diff(dim=-1) < 0).any()):
+            raise ValueError(
+                f"`position_ids` {tuple(positions.shape)} restart within a row, but without text positions documents "
+                "cannot be told apart: pass [4, rows, tokens], text positions first."
+            )
         inputs = {**inputs, "position_ids": positions, "use_cache": False}
         mask = inputs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()):
+        if isinstance(mask, Tensor) and mask.shape == given.shape[:2] and bool(mask.all()):
             inputs["attention_mask"] = mask = None  # an all-ones mask would switch stock packing off
         pad_token = getattr(self.config, "pad_token_id", None)
         inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
         documents = self._documents(inputs["position_ids"], given.shape[0])
         self._check_documents(documents, mask, filled=bool(extra))
+        if documents.is_packed and isinstance(inputs.get("attention_mask"), (dict, MaskSpec)):
+            raise ValueError(
+                f"{self.name} makes its masks above the text stack, where packed documents are not known: train it on "
+                "one document a row, or use its text-only class."
+            )
         row.tokens.append((current_documents, current_documents.set(documents)))
         return inputs
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from hf_veomni import hf
 from hf_veomni.mesh import ParallelState
 
 
@@ -25,7 +27,27 @@ def _is_packed(positions: Any) -> bool:
     return isinstance(positions, Tensor) and positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any())
 
 
-def attach_guards(model: nn.Module, state: ParallelState, reasons: Mapping[str, str]) -> Callable[[], None]:
+def _check_towers(inputs: Mapping[str, Any]) -> None:
+    for name in ("pixel_values", "pixel_values_videos", "input_features", "input_values"):
+        if inputs.get(name) is not None:
+            raise ValueError(
+                f"`{name}` is not available at sp_size > 1 in this release: image, video and audio features are not "
+                "cut with the row. Use sp_size=1 for rows with other modalities."
+            )
+
+
+def _check_router_loss(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    wanted = inputs.get("output_router_logits")
+    if wanted is None:
+        wanted = getattr(hf.text_config(model), "output_router_logits", False)
+    if wanted and inputs.get("labels") is not None:
+        raise ValueError(
+            "`output_router_logits` adds a load-balancing loss of this rank's tokens alone at sp_size > 1, which is "
+            "not that of the row: set it to False in the config, or use sp_size=1."
+        )
+
+
+def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping[str, str]) -> Callable[[], None]:
     """Refuse calls that the prepared model would answer wrongly.
 
     Args:
@@ -41,12 +63,21 @@ def attach_guards(model: nn.Module, state: ParallelState, reasons: Mapping[str, 
         _check_labels(inputs)
         if "packed" in reasons and inputs.get("attention_mask") is None and _is_packed(inputs.get("position_ids")):
             raise ValueError(f"Packed rows would not be kept apart: {reasons['packed']}")
+        mask = inputs.get("attention_mask")
+        cached = inputs.get("past_key_values") is not None or bool(inputs.get("use_cache"))
+        whole = mask is None or (isinstance(mask, Tensor) and bool(mask.all()))
+        if cached and whole and _is_packed(inputs.get("position_ids")):
+            raise ValueError(
+                "Packed documents would see each other with `use_cache=True` or `past_key_values`: leave the cache "
+                "out, or run the documents one by one."
+            )
         if state.sp_size == 1:
             return
+        _check_towers(inputs)
+        _check_router_loss(model, inputs)
         if "labels" in reasons and inputs.get("labels") is not None:
             raise ValueError(f"No loss over a cut row: {reasons['labels']}")
         keep = inputs.get("logits_to_keep", 0)
-        cached = inputs.get("past_key_values") is not None or inputs.get("use_cache")
         if cached and inputs.get("labels") is not None:
             raise ValueError(
                 "`labels` with `use_cache=True` or `past_key_values` is not available at sp_size > 1: every "

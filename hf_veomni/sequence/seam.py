@@ -53,11 +53,17 @@ def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     return decoder, layers
 
 
+# A layer that counts its tokens itself would count those of its slice: Llama 4's and Ministral's query scaling.
+_COUNTERS = {"arange", "cumsum", "get_llama_4_attn_scale"}
+
+
 def _check_layer(model: nn.Module, name: str, layer: nn.Module, attentions: list[nn.Module]) -> None:
     for path, module in layer.named_modules():
         kind = type(module).__name__
         if isinstance(module, nn.Conv1d) or _MIXERS.search(kind):
             raise _refuse(model, f"`{name}.{path}` ({kind}) mixes tokens outside of the attention interface")
+        if (module in attentions or module is layer) and (counters := _COUNTERS & set(hf.code_names(module))):
+            raise _refuse(model, f"`{name}.{path}` ({kind}) counts positions inside the layer ({sorted(counters)})")
     if len(attentions) != 1:
         raise _refuse(
             model,

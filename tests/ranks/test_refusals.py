@@ -58,11 +58,11 @@ def _logits_to_keep(model):
 
 
 def _cache_with_labels(model):
-    model(**packed_batch((9, 6)), use_cache=True)
+    model(**packed_batch((15,)), use_cache=True)
 
 
 def _cache_with_gradients(model):
-    batch = packed_batch((9, 6))
+    batch = packed_batch((15,))
     batch.pop("labels")
     model(**batch, use_cache=True)
 
@@ -139,6 +139,60 @@ def test_unknown_attention_option(ranks):
 def test_calls_that_cannot_be_right(ranks, call, match):
     overrides = {"max_position_embeddings": 32}
     ranks(2).raises(_call, "llama", "sp=2", call, overrides, match=match, timeout=30)
+
+
+def _packed_with_cache() -> None:
+    from hf_veomni import prepare_omni
+
+    model = prepare_omni(build_model("llama"), "dp_shard=2")
+    with torch.no_grad():
+        model(**packed_batch((9, 6)), use_cache=True)
+
+
+def test_packed_rows_with_a_cache(ranks):
+    ranks(2).raises(
+        _packed_with_cache, match="Packed documents would see each other with `use_cache=True`", timeout=30
+    )
+
+
+def _router_loss() -> None:
+    from hf_veomni import prepare_omni
+
+    prepare_omni(build_model("qwen3_moe"), "sp=2")(**packed_batch((9, 6)), output_router_logits=True)
+
+
+def test_router_loss_of_a_slice(ranks):
+    ranks(2).raises(_router_loss, match="`output_router_logits` adds a load-balancing loss of this rank", timeout=30)
+
+
+def _position_counter() -> None:
+    from transformers import Llama4TextConfig, Llama4TextModel
+
+    from hf_veomni import prepare_omni
+
+    config = Llama4TextConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2, pad_token_id=0,
+    )  # fmt: skip
+    prepare_omni(Llama4TextModel(config), "sp=2")
+
+
+def test_layers_that_count_the_tokens_of_their_slice(ranks):
+    ranks(2).raises(_position_counter, match=r"counts positions inside the layer \(\['arange'\]\)", timeout=30)
+
+
+def _restarting_planes() -> None:
+    from hf_veomni import prepare_omni
+
+    batch = packed_batch((9, 6))
+    batch["position_ids"] = batch["position_ids"].expand(3, 1, -1)
+    prepare_omni(build_model("llama"), "dp_shard=2").model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"]
+    )
+
+
+def test_three_planes_of_positions_that_restart(ranks):
+    ranks(2).raises(_restarting_planes, match=r"pass \[4, rows, tokens\], text positions first", timeout=30)
 
 
 def _packed_rows_of_bloom() -> None:
