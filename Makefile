@@ -68,7 +68,7 @@ bench: $(STAMP)  ## the benchmarks, small on a CPU
 	$(BIN)/python -m benchmarks $(ARGS)
 
 notebook: $(STAMP)  ## run the notebook and store its outputs
-	$(BIN)/jupyter execute --inplace $(NOTEBOOK)
+	$(BIN)/python notebooks/execute.py $(NOTEBOOK)
 
 clean:  ## remove caches and everything under outputs/
 	rm -rf outputs build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
