@@ -67,7 +67,8 @@ def build(options: argparse.Namespace, device: str, frozen: bool) -> PreTrainedM
 
 def make_step(model: PreTrainedModel, variant: str, ids: Tensor) -> Callable[[], Tensor]:
     """A step that leaves the gradients in the model and returns the loss."""
-    tokens = default_chunk_tokens(model.config.vocab_size)  # as many at once as in the lean loss
+    hidden_bytes = ids.numel() * model.config.hidden_size * model.dtype.itemsize
+    tokens = default_chunk_tokens(model.config.vocab_size, hidden_bytes)  # as many at once as in the lean loss
     chunks = LinearCrossEntropyOptions(batch_chunk_size=tokens, chunking_method=None)
 
     def step() -> Tensor:

@@ -146,7 +146,7 @@ def attach_lean_loss(
         model: a transformers model whose forward calls `self.loss_function` for a causal LM, or a `PeftModel` on one.
         sp_group: ranks that share the rows, in the order of their shards; None for whole rows.
         lean: False keeps the full local logits and replaces only the loss.
-        chunk_tokens: tokens whose logits are held at once; by default as many as take 128 MiB in fp32.
+        chunk_tokens: tokens whose logits are held at once; by default `default_chunk_tokens`.
         label_smoothing: see `CausalLMLoss.label_smoothing`.
 
     Returns:

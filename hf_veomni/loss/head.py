@@ -113,14 +113,18 @@ def record_head_call(
         dtype=dtype,
         autocast=cast,
         vocabulary=vocabulary,
-        chunk_tokens=chunk_tokens or default_chunk_tokens(vocabulary),
+        chunk_tokens=chunk_tokens or default_chunk_tokens(vocabulary, hidden.numel() * hidden.element_size()),
         versions=[p._version for p in parameters],
     )
 
 
-def default_chunk_tokens(vocabulary: int) -> int:
-    """Tokens whose fp32 logits take 128 MiB, at least 32."""
-    return max(32, (128 << 20) // (4 * vocabulary))
+def default_chunk_tokens(vocabulary: int, hidden_bytes: int) -> int:
+    """Tokens whose fp32 logits are held at once: as many as take eight times the head's input, at least 64.
+
+    A decoder layer keeps about that much, so the chunk does not show in the peak at any sequence length or cut; 128 MiB
+    are enough for matmuls to run at full speed.
+    """
+    return max(64, min(128 << 20, 8 * hidden_bytes) // (4 * vocabulary))
 
 
 def replay(ops: tuple[Op, ...], logits: Tensor) -> Tensor:
