@@ -12,9 +12,16 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.distributed.expert_parallel import (
+    EPImplementation,
+    EPImplementationInterface,
+    apply_expert_parallelism,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 AttentionFunction = Callable[..., tuple[Tensor, Any]]
@@ -161,3 +168,25 @@ def iterate_configs(decoder: nn.Module, modules: Iterator[nn.Module]) -> list[An
     """The distinct config objects that the stack and its attention modules read."""
     configs = {id(c): c for c in (getattr(m, "config", None) for m in (decoder, *modules)) if c is not None}
     return list(configs.values())
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether transformers' `use_experts_implementation` made the class: stacked experts, called with routes."""
+    return "_is_expert_parallel" in vars(module) and hasattr(module, "num_experts")
+
+
+def experts_implementation(experts: nn.Module) -> str | None:
+    """The kernels that the config selects for an experts module."""
+    return getattr(experts.config, "_experts_implementation", None)
+
+
+def apply_expert_plan(
+    model: nn.Module, ep_mesh: DeviceMesh, plan: dict[str, str], implementation: type[EPImplementation]
+) -> None:
+    """transformers' own step: parameters to DTensors on `ep_mesh`, forwards to `implementation`."""
+    name = f"{implementation.__module__}.{implementation.__qualname__}"
+    EPImplementationInterface.register(name, implementation)
+    apply_expert_parallelism(model, ep_mesh, ep_mesh, plan, ep_implementation=name)
+
+
+__all__ = ["EPImplementation", "ParamWrapper"]

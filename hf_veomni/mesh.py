@@ -28,6 +28,7 @@ class ParallelState:
         fsdp_mesh: for `fully_shard`: 1-D `fsdp` (dp_shard x sp flattened), or 2-D (dp_replicate, fsdp) for HSDP.
         sp_group: the ranks that share this rank's rows, in sequence order; None when sp_size is 1.
         sp_rank: this rank's place on the sequence axis.
+        expert_mesh: the same ranks as (dp_replicate, efsdp, ep), ep innermost; None when ep_size is 1.
         dp_rank: which of the `dp_size` streams of rows this rank reads; the same on all ranks of an SP group.
     """
 
@@ -35,6 +36,7 @@ class ParallelState:
     device: torch.device
     mesh: DeviceMesh | None = None
     fsdp_mesh: DeviceMesh | None = None
+    expert_mesh: DeviceMesh | None = None
     sp_group: dist.ProcessGroup | None = None
     sp_rank: int = 0
     dp_rank: int = 0
@@ -42,6 +44,24 @@ class ParallelState:
     @property
     def sp_size(self) -> int:
         return self.plan.sp_size
+
+    @property
+    def ep_size(self) -> int:
+        return self.plan.ep_size
+
+    @property
+    def ep_mesh(self) -> DeviceMesh | None:
+        """The ranks that share each layer's experts."""
+        return None if self.expert_mesh is None else self.expert_mesh["ep"]
+
+    @property
+    def efsdp_mesh(self) -> DeviceMesh | None:
+        """For `fully_shard` of the experts: 1-D `efsdp`, or 2-D (dp_replicate, efsdp) for HSDP."""
+        if self.expert_mesh is None:
+            return None
+        return (
+            self.expert_mesh["dp_replicate", "efsdp"] if self.plan.dp_replicate_size > 1 else self.expert_mesh["efsdp"]
+        )
 
     @property
     def dp_size(self) -> int:
@@ -76,11 +96,6 @@ def init_parallel_state(plan: ParallelPlan | str | None = None) -> ParallelState
     plan = ParallelPlan.parse(plan)
     device, world_size = _start()
     plan = plan.resolve(world_size)
-    if plan.ep_size > 1:
-        raise ValueError(
-            f"`ep_size` ({plan.ep_size}) must be 1: expert parallelism is not available in this release. "
-            "Experts are sharded by FSDP with the rest of the model."
-        )
     if plan.world_size == 1:
         return ParallelState(plan=plan, device=device)
     names = ("pp", "dp_replicate", "dp_shard", "sp")
@@ -90,6 +105,11 @@ def init_parallel_state(plan: ParallelPlan | str | None = None) -> ParallelState
     dense = init_device_mesh(
         device.type, (plan.dp_replicate_size, plan.fsdp_size), mesh_dim_names=("dp_replicate", "fsdp")
     )
+    expert = None
+    if plan.ep_size > 1:
+        sizes = (plan.dp_replicate_size, plan.efsdp_size, plan.ep_size)
+        expert = init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "efsdp", "ep"))
+        expert["efsdp", "ep"]._flatten("experts")  # lets DTensor gather and reduce over both axes in one collective
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
     _, replica, shard, sp_rank = coordinate
@@ -98,6 +118,7 @@ def init_parallel_state(plan: ParallelPlan | str | None = None) -> ParallelState
         device=device,
         mesh=mesh,
         fsdp_mesh=dense if plan.dp_replicate_size > 1 else dense["fsdp"],
+        expert_mesh=expert,
         sp_group=mesh.get_group("sp") if plan.sp_size > 1 else None,
         sp_rank=sp_rank,
         dp_rank=replica * plan._resolved_shard() + shard,

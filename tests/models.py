@@ -29,6 +29,7 @@ _COMMON = {
 }
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_DENSE_FIRST = {"first_k_dense_replace": 1, **_EXPERTS}
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 7, "tie_word_embeddings": True, **_SLIDING}
 
 # name -> (model type, what differs from _COMMON, attention of the stock model)
@@ -69,12 +70,44 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
             "n_routed_experts": 4,
             "n_group": 2,
             "topk_group": 1,
-            "first_k_dense_replace": 1,
-            **_EXPERTS,
+            **_DENSE_FIRST,
         },
         "sdpa",
     ),
     "qwen3_moe": ("qwen3_moe", {"head_dim": 16, "num_experts": 4, **_EXPERTS}, "sdpa"),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}, "sdpa"),
+    "glm4_moe": (
+        "glm4_moe",
+        {"head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, **_DENSE_FIRST},
+        "sdpa",
+    ),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, "sdpa"),
+    "granitemoe": (
+        "granitemoe",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 3.0, "residual_multiplier": 0.7},
+        "sdpa",
+    ),
+    "minimax_m2": ("minimax_m2", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}, "sdpa"),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1},
+        "sdpa",
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 32,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            **_EXPERTS,
+        },
+        "sdpa",
+    ),
     "phi3": ("phi3", {}, "sdpa"),
     "olmo2": ("olmo2", {}, "sdpa"),
     "cohere": ("cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}, "sdpa"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
@@ -62,13 +63,40 @@ def _reshard_after_inference(model: nn.Module, args: Any, output: Any) -> None:
                 module.reshard()
 
 
+def _expert_placement(size: int) -> Callable[[nn.Parameter], Shard | None]:
+    """The dimension along which `size` ranks shard an expert parameter, of which each has whole experts.
+
+    The first one that they divide: along the experts themselves ranks would stay empty once there are more ranks than
+    experts on each.
+    """
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        return next((Shard(dim) for dim, length in enumerate(local.shape) if length % size == 0), None)
+
+    return placement
+
+
+def _shard_experts(experts: Sequence[nn.Module], state: ParallelState, arguments: dict[str, Any]) -> None:
+    mesh = state.efsdp_mesh
+    assert mesh is not None or not experts
+    if mesh is not None:
+        arguments = {**arguments, "mesh": mesh, "shard_placement_fn": _expert_placement(state.plan.efsdp_size)}
+        for module in experts:
+            fully_shard(module, **arguments)
+
+
 def shard_parameters(
-    model: PreTrainedModel, state: ParallelState, mp_policy: MixedPrecisionPolicy | None = None
+    model: PreTrainedModel,
+    state: ParallelState,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    experts: Sequence[nn.Module] = (),
 ) -> PreTrainedModel:
     """Shard all parameters over `fsdp` (dp_shard x sp), replicated over `dp_replicate`; gradients are averaged.
 
     Args:
         model: a transformers model with real parameters, the same on all ranks (`synchronize_parameters`).
+        experts: modules whose parameters are spread over the EP group; these are sharded over `efsdp`.
         mp_policy: FSDP2's mixed precision; None computes in the parameters' dtype.
 
     Returns:
@@ -86,6 +114,7 @@ def shard_parameters(
     arguments: dict[str, Any] = {"mesh": state.fsdp_mesh}
     if mp_policy is not None:
         arguments["mp_policy"] = mp_policy
+    _shard_experts(experts, state, arguments)
     for modules, keep in plan_units(model, rules):
         fully_shard(modules if len(modules) > 1 else modules[0], reshard_after_forward=not keep, **arguments)
     fully_shard(model, **arguments)

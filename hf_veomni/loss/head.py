@@ -121,8 +121,8 @@ def record_head_call(
 def default_chunk_tokens(vocabulary: int, hidden_bytes: int) -> int:
     """Tokens whose fp32 logits are held at once: as many as take eight times the head's input, at least 64.
 
-    A decoder layer keeps about that much, so the chunk does not show in the peak at any sequence length or cut; 128 MiB
-    are enough for matmuls to run at full speed.
+    A decoder layer keeps about that much, so the chunk does not show in the peak at any sequence length or cut. More
+    than 128 MiB would not make the matmuls faster.
     """
     return max(64, min(128 << 20, 8 * hidden_bytes) // (4 * vocabulary))
 

@@ -1,0 +1,155 @@
+"""Tokens to the ranks of their experts and back.
+
+Shapes: t tokens on this rank, K experts for each, P = t * K pairs; R pairs that this rank's experts get from all ranks
+of the EP group; H hidden size; E experts, e = E / ep on this rank.
+
+    x [t, H] -> sort pairs by expert [P, H] -> all-to-all [R, H] -> sort by local expert -> experts -> [R, H]
+    [t, H]   <- weigh, sum over K    [P, H] <- all-to-all [R, H] <- undo the sort                   <-
+
+Each rank may send any number of pairs to any rank, none included; nothing is dropped and nothing is padded. Four
+all-to-alls of P * H elements a step (two in forward, two in backward), of which (ep - 1) / ep leave the rank when
+routing is even, beside one of E counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_veomni.comm.all_to_all import all_to_all
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where the pairs of this rank go, and in which order they are computed there.
+
+    Attributes:
+        order: [P] pairs sorted by expert.
+        inverse: [P] place of each pair in that order.
+        counts: [e] pairs for each local expert, on the host too as `sizes`.
+        send, receive: pairs exchanged with each rank of the group; None without a group.
+        arrival: [R] order that sorts what arrives by local expert; None if it is sorted already.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    counts: Tensor
+    sizes: list[int]
+    send: list[int] | None = None
+    receive: list[int] | None = None
+    arrival: Tensor | None = None
+
+
+def _invert(order: Tensor) -> Tensor:
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return inverse
+
+
+def make_route(top_k_index: Tensor, num_experts: int, group: dist.ProcessGroup | None) -> Route:
+    """Plan the exchange of one layer.
+
+    Args:
+        top_k_index: [t, K] expert of each pair, counted over all E experts.
+        num_experts: E.
+        group: the EP group; None where every expert is here.
+
+    Collective: one all-to-all of E counts, read back to the host (the layer's only synchronisation).
+    """
+    experts = top_k_index.reshape(-1)
+    order = torch.argsort(experts, stable=True)
+    counts = torch.bincount(experts, minlength=num_experts)
+    if group is None:
+        return Route(order, _invert(order), counts, counts.tolist())
+    ranks = dist.get_world_size(group)
+    arriving = torch.empty_like(counts)
+    dist.all_to_all_single(arriving, counts, group=group)
+    sent, came = torch.stack([counts, arriving]).view(2, ranks, -1).tolist()
+    send, receive = [sum(row) for row in sent], [sum(row) for row in came]
+    local = torch.arange(num_experts // ranks, device=counts.device).repeat(ranks)
+    local = local.repeat_interleave(arriving, output_size=sum(receive))
+    arrival = torch.argsort(local, stable=True)
+    sizes = [sum(column) for column in zip(*came, strict=True)]
+    return Route(order, _invert(order), arriving.view(ranks, -1).sum(0), sizes, send, receive, arrival)
+
+
+class _Spread(torch.autograd.Function):
+    """x [t, H] -> [P, H] in the order of the experts; the gradient sums each token's K pairs, in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, route: Route, top_k: int) -> Tensor:
+        ctx.route, ctx.top_k = route, top_k
+        return x[route.order // top_k]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        rows = grads[0][ctx.route.inverse]
+        return rows.view(-1, ctx.top_k, rows.shape[-1]).sum(1), None, None
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows in another order; the gradient goes back through the inverse (a gather, where autograd would scatter)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
+        return x[order]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0][ctx.inverse], None, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def dispatch(x: Tensor, route: Route, top_k: int, group: dist.ProcessGroup | None) -> Tensor:
+    """The rows that this rank's experts work on, sorted by local expert.
+
+    Args:
+        x: local tokens [t, H].
+
+    Returns:
+        Local tensor [R, H]. Its gradient is multiplied by ep on the way back, and that of `combine` divided: inside,
+        expert parameters get 1 / ep of their gradient. FSDP averages them over efsdp and dp_replicate only, and with
+        this factor that is the average over all ranks that sent tokens, for any reduction that FSDP knows.
+
+    Collective: one all-to-all over `group`; its backward is the reverse.
+    """
+    rows = _Spread.apply(x, route, top_k)
+    if route.send is None or route.receive is None or route.arrival is None or group is None:
+        return rows
+    rows = all_to_all(_ScaleGradient.apply(rows, float(dist.get_world_size(group))), group, route.send, route.receive)
+    return _Reorder.apply(rows, route.arrival, _invert(route.arrival))
+
+
+def combine(rows: Tensor, weights: Tensor, route: Route, group: dist.ProcessGroup | None) -> Tensor:
+    """The experts' outputs, weighed and summed for each token of this rank; the inverse of `dispatch`.
+
+    Args:
+        rows: local tensor [R, H], sorted by local expert.
+        weights: router weights [t, K] of this rank's tokens. They stay here, so their gradient needs no exchange.
+
+    Returns:
+        Local tensor [t, H] in the dtype of the weighted sum.
+
+    Collective: one all-to-all over `group`; its backward is the reverse.
+    """
+    if route.send is not None and route.receive is not None and route.arrival is not None and group is not None:
+        rows = _Reorder.apply(rows, _invert(route.arrival), route.arrival)
+        rows = all_to_all(rows, group, route.receive, route.send)
+        rows = _ScaleGradient.apply(rows, 1.0 / dist.get_world_size(group))
+    pairs = _Reorder.apply(rows, route.inverse, route.order).view(*weights.shape, -1)
+    return (pairs * weights.unsqueeze(-1)).sum(1)
