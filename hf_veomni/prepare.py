@@ -165,7 +165,10 @@ def gather_sequence(local: Tensor, model: nn.Module) -> Tensor:
     Raises:
         ValueError: the model was not prepared, or `local` is not of its last call.
     """
-    attachment: SequenceAttachment | None = getattr(hf.base_model(model), _SEQUENCE, None)
+    base = hf.base_model(model)
+    attachment: SequenceAttachment | None = getattr(base, _SEQUENCE, None)
+    if attachment is None and hasattr(base, _STATE):
+        return local  # a family that cannot be cut, at sp_size 1: rows are whole
     if attachment is None:
         raise ValueError(f"{type(model).__name__} has no cut sequence: call `prepare_omni(model, plan)` first.")
     return attachment.gather(local)

@@ -7,62 +7,18 @@ relative to the largest value of each tensor. `make test` runs a choice that has
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
 import torch
 
-from hf_veomni import ParallelPlan
 from tests.models import ZOO
-from tests.ranks.parity import Run, Setting, compare, compute_reference
+from tests.ranks.parity import Run, Setting
 
-# bf16 has 8 bits: an order of sums of its own changes a gradient by a few of its last ones.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 0.05}
-MODELS = [name for name in ZOO if name != "bloom"]
+MODELS = [name for name in ZOO if name not in ("bloom", "qwen3_next")]
 PLANS = {
     2: ["sp=2", "dp_shard=2", "dp_replicate=2"],
     3: ["sp=3", "dp_shard=3"],
     4: ["sp=4", "sp=2,dp_shard=2", "sp=2,dp_replicate=2", "dp_shard=4", "dp_shard=2,dp_replicate=2"],
 }
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Setting], Path]:
-    folder = tmp_path_factory.mktemp("reference")
-    known: dict[str, Path] = {}
-
-    def find(setting: Setting) -> Path:
-        key = repr(setting)
-        if key not in known:
-            known[key] = folder / f"{len(known)}.pt"
-            compute_reference(setting, known[key])
-        return known[key]
-
-    return find
-
-
-@pytest.fixture
-def check(ranks, reference) -> Callable[[Setting, Run], None]:
-    """Run on as many ranks as the plan has and compare; fails with the worst figures of all ranks."""
-
-    def check(setting: Setting, run: Run) -> None:
-        plan = ParallelPlan.from_string(run.plan)
-        world_size = plan.sp_size * plan.dp_replicate_size * (plan.dp_shard_size or 1)
-        setting = replace(setting, dp_size=world_size // plan.sp_size)
-        found = ranks(world_size).run(compare, setting, run, str(reference(setting)), timeout=120)
-        tolerance = TOLERANCE[setting.dtype]
-        worst = {key: max(errors[key] for errors in found) for key in ("loss", "logits", "gradient", "norm")}
-        summary = f"{worst}, worst gradient: {[errors['parameter'] for errors in found]}"
-        print(f"{setting.model} {run.plan}: {summary}")
-        assert not any(errors["one_sided"] for errors in found), found[0]["one_sided"]
-        assert max(worst.values()) < tolerance, summary
-        for rank, errors in enumerate(found):
-            group = found[rank - rank % plan.sp_size]
-            assert errors["losses"] == group["losses"], "the loss differs within an SP group"
-
-    return check
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -1,0 +1,75 @@
+"""Stock mixture-of-experts models under EP x SP x FSDP2 equal one rank: loss, logits, every gradient, the norm."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from tests.ranks.parity import Run, Setting
+
+FAMILIES = [
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v3",
+    "glm4_moe",
+    "olmoe",
+    "granitemoe",
+    "minimax_m2",
+    "ernie4_5_moe",
+]
+PLANS = [
+    "sp=2,ep=2",
+    "dp_shard=2,ep=2",
+    "sp=4,ep=2",
+    "sp=4,ep=4",
+    "dp_shard=4,ep=2",
+    "dp_shard=4,ep=4",
+    "dp_shard=2,sp=2,ep=2",
+    "dp_shard=2,sp=2,ep=4",
+    "dp_replicate=2,dp_shard=2,ep=2",
+    "dp_replicate=2,sp=2,ep=2",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sp2_ep2_equals_one_rank(check, family):
+    check(Setting(family), Run("sp=2,ep=2"))
+
+
+@pytest.mark.parametrize("plan", PLANS[1:])
+def test_every_plan_equals_one_rank(check, plan):
+    check(Setting("qwen3_moe"), Run(plan))
+
+
+@pytest.mark.parametrize("plan", ["dp_shard=2,ep=2", "dp_shard=4,ep=2"])
+def test_experts_beside_linear_attention_equal_one_rank(check, plan):
+    check(Setting("qwen3_next", packed=False), Run(plan))
+
+
+@pytest.mark.parametrize(
+    ("family", "plan", "setting", "run"),
+    [
+        ("qwen3_moe", "sp=2,dp_shard=2,ep=4", {"micro_batches": 2}, {"checkpointing": True}),
+        ("qwen3_moe", "dp_replicate=2,dp_shard=2,ep=2", {"micro_batches": 2}, {"synchronize_each": False}),
+        ("qwen3_moe", "sp=2,ep=2", {"packed": False}, {}),
+        ("gpt_oss", "dp_shard=2,sp=2,ep=2", {"packed": False, "micro_batches": 2}, {"checkpointing": True}),
+        ("deepseek_v3", "dp_shard=2,sp=2,ep=4", {}, {"checkpointing": True, "lean_loss": False}),
+        ("mixtral", "sp=2,ep=2", {"lora": True}, {}),  # adapters on the attention, experts frozen
+    ],
+)
+def test_options_equal_one_rank(check, family, plan, setting, run):
+    check(Setting(family, **setting), Run(plan, **run))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+def test_selected_kernels_equal_one_rank(check, implementation):
+    overrides = {"experts_implementation": implementation}
+    check(Setting("qwen3_moe", overrides=overrides), Run("sp=2,ep=2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "plan"), list(itertools.product(FAMILIES, PLANS)))
+def test_product_equals_one_rank(check, family, plan):
+    check(Setting(family), Run(plan))
