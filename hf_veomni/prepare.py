@@ -10,7 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from hf_veomni import hf
-from hf_veomni.expert import attach_experts, check_experts
+from hf_veomni.expert import attach_experts, check_model
 from hf_veomni.fsdp import shard_parameters, synchronize_parameters
 from hf_veomni.loss import attach_lean_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
@@ -63,11 +63,11 @@ def build_parallelize_model(
     _check_parameters(model)
     model.to(state.device)
     synchronize_parameters(model)
-    experts = check_experts(base, state.ep_size) if state.ep_mesh is not None else []
-    if state.ep_mesh is not None:
-        attach_experts(base, experts, state.ep_mesh)
-    shard_parameters(base, state, mp_policy, [module.outer for module in experts])
+    undo: list[Callable[[], Any]] = []
+    experts = attach_experts(base, state, undo)
+    shard_parameters(base, state, mp_policy, experts)
     setattr(base, _STATE, state)
+    setattr(base, _UNDO, undo)
     return model
 
 
@@ -108,8 +108,7 @@ def prepare_omni(
         )
     _check_parameters(model)
     state = init_parallel_state(plan)
-    if state.ep_size > 1:
-        check_experts(base, state.ep_size)
+    check_model(base, state)
     state.plan.match_modules(name for name, _ in base.named_modules() if name)  # raises before anything is changed
     undo: list[Callable[[], Any]] = []
     try:
@@ -119,7 +118,7 @@ def prepare_omni(
         for step in reversed(undo):
             step()
         raise
-    setattr(base, _UNDO, undo)
+    setattr(base, _UNDO, undo + getattr(base, _UNDO))
     return model
 
 

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -23,6 +23,7 @@ from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 from hf_veomni import hf
 from hf_veomni.checkpoint.agree import together
 from hf_veomni.checkpoint.files import staged
+from hf_veomni.expert import AdapterLayout, find_layouts
 
 
 def _stock_class(model: nn.Module) -> type:
@@ -35,6 +36,16 @@ def _adapter_keys(model: PeftModel, name: str, state: Mapping[str, Tensor]) -> d
     names = {id(tensor): key for key, tensor in state.items()}
     saved = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=name)
     return {key: names[id(tensor)] for key, tensor in saved.items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a DTensor, gathered over its outer axes first: FSDP sharded what EP had left."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    for axis in range(tensor.device_mesh.ndim - 1):
+        placements = [Replicate() if place <= axis else p for place, p in enumerate(tensor.placements)]
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.full_tensor()
 
 
 def gather_full_state(model: nn.Module, *, keep: bool, names: set[str] | None = None) -> dict[str, Tensor]:
@@ -50,6 +61,7 @@ def gather_full_state(model: nn.Module, *, keep: bool, names: set[str] | None = 
     Collectives: one all-gather per sharded tensor over the mesh it lives on. No gradient.
     """
     parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    layouts = find_layouts(model)
     full: dict[str, Tensor] = {}
     seen: dict[int, Tensor | None] = {}
     for name, tensor in model.state_dict().items():
@@ -57,7 +69,9 @@ def gather_full_state(model: nn.Module, *, keep: bool, names: set[str] | None = 
             continue
         key = parameters.get(name, id(tensor))
         if key not in seen:
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            whole = _whole(tensor)
+            if name in layouts:
+                whole = layouts[name].to_plain(whole).contiguous()
             seen[key] = whole.detach().cpu() if keep else None
         value = seen[key]
         if value is not None:
@@ -151,13 +165,14 @@ def _adapter_files(model: PeftModel, directory: Path, state: Mapping[str, Tensor
     return found
 
 
-def _copy_slice(target: Tensor, handle: Any, key: str, path: Path) -> None:
+def _copy_slice(target: Tensor, handle: Any, key: str, path: Path, layout: AdapterLayout | None) -> None:
     """Read this rank's part of one tensor from disk into `target`, a DTensor or a plain tensor."""
-    part = handle.get_slice(key)
-    if tuple(part.get_shape()) != tuple(target.shape):
+    part = layout.to_stack(handle.get_tensor(key)) if layout is not None else handle.get_slice(key)
+    shape = tuple(part.shape if isinstance(part, Tensor) else part.get_shape())
+    if shape != tuple(target.shape):
         raise ValueError(
-            f"'{path}': '{key}' has shape {tuple(part.get_shape())}, but the model's has {tuple(target.shape)}: the "
-            "checkpoint is of another model."
+            f"'{path}': '{key}' has shape {shape}, but the model's has {tuple(target.shape)}: the checkpoint is of "
+            "another model."
         )
     if not target.dim():
         target.copy_(handle.get_tensor(key))
@@ -171,9 +186,8 @@ def _copy_slice(target: Tensor, handle: Any, key: str, path: Path) -> None:
         target.copy_(part[:])
 
 
-def _pairs(
-    files: Mapping[str, tuple[Path, str]], state: Mapping[str, Tensor]
-) -> Iterator[tuple[Tensor, Any, str, Path]]:
+def _pairs(files: Mapping[str, tuple[Path, str]]) -> Iterator[tuple[str, Any, str, Path]]:
+    """Key in the model's state dict, the open file that has its tensor, the key there, and the file's path."""
     with ExitStack() as stack:
         handles: dict[Path, Any] = {}
         for key, (path, saved) in files.items():
@@ -181,7 +195,7 @@ def _pairs(
                 handles[path] = stack.enter_context(safe_open(path, framework="pt"))
             if saved not in handles[path].keys():
                 raise ValueError(f"'{path}' has no tensor '{saved}': it is a checkpoint of another model or adapter.")
-            yield state[key], handles[path], saved, path
+            yield key, handles[path], saved, path
 
 
 @torch.no_grad()
@@ -208,8 +222,9 @@ def load_plain(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             files = {key: (weights[key], key) for key in state if key in weights}
             converted = bool(_untied(model, set(state) - set(files)))
         if not converted:
-            for target, handle, key, path in _pairs(files, state):
-                _copy_slice(target, handle, key, path)
+            layouts = find_layouts(model)
+            for name, handle, key, path in _pairs(files):
+                _copy_slice(state[name], handle, key, path, layouts.get(name))
     if converted:
         _load_converted(model, directory)
 

@@ -1,6 +1,6 @@
-"""Expert parallelism: experts over the ranks of a group, tokens sent to them and back."""
+"""Expert parallelism: experts over the ranks of a group, tokens sent to them and back, adapters on them."""
 
-from hf_veomni.expert.attach import attach_experts
-from hf_veomni.expert.layout import ExpertsModule, check_experts, find_experts
+from hf_veomni.expert.attach import attach_experts, check_model
+from hf_veomni.expert.lora import AdapterLayout, find_layouts
 
-__all__ = ["ExpertsModule", "attach_experts", "check_experts", "find_experts"]
+__all__ = ["AdapterLayout", "attach_experts", "check_model", "find_layouts"]

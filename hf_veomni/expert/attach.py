@@ -4,82 +4,70 @@
     experts         `ExpertsForward` in place of the stock forward: dispatch, compute, combine
       parameters    [E, ...] -> DTensor on the ep axis, this rank's [e, ...] inside the forward
 
+With adapters on the experts the PEFT wrapper around them is what the layer calls; it goes straight to `experts`.
+
 What routes tokens (the router, shared experts, dense layers) is left as it is: every rank runs it on its own tokens,
 which are different ones on all ranks of the EP group, be they data or sequence ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch import nn
 
 from hf_veomni import hf
-from hf_veomni.expert.compute import LowRank, compute_as_selected, compute_experts, keep_connected
-from hf_veomni.expert.dispatch import combine, dispatch, make_route
-from hf_veomni.expert.layout import ExpertsModule
+from hf_veomni.expert.forward import ExpertsForward
+from hf_veomni.expert.layout import ExpertsModule, check_experts, find_experts
+from hf_veomni.expert.lora import attach_adapters, check_adapters, has_adapters, stack_adapters
+from hf_veomni.mesh import ParallelState
 
-_ADAPTERS = "_omni_adapters"
 
+def check_model(model: nn.Module, state: ParallelState) -> list[ExpertsModule]:
+    """The experts modules that `attach_experts` will touch.
 
-class ExpertsForward(hf.EPImplementation):
-    """Forward of an experts module: (hidden states [t, H], expert ids [t, K], weights [t, K]) -> [t, H].
-
-    Collectives: see `make_route`, `dispatch` and `combine`; all ranks of the EP group call it equally often, also with
-    no tokens at all.
+    Raises:
+        ValueError: the plan's `ep_size` does not fit the model, or its kernels or adapters do not.
     """
-
-    def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh | None = None, tp_mesh: DeviceMesh | None = None):
-        """Args as transformers passes them; without `ep_mesh` every expert is here."""
-        # The base class compares ep_mesh with the tensor-parallel mesh, which is never the same here.
-        self.experts, self.experts_forward = experts, experts.forward
-        self.group: dist.ProcessGroup | None = ep_mesh.get_group() if ep_mesh is not None else None
-        ranks = ep_mesh.size() if ep_mesh is not None else 1
-        self.num_experts = int(experts.num_experts) * ranks  # type: ignore[operator]  # the module counts its own
-
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        route = make_route(top_k_index, self.num_experts, self.group)
-        rows = dispatch(hidden_states, route, top_k_index.shape[-1], self.group)
-        count = len(rows)
-        rows, local = keep_connected(rows, route)
-        adapters: Callable[[], Mapping[str, Sequence[LowRank]]] | None = getattr(self.experts, _ADAPTERS, None)
-        active = adapters() if adapters is not None else {}
-        if active or hf.experts_implementation(self.experts) == "grouped_mm":
-            out = compute_experts(self.experts, rows, local, active)
-        else:
-            out = compute_as_selected(self.experts_forward, rows, local)
-        return combine(out[:count], top_k_weights, route, self.group).to(hidden_states.dtype)
+    found = check_experts(model, state.ep_size) if state.ep_size > 1 else find_experts(model)
+    for module in found:
+        if state.ep_size > 1 and hf.experts_implementation(module.experts) == "deepgemm_megamoe":
+            raise ValueError(
+                f"`experts_implementation` ('deepgemm_megamoe') of '{module.name}' exchanges tokens inside its kernel "
+                "and has no backward: select 'grouped_mm' to train with ep_size > 1."
+            )
+        if has_adapters(module):
+            check_adapters(module)
+    return found if state.ep_size > 1 else [module for module in found if has_adapters(module)]
 
 
-def check_implementation(module: ExpertsModule) -> None:
-    """Raises ValueError where the selected kernels exchange tokens themselves."""
-    selected = hf.experts_implementation(module.experts)
-    if selected == "deepgemm_megamoe":
-        raise ValueError(
-            f"`experts_implementation` ({selected!r}) of '{module.name}' exchanges tokens inside its kernel and has "
-            "no backward: select 'grouped_mm' to train with ep_size > 1."
-        )
-
-
-def attach_experts(model: nn.Module, found: Sequence[ExpertsModule], ep_mesh: DeviceMesh) -> None:
-    """Shard the stacked parameters over `ep_mesh` and replace the forwards. It stays: the parameters stay sharded.
+def attach_experts(
+    model: nn.Module, state: ParallelState, undo: list[Callable[[], Any]] | None = None
+) -> list[nn.Module]:
+    """Spread the experts over the EP group, and compute adapters on them in low rank.
 
     Args:
-        found: `check_experts(model, ep_mesh.size())`.
+        model: the transformers model, its parameters equal on all ranks and not sharded yet.
+        undo: gets what takes it off again, in a world of one rank. On several it stays, as the parameters do.
 
-    Collectives: none; every rank keeps its part of what it has, which must be the same on all ranks.
+    Returns:
+        The modules whose parameters are DTensors on the ep axis now.
+
+    Collectives: none; every rank keeps its part of what it has.
     """
+    found, names = check_model(model, state), {module: name for name, module in model.named_modules()}
     plan: dict[str, str] = {}
     for module in found:
-        check_implementation(module)
+        stacked = stack_adapters(module) if state.world_size > 1 else []
+        plan.update({f"{names[module.outer]}.{name}": "grouped_gemm" for name in stacked})
         plan.update({f"{module.name}.{name}": "grouped_gemm" for name in module.parameters})
         plan[module.name] = "ep_dispatch_experts"
-    hf.apply_expert_plan(model, ep_mesh, plan, ExpertsForward)
-
-
-def set_adapters(experts: Any, adapters: Callable[[], Mapping[str, Sequence[LowRank]]]) -> None:
-    """Have `ExpertsForward` ask for the active adapters at each call."""
-    vars(experts)[_ADAPTERS] = adapters
+    if state.ep_mesh is not None:
+        hf.apply_expert_plan(model, state.ep_mesh, plan, ExpertsForward)
+    for module in found:
+        if has_adapters(module):
+            detach = attach_adapters(module)
+            if undo is not None and state.world_size == 1:
+                undo.append(detach)
+    return [module.outer for module in found] if state.ep_mesh is not None else []

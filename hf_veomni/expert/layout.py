@@ -94,7 +94,7 @@ def check_experts(model: nn.Module, ep_size: int) -> list[ExpertsModule]:
     return found
 
 
-def iterate_wrappers(module: ExpertsModule) -> Iterator[nn.Module]:
+def iterate_wrappers(module: ExpertsModule) -> Iterator[Any]:
     """PEFT's wrappers around one experts module, outermost first."""
     layer: Any = module.outer
     while layer is not module.experts:

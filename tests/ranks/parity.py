@@ -88,11 +88,14 @@ def make_model(setting: Setting) -> nn.Module:
 
 
 def add_adapter(model: nn.Module) -> nn.Module:
-    """A LoRA adapter on every linear layer, both of its factors random."""
+    """A LoRA adapter on every linear layer and stacked expert, both of its factors random."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    # PEFT's "all-linear" finds the experts of families whose files have them one by one; not those of GPT-OSS.
+    experts = ["experts.gate_up_proj", "experts.down_proj"] if model.config.model_type == "gpt_oss" else None
+    config = LoraConfig(r=4, target_modules="all-linear", target_parameters=experts, init_lora_weights=False)
+    wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, 0, 0.08)
@@ -189,7 +192,9 @@ def _compare_logits(model: nn.Module, batch: Batch, expected: dict[tuple[int, in
 def compare_gradients(model: nn.Module, reference: dict[str, Any], errors: Errors) -> None:
     """Enter the worst relative error of the gradients and of their norm into `errors`. Collective."""
     from hf_veomni import clip_grad_norm_
+    from hf_veomni.expert import find_layouts
 
+    layouts = find_layouts(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     errors.one_sided = sorted(trained.keys() ^ reference["gradients"].keys())
     for name, parameter in trained.items():
@@ -198,7 +203,8 @@ def compare_gradients(model: nn.Module, reference: dict[str, Any], errors: Error
             errors.one_sided.append(name)
         elif wanted is not None:
             assert parameter.grad.dtype == wanted.dtype, (name, parameter.grad.dtype)
-            error = relative_error(whole(parameter.grad), wanted)
+            got = whole(parameter.grad)
+            error = relative_error(layouts[name].to_plain(got) if name in layouts else got, wanted)
             if error >= errors.gradient:
                 errors.gradient, errors.parameter = error, name
     norm = clip_grad_norm_(model.parameters(), 1e9)

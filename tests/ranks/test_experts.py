@@ -56,7 +56,6 @@ def test_experts_beside_linear_attention_equal_one_rank(check, plan):
         ("qwen3_moe", "sp=2,ep=2", {"packed": False}, {}),
         ("gpt_oss", "dp_shard=2,sp=2,ep=2", {"packed": False, "micro_batches": 2}, {"checkpointing": True}),
         ("deepseek_v3", "dp_shard=2,sp=2,ep=4", {}, {"checkpointing": True, "lean_loss": False}),
-        ("mixtral", "sp=2,ep=2", {"lora": True}, {}),  # adapters on the attention, experts frozen
     ],
 )
 def test_options_equal_one_rank(check, family, plan, setting, run):
@@ -67,6 +66,22 @@ def test_options_equal_one_rank(check, family, plan, setting, run):
 def test_selected_kernels_equal_one_rank(check, implementation):
     overrides = {"experts_implementation": implementation}
     check(Setting("qwen3_moe", overrides=overrides), Run("sp=2,ep=2"))
+
+
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    [
+        ("mixtral", "sp=2,ep=2"),
+        ("qwen3_moe", "dp_shard=2,sp=2,ep=2"),
+        ("qwen3_moe", "dp_shard=2,sp=2,ep=4"),
+        ("qwen3_moe", "dp_replicate=2,sp=2,ep=2"),
+        ("qwen3_moe", "sp=2"),
+        ("gpt_oss", "sp=2,ep=2"),  # weights stored [E, in, out], and biases
+        ("deepseek_v3", "dp_shard=2,ep=2"),
+    ],
+)
+def test_adapters_on_experts_and_attention_equal_one_rank(check, family, plan):
+    check(Setting(family, lora=True), Run(plan))
 
 
 @pytest.mark.slow

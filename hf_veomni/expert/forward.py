@@ -1,0 +1,50 @@
+"""What an experts module calls in place of its stock forward: dispatch, compute, combine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from hf_veomni import hf
+from hf_veomni.expert.compute import LowRank, compute_as_selected, compute_experts, keep_connected
+from hf_veomni.expert.dispatch import combine, dispatch, make_route
+
+_ADAPTERS = "_omni_adapters"
+
+
+class ExpertsForward(hf.EPImplementation):
+    """Forward of an experts module: (hidden states [t, H], expert ids [t, K], weights [t, K]) -> [t, H].
+
+    Collectives: see `make_route`, `dispatch` and `combine`; all ranks of the EP group call it equally often, also with
+    no tokens at all.
+    """
+
+    def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh | None = None, tp_mesh: DeviceMesh | None = None):
+        """Args as transformers passes them; without `ep_mesh` every expert is here."""
+        # The base class compares ep_mesh with the tensor-parallel mesh, which is never the same here.
+        self.experts, self.experts_forward = experts, experts.forward
+        self.group: dist.ProcessGroup | None = ep_mesh.get_group() if ep_mesh is not None else None
+        ranks = ep_mesh.size() if ep_mesh is not None else 1
+        self.num_experts = int(experts.num_experts) * ranks  # type: ignore[operator]  # the module counts its own
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        route = make_route(top_k_index, self.num_experts, self.group)
+        rows = dispatch(hidden_states, route, top_k_index.shape[-1], self.group)
+        count = len(rows)
+        rows, local = keep_connected(rows, route)
+        adapters: Callable[[], Mapping[str, Sequence[LowRank]]] | None = getattr(self.experts, _ADAPTERS, None)
+        active = adapters() if adapters is not None else {}
+        if active or hf.experts_implementation(self.experts) == "grouped_mm":
+            out = compute_experts(self.experts, rows, local, active)
+        else:
+            out = compute_as_selected(self.experts_forward, rows, local)
+        return combine(out[:count], top_k_weights, route, self.group).to(hidden_states.dtype)
+
+
+def set_adapters(experts: Any, adapters: Callable[[], Mapping[str, Sequence[LowRank]]]) -> None:
+    """Have `ExpertsForward` ask for the active adapters at each call."""
+    vars(experts)[_ADAPTERS] = adapters
