@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
-from tests.ranks.training import PackedRows, collate, forget_meshes, full, lora_model, relative, tiny_model
+from tests.ranks.training import PackedRows, collate, full, lora_model, relative, tiny_model
 
 PLANS = [(2, "sp=2", 1), (2, "dp_shard=2", 2), (4, "sp=2,dp_shard=2", 2), (4, "dp_replicate=2,sp=2", 2)]
 plans = pytest.mark.parametrize(("world", "plan", "data_ranks"), PLANS, ids=[plan for _, plan, _ in PLANS])
@@ -83,7 +83,6 @@ def _prepared(plan: str, lora: bool, data_ranks: int, shuffle: bool = True) -> t
     from hf_veomni import prepare_omni
     from hf_veomni.trainer import OmniParallelismConfig
 
-    forget_meshes()
     set_seed(0)
     accelerator = Accelerator(
         cpu=True, parallelism_config=OmniParallelismConfig(plan), gradient_accumulation_steps=ACCUMULATION

@@ -23,7 +23,6 @@ from tests.ranks.training import (
     Outcome,
     Run,
     assert_same_training,
-    forget_meshes,
     full,
     outcome,
     relative,
@@ -38,7 +37,6 @@ plans = pytest.mark.parametrize(("world", "plan"), PLANS, ids=[plan for _, plan 
 def _trainer(plan: str, run: Run, directory: Path, **options: Any):
     from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
 
-    forget_meshes()
     arguments = OmniTrainingArguments(**run.all_arguments(plan=plan, output_dir=str(directory)))
     return OmniTrainer(model=run.model(), args=arguments, **run.data(), **run.options, **options)
 

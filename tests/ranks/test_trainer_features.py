@@ -16,7 +16,6 @@ from tests.ranks.training import (
     Run,
     assert_same_training,
     collate,
-    forget_meshes,
     full,
     lora_model,
     outcome,
@@ -30,7 +29,6 @@ from tests.ranks.training import (
 def _trainer(plan: str, run: Run, model: Any = None, **options: Any):
     from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
 
-    forget_meshes()
     arguments = OmniTrainingArguments(**run.all_arguments(plan=plan))
     model = model if model is not None else run.model()
     return OmniTrainer(model=model, args=arguments, **(run.data() | run.options | options))
@@ -201,7 +199,6 @@ def _hub(plan: str, directory: Path) -> list[str]:
         def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
             calls.append(f"push {Path(checkpoint_folder).name}")
 
-    forget_meshes()
     run = Run(arguments={"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "output_dir": str(directory)})
     arguments = OmniTrainingArguments(**run.all_arguments(plan=plan, push_to_hub=True, hub_strategy="every_save"))
     trainer = Offline(model=run.model(), args=arguments, **run.data())

@@ -116,21 +116,6 @@ class NoteEvents(TrainerCallback):
         self._note("save")
 
 
-def forget_meshes() -> None:
-    """Empty torch's caches of DTensor layouts, for a process that had another process group before.
-
-    They are keyed by meshes that compare equal by shape and names, so a new world would get results on the old one's
-    groups: "Could not resolve the process group", or an all-gather over too few ranks (torch 2.13, HSDP meshes).
-    """
-    from torch.distributed.tensor import _redistribute
-    from torch.distributed.tensor.debug import _clear_fast_path_sharding_prop_cache, _clear_python_sharding_prop_cache
-
-    _redistribute._gen_transform_infos.cache_clear()
-    _redistribute.clear_redistribute_planner_cache()
-    _clear_fast_path_sharding_prop_cache()
-    _clear_python_sharding_prop_cache()
-
-
 @dataclass(frozen=True)
 class Run:
     """What to train. `arguments` go to the training arguments, `options` to the trainer."""
@@ -219,7 +204,6 @@ def train_omni(plan: str, run: Run, **options: Any) -> Outcome:
     """The same on this rank, under a plan."""
     from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
 
-    forget_meshes()
     arguments = OmniTrainingArguments(**run.all_arguments(plan=plan))
     options = run.options | options
     trainer = OmniTrainer(model=run.model(), args=arguments, **run.data(), **options)
