@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_veomni import hf
 from hf_veomni.expert import attach_experts, check_model
-from hf_veomni.fsdp import shard_parameters, synchronize_parameters
+from hf_veomni.fsdp import RaiseTogether, check_same_value, shard_parameters, synchronize_parameters
 from hf_veomni.loss import attach_lean_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
 from hf_veomni.plan import ParallelPlan
@@ -37,6 +37,14 @@ def _check_parameters(model: nn.Module) -> None:
             )
 
 
+def _check_fresh(base: nn.Module) -> None:
+    if hasattr(base, _STATE):
+        raise ValueError(
+            f"{type(base).__name__} is already prepared: call `detach_omni(model)` first. On several ranks its "
+            "parameters stay sharded, so load the model again there."
+        )
+
+
 def build_parallelize_model(
     model: Model,
     plan: ParallelPlan | str | None,
@@ -60,8 +68,9 @@ def build_parallelize_model(
     if plan is not None and ParallelPlan.parse(plan).resolve(state.world_size) != state.plan:
         raise ValueError(f"`plan` ({plan}) differs from the plan of `state` ({state.plan}): pass one of them.")
     base = hf.base_model(model)
-    _check_parameters(model)
-    model.to(state.device)
+    with RaiseTogether():
+        _check_parameters(model)
+        model.to(state.device)
     synchronize_parameters(model)
     undo: list[Callable[[], Any]] = []
     experts = attach_experts(base, state, undo)
@@ -95,24 +104,26 @@ def prepare_omni(
     Returns:
         The same model object.
 
-    Collectives: creates the process groups of the plan and compares the parameters of all ranks.
+    Collectives: creates the process groups of the plan and compares the parameters of all ranks. Where one rank
+    refuses, all ranks raise.
 
     Raises:
-        ValueError: a plan that does not fit the world or the model. Nothing is changed then.
+        ValueError: a plan that does not fit the world or the model, or ranks with different plans or models. The
+            model is as it was then.
     """
-    base = hf.base_model(model)
-    if hasattr(base, _STATE):
-        raise ValueError(
-            f"{type(base).__name__} is already prepared: call `detach_omni(model)` first. On several ranks its "
-            "parameters stay sharded, so load the model again there."
-        )
-    _check_parameters(model)
+    with RaiseTogether():
+        base = hf.base_model(model)
+        plan = ParallelPlan.parse(plan)
+        _check_fresh(base)
+        _check_parameters(model)
+    check_same_value("plan", plan)
     state = init_parallel_state(plan)
-    check_model(base, state)
-    state.plan.match_modules(name for name, _ in base.named_modules() if name)  # raises before anything is changed
     undo: list[Callable[[], Any]] = []
     try:
-        _attach(base, state, attention, lean_loss, undo)
+        with RaiseTogether():
+            check_model(base, state)
+            state.plan.match_modules(name for name, _ in base.named_modules() if name)
+            _attach(base, state, attention, lean_loss, undo)
         build_parallelize_model(model, None, state, mp_policy=mp_policy)
     except BaseException:
         for step in reversed(undo):

@@ -1,9 +1,11 @@
-"""Make the ranks start from the same parameters."""
+"""Make the ranks start from the same parameters, and fail together where they cannot."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,17 +14,120 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 
+def _gather(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order. Collective over all ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _alone() -> bool:
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+class RaiseTogether:
+    """Within this context an error on some ranks becomes an error on all of them, which else would wait for ever.
+
+    The body must be free of collectives. A rank that had no error itself raises ValueError with the others' message.
+
+    Collective: one small all-gather over all ranks at the end.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if _alone() or (error is not None and not isinstance(error, Exception)):
+            return
+        messages = _gather(None if error is None else f"{type(error).__name__}: {error}")
+        failed = [rank for rank, message in enumerate(messages) if message is not None]
+        if failed and error is None:
+            raise ValueError(
+                f"This rank ({dist.get_rank()}) stops because {_ranks(failed)} of {len(messages)} failed: "
+                f"{messages[failed[0]]}"
+            )
+
+
+def _kinds(values: list[str]) -> dict[str, list[int]]:
+    """The distinct values and which ranks have them."""
+    kinds: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        kinds.setdefault(value, []).append(rank)
+    return kinds
+
+
+def _say(kinds: dict[str, list[int]]) -> str:
+    return "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in kinds.items())
+
+
+def check_same_value(name: str, value: Any) -> None:
+    """Raise ValueError on every rank unless an argument has the same `repr` on all of them. An all-gather."""
+    if not _alone() and len(kinds := _kinds(_gather(repr(value)))) > 1:
+        raise ValueError(f"`{name}` differs between the ranks: {_say(kinds)}. Pass the same on every rank.")
+
+
 def _fingerprint(tensor: Tensor) -> Tensor:
     """One int64 that changes when a bit changes, up to collisions: weighted sums over the raw words."""
     raw = tensor.detach().contiguous().flatten().view(torch.uint8)
     if raw.numel() % 4 == 0:
-        raw = raw.view(torch.int32)
+        aligned = raw if raw.storage_offset() % 4 == 0 else raw.clone()
+        raw = aligned.view(torch.int32)
     step = 1 << 20
     sums = [
         (part.long() * (torch.arange(part.numel(), device=raw.device) % 65521 + 1)).sum() for part in raw.split(step)
     ]
     weights = torch.arange(1, len(sums) + 1, device=raw.device)
     return (torch.stack(sums) * weights).sum() if sums else raw.new_zeros((), dtype=torch.long)
+
+
+def _describe(model: nn.Module) -> dict[str, str]:
+    """Everything that FSDP needs to be the same on all ranks, by the name of the parameter or buffer."""
+    found = {}
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        trained = ", trained" if tensor.requires_grad else ""
+        found[name] = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}{trained}"
+    return found
+
+
+def check_same_model(model: nn.Module) -> None:
+    """Check that all ranks hold the same architecture: names, shapes, dtypes, and which parameters are trained.
+
+    Collective: an all-gather of a digest; where digests differ, one of the descriptions.
+
+    Raises:
+        ValueError: on every rank alike, naming the first tensor that differs.
+    """
+    if _alone():
+        return
+    mine = _describe(model)
+    digests = _gather(hashlib.sha256(repr(list(mine.items())).encode()).hexdigest())
+    if len(set(digests)) == 1:
+        return
+    everyone: list[dict[str, str]] = _gather(mine)
+    names = dict.fromkeys(chain.from_iterable(everyone))
+    for name in names:
+        kinds = _kinds([described.get(name, "missing") for described in everyone])
+        if len(kinds) > 1:
+            raise ValueError(
+                f"The ranks hold different models: '{name}' is {_say(kinds)}. Build the same model, with the same "
+                "dtype and the same frozen parameters, on every rank."
+            )
+    raise ValueError(
+        "The ranks hold the same parameters in another order: build the model in the same way on every rank."
+    )
+
+
+@torch.no_grad()
+def _broadcast(tensor: Tensor) -> None:
+    """Rank 0's values for all ranks, in place."""
+    whole = tensor.detach().contiguous()
+    dist.broadcast(whole, src=0)
+    if whole.data_ptr() != tensor.data_ptr():
+        tensor.copy_(whole)
 
 
 def synchronize_parameters(model: nn.Module) -> list[str]:
@@ -34,11 +139,18 @@ def synchronize_parameters(model: nn.Module) -> list[str]:
     Returns:
         Names of the tensors that differed.
 
-    Collectives: two small all-reduces, and a broadcast of each tensor that differs, over all ranks.
+    Collectives: a small all-gather, two small all-reduces, and a broadcast of each tensor that differs, over all
+    ranks.
+
+    Raises:
+        ValueError: on every rank, where the ranks hold different models.
     """
+    if _alone():
+        return []
+    check_same_model(model)
     named = dict(chain(model.named_parameters(), model.named_buffers()))
     named = {name: tensor for name, tensor in named.items() if tensor.numel()}
-    if not named or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not named:
         return []
     prints = torch.stack([_fingerprint(tensor) for tensor in named.values()])
     low, high = prints.clone(), prints
@@ -46,7 +158,7 @@ def synchronize_parameters(model: nn.Module) -> list[str]:
     dist.all_reduce(high, op=dist.ReduceOp.MAX)
     different = [name for name, same in zip(named, (low == high).tolist(), strict=True) if not same]
     for name in different:
-        dist.broadcast(named[name].detach(), src=0)
+        _broadcast(named[name])
     if different and dist.get_rank() == 0:
         logger.warning(
             "%d tensors differed between the ranks (first: %s); rank 0's are used.", len(different), different[0]

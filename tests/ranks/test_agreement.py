@@ -1,0 +1,121 @@
+"""Ranks that do not agree fail together, at once and with one message; parameters of any layout are made equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tests.models import build_model
+
+
+def _prepare_different(change: str) -> None:
+    from hf_veomni import prepare_omni
+    from tests.ranks.traces import left_by_us, wrapped_functions
+
+    model = DIFFERENT[change](dist.get_rank())
+    try:
+        prepare_omni(model, "dp_shard=2")
+    finally:
+        assert not left_by_us(model) and not wrapped_functions()
+
+
+def _frozen(model):
+    model.model.norm.weight.requires_grad_(False)
+    return model
+
+
+DIFFERENT: dict[str, Any] = {
+    "architecture": lambda rank: build_model(("llama", "qwen3")[rank]),
+    "shapes": lambda rank: build_model("llama", intermediate_size=(80, 96)[rank]),
+    "dtypes": lambda rank: build_model("llama", dtype=(torch.float32, torch.bfloat16)[rank]),
+    "frozen": lambda rank: _frozen(build_model("llama")) if rank else build_model("llama"),
+    "layers": lambda rank: build_model("llama", num_hidden_layers=2 - rank),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            "architecture",
+            r"'model.layers.0.self_attn.q_norm.weight' is missing on rank 0; \(16,\) float32, trained on",
+        ),
+        ("shapes", r"'model.layers.0.mlp.gate_proj.weight' is \(80, 64\) .* on rank 0; \(96, 64\) .* on rank 1"),
+        ("dtypes", r"'model.embed_tokens.weight' is .* float32, trained on rank 0; .* bfloat16, trained on rank 1"),
+        ("frozen", r"'model.norm.weight' is \(64,\) float32, trained on rank 0; \(64,\) float32 on rank 1"),
+        ("layers", r"'model.layers.1.self_attn.q_proj.weight' is .* on rank 0; missing on rank 1"),
+    ],
+)
+def test_ranks_with_different_models(ranks, change, match):
+    first, second = ranks(2).raises(_prepare_different, change, match=match, timeout=30)
+    assert first == second
+
+
+def _fail_on_one_rank(name: str) -> None:
+    from hf_veomni import prepare_omni
+    from tests.ranks.traces import left_by_us, wrapped_functions
+
+    rank = dist.get_rank()
+    model = build_model("llama").to("meta") if name == "meta" and rank else build_model("llama")
+    if name == "seam" and rank:
+        model = build_model("bloom")
+    try:
+        prepare_omni(model, "sp=two" if name == "plan" and rank else "sp=2")
+    finally:
+        assert not left_by_us(model) and not wrapped_functions()
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("meta", "Parameter 'model.embed_tokens.weight' is on the meta device"),
+        ("seam", "BloomForCausalLM has no seam"),
+        ("plan", r"Plan entry 'sp=two'"),
+    ],
+)
+def test_a_refusal_on_one_rank_reaches_all(ranks, name, match):
+    messages = ranks(2).raises(_fail_on_one_rank, name, match=match, timeout=30)
+    assert messages[0].startswith("This rank (0) stops because rank 1 of 2 failed: ValueError: ")
+
+
+def _different_plans() -> None:
+    from hf_veomni import prepare_omni
+
+    prepare_omni(build_model("llama"), ("sp=2", "dp_shard=2")[dist.get_rank()])
+
+
+def test_ranks_with_different_plans(ranks):
+    ranks(2).raises(_different_plans, match="`plan` differs between the ranks: .*on rank 0; .*on rank 1", timeout=30)
+
+
+class _Layouts(nn.Module):
+    """What a checkpoint reader or a flat buffer leaves: views that are transposed, or begin off a word."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        flat = torch.randn(64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        self.odd = nn.Parameter(flat[1:9])
+        self.transposed = nn.Parameter(flat[16:28].view(3, 4).T)
+        self.strided = nn.Parameter(flat[30:60:2])
+        self.register_buffer("flags", torch.arange(5) % 2 == seed)
+        self.register_buffer("scalar", torch.tensor(float(seed)))
+        self.register_buffer("empty", torch.empty(0))
+
+
+def _synchronize_layouts() -> list[Any]:
+    from hf_veomni.fsdp import synchronize_parameters
+
+    model, wanted = _Layouts(dist.get_rank()), _Layouts(0)
+    names = synchronize_parameters(model)
+    state, first = model.state_dict(), wanted.state_dict()
+    again = synchronize_parameters(model)
+    return [sorted(names), all(torch.equal(state[key], first[key]) for key in first), again]
+
+
+def test_parameters_of_any_layout_become_those_of_rank_0(ranks):
+    names = ["flags", "odd", "scalar", "strided", "transposed"]
+    assert ranks(2).run(_synchronize_layouts, timeout=30) == [[names, True, []]] * 2
