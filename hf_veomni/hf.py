@@ -48,7 +48,7 @@ def base_model(model: Any) -> PreTrainedModel:
     return model
 
 
-def text_config(model: PreTrainedModel) -> Any:
+def text_config(model: Any) -> Any:
     """Configuration of the text stack."""
     return model.config.get_text_config(decoder=True)
 
@@ -156,12 +156,29 @@ def fsdp_styles(model: PreTrainedModel) -> dict[str, str] | None:
     return plan
 
 
-def mark_fsdp_managed(model: PreTrainedModel, managed: bool) -> None:
+def mark_fsdp_managed(model: PreTrainedModel) -> None:
     """What `generate` looks at to keep the ranks in step while they decode."""
-    if managed:
-        setattr(model, "_is_fsdp_managed_module", True)  # noqa: B010 (nn.Module's setter takes no bool)
+    setattr(model, "_is_fsdp_managed_module", True)  # noqa: B010 (nn.Module's setter takes no bool)
+
+
+def replace_loss(model: PreTrainedModel, loss: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
+    """Set `model.loss_function`; returns what `restore_loss` needs.
+
+    transformers keeps a loss that was set in `_loss_function`; without it the loss follows from the loss type.
+    """
+    own = vars(model).get("_loss_function")
+    model.loss_function = loss
+    return own
+
+
+def restore_loss(model: PreTrainedModel, loss: Callable[..., Tensor], own: Callable[..., Tensor] | None) -> None:
+    """Undo `replace_loss`, unless somebody has set another loss since."""
+    if model.loss_function is not loss:
+        return
+    if own is None:
+        del model._loss_function
     else:
-        vars(model).pop("_is_fsdp_managed_module", None)
+        model.loss_function = own
 
 
 def iterate_configs(decoder: nn.Module, modules: Iterator[nn.Module]) -> list[Any]:

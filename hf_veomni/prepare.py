@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -134,12 +135,16 @@ def prepare_omni(
 
 
 def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool, undo: list[Callable[[], Any]]) -> None:
-    """Everything but the parameters. Adds to `undo` how to take each piece off."""
+    """Everything but the parameters. Adds to `undo` how to take each piece off.
+
+    These steps are bound methods and partials of plain functions, no closures: so a deep copy of the model gets steps
+    of its own, which take nothing off the original.
+    """
     reasons: dict[str, str] = {}
     try:
         attachment = attach_sequence(base, state, attention)
         setattr(base, _SEQUENCE, attachment)
-        undo.extend([attachment.detach, lambda: delattr(base, _SEQUENCE)])
+        undo.extend([attachment.detach, partial(delattr, base, _SEQUENCE)])
     except ValueError as error:
         if state.sp_size > 1 or attention not in ("auto", "keep"):
             raise
@@ -154,6 +159,10 @@ def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool, un
 def detach_omni(model: Model) -> Model:
     """Take hooks, marks and replaced functions off again; sharded parameters stay sharded.
 
+    With them stays what FSDP2 needs as long as they are: its hooks, the one that frees kept weights after a forward
+    without gradients, and the mark that keeps ranks in step in `generate`. A deep copy (one rank; FSDP2 refuses to
+    copy sharded parameters) is detached by itself, and the original stays prepared.
+
     Raises:
         ValueError: the model was not prepared.
     """
@@ -161,7 +170,6 @@ def detach_omni(model: Model) -> Model:
     get_parallel_state(base)
     for step in reversed(base.__dict__.pop(_UNDO, [])):
         step()
-    hf.mark_fsdp_managed(base, False)
     delattr(base, _STATE)
     return model
 

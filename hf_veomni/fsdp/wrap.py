@@ -119,5 +119,5 @@ def shard_parameters(
         fully_shard(modules if len(modules) > 1 else modules[0], reshard_after_forward=not keep, **arguments)
     fully_shard(model, **arguments)
     model.register_forward_hook(_reshard_after_inference)
-    hf.mark_fsdp_managed(model, True)
+    hf.mark_fsdp_managed(model)
     return model

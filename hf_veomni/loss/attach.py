@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,8 +117,11 @@ class CausalLMLoss:
 class _HeadForward:
     """Forward of the output head: a stand-in where only the loss will want the logits, else the original."""
 
-    def __init__(self, model: nn.Module, head: nn.Module, original: Callable[..., Tensor], state: _State) -> None:
-        self.model, self.head, self.original, self.state = model, head, original, state
+    def __init__(
+        self, model: nn.Module, head: nn.Module, original: Callable[..., Tensor], state: _State, own: Any
+    ) -> None:
+        """`own`: the `forward` that the head had as an attribute of its own, or None."""
+        self.model, self.head, self.original, self.state, self.own = model, head, original, state, own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         wanted = self.model.training if torch.is_grad_enabled() else self.state.evaluating
@@ -127,6 +131,14 @@ class _HeadForward:
             if call is not None:
                 return LeanLogits.make(Recipe(call, call.dtype))
         return self.original(*args, **kwargs)
+
+    def restore(self) -> None:
+        if vars(self.head).get("forward") is not self:
+            return  # wrapped by somebody since; detached, it only passes on
+        if self.own is None:
+            del self.head.forward
+        else:
+            self.head.forward = self.own
 
 
 def attach_lean_loss(
@@ -161,17 +173,17 @@ def attach_lean_loss(
     state = _State(sp_group, chunk_tokens)
     loss = CausalLMLoss(state)
     loss.label_smoothing = label_smoothing
-    restore_head = _replace_head(base, head, state) if lean else None
-    restore_loss = _replace_loss(base, loss)
+    return partial(_detach, base, state, loss, hf.replace_loss(base, loss), _replace_head(base, head, state, lean))
 
-    def detach() -> None:
-        if state.attached:
-            state.attached = False
-            restore_loss()
-            if restore_head is not None:
-                restore_head()
 
-    return detach
+def _detach(model: PreTrainedModel, state: _State, loss: CausalLMLoss, own: Any, head: _HeadForward | None) -> None:
+    """Put loss and head back. A plain function of its model, so that a deep copy's `partial` works on the copy."""
+    if not state.attached:
+        return
+    state.attached = False
+    hf.restore_loss(model, loss, own)
+    if head is not None:
+        head.restore()
 
 
 @contextmanager
@@ -232,33 +244,9 @@ def _calls_loss_function(model_class: type[nn.Module]) -> bool:
     return False
 
 
-def _replace_head(model: PreTrainedModel, head: nn.Module, state: _State) -> Callable[[], None]:
-    own = vars(head).get("forward")
-    replacement = _HeadForward(model, head, head.forward, state)
+def _replace_head(model: PreTrainedModel, head: nn.Module, state: _State, lean: bool) -> _HeadForward | None:
+    if not lean:
+        return None
+    replacement = _HeadForward(model, head, head.forward, state, vars(head).get("forward"))
     head.forward = replacement  # type: ignore[method-assign]
-
-    def restore() -> None:
-        if vars(head).get("forward") is not replacement:
-            return  # wrapped by somebody since; detached, it only passes on
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own
-
-    return restore
-
-
-def _replace_loss(model: PreTrainedModel, loss: CausalLMLoss) -> Callable[[], None]:
-    # transformers keeps a loss that was set in `_loss_function`; without it the loss follows from the loss type.
-    own = vars(model).get("_loss_function")
-    model.loss_function = loss
-
-    def restore() -> None:
-        if model.loss_function is not loss:
-            return
-        if own is None:
-            del model._loss_function
-        else:
-            model.loss_function = own
-
-    return restore
+    return replacement

@@ -28,6 +28,7 @@ from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.documents import Documents, current_documents
 from hf_veomni.sequence.mask import MaskSpec
 from hf_veomni.sequence.seam import Seam, check_heads, find_seam
+from hf_veomni.sequence.selection import adopt, release, select
 from hf_veomni.sequence.shard import gather_rows, pad_inputs, shard_sequence
 from hf_veomni.sequence.ulysses import ulysses_attention
 from hf_veomni.sequence.varlen import VARLEN_NAME, register_varlen_attention
@@ -84,18 +85,22 @@ class SequenceAttachment:
         self.last_length: int | None = None
         self._handles: list[Any] = []
         self._configs = hf.iterate_configs(self.seam.decoder, iter(self.seam.attentions))
-        self._previous = [hf.attention_name(config) for config in self._configs]
+        self._option = attention
         self._signature = list(inspect.signature(self.seam.decoder.forward).parameters)
         self._model_signature = list(inspect.signature(self.model.forward).parameters)
         self._stock_masks_pack = hf.masks_follow_positions(self.seam.decoder)
-        self._install(attention)
+        self._install()
 
-    def _install(self, attention: str) -> None:
-        if attention == "auto":
-            register_varlen_attention()
-            for config, name in zip(self._configs, self._previous, strict=True):
-                if name == "sdpa" or (name == "eager" and not hf.supports_sdpa(self.model)):
-                    hf.set_attention_name(config, VARLEN_NAME)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A deep copy of the model has a copy of this, which counts for the copy's configs and for the registry."""
+        vars(self).update(state)
+        adopt(self, self._configs, self._option, self._previous)
+        _attached.add(self)
+
+    def _install(self) -> None:
+        register_varlen_attention()
+        replaced = ["sdpa"] if hf.supports_sdpa(self.model) else ["sdpa", "eager"]
+        self._previous = select(self, self._configs, self._option, replaced, VARLEN_NAME)
         _registry.wrap_all(_wrap_attention)
         _attached.add(self)
         for module in self.seam.attentions:
@@ -123,8 +128,7 @@ class SequenceAttachment:
         for module in self.seam.attentions:
             if _MARK in module.__dict__:
                 delattr(module, _MARK)
-        for config, name in zip(self._configs, self._previous, strict=True):
-            hf.set_attention_name(config, name)
+        release(self, self._configs)
         _attached.discard(self)
         if not _attached:
             _registry.restore()

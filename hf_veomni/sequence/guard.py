@@ -36,7 +36,7 @@ def _check_towers(inputs: Mapping[str, Any]) -> None:
             )
 
 
-def _check_router_loss(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+def _check_router_loss(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     wanted = inputs.get("output_router_logits")
     if wanted is None:
         wanted = getattr(hf.text_config(model), "output_router_logits", False)
@@ -74,7 +74,7 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
         if state.sp_size == 1:
             return
         _check_towers(inputs)
-        _check_router_loss(model, inputs)
+        _check_router_loss(module, inputs)
         if "labels" in reasons and inputs.get("labels") is not None:
             raise ValueError(f"No loss over a cut row: {reasons['labels']}")
         keep = inputs.get("logits_to_keep", 0)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.models import build_model
+from tests.models import build_model, packed_batch
 
 
 def _prepare_different(change: str) -> None:
@@ -119,3 +119,26 @@ def _synchronize_layouts() -> list[Any]:
 def test_parameters_of_any_layout_become_those_of_rank_0(ranks):
     names = ["flags", "odd", "scalar", "strided", "transposed"]
     assert ranks(2).run(_synchronize_layouts, timeout=30) == [[names, True, []]] * 2
+
+
+def _evaluate_detached() -> list[Any]:
+    from hf_veomni import detach_omni, prepare_omni
+
+    model = detach_omni(prepare_omni(build_model("llama"), "dp_shard=2"))
+    with torch.no_grad():
+        model(**packed_batch((9,)), use_cache=False)
+    prompt = packed_batch((5,))["input_ids"]
+    stop = {"stopping_criteria": [_StopEarly()]} if dist.get_rank() else {}
+    tokens = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, **stop)
+    return [[p.shape for p in model.parameters() if type(p).__name__ != "DTensor"], tokens.shape[1]]
+
+
+class _StopEarly:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.ones(len(input_ids), dtype=torch.bool)
+
+
+def test_a_detached_model_frees_its_weights_and_generates_in_step(ranks):
+    """FSDP2 stays after `detach_omni`, hence also what it needs: one rank may finish before the others."""
+    (whole, longest), (_, shortest) = ranks(2).run(_evaluate_detached, timeout=30)
+    assert whole == [] and longest == 11 and shortest < longest
