@@ -41,6 +41,7 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks._options import device_parser, parse_for_device
 from benchmarks._record import quantiles, record
 from hf_veomni import OmniDataCollatorWithPacking, OmniTrainer, OmniTrainingArguments, pack_dataset
 
@@ -214,22 +215,14 @@ def show(row: dict[str, Any]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser = device_parser(__doc__.split("\n")[0], TOLERANCE)
     parser.add_argument("--tokenizer", help="checkpoint folder or Hub id (default: bytes)")
-    parser.add_argument("--dtype", choices=[*TOLERANCE])
     parser.add_argument("--budget", type=int, help="tokens of a step, padding included")
     parser.add_argument("--longest", type=int, help="longest piece of a document; sizes the padded batch")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--every", type=int, help="take every n-th topic")
     parser.add_argument("--rounds", type=int)
-    options = parser.parse_args()
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, value in DEFAULTS[options.device].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
+    return parse_for_device(parser, DEFAULTS)
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from benchmarks._flops import flops_of_step, peak_flops
 from benchmarks._memory import MemoryLog
+from benchmarks._options import device_parser, parse_for_device
 from benchmarks._phases import PhaseClock
 from benchmarks._record import quantiles, record
 from benchmarks._rows import packed_row, ragged_lengths
@@ -340,9 +341,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--dtype", choices=[*TOLERANCE])
+    parser = device_parser(__doc__.split("\n")[0], TOLERANCE)
     parser.add_argument("--tokens", type=int, nargs="+", help="lengths of the packed rows")
     parser.add_argument("--median", type=int, help="tokens of the median document; 0: one document fills the row")
     for name in ("layers", "hidden", "heads", "kv-heads", "intermediate", "vocab", "rounds", "steps"):
@@ -350,13 +349,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing for all contenders")
     parser.add_argument("--contenders", nargs="+", help="some of them, 'ours' among them")
     parser.add_argument("--peak-tflops", type=float, help="for the MFU, where the device is not in the table")
-    options = parser.parse_args()
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, value in DEFAULTS[options.device].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
+    return parse_for_device(parser, DEFAULTS)
 
 
 def main() -> None:
