@@ -47,11 +47,11 @@ def _falsy(value: Any) -> bool:
 
 # Whatever the plan is, one rank included.
 _ALWAYS = (
-    Refusal("fsdp", bool, "the plan shards the model; leave `fsdp` out and give `plan='dp_shard=N'`"),
-    Refusal(
-        "fsdp_config", bool, "the plan shards the model; leave `fsdp_config` out, per-module rules go into the plan"
+    *(
+        Refusal(name, bool, f"the plan shards the model; leave `{name}` out and give `plan='dp_shard=N'`")
+        for name in ("fsdp", "deepspeed")
     ),
-    Refusal("deepspeed", bool, "the plan shards the model; leave `deepspeed` out and give `plan='dp_shard=N'`"),
+    Refusal("fsdp_config", bool, "the plan shards the model; leave it out, per-module rules go into the plan"),
     Refusal("torch_compile", bool, "the sequence is cut by hooks that torch.compile does not trace; leave it off"),
     Refusal("use_liger_kernel", bool, "the loss runs without full logits already; leave `use_liger_kernel` off"),
 )
@@ -66,10 +66,10 @@ _SHARDED = (
     Refusal(
         "average_tokens_across_devices", _falsy, "the loss is normalised by the tokens of all ranks; leave it at True"
     ),
-    Refusal("ddp_find_unused_parameters", _given, "FSDP2 is used, not DDP; leave it out"),
-    Refusal("ddp_bucket_cap_mb", _given, "FSDP2 is used, not DDP; leave it out"),
-    Refusal("ddp_broadcast_buffers", _given, "FSDP2 is used, not DDP; leave it out"),
-    Refusal("ddp_static_graph", _given, "FSDP2 is used, not DDP; leave it out"),
+    *(
+        Refusal(f"ddp_{name}", _given, "FSDP2 is used, not DDP; leave it out")
+        for name in ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph")
+    ),
     Refusal(
         "optim",
         lambda value: value not in _SHARDED_OPTIMIZERS,
