@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -16,22 +15,14 @@ from transformers import PreTrainedConfig, masking_utils
 
 from hf_veomni.sequence import pattern as pattern_module
 from hf_veomni.sequence.blocks import plan_blocks
-from hf_veomni.sequence.documents import Documents, current_documents
+from hf_veomni.sequence.documents import Documents
 from hf_veomni.sequence.mask import MaskSpec, omni_mask
 from hf_veomni.sequence.pattern import Pattern, read_pattern
+from tests.unit.sequence.dense import documents_set
 
 S = 24
 NO_PADDING = torch.zeros(2, dtype=torch.long)
 LENGTHS = ((5, 1, 11, 7), (16, 8))
-
-
-@contextmanager
-def documents_set(documents: Documents | None) -> Iterator[None]:
-    token = current_documents.set(documents)
-    try:
-        yield
-    finally:
-        current_documents.reset(token)
 
 
 def make_spec(function: Callable, documents: Documents | None = None, **kwargs: Any) -> MaskSpec:
