@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from hf_veomni import hf
-from hf_veomni.expert import attach_experts, check_model
+from hf_veomni.expert import attach_experts, attach_router_loss, check_model
 from hf_veomni.fsdp import RaiseTogether, check_same_value, shard_parameters, synchronize_parameters
 from hf_veomni.loss import attach_lean_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
@@ -153,6 +153,11 @@ def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool, un
         undo.append(attach_lean_loss(base, state.sp_group, lean=lean_loss))
     except ValueError as error:
         reasons["labels"] = str(error)
+    detach = attach_router_loss(base, state)
+    if detach is None:
+        reasons["router"] = f"{type(base).__name__} computes it inside its forward"
+    else:
+        undo.append(detach)
     undo.append(attach_guards(base, state, reasons))
 
 

@@ -2,5 +2,6 @@
 
 from hf_veomni.expert.attach import attach_experts, check_model
 from hf_veomni.expert.lora import AdapterLayout, find_layouts
+from hf_veomni.expert.router_loss import attach_router_loss
 
-__all__ = ["AdapterLayout", "attach_experts", "check_model", "find_layouts"]
+__all__ = ["AdapterLayout", "attach_experts", "attach_router_loss", "check_model", "find_layouts"]

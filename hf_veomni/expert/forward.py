@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -45,6 +44,8 @@ class ExpertsForward(hf.EPImplementation):
         return combine(out[:count], top_k_weights, route, self.group).to(hidden_states.dtype)
 
 
-def set_adapters(experts: Any, adapters: Callable[[], Mapping[str, Sequence[LowRank]]]) -> None:
-    """Have `ExpertsForward` ask for the active adapters at each call."""
-    vars(experts)[_ADAPTERS] = adapters
+def set_adapters(experts: nn.Module, adapters: Callable[[], Mapping[str, Sequence[LowRank]]] | None) -> None:
+    """Have `ExpertsForward` ask for the active adapters at each call; None ends it."""
+    vars(experts).pop(_ADAPTERS, None)
+    if adapters is not None:
+        vars(experts)[_ADAPTERS] = adapters

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,24 +123,24 @@ def attach_adapters(module: ExpertsModule) -> Callable[[], None]:
         A function that puts PEFT's own forward back (not on several ranks, where the adapters stay stacked).
     """
     check_adapters(module)
-    set_adapters(module.experts, lambda: _active_adapters(module))
-    experts, outer = module.experts, module.outer
+    # Partials and objects, no closures: so a deep copy of the model calls its own experts.
+    set_adapters(module.experts, partial(_active_adapters, module))
+    module.outer.forward = partial(_call_experts, module.experts)  # type: ignore[method-assign]
+    spread = "forward" in vars(module.experts)
+    if not spread:  # every expert is here
+        module.experts.forward = ExpertsForward(module.experts)  # type: ignore[method-assign]
+    return partial(_detach_adapters, module, spread)
 
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return experts.forward(hidden_states, *args, **kwargs)
 
-    outer.forward = forward  # type: ignore[method-assign]
-    stock = vars(experts).get("forward")
-    if stock is None:  # not spread over ranks: every expert is here
-        experts.forward = ExpertsForward(experts)  # type: ignore[method-assign]
+def _call_experts(experts: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return experts.forward(hidden_states, *args, **kwargs)
 
-    def detach() -> None:
-        vars(outer).pop("forward", None)
-        if stock is None:
-            vars(experts).pop("forward", None)
-        vars(experts).pop("_omni_adapters", None)
 
-    return detach
+def _detach_adapters(module: ExpertsModule, spread: bool) -> None:
+    del module.outer.forward
+    set_adapters(module.experts, None)
+    if not spread:
+        del module.experts.forward
 
 
 def stack_adapters(module: ExpertsModule) -> list[str]:

@@ -36,14 +36,23 @@ def _check_towers(inputs: Mapping[str, Any]) -> None:
             )
 
 
-def _check_router_loss(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def _check_router_loss(model: nn.Module, inputs: Mapping[str, Any], reason: str) -> None:
     wanted = inputs.get("output_router_logits")
     if wanted is None:
         wanted = getattr(hf.text_config(model), "output_router_logits", False)
     if wanted and inputs.get("labels") is not None:
         raise ValueError(
             "`output_router_logits` adds a load-balancing loss of this rank's tokens alone at sp_size > 1, which is "
-            "not that of the row: set it to False in the config, or use sp_size=1."
+            f"not that of the row ({reason}): set it to False in the config, or use sp_size=1."
+        )
+
+
+def _check_unchanged(model: nn.Module, known: set[str]) -> None:
+    new = next((name for name, _ in model.named_parameters() if name not in known), None)
+    if new is not None:
+        raise ValueError(
+            f"Parameter '{new}' came after `prepare_omni`: apply PEFT first and shard the model with its adapters, "
+            "which otherwise are neither equal on the ranks nor reduced over them."
         )
 
 
@@ -51,16 +60,22 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
     """Refuse calls that the prepared model would answer wrongly.
 
     Args:
-        reasons: why this model takes no "packed" rows, or computes no loss from "labels" under its plan.
+        reasons: why this model takes no "packed" rows, or computes no loss from "labels" or for its "router" under
+            its plan.
 
     Returns:
         A function that removes the checks.
     """
     signature = list(inspect.signature(model.forward).parameters)
+    known = {name for name, _ in model.named_parameters()}
+    checked: set[bool] = set()  # whether they were looked at in training, in evaluation: that takes milliseconds
 
     def check(module: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs = {**dict(zip(signature, args, strict=False)), **kwargs}
         _check_labels(inputs)
+        if state.world_size > 1 and module.training not in checked:
+            _check_unchanged(module, known)
+            checked.add(module.training)
         if "packed" in reasons and inputs.get("attention_mask") is None and _is_packed(inputs.get("position_ids")):
             raise ValueError(f"Packed rows would not be kept apart: {reasons['packed']}")
         mask = inputs.get("attention_mask")
@@ -74,7 +89,8 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
         if state.sp_size == 1:
             return
         _check_towers(inputs)
-        _check_router_loss(module, inputs)
+        if "router" in reasons:
+            _check_router_loss(module, inputs, reasons["router"])
         if "labels" in reasons and inputs.get("labels") is not None:
             raise ValueError(f"No loss over a cut row: {reasons['labels']}")
         keep = inputs.get("logits_to_keep", 0)

@@ -92,7 +92,7 @@ CALLS = {f.__name__: f for f in (_long_document, _short_labels, _local_labels, _
         ("sp=two", r"Plan entry 'sp=two' in 'sp=two' must be name=integer"),
         ({"sp_size": 0}, r"`sp_size` \(0\) must be a positive integer"),
         ("pp=2", r"`pp_size` \(2\) must be 1: pipeline parallelism is not available"),
-        ("sp=2,ep=2", r"`ep_size` \(2\) must be 1: expert parallelism is not available"),
+        ("sp=2,ep=2", r"`ep_size` \(2\) needs experts, and .* has none to spread: it is a dense model"),
         ("sp=2,dp_shard=1,ep=3", r"`ep_size` \(3\) must divide `dp_shard_size \* sp_size` \(2\): use 1, 2"),
         ({"sp": 2, "modules": {"lm_haed": {"fsdp": "keep"}}}, r"'lm_haed' matches no module.*lm_head"),
         ({"sp": 2, "modules": {"lm_head": {"fspd": "keep"}}}, r"Unknown rule 'fspd'.*did you mean 'fsdp'"),
@@ -102,10 +102,58 @@ def test_plans_that_do_not_fit(ranks, plan, match):
     ranks(2).raises(_prepare, "llama", plan, match=match, timeout=30)
 
 
-@pytest.mark.parametrize("model", ["qwen3_moe", "llama"])
-def test_expert_parallelism(ranks, model):
-    match = r"`ep_size` \(2\) must be 1: expert parallelism is not available"
-    ranks(2).raises(_prepare, model, "dp_shard=2,ep=2", match=match, timeout=30)
+def _prepare_experts(model: str, options: dict[str, Any]) -> None:
+    from hf_veomni import prepare_omni
+    from tests.ranks.parity import add_adapter
+
+    stock: Any = build_model(model, **({"num_experts": options["experts"]} if "experts" in options else {}))
+    stock.config._experts_implementation = options.get("kernels", "grouped_mm")
+    prepare_omni(add_adapter(stock) if options.get("adapters") else stock, "dp_shard=2,ep=2")
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "match"),
+    [
+        ("llama", {}, r"`ep_size` \(2\) needs experts, and LlamaForCausalLM has none to spread: it is a dense model"),
+        ("qwen3_moe", {"experts": 3}, r"`ep_size` \(2\) must divide the number of experts \(3\).*: use 1, 3"),
+        ("qwen3_moe", {"kernels": "deepgemm_megamoe"}, "exchanges tokens inside its kernel"),
+        (
+            "qwen3_moe",
+            {"adapters": True, "experts_implementation": "batched_mm"},
+            "knows no adapters on 'model.layers",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_spread(ranks, model, options, match):
+    ranks(2).raises(_prepare_experts, model, options, match=match, timeout=30)
+
+
+def _merged_adapter() -> None:
+    from hf_veomni import prepare_omni
+    from tests.ranks.parity import add_adapter
+
+    model: Any = add_adapter(build_model("qwen3_moe"))
+    model.merge_adapter()
+    prepare_omni(model, "dp_shard=2,ep=2")
+
+
+def test_merged_adapters(ranks):
+    ranks(2).raises(_merged_adapter, match="is merged into the base weight: call `unmerge_adapter", timeout=30)
+
+
+def _adapter_after_sharding(model: str, plan: str) -> None:
+    from hf_veomni import prepare_omni
+    from tests.ranks.parity import add_adapter
+
+    wrapped = add_adapter(prepare_omni(build_model(model), plan))
+    wrapped(**packed_batch((9, 6)))
+
+
+@pytest.mark.parametrize(("model", "plan"), [("llama", "sp=2"), ("mixtral", "sp=2,ep=2")])
+def test_adapters_that_come_after_sharding(ranks, model, plan):
+    ranks(2).raises(
+        _adapter_after_sharding, model, plan, match="came after `prepare_omni`: apply PEFT first", timeout=30
+    )
 
 
 def test_more_sp_ranks_than_query_heads(ranks):
@@ -156,9 +204,12 @@ def test_packed_rows_with_a_cache(ranks):
 
 
 def _router_loss() -> None:
+    from unittest.mock import patch
+
     from hf_veomni import prepare_omni
 
-    prepare_omni(build_model("qwen3_moe"), "sp=2")(**packed_batch((9, 6)), output_router_logits=True)
+    with patch("hf_veomni.prepare.attach_router_loss", return_value=None):  # as for a family with a loss of its own
+        prepare_omni(build_model("qwen3_moe"), "sp=2")(**packed_batch((9, 6)), output_router_logits=True)
 
 
 def test_router_loss_of_a_slice(ranks):

@@ -64,4 +64,4 @@ def left_by_us(model: nn.Module) -> list[str]:
 def _identity(value: Any) -> Any:
     if callable(value):
         return id(getattr(value, "__func__", value))
-    return list(value) if isinstance(value, dict) else type(value).__name__
+    return sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__  # PEFT reorders parameters
