@@ -15,6 +15,8 @@ import importlib.util
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -97,6 +99,36 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / WEIGHTS).is_file()
 
 
+@contextmanager
+def new_checkpoint(output: Path, needed: int = BYTES_NEEDED) -> Iterator[Path]:
+    """A scratch folder to write a checkpoint to; it becomes `output` if the block ends well, else nothing is left.
+
+    Raises:
+        ValueError: `output` holds something else, or its disk has less than `needed` bytes free.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"'{output}' exists and is no checkpoint: give an empty or new folder with --output.")
+    check_free_disk(output.absolute(), needed)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        try:
+            scratch.rename(output)
+        except OSError:
+            # Another process was faster; its folder is as good.
+            if not is_checkpoint(output):
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def three_steps(first: str) -> tqdm:
+    """A progress bar over three steps, the first of which is named."""
+    return tqdm(total=3, desc=first, bar_format="{desc}: {bar} {n_fmt}/{total_fmt} [{elapsed}]")
+
+
 def make_checkpoint(output: str | Path) -> Path:
     """Write the checkpoint to `output`, all or nothing, and check that it answers. One that is there already is kept.
 
@@ -107,15 +139,8 @@ def make_checkpoint(output: str | Path) -> Path:
     if is_checkpoint(output):
         print(f"{output} is there already")
         return output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"'{output}' exists and is no checkpoint: give an empty or new folder with --output.")
-    source = gguf_folder()
-    check_free_disk(output.absolute())
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    bar = tqdm(total=3, desc="read gguf", bar_format="{desc}: {bar} {n_fmt}/{total_fmt} [{elapsed}]")
-    try:
-        model, tokenizer = load_gguf(source)
+    with new_checkpoint(output) as scratch, three_steps("read gguf") as bar:
+        model, tokenizer = load_gguf(gguf_folder())
         bar.update()
         bar.set_description("write safetensors")
         model.save_pretrained(scratch, max_shard_size="2GB")
@@ -124,16 +149,6 @@ def make_checkpoint(output: str | Path) -> Path:
         bar.set_description("ask a question")
         reply = check_answer(scratch)
         bar.update()
-        scratch.chmod(0o755)
-        try:
-            scratch.rename(output)
-        except OSError:
-            # Another process was faster; its folder is as good.
-            if not is_checkpoint(output):
-                raise
-    finally:
-        bar.close()
-        shutil.rmtree(scratch, ignore_errors=True)
     print(f"{output}: asked for the capital of France, it answers {reply!r}")
     return output
 
