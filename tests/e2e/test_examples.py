@@ -1,4 +1,4 @@
-"""The data of the examples, and the script that writes the demo's checkpoint."""
+"""The data of the examples, and the scripts that write the demos' checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import make_checkpoint
+import make_moe_checkpoint
 from pydoc_topics import IGNORED, pydoc_datasets, question, tokenize
+from tests.conftest import CHAT_TEMPLATE
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -92,3 +94,62 @@ def test_real_checkpoint_is_an_ordinary_one(smollm2_checkpoint: Path) -> None:
     assert (config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers) == (9, 3, 30)
     assert config.tie_word_embeddings and config.dtype == torch.bfloat16
     assert "Paris" in make_checkpoint.check_answer(smollm2_checkpoint)
+
+
+def test_upcycled_checkpoint_is_an_ordinary_one_with_the_logits_of_the_dense(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    folder = make_moe_checkpoint.make_moe_checkpoint(tmp_path / "moe", tiny_checkpoint, experts=4, top_k=2)
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.model_type, config.num_local_experts, config.num_experts_per_tok) == ("mixtral", 4, 2)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == CHAT_TEMPLATE
+    dense, moe = (AutoModelForCausalLM.from_pretrained(path) for path in (tiny_checkpoint, folder))
+    assert moe.lm_head.weight is moe.model.embed_tokens.weight
+    experts = moe.model.layers[1].mlp.experts
+    assert experts.gate_up_proj.shape == (4, 192, 72) and moe.model.layers[1].mlp.gate.weight.std() > 0.01
+    tokens = torch.arange(60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(moe(tokens).logits, dense(tokens).logits, rtol=0, atol=1e-5)
+    before = (folder / "model.safetensors").read_bytes()
+    make_moe_checkpoint.make_moe_checkpoint(folder, tiny_checkpoint, experts=8)  # kept as it is
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert leftovers(tmp_path) == ["moe"]
+
+
+def test_upcycling_is_the_same_at_each_call(tiny_checkpoint: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    first, second = (make_moe_checkpoint.upcycle(dense) for _ in range(2))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "arguments", "message"),
+    [
+        ({"mlp_bias": True}, {}, "only Llama checkpoints without biases"),
+        ({}, {"experts": 2, "top_k": 3}, r"`top_k` \(3\) must be between 1 and `experts` \(2\)"),
+    ],
+)
+def test_upcycling_refuses(tmp_path: Path, tiny_checkpoint: Path, overrides, arguments, message) -> None:
+    config = AutoConfig.from_pretrained(tiny_checkpoint)
+    config.update(overrides)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match=message):
+        make_moe_checkpoint.make_moe_checkpoint(tmp_path / "moe", tmp_path / "dense", **arguments)
+    assert leftovers(tmp_path) == ["dense"]
+
+
+def test_damaged_upcycling_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
+) -> None:
+    upcycle = make_moe_checkpoint.upcycle
+
+    def damaged(*arguments):
+        model = upcycle(*arguments)
+        torch.nn.init.normal_(model.model.layers[0].mlp.experts.down_proj[1].data)
+        return model
+
+    monkeypatch.setattr(make_moe_checkpoint, "upcycle", damaged)
+    with pytest.raises(ValueError, match="it is damaged"):
+        make_moe_checkpoint.make_moe_checkpoint(tmp_path / "moe", tiny_checkpoint)
+    assert leftovers(tmp_path) == []
