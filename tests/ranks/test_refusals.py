@@ -117,11 +117,7 @@ def _prepare_experts(model: str, options: dict[str, Any]) -> None:
         ("llama", {}, r"`ep_size` \(2\) needs experts, and LlamaForCausalLM has none to spread: it is a dense model"),
         ("qwen3_moe", {"experts": 3}, r"`ep_size` \(2\) must divide the number of experts \(3\).*: use 1, 3"),
         ("qwen3_moe", {"kernels": "deepgemm_megamoe"}, "exchanges tokens inside its kernel"),
-        (
-            "qwen3_moe",
-            {"adapters": True, "experts_implementation": "batched_mm"},
-            "knows no adapters on 'model.layers",
-        ),
+        ("qwen3_moe", {"adapters": True, "kernels": "batched_mm"}, "knows no adapters on 'model"),
     ],
 )
 def test_experts_that_cannot_be_spread(ranks, model, options, match):
