@@ -10,6 +10,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
@@ -63,16 +64,53 @@ def uses_attention_interface(module: nn.Module) -> bool:
     return {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code_names(module))
 
 
+def decoder_stack(model: PreTrainedModel) -> nn.Module:
+    """The module with the decoder's `layers`, as far as transformers tells; Llama 4's `get_decoder` is one off."""
+    decoder = model.get_decoder()
+    return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
+
+
+def reads_attention_mask(module: nn.Module) -> bool:
+    """Whether an attention module looks into its mask instead of only handing it to the attention function."""
+    tree = _forward_tree(type(module))
+    if tree is None:
+        return False
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == "attention_mask":
+            user = parents[node]
+            user = parents[user] if isinstance(user, ast.keyword) else user
+            handed = isinstance(user, ast.Call) and isinstance(user.func, ast.Name) and user.func.id != "isinstance"
+            if not handed and not (isinstance(user, ast.Compare) and isinstance(user.ops[0], (ast.Is, ast.IsNot))):
+                return True
+    return False
+
+
+def first_scaled_position(module: nn.Module) -> int | None:
+    """Tokens of a row that an attention with Llama 4's temperature tuning leaves unscaled; None: it scales nothing.
+
+    The scale grows in steps of `floor_scale` tokens, counted from the first token that the layer sees.
+    """
+    tuned = getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True)
+    return int(module.floor_scale) - 1 if tuned else None  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=64)
+def _forward_tree(owner: type) -> ast.AST | None:
+    """Syntax tree of transformers' own forward of a class, of which FSDP2 and PEFT may have made another class."""
+    for base in owner.__mro__:
+        if "forward" in vars(base) and base.__module__.startswith("transformers."):
+            try:
+                return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(vars(base)["forward"]))))
+            except (OSError, SyntaxError):
+                return None
+    return None
+
+
 def masks_follow_positions(decoder: nn.Module) -> bool:
     """Whether the stack hands `position_ids` to the mask creation, so that stock masks separate packed documents."""
-    for owner in type(decoder).__mro__:  # FSDP2 puts a class of its own in front
-        if "forward" in vars(owner) and owner.__module__.startswith("transformers."):
-            try:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(owner.forward))))
-            except (OSError, SyntaxError):
-                return False
-            return any(_hands_positions_to_mask(node) for node in ast.walk(tree))
-    return False
+    tree = _forward_tree(type(decoder))
+    return tree is not None and any(_hands_positions_to_mask(node) for node in ast.walk(tree))
 
 
 def _hands_positions_to_mask(node: ast.AST) -> bool:

@@ -108,6 +108,20 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "sdpa",
     ),
+    # Chunks in the first layer; in the second neither rope nor chunks, but queries scaled from token `floor_scale` on.
+    "llama4": (
+        "llama4_text",
+        {
+            "head_dim": 16,
+            "intermediate_size_mlp": 80,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "no_rope_layers": [1, 0],
+            "attention_chunk_size": 7,
+            "floor_scale": 48,
+        },
+        "sdpa",
+    ),  # fmt: skip
     "phi3": ("phi3", {}, "sdpa"),
     "olmo2": ("olmo2", {}, "sdpa"),
     "cohere": ("cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}, "sdpa"),

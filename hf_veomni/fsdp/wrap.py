@@ -22,7 +22,7 @@ def _stock_units(model: PreTrainedModel) -> dict[str, str]:
     styles = hf.fsdp_styles(model)
     if styles is not None:
         return {name: _STYLES[style] for name, style in styles.items()}
-    layers = getattr(model.get_decoder(), "layers", None)
+    layers = getattr(hf.decoder_stack(model), "layers", None)
     names = {module: name for name, module in model.named_modules()}
     return {names[layer]: "free" for layer in layers} if isinstance(layers, nn.ModuleList) else {}
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from hf_veomni import hf
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.documents import Documents, current_documents
+from hf_veomni.sequence.generation import attach_generate, detach_generate, is_generating
 from hf_veomni.sequence.mask import MaskSpec
 from hf_veomni.sequence.seam import Seam, check_heads, find_seam
 from hf_veomni.sequence.selection import adopt, release, select
@@ -46,14 +47,26 @@ class _Row:
     length: int
     padded: int
     whole: bool
+    cut: bool = False  # whether a layer has got its slice
     tokens: list[tuple[ContextVar, Token]] = field(default_factory=list)
 
 
 # Set while a stack runs its forward; in a recomputation during backward it is None, and slicing is the rule.
 _current_row: ContextVar[_Row | None] = ContextVar("hf_veomni_row", default=None)
+
+
+@dataclass
+class _Call:
+    """One call of a prepared model, around that of its stack."""
+
+    owner: SequenceAttachment
+    cached: bool
+    token: Token | None = None
+
+
 # Whether the caller of the model asked for a cache. The stack alone cannot tell: some families hand it the default of
 # their config.
-_cache_requested: ContextVar[bool | None] = ContextVar("hf_veomni_cache_requested", default=None)
+_current_call: ContextVar[_Call | None] = ContextVar("hf_veomni_call", default=None)
 
 
 def _wrap_attention(inner: hf.AttentionFunction | None) -> hf.AttentionFunction:
@@ -116,6 +129,7 @@ class SequenceAttachment:
             decoder.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
         if self.state.sp_size > 1:
+            attach_generate(self.model)
             self._handles += [m.register_forward_hook(self._shard_rope) for m in self.seam.rotary]
             self._handles += [
                 m.register_forward_pre_hook(self._shard_hidden, with_kwargs=True) for m in self.seam.layers
@@ -125,6 +139,7 @@ class SequenceAttachment:
         """Remove hooks and marks, select the previous attention, and free the registry after the last model."""
         for handle in self._handles:
             handle.remove()
+        detach_generate(self.model)
         for module in self.seam.attentions:
             if _MARK in module.__dict__:
                 delattr(module, _MARK)
@@ -162,25 +177,30 @@ class SequenceAttachment:
 
     def _note_cache(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         kwargs = {**dict(zip(self._model_signature, args, strict=False)), **kwargs}
-        _cache_requested.set(kwargs.get("past_key_values") is not None or bool(kwargs.get("use_cache")))
+        call = _Call(self, kwargs.get("past_key_values") is not None or bool(kwargs.get("use_cache")))
+        call.token = _current_call.set(call)
 
     def _forget_cache(self, model: nn.Module, args: tuple, output: Any) -> None:
-        _cache_requested.set(None)
+        call = _current_call.get()
+        if call is not None and call.owner is self and call.token is not None:  # else `_note_cache` did not run
+            _current_call.reset(call.token)
 
     def _runs_whole(self, inputs: dict[str, Any]) -> bool:
-        """With a cache (generation) every rank of the SP group runs the full row."""
-        requested = _cache_requested.get()
-        if requested is None:
+        """With a cache and in `generate` every rank of the SP group runs the full row."""
+        call = _current_call.get()
+        if call is not None and call.owner is self:
+            requested = call.cached
+        else:
             requested = inputs.get("past_key_values") is not None or bool(inputs.get("use_cache"))
         if requested and torch.is_grad_enabled() and self.state.sp_size > 1:
             raise ValueError(
                 "`use_cache=True` or `past_key_values` cannot be combined with gradients under sequence parallelism: "
                 "leave them out in training, or generate under torch.no_grad()."
             )
-        return requested
+        return requested or is_generating(self.model)
 
     def _prepare(self, inputs: dict[str, Any], given: Tensor, extra: int, row: _Row) -> dict[str, Any]:
-        self._check_outputs(inputs)
+        self._check_inputs(inputs)
         positions = inputs.get("position_ids")
         if positions is None:
             positions = torch.arange(given.shape[1], device=given.device)[None]
@@ -197,6 +217,7 @@ class SequenceAttachment:
         inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
         documents = self._documents(inputs["position_ids"], given.shape[0])
         self._check_documents(documents, mask, filled=bool(extra))
+        self._check_counted(max(row.padded // self.state.sp_size, documents.max_length))
         if documents.is_packed and isinstance(inputs.get("attention_mask"), (dict, MaskSpec)):
             raise ValueError(
                 f"{self.name} makes its masks above the text stack, where packed documents are not known: train it on "
@@ -205,7 +226,13 @@ class SequenceAttachment:
         row.tokens.append((current_documents, current_documents.set(documents)))
         return inputs
 
-    def _check_outputs(self, inputs: dict[str, Any]) -> None:
+    def _check_inputs(self, inputs: dict[str, Any]) -> None:
+        for name in ("cross_attention_states", "encoder_hidden_states"):
+            if inputs.get(name) is not None and self.state.sp_size > 1:
+                raise ValueError(
+                    f"`{name}` is not available under sequence parallelism: cross-attention keeps its keys whole, and "
+                    "they would be exchanged as if they were cut. Use sp_size=1."
+                )
         wanted = inputs.get("output_attentions") or getattr(self.config, "output_attentions", False)
         if wanted and self.state.sp_size > 1:
             raise ValueError(
@@ -246,6 +273,15 @@ class SequenceAttachment:
                 f"`prepare_omni` select '{VARLEN_NAME}' (attention='auto')."
             )
 
+    def _check_counted(self, longest: int) -> None:
+        limit = self.seam.max_counted
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"A document or slice of {longest} tokens is too long for {self.name}: from token {limit + 1} on it "
+                "scales queries by their place in the row (`attn_temperature_tuning`), which a layer counts in its "
+                f"slice. Keep documents, and rows / sp_size, to {limit} tokens."
+            )
+
     def _leave(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         row = _current_row.get()
         if row is None or row.owner is not self:
@@ -261,7 +297,7 @@ class SequenceAttachment:
 
     def _shard_rope(self, module: nn.Module, args: tuple, output: Any) -> Any:
         row = _current_row.get()
-        if row is None or row.whole:
+        if row is None or row.whole or row.owner is not self:
             return output
         tables = output if isinstance(output, tuple) else (output,)
         if any(table.shape[-2] != row.padded for table in tables):
@@ -274,8 +310,17 @@ class SequenceAttachment:
 
     def _shard_hidden(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         row = _current_row.get()
+        if row is None or row.whole or row.owner is not self:
+            return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        if row is None or row.whole or hidden.shape[1] != row.padded:
+        if not row.cut and (hidden.dim() != 3 or hidden.shape[1] != row.padded):
+            kind = type(layer).__name__.removeprefix("FSDP")
+            raise ValueError(
+                f"{kind} takes hidden states of shape {tuple(hidden.shape)}, not [rows, {row.padded}, width], so "
+                f"{self.name} cannot be cut along its sequence: use sp_size=1."
+            )
+        row.cut = True
+        if hidden.shape[1] != row.padded:
             return None
         hidden = shard_sequence(hidden, 1, self.state)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

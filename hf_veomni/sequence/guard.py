@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_veomni import hf
 from hf_veomni.mesh import ParallelState
+from hf_veomni.sequence.generation import is_generating
 
 
 def _check_labels(inputs: Mapping[str, Any]) -> None:
@@ -86,7 +87,7 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
                 "Packed documents would see each other with `use_cache=True` or `past_key_values`: leave the cache "
                 "out, or run the documents one by one."
             )
-        if state.sp_size == 1:
+        if state.sp_size == 1 or is_generating(module):
             return
         _check_towers(inputs)
         if "router" in reasons:

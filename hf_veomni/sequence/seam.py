@@ -28,12 +28,14 @@ class Seam:
         layers: its layers, which see this rank's tokens only.
         attentions: the attention modules inside the layers.
         rotary: the modules at the top of the stack that make rope tables.
+        max_counted: tokens up to which layers that count positions themselves change nothing; None if none does.
     """
 
     decoder: nn.Module
     layers: nn.ModuleList
     attentions: tuple[nn.Module, ...]
     rotary: tuple[nn.Module, ...]
+    max_counted: int | None = None
 
 
 def _refuse(model: nn.Module, reason: str) -> ValueError:
@@ -46,14 +48,15 @@ def _refuse(model: nn.Module, reason: str) -> ValueError:
 def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     if getattr(model.config, "is_encoder_decoder", False):
         raise _refuse(model, "it is an encoder-decoder model, and only decoder-only stacks can be cut")
-    decoder = model.get_decoder()
+    decoder = hf.decoder_stack(model)
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise _refuse(model, f"its decoder ({type(decoder).__name__}) keeps no list of `layers`")
     return decoder, layers
 
 
-# A layer that counts its tokens itself would count those of its slice: Llama 4's and Ministral's query scaling.
+# A layer that counts its tokens itself would count those of its slice: Ministral's query scaling. Llama 4's is known
+# to leave the first `max_counted` tokens as they are.
 _COUNTERS = {"arange", "cumsum", "get_llama_4_attn_scale"}
 
 
@@ -62,8 +65,13 @@ def _check_layer(model: nn.Module, name: str, layer: nn.Module, attentions: list
         kind = type(module).__name__
         if isinstance(module, nn.Conv1d) or _MIXERS.search(kind):
             raise _refuse(model, f"`{name}.{path}` ({kind}) mixes tokens outside of the attention interface")
-        if (module in attentions or module is layer) and (counters := _COUNTERS & set(hf.code_names(module))):
+        if module not in attentions and module is not layer:
+            continue
+        counters = _COUNTERS & set(hf.code_names(module))
+        if counters and not hasattr(module, "attn_temperature_tuning"):
             raise _refuse(model, f"`{name}.{path}` ({kind}) counts positions inside the layer ({sorted(counters)})")
+        if module in attentions and hf.reads_attention_mask(module):
+            raise _refuse(model, f"`{name}.{path}` ({kind}) makes an attention mask of its own from that of the row")
     if len(attentions) != 1:
         raise _refuse(
             model,
@@ -78,7 +86,7 @@ def find_seam(model: PreTrainedModel) -> Seam:
     Raises:
         ValueError: names the rule that the model breaks.
     """
-    if model.get_output_embeddings() is None and model.get_decoder() is not model:
+    if model.get_output_embeddings() is None and hf.decoder_stack(model) is not model:
         raise _refuse(model, "it has a head that pools or picks tokens of the full row")
     decoder, layers = _decoder(model)
     types = set(getattr(decoder.config, "layer_types", None) or ())
@@ -94,7 +102,8 @@ def find_seam(model: PreTrainedModel) -> Seam:
     rotary = [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
     if not rotary or any(module in inside for module in rotary):
         raise _refuse(model, "its positions do not enter through a rotary embedding at the top of the stack")
-    return Seam(decoder, layers, tuple(attentions), tuple(rotary))
+    counted = [limit for module in attentions if (limit := hf.first_scaled_position(module)) is not None]
+    return Seam(decoder, layers, tuple(attentions), tuple(rotary), min(counted, default=None))
 
 
 def check_heads(model: PreTrainedModel, sp_size: int) -> None:

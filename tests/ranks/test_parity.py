@@ -50,6 +50,13 @@ def test_families_equal_one_rank_under_larger_plans(check, model, plan):
     check(Setting(model), Run(plan))
 
 
+@pytest.mark.parametrize("plan", ["sp=2", "sp=3", "dp_shard=2"])
+@pytest.mark.parametrize("attention", ["auto", "keep"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_chunked_attention_equals_one_rank(check, plan, attention, packed):
+    check(Setting("llama4", packed=packed), Run(plan, attention=attention))
+
+
 @pytest.mark.parametrize("plan", ["sp=2", "sp=3", "sp=2,dp_shard=2", "dp_shard=2"])
 @pytest.mark.parametrize("model", ["llama", "qwen3_sliding"])
 def test_padded_rows_equal_one_rank(check, model, plan):

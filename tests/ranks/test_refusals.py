@@ -212,20 +212,81 @@ def test_router_loss_of_a_slice(ranks):
     ranks(2).raises(_router_loss, match="`output_router_logits` adds a load-balancing loss of this rank", timeout=30)
 
 
-def _position_counter() -> None:
-    from transformers import Llama4TextConfig, Llama4TextModel
+def _prepare_family(name: str) -> None:
+    import transformers
 
     from hf_veomni import prepare_omni
 
-    config = Llama4TextConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2, pad_token_id=0,
-    )  # fmt: skip
-    prepare_omni(Llama4TextModel(config), "sp=2")
+    model_class, config_class, extra = FAMILIES[name]
+    small = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = getattr(transformers, config_class)(**{**small, **heads, **extra})
+    model = prepare_omni(getattr(transformers, model_class)(config), "sp=2")
+    batch = packed_batch((15,))
+    other = {"cross_attention_states": torch.zeros(1, 8, 32)} if name == "mllama" else {}
+    model(input_ids=batch["input_ids"], **other)
 
 
-def test_layers_that_count_the_tokens_of_their_slice(ranks):
-    ranks(2).raises(_position_counter, match=r"counts positions inside the layer \(\['arange'\]\)", timeout=30)
+_MLA = {
+    "topk_group": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ministral3": ("Ministral3ForCausalLM", "Ministral3Config", {}),
+    "mistral4": (
+        "Mistral4ForCausalLM",
+        "Mistral4Config",
+        {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, **_MLA},
+    ),
+    "gemma3n": (
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        {
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 97,
+            "laurel_rank": 4,
+            "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "activation_sparsity_pattern": [0.0, 0.0],
+        },
+    ),
+    "doge": ("DogeForCausalLM", "DogeConfig", {}),
+    "mllama": ("MllamaForCausalLM", "MllamaTextConfig", {"cross_attention_layers": [1]}),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "match"),
+    [
+        ("ministral3", r"Ministral3ForCausalLM has no seam .*counts positions inside the layer \(\['get_llama_4_attn"),
+        ("mistral4", r"Mistral4ForCausalLM has no seam .*counts positions inside the layer \(\['get_llama_4_attn"),
+        ("gemma3n", r"Gemma3nTextDecoderLayer takes hidden states of shape \(4, 1, 16, 32\), not \[rows, 16, width\]"),
+        ("doge", r"DogeForCausalLM has no seam .*makes an attention mask of its own from that of the row"),
+        ("mllama", r"`cross_attention_states` is not available under sequence parallelism"),
+    ],
+)
+def test_families_that_cannot_be_cut(ranks, family, match):
+    ranks(2).raises(_prepare_family, family, match=match, timeout=30)
+
+
+def _scaled_queries(plan: str, lengths: tuple[int, ...]) -> None:
+    from hf_veomni import prepare_omni
+
+    model = prepare_omni(build_model("llama4", floor_scale=20), plan)
+    model(**packed_batch((19, 19) if plan == "sp=2" else (9, 10)))
+    model(**packed_batch(lengths))
+
+
+@pytest.mark.parametrize(
+    ("plan", "lengths", "longest"), [("sp=2", (20, 5), 20), ("sp=2", (13, 13, 13), 20), ("dp_shard=2", (13, 13), 26)]
+)
+def test_llama_4_where_its_layers_would_scale_by_positions_of_the_slice(ranks, plan, lengths, longest):
+    match = rf"slice of {longest} tokens is too long for Llama4ForCausalLM: from token 20 on"
+    ranks(2).raises(_scaled_queries, plan, lengths, match=match, timeout=30)
 
 
 def _restarting_planes() -> None:
