@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.hf-veomni-installed
 CHECKPOINT := outputs/checkpoints/smollm2-135m
+MOE_CHECKPOINT := outputs/checkpoints/smollm2-135m-moe
 NOTEBOOK := notebooks/lora_quickstart.ipynb
 
 # A checkpoint folder or a Hub id, for example MODEL=HuggingFaceTB/SmolLM2-135M-Instruct.
@@ -21,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup checkpoint demo check test test-slow bench notebook clean
+.PHONY: help setup checkpoint demo demo-moe check test test-slow bench notebook clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -51,6 +52,13 @@ $(CHECKPOINT)/config.json: | $(STAMP)
 demo: $(STAMP) $(if $(filter $(MODEL),$(CHECKPOINT)),$(CHECKPOINT)/config.json)  ## the main job: LoRA under sp=2, two CPU processes
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_sp2.yaml examples/finetune_lora.py \
 	    --model $(MODEL) --output_dir outputs/demo $(ARGS)
+
+$(MOE_CHECKPOINT)/config.json: | $(CHECKPOINT)/config.json
+	$(BIN)/python examples/make_moe_checkpoint.py --model $(CHECKPOINT) --output $(MOE_CHECKPOINT)
+
+demo-moe: $(STAMP) $(MOE_CHECKPOINT)/config.json  ## a mixture of experts: LoRA on attention and experts, sp=2, ep=2, four CPU processes
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_4_sp2_ep2.yaml examples/finetune_lora.py \
+	    --model $(MOE_CHECKPOINT) --lora_experts --max_tokens 1024 --max_steps 12 --output_dir outputs/demo-moe $(ARGS)
 
 check: $(STAMP)  ## ruff, pyright, layer order
 	$(BIN)/ruff check .

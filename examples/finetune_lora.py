@@ -1,7 +1,9 @@
-"""LoRA fine-tuning of a stock checkpoint on packed rows, under whatever plan the launcher passes on.
+r"""LoRA fine-tuning of a stock checkpoint on packed rows, under whatever plan the launcher passes on.
 
     accelerate launch --config_file accelerate_configs/cpu_sp2.yaml examples/finetune_lora.py
     python examples/finetune_lora.py                                       # one process, the same numbers
+    accelerate launch --config_file accelerate_configs/cpu_4_sp2_ep2.yaml examples/finetune_lora.py \
+        --model outputs/checkpoints/smollm2-135m-moe --lora_experts        # a mixture of experts, spread over ranks
 
 The model is a checkpoint folder or a Hub id (`--model HuggingFaceTB/SmolLM2-135M-Instruct`); the data are the
 documentation topics of Python's standard library. Every option of `TrainingArguments` can be given too. Into
@@ -36,7 +38,8 @@ class ScriptArguments:
     model: str = field(default=DEFAULT_OUTPUT, metadata={"help": "Checkpoint folder or Hub id."})
     max_tokens: int = field(default=2048, metadata={"help": "Length of a packed row, in tokens."})
     dtype: str = field(default="bfloat16", metadata={"help": "Type that the weights are loaded in."})
-    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter on the attention projections."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    lora_experts: bool = field(default=False, metadata={"help": "Adapt the experts of a mixture besides attention."})
     question: str = field(default="Explain Python's lambda", metadata={"help": "Asked before and after the training."})
 
 
@@ -125,6 +128,7 @@ def main() -> None:
             r=script.lora_r,
             lora_alpha=2 * script.lora_r,
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"] if script.lora_experts else None,
             task_type="CAUSAL_LM",
         ),
     )

@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from make_moe_checkpoint import make_moe_checkpoint
 from tests.e2e.launching import launch, python
 
 LORA = "examples/finetune_lora.py"
@@ -79,16 +80,21 @@ def test_lora_job_learns_and_reports(two_ranks: tuple[Path, str]) -> None:
         assert text.count(line) == 1, line
 
 
-def test_adapter_opens_in_plain_peft(two_ranks: tuple[Path, str], tiny_checkpoint: Path) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+def assert_opens_in_plain_peft(adapter: Path, checkpoint: Path) -> None:
+    """It changes the logits, and merged weights give the same ones."""
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokens = torch.arange(40)[None]
     with torch.no_grad():
         before = plain(tokens).logits
-        tuned = PeftModel.from_pretrained(plain, two_ranks[0])
+        tuned = PeftModel.from_pretrained(plain, adapter)
         after = tuned(tokens).logits
         merged = tuned.merge_and_unload()(tokens).logits
     assert (after - before).abs().max() > 1e-4
     torch.testing.assert_close(merged, after)
+
+
+def test_adapter_opens_in_plain_peft(two_ranks: tuple[Path, str], tiny_checkpoint: Path) -> None:
+    assert_opens_in_plain_peft(two_ranks[0], tiny_checkpoint)
 
 
 def test_accelerate_loop_equals_trainer(two_ranks: tuple[Path, str], arguments: list[str], folder: Path) -> None:
@@ -105,6 +111,34 @@ def test_two_data_ranks_equal_accumulation(one_process: Path, arguments: list[st
     assert metrics(output)["world_size"] == 4
     assert metrics(output)["train_losses"] == pytest.approx(metrics(one_process)["train_losses"], rel=1e-5)
     assert_same_adapter(output, one_process)
+
+
+@pytest.fixture(scope="module")
+def experts(tiny_checkpoint: Path, arguments: list[str], folder: Path) -> tuple[Path, Path, str]:
+    """An upcycled checkpoint, and output folder and text of the LoRA job on attention and experts over four ranks."""
+    checkpoint, output = make_moe_checkpoint(folder / "moe", tiny_checkpoint), folder / "ep2"
+    command = [*arguments, "--model", str(checkpoint), "--lora_experts", "--output_dir", str(output)]
+    return checkpoint, output, launch("cpu_4_sp2_ep2.yaml", LORA, *command)[1]
+
+
+def test_spread_experts_equal_one_process(experts: tuple[Path, Path, str], arguments: list[str], folder: Path) -> None:
+    """Two data ranks, each row cut in two, experts over two ranks; one process reads the same two rows a step."""
+    checkpoint, output, text = experts
+    command = [*arguments, "--model", str(checkpoint), "--lora_experts", "--gradient_accumulation_steps", "2"]
+    python(LORA, *command, "--output_dir", str(folder / "ep1"))
+    found, wanted = metrics(output), metrics(folder / "ep1")
+    assert found["world_size"] == 4 and f"{STEPS}/{STEPS}" in text
+    for name in ("train_losses", "eval_loss_before", "eval_loss_after"):
+        assert found[name] == pytest.approx(wanted[name], rel=1e-5)
+    assert found["eval_loss_after"] < found["eval_loss_before"]
+    assert_same_adapter(output, folder / "ep1")
+
+
+def test_adapter_on_experts_opens_in_plain_peft(experts: tuple[Path, Path, str]) -> None:
+    checkpoint, output, _ = experts
+    names = load_file(output / "adapter_model.safetensors").keys()
+    assert any(".mlp.experts." in name for name in names) and any(".q_proj." in name for name in names)
+    assert_opens_in_plain_peft(output, checkpoint)
 
 
 @pytest.mark.slow
