@@ -88,7 +88,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         rows = grads[0][ctx.route.inverse]
-        return rows.view(-1, ctx.top_k, rows.shape[-1]).sum(1), None, None
+        return rows.view(len(rows) // ctx.top_k, ctx.top_k, rows.shape[-1]).sum(1), None, None
 
 
 class _Reorder(torch.autograd.Function):
@@ -151,5 +151,5 @@ def combine(rows: Tensor, weights: Tensor, route: Route, group: dist.ProcessGrou
         rows = _Reorder.apply(rows, _invert(route.arrival), route.arrival)
         rows = all_to_all(rows, group, route.receive, route.send)
         rows = _ScaleGradient.apply(rows, 1.0 / dist.get_world_size(group))
-    pairs = _Reorder.apply(rows, route.inverse, route.order).view(*weights.shape, -1)
+    pairs = _Reorder.apply(rows, route.inverse, route.order).view(*weights.shape, rows.shape[-1])
     return (pairs * weights.unsqueeze(-1)).sum(1)

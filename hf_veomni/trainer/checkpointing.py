@@ -54,6 +54,25 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path:
     return complete[-1]
 
 
+def fit_groups(scheduler: dict[str, Any], count: int) -> dict[str, Any]:
+    """A scheduler's state for another number of parameter groups: Trainer makes one for each mesh of the plan.
+
+    Raises:
+        ValueError: the groups had different schedules, so it is unknown which new group goes on with which.
+    """
+    fitted = dict(scheduler)
+    for name in ("base_lrs", "_last_lr", "lr_lambdas"):
+        values = scheduler.get(name)
+        if isinstance(values, list) and len(values) != count:
+            if any(value != values[0] for value in values):
+                raise ValueError(
+                    f"The checkpoint's scheduler has {len(values)} parameter groups with different `{name}` ({values})"
+                    f", this plan makes {count}: resume under the plan that wrote it."
+                )
+            fitted[name] = values[:1] * count
+    return fitted
+
+
 class CheckpointingMixin(_Trainer):
     """Overrides of Trainer for files.
 
@@ -150,4 +169,5 @@ class CheckpointingMixin(_Trainer):
         else:
             load_stock_optimizer(self.model, self.optimizer, stock)
         with together(f"Reading the scheduler of '{checkpoint}'"):
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+            stored = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+            self.lr_scheduler.load_state_dict(fit_groups(stored, len(self.optimizer.param_groups)))
