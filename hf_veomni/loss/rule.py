@@ -68,7 +68,7 @@ def targets_and_count(
     Collective: none, unless `shift_labels` is local and has to be counted: then an all-reduce (sum) over `group`.
 
     Raises:
-        ValueError: a length that fits neither the full rows nor this rank's part.
+        ValueError: a length that fits neither the full rows nor this rank's part, or could be either.
     """
     if shift_labels is not None:
         name, targets = "shift_labels", shift_labels
@@ -83,6 +83,11 @@ def targets_and_count(
         raise ValueError(
             f"`{name}` of shape {tuple(targets.shape)} must be [rows, tokens] under sequence parallelism: "
             "use sp_size=1."
+        )
+    if shift_labels is not None and targets.shape[1] == local_length == 1:
+        raise ValueError(
+            f"`shift_labels` {tuple(targets.shape)} may be a full row of 1 token or this rank's 1 token of a longer "
+            "row: pass `labels` for rows this short."
         )
     if shift_labels is not None and targets.shape[1] == local_length:
         if num_items_in_batch is None:

@@ -30,7 +30,7 @@ from hf_veomni.sequence.generation import attach_generate, detach_generate, is_g
 from hf_veomni.sequence.mask import MaskSpec
 from hf_veomni.sequence.seam import Seam, check_heads, find_seam
 from hf_veomni.sequence.selection import adopt, release, select
-from hf_veomni.sequence.shard import gather_rows, pad_inputs, shard_sequence
+from hf_veomni.sequence.shard import check_same_rows, gather_rows, pad_inputs, shard_sequence
 from hf_veomni.sequence.ulysses import ulysses_attention
 from hf_veomni.sequence.varlen import VARLEN_NAME, register_varlen_attention
 
@@ -170,6 +170,8 @@ class SequenceAttachment:
         extra = 0 if whole else -length % self.state.sp_size
         row = _Row(self, length, length + extra, whole)
         if not whole:
+            if self.last_length is None and self.state.sp_size > 1:  # once: a loader that deals wrongly always does
+                check_same_rows(given, self.state)
             inputs = self._prepare(inputs, given, extra, row)
             self.last_length = length
         row.tokens.append((_current_row, _current_row.set(row)))
@@ -216,7 +218,7 @@ class SequenceAttachment:
         pad_token = getattr(self.config, "pad_token_id", None)
         inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
         documents = self._documents(inputs["position_ids"], given.shape[0])
-        self._check_documents(documents, mask, filled=bool(extra))
+        self._check_documents(documents, mask, positions, filled=bool(extra))
         self._check_counted(max(row.padded // self.state.sp_size, documents.max_length))
         if documents.is_packed and isinstance(inputs.get("attention_mask"), (dict, MaskSpec)):
             raise ValueError(
@@ -255,7 +257,7 @@ class SequenceAttachment:
             positions = positions[0]
         return Documents.from_position_ids(positions.expand(num_rows, -1))
 
-    def _check_documents(self, documents: Documents, mask: Any, *, filled: bool) -> None:
+    def _check_documents(self, documents: Documents, mask: Any, positions: Tensor, *, filled: bool) -> None:
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is not None and documents.max_length > limit:
             raise ValueError(
@@ -266,6 +268,8 @@ class SequenceAttachment:
         # The dummy document that fills a row up comes last, so a causal mask alone keeps the one before it apart.
         if name == VARLEN_NAME or all(len(row) <= 1 + filled for row in documents.lengths):
             return
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not _restarts_between_tokens(positions, mask):
+            return  # one document a row, with some positions for its padding
         if mask is not None or not self._stock_masks_pack:
             why = "beside an `attention_mask`" if mask is not None else f"by the masks of {self.name}"
             raise ValueError(
@@ -324,6 +328,12 @@ class SequenceAttachment:
             return None
         hidden = shard_sequence(hidden, 1, self.state)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def _restarts_between_tokens(positions: Tensor, mask: Tensor) -> bool:
+    """Whether some token's position does not follow that of its left neighbour, both of them not padding."""
+    positions, real = (positions[0] if positions.dim() == 3 else positions), mask.bool()
+    return bool(((positions.diff(dim=-1) != 1) & real[:, 1:] & real[:, :-1]).any())
 
 
 def attach_sequence(model: nn.Module, state: ParallelState, attention: str = "auto") -> SequenceAttachment:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,6 +29,29 @@ def shard_sequence(x: Tensor, dim: int, state: ParallelState) -> Tensor:
     assert size % state.sp_size == 0, (x.shape, dim, state.sp_size)
     part = size // state.sp_size
     return x.narrow(dim, state.sp_rank * part, part).clone()
+
+
+def check_same_rows(given: Tensor, state: ParallelState) -> None:
+    """Check that the ranks of the SP group were handed the same rows: ids [B, S], or embeddings, of which the shape.
+
+    Collective: one all-gather of three integers over the SP group, and a read back.
+
+    Raises:
+        ValueError: on every rank of the group alike.
+    """
+    weights = torch.arange(1, given.shape[1] + 1, device=given.device)
+    content = (given.long() * weights).sum() if given.dim() == 2 else torch.zeros((), dtype=torch.long)
+    mine = torch.tensor([given.shape[0], given.shape[1], 0], device=given.device)
+    mine[2] = content
+    found = [torch.empty_like(mine) for _ in range(state.sp_size)]
+    dist.all_gather(found, mine, group=state.sp_group)
+    rows = [x.tolist() for x in found]
+    if any(row != rows[0] for row in rows):
+        shapes = [tuple(row[:2]) for row in rows]
+        raise ValueError(
+            f"The ranks of an SP group were given different rows (shapes {shapes}): every one of them takes the same "
+            "full row and cuts it inside the model. Read batches by `get_parallel_state(model).dp_rank` of `dp_size`."
+        )
 
 
 def gather_rows(x: Tensor, length: int, state: ParallelState) -> Tensor:
