@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_veomni.mesh import ParallelState, get_parallel_state
 from hf_veomni.trainer.adapt import deferred_reduction
-from hf_veomni.trainer.loaders import DataRankView, EpochSeeded, Filler, WholeBatches, keep_batches_whole, set_epoch
+from hf_veomni.trainer.loaders import (
+    DataRankView,
+    EpochSeeded,
+    Filler,
+    InOrder,
+    WholeBatches,
+    keep_batches_whole,
+    set_epoch,
+)
 from hf_veomni.trainer.randomness import own_stream
+from hf_veomni.trainer.windows import BATCHES, REAL, TOKENS, exchange_facts, take
 
 _Trainer: Any = object  # the Trainer class behind the mixins; typed as Any, since it may be one from another library
-
-
-def _checksum(batch: Any) -> Tensor | int:
-    ids = batch.get("input_ids")
-    if not isinstance(ids, Tensor):
-        return 0
-    flat = ids.detach().flatten().long()
-    return (flat * (torch.arange(flat.numel(), device=flat.device) % 8191 + 1)).sum()
 
 
 class BatchingMixin(_Trainer):
@@ -37,6 +38,8 @@ class BatchingMixin(_Trainer):
 
     _evaluating = False
     _micro_step = 0
+    _epoch_is_over = False
+    _num_real: float = 0  # batches of the window that are no fillers, a data rank
     _train_batches: WholeBatches | None = None
     _last_batch: Any = None
 
@@ -52,9 +55,9 @@ class BatchingMixin(_Trainer):
         return 1
 
     @contextmanager
-    def _counting_data_ranks(self) -> Iterator[None]:
+    def _counting_data_ranks(self, process_index: int) -> Iterator[None]:
         arguments = self.args
-        view: Any = DataRankView(arguments, self.parallel_state)
+        view: Any = DataRankView(arguments, self.parallel_state, process_index)
         self.args = view
         try:
             yield
@@ -66,7 +69,9 @@ class BatchingMixin(_Trainer):
     ) -> Any:
         if self.parallel_state.world_size == 1:
             return super()._get_dataloader(dataset, description, *args, is_training=is_training, **kwargs)
-        with self._counting_data_ranks():
+        if isinstance(dataset, IterableDataset) and not is_training:
+            dataset = InOrder(dataset)
+        with self._counting_data_ranks(self.parallel_state.dp_rank):
             loader = super()._get_dataloader(dataset, description, *args, is_training=is_training, **kwargs)
         batches = keep_batches_whole(loader)
         if is_training:
@@ -82,7 +87,11 @@ class BatchingMixin(_Trainer):
 
     def _run_epoch(self, *args: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
         set_epoch(train_dataloader, epoch)
+        self._epoch_is_over = False
         self._last_batch = None
+        if kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"] and self._is_stream():
+            # The rest of this rank's stream may be shorter than that of another, or empty: something to fill with.
+            self._last_batch = next(iter(train_dataloader.base_dataloader), None)
         super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def get_batch_samples(
@@ -94,25 +103,36 @@ class BatchingMixin(_Trainer):
             batches: `num_batches` on every rank, or none. Where rows ran out, fillers take their place.
             num_items: label tokens of the window over all data ranks, or None where the model computes its own mean.
 
-        Collective: one all-gather of three integers over all ranks.
+        Collective: one all-gather of a few integers over all ranks.
 
         Raises:
             ValueError: ranks of an SP group read different rows, or a data rank got none at all; on every rank.
+            Exception: what reading a batch raised on some rank; on every rank.
         """
         self._micro_step = 0
-        if self.parallel_state.world_size == 1:
+        state = self.parallel_state
+        if self._epoch_is_over:
+            return [], None  # of a stream Trainer goes on asking, `max_steps` times
+        if state.world_size == 1:
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            self._num_real, self._epoch_is_over = len(batches), not batches
             return self._fill_window(batches, num_batches if batches else 0), num_items
-        batches = []
-        for batch in _take(epoch_iterator, num_batches):
-            ends = self._train_batches is not None and self._train_batches.ends_with_filler
-            batches.append(Filler.of(batch) if ends and self.accelerator.gradient_state.end_of_dataloader else batch)
-        facts = self._window_facts(batches, device)
-        self._check_rows(facts)
-        batches = self._fill_window(batches, num_batches if facts[:, 0].any() else 0)
-        total = int(facts[:: self.parallel_state.sp_size, 1].sum())
+        batches, error = take(epoch_iterator, num_batches)
+        ends = self._train_batches is not None and self._train_batches.ends_with_filler
+        if batches and ends and self.accelerator.gradient_state.end_of_dataloader:
+            batches[-1] = Filler.of(batches[-1])
+        tokens = sum((self._count_items(batch) for batch in batches), start=torch.zeros((), dtype=torch.long))
+        held = self._last_batch is not None
+        facts = exchange_facts(batches, tokens, held=held, error=error, state=state, device=device)
+        batches = self._fill_window(batches, num_batches if facts[:, BATCHES].any() else 0)
+        self._epoch_is_over = not batches
+        groups = facts[:: state.sp_size]
+        self._num_real = int(groups[:, REAL].sum()) / state.dp_size
         counted = bool(batches) and self._counts_items(batches[0])
-        return batches, torch.tensor(total, device=device) if counted else None
+        return batches, torch.tensor(int(groups[:, TOKENS].sum()), device=device) if counted else None
+
+    def _is_stream(self) -> bool:
+        return isinstance(self.train_dataset, IterableDataset)
 
     def _fill_window(self, batches: list[Any], length: int) -> list[Any]:
         """The window at its full length. A stream can end within it, on this rank or on all: Trainer, which expects
@@ -121,37 +141,13 @@ class BatchingMixin(_Trainer):
             self._last_batch = batches[-1]
         return batches + [Filler.of(self._last_batch) for _ in range(length - len(batches))]
 
-    def _window_facts(self, batches: list[Any], device: torch.device) -> Tensor:
-        """[ranks, 4] on the CPU: batches, label tokens, checksum of the rows, whether an earlier batch is at hand."""
-        count = sum((self._count_items(batch) for batch in batches), start=torch.zeros((), dtype=torch.long))
-        checksum = sum(_checksum(batch) for batch in batches)
-        held = batches or self._last_batch is not None
-        mine = [torch.as_tensor(fact, dtype=torch.long) for fact in (len(batches), count, checksum, int(bool(held)))]
-        sent = torch.stack([fact.to(device) for fact in mine])
-        facts = sent.new_empty(dist.get_world_size() * len(mine))
-        dist.all_gather_single(facts, sent)
-        return facts.view(-1, len(mine)).cpu()
-
-    def _check_rows(self, facts: Tensor) -> None:
-        sp_size = self.parallel_state.sp_size
-        for group, rows in enumerate(facts.split(sp_size)):
-            if (rows != rows[0]).any():
-                raise ValueError(
-                    f"Ranks {group * sp_size} to {group * sp_size + sp_size - 1} form an SP group and must read the "
-                    f"same rows, but read batches, tokens and checksums {rows[:, :3].tolist()}: seed the dataset's "
-                    "shuffling and the collator alike on all ranks, or leave sharding by rank to the trainer."
-                )
-            if not rows[0, 3] and facts[:, 0].max() > 0:
-                raise ValueError(
-                    f"Data rank {group} got no batch in this epoch while others did: give the dataset at least "
-                    f"{self.parallel_state.dp_size} batches, or shards."
-                )
-
     def _counts_items(self, batch: Any) -> bool:
         return "labels" in batch and bool(self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
 
     def _count_items(self, batch: Any) -> Tensor:
-        """Label tokens of a batch that some position predicts: the rule of the loss."""
+        """Label tokens of a batch that some position predicts: the rule of the loss. None in a filler."""
+        if isinstance(batch, Filler):
+            return torch.zeros((), dtype=torch.long)
         labels = batch.get("shift_labels")
         if labels is None:
             labels = batch.get("labels")
@@ -170,13 +166,27 @@ class BatchingMixin(_Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         state = self.parallel_state
-        if state.world_size == 1:
-            return super().training_step(model, inputs, num_items_in_batch)
         self._micro_step += 1
-        # Not dist.get_rank(): replicas of the same plan on another launcher's numbering draw the same masks.
-        place = state.dp_rank * state.sp_size + state.sp_rank
-        with own_stream(self.args.device, self.args.seed, self.state.global_step, self._micro_step, place):
-            return super().training_step(model, inputs, num_items_in_batch)
+        if num_items_in_batch is None:
+            # A mean over the batches of the window on all data ranks, of which fillers are none.
+            self.current_gradient_accumulation_steps = self._num_real
+        with self._counting_nothing() if isinstance(inputs, Filler) else nullcontext():
+            if state.world_size == 1:
+                return super().training_step(model, inputs, num_items_in_batch)
+            # Not dist.get_rank(): replicas of the same plan on another launcher's numbering draw the same masks.
+            place = state.dp_rank * state.sp_size + state.sp_rank
+            with own_stream(self.args.device, self.args.seed, self.state.global_step, self._micro_step, place):
+                return super().training_step(model, inputs, num_items_in_batch)
+
+    @contextmanager
+    def _counting_nothing(self) -> Iterator[None]:
+        """Inside, the loss is multiplied by 0, whoever computes it: blank labels would not do for every loss."""
+        compute_loss = self.compute_loss
+        self.compute_loss = lambda *args, **kwargs: compute_loss(*args, **kwargs) * 0.0
+        try:
+            yield
+        finally:
+            del self.compute_loss
 
     def _defer_fsdp_gradient_reduction(self) -> Any:
         return deferred_reduction(self.model)
@@ -191,11 +201,3 @@ class BatchingMixin(_Trainer):
         if isinstance(inputs, Filler):
             inputs = {k: v[:0] if isinstance(v, Tensor) else v for k, v in inputs.items()}
         super()._track_num_input_tokens(inputs)
-
-
-def _take(iterator: Iterator[Any], count: int) -> Iterator[Any]:
-    for _ in range(count):
-        try:
-            yield next(iterator)
-        except StopIteration:
-            return

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -130,6 +133,22 @@ class CheckpointingMixin(_Trainer):
         """
         checkpoint = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         return super().train(checkpoint, *args, **kwargs)
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, num_epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """Epochs that are done, and batches that are done of the next one.
+
+        The length of a stream is unknown, and Trainer, which takes it for one epoch of `max_steps`, would skip in the
+        first epoch what was read in several. The state tells: its epoch is epochs + batches / (steps * accumulation).
+        """
+        done = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
+        if checkpoint is None or num_epochs < sys.maxsize:
+            return done
+        saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        epochs = max(0, math.ceil(saved.epoch or 0) - 1)
+        batches = ((saved.epoch or 0) - epochs) * saved.max_steps * self.args.gradient_accumulation_steps
+        return epochs, 0 if self.args.ignore_data_skip else round(batches)
 
     def _find_checkpoint(self, wanted: str | bool) -> str:
         found: list[str | None] = [None]

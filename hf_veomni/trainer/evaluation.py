@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
+from accelerate.utils.operations import find_batch_size, recursively_apply
 from torch import Tensor, nn
+from transformers.trainer_utils import has_length
 
 from hf_veomni.loss import lean_evaluation
 from hf_veomni.mesh import ParallelState, get_parallel_state
 from hf_veomni.prepare import gather_sequence
+from hf_veomni.trainer.loaders import Filler
+from hf_veomni.trainer.windows import InStep
 
 _Trainer: Any = object
 
@@ -56,6 +61,7 @@ class EvaluationMixin(_Trainer):
     """
 
     _outputs_are_whole = False
+    _evaluates_stream = False
 
     @contextmanager
     def _whole(self, model: nn.Module, wanted: bool) -> Iterator[None]:
@@ -68,6 +74,30 @@ class EvaluationMixin(_Trainer):
                 yield
         finally:
             self._outputs_are_whole = False
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        # Steps a second are those of a data rank; the rest of the view is this process.
+        with self._counting_data_ranks(self.args.process_index):
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._counting_data_ranks(self.args.process_index):
+            return super().predict(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, in step on all ranks, whatever the loader.
+
+        Raises:
+            ValueError: as `get_batch_samples` does; on every rank.
+        """
+        state: ParallelState = self.parallel_state
+        if state.world_size == 1:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        loader = InStep(dataloader, state, self.args.device)
+        self._evaluates_stream = not has_length(loader.dataset)
+        output = super().evaluation_loop(loader, *args, **kwargs)
+        # Of a stream Trainer counts what this rank has read.
+        return output._replace(num_samples=loader.num_rows) if self._evaluates_stream else output
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -82,6 +112,8 @@ class EvaluationMixin(_Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
+        if self.parallel_state.world_size > 1:
+            self.gather_function = partial(self._gather_results, inputs)
         lean = prediction_loss_only and self.compute_loss_func is None and self.label_smoother is None
         self._evaluating = True
         try:
@@ -93,3 +125,12 @@ class EvaluationMixin(_Trainer):
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             self._evaluating = False
+
+    def _gather_results(self, inputs: Any, data: Any) -> Any:
+        """Over the data ranks. A filler gives no rows; of a stream, whose end accelerate does not know, a short batch
+        gives as many entries as it has rows, its loss included."""
+        rows = find_batch_size(inputs) if self._evaluates_stream else None
+        if isinstance(inputs, Filler) or rows is not None:
+            kept = 0 if isinstance(inputs, Filler) else rows
+            data = recursively_apply(lambda entries: entries[:kept], data)
+        return self.accelerator.gather_for_metrics(data)

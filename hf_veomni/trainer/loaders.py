@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import Sampler
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
+from torch.utils.data import IterableDataset, Sampler
 
 from hf_veomni.mesh import ParallelState
 
@@ -17,7 +18,7 @@ class WholeBatches(BatchSamplerShard):
 
     accelerate fills a short last batch up with rows from the beginning, which then weigh twice. Here a batch stays as
     it is, and a data rank for which none is left runs the first batch once more as a filler, to keep in step: its
-    labels are blanked in training, its outputs cut off in evaluation.
+    loss counts nothing in training, its outputs are cut off in evaluation.
     """
 
     @property
@@ -41,13 +42,40 @@ class WholeBatches(BatchSamplerShard):
             yield mine or first
 
 
+class WholeStream(IterableDatasetShard):
+    """Every `num_processes`-th batch of a stream, and no row twice: accelerate fills the last round up with rows from
+    the beginning. A data rank may so get one batch less than another."""
+
+    def __iter__(self) -> Iterator[Any]:
+        generator = getattr(self.dataset, "generator", None)
+        if isinstance(generator, torch.Generator) and not hasattr(self.dataset, "set_epoch"):
+            generator.manual_seed(self.epoch)
+        rows, start = iter(self.dataset), self.process_index * self.batch_size
+        while turn := list(islice(rows, self.num_processes * self.batch_size)):
+            if len(turn) == self.num_processes * self.batch_size or not self.drop_last:
+                yield from turn[start : start + self.batch_size]
+
+
+class InOrder(IterableDataset):
+    """A stream that accelerate deals out in batches, as they come, and does not take apart by shards: so the rows of
+    an evaluation have the order that one process would give them."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.stream = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.stream)
+
+
 def keep_batches_whole(loader: Any) -> WholeBatches | None:
-    """Turn the sharding that accelerate put on a loader into `WholeBatches`.
+    """Turn the sharding that accelerate put on a loader into `WholeBatches` or `WholeStream`.
 
     Returns:
-        The batch sampler of this rank, or None where accelerate did not shard (one data rank, a stream, a sampler that
-        knows its rank).
+        The batch sampler of this rank, or None where accelerate did not shard (one data rank, a sampler that knows its
+        rank) or sharded a stream.
     """
+    if type(loader.dataset) is IterableDatasetShard:
+        loader.dataset.__class__ = WholeStream
     sampler = getattr(loader, "batch_sampler", None)
     if type(sampler) is BatchSamplerShard and sampler.num_processes > 1:
         sampler.__class__ = WholeBatches
@@ -83,20 +111,19 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 
 class DataRankView:
-    """Training arguments that count data ranks where Trainer builds samplers and seeds loader workers."""
+    """Training arguments that count data ranks: for Trainer's samplers, seeds of loader workers, and step counts."""
 
-    def __init__(self, arguments: Any, state: ParallelState) -> None:
+    def __init__(self, arguments: Any, state: ParallelState, process_index: int) -> None:
         self._arguments = arguments
-        self.world_size, self.process_index = state.dp_size, state.dp_rank
+        self.world_size, self.process_index = state.dp_size, process_index
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._arguments, name)
 
 
 class Filler(dict):
-    """A batch that only keeps a rank in step: no label of it counts."""
+    """A batch that only keeps a rank in step: its loss counts nothing."""
 
     @classmethod
     def of(cls, batch: Any) -> Filler:
-        blank = {k: torch.full_like(v, -100) for k, v in batch.items() if k in ("labels", "shift_labels")}
-        return cls({**batch, **blank})
+        return cls(batch)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from hf_veomni.trainer.loaders import EpochSeeded, Filler, WholeBatches, keep_batches_whole, set_epoch
+from hf_veomni.trainer.loaders import (
+    EpochSeeded,
+    Filler,
+    InOrder,
+    WholeBatches,
+    WholeStream,
+    keep_batches_whole,
+    set_epoch,
+)
 from hf_veomni.trainer.randomness import own_stream
 
 
@@ -55,11 +63,38 @@ def test_order_follows_from_seed_and_epoch_alone():
     assert sorted(order(3)) == list(range(64))
 
 
-def test_a_filler_counts_nothing_and_leaves_the_batch_alone():
+def test_a_filler_is_the_batch_marked():
     batch = {"input_ids": torch.arange(4)[None], "labels": torch.arange(4)[None], "note": "kept"}
     filler = Filler.of(batch)
-    assert (filler["labels"] == -100).all() and filler["note"] == "kept"
-    assert torch.equal(filler["input_ids"], batch["input_ids"]) and (batch["labels"] >= 0).all()
+    assert filler == batch and isinstance(filler, Filler) and not isinstance(batch, Filler)
+
+
+class _Stream(IterableDataset):
+    def __init__(self, rows: int):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(range(self.rows))
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("rows", range(0, 14))
+def test_ranks_together_read_each_row_of_a_stream_once(rows, drop_last):
+    size, ranks = 2, 3
+    read = []
+    for rank in range(ranks):
+        loader = DataLoader(
+            IterableDatasetShard(InOrder(_Stream(rows)), size, drop_last, ranks, rank),
+            batch_size=size,
+            collate_fn=list,
+            drop_last=drop_last,
+        )
+        assert keep_batches_whole(loader) is None and type(loader.dataset) is WholeStream
+        read.append(list(loader))
+    expected = list(BatchSampler(SequentialSampler(range(rows)), size, drop_last))
+    in_turn = [read[rank][turn] for turn in range(len(read[0])) for rank in range(ranks) if turn < len(read[rank])]
+    assert in_turn == (expected[: len(expected) // ranks * ranks] if drop_last else expected)
+    assert len(read[0]) - len(read[-1]) <= 1
 
 
 def test_own_stream_follows_from_its_key_and_leaves_the_process_stream():
