@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer.launcher import release_launcher
 from hf_veomni.trainer.parallelism import OmniParallelismConfig
-from hf_veomni.trainer.refusals import check_given, check_sharded
+from hf_veomni.trainer.refusals import check_budgeted, check_given, check_sharded
 
 
 @dataclass
@@ -22,6 +22,11 @@ class OmniTrainingArguments(TrainingArguments):
         plan: how the ranks are used: a string ("sp=2,dp_shard=2"), a path to a yaml file, a mapping or a
             `ParallelPlan`. None reads what the launcher passed on, and without a launcher leaves the world to data
             parallelism. After construction it is the resolved `ParallelPlan`.
+        token_budget: train on batches of at most so many tokens, of near equal cost on all data ranks in each step
+            (`BalancedBatchSampler`), in place of `per_device_train_batch_size` rows. Padding is not counted: it goes
+            with `OmniDataCollatorWithPacking`. Lengths come from `document_lengths` (rows of `pack_dataset`), the
+            column `length_column_name`, or `input_ids`. Resumes in the middle of an epoch; `train_sampling_strategy`
+            "random" and "sequential" choose the order.
 
     Raises:
         ValueError: a plan that does not fit the world, or an argument that does not go with a plan.
@@ -33,6 +38,11 @@ class OmniTrainingArguments(TrainingArguments):
         metadata={
             "help": "Parallel plan: 'sp=2,dp_shard=2' or a path to a yaml file. Default: what the launcher passed on."
         },
+    )
+
+    token_budget: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a training batch, in place of a number of rows; near equal cost on all ranks."},
     )
 
     def __post_init__(self) -> None:
@@ -47,6 +57,7 @@ class OmniTrainingArguments(TrainingArguments):
         super().__post_init__()
         self._n_gpu = min(self._n_gpu, 1)  # one process drives one device: no DataParallel
         plan = plan.resolve(self.world_size)
+        check_budgeted(self)
         parsed: Any = plan
         self.plan = parsed
         if plan.world_size > 1:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from hf_veomni import hf
 from hf_veomni.mesh import ParallelState, get_parallel_state
 from hf_veomni.trainer.adapt import deferred_reduction
+from hf_veomni.trainer.budget import TokenBudgetSampler, budget_sampler
 from hf_veomni.trainer.loaders import (
     DataRankView,
     EpochSeeded,
@@ -42,6 +44,7 @@ class BatchingMixin(_Trainer):
     _num_real: float = 0  # batches of the window that are no fillers, a data rank
     _train_batches: WholeBatches | None = None
     _last_batch: Any = None
+    _budget: TokenBudgetSampler | None = None
 
     @property
     def parallel_state(self) -> ParallelState:
@@ -79,11 +82,22 @@ class BatchingMixin(_Trainer):
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.token_budget is not None:
+            # Not `train_dataset`: Trainer has taken its columns of lengths away.
+            hidden_size = hf.text_config(hf.base_model(self.model)).hidden_size
+            self._budget = budget_sampler(self.args, self.train_dataset, self.parallel_state, hidden_size)
+            return self._budget
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler) and sampler.generator is None:
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             return EpochSeeded(sampler, seed)
         return sampler
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        if self._budget is None:
+            return super().get_total_train_batch_size(args)
+        rows = len(self._budget.lengths) / len(self._budget)  # of a step on all data ranks, on average
+        return max(1, round(rows * args.gradient_accumulation_steps))
 
     def _run_epoch(self, *args: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
         set_epoch(train_dataloader, epoch)

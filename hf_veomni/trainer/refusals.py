@@ -30,11 +30,11 @@ class Refusal:
     refused: Callable[[Any], bool]
     reason: str
 
-    def check(self, arguments: Any) -> None:
+    def check(self, arguments: Any, owner: str = "a plan") -> None:
         value = getattr(arguments, self.name, None)
         if self.refused(value):
             shown = getattr(value, "value", value)
-            raise ValueError(f"`{self.name}` ({shown!r}) does not go with a plan: {self.reason}.")
+            raise ValueError(f"`{self.name}` ({shown!r}) does not go with {owner}: {self.reason}.")
 
 
 def _given(value: Any) -> bool:
@@ -90,6 +90,21 @@ _LOADERS = (
 )
 
 
+# Beside `token_budget`.
+_BUDGETED = (
+    Refusal(
+        "train_sampling_strategy",
+        lambda value: value not in ("random", "sequential"),
+        "the budget's batches have near equal cost already; leave it out, or 'sequential' to keep the order",
+    ),
+    Refusal(
+        "per_device_train_batch_size",
+        lambda value: value not in (1, 8),  # Trainer's default, and what goes with packed rows
+        "the budget says how many rows a batch has; leave it out",
+    ),
+)
+
+
 def check_given(arguments: Any) -> None:
     """Refuse what no plan goes with. Raises ValueError that names the argument, its value and the way out."""
     for refusal in _ALWAYS:
@@ -102,3 +117,14 @@ def check_sharded(arguments: Any) -> None:
         refusal.check(arguments)
     for refusal in _LOADERS:
         refusal.check(arguments.accelerator_config)
+
+
+def check_budgeted(arguments: Any) -> None:
+    """Refuse what `token_budget`, if it is given, does not go with. Raises ValueError as `check_given` does."""
+    budget = arguments.token_budget
+    if budget is None:
+        return
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+        raise ValueError(f"`token_budget` ({budget!r}) must be a positive number of tokens, or None.")
+    for refusal in _BUDGETED:
+        refusal.check(arguments, f"`token_budget` ({budget})")

@@ -14,6 +14,7 @@ from hf_veomni.prepare import prepare_omni
 from hf_veomni.trainer.adapt import is_prepared
 from hf_veomni.trainer.arguments import OmniTrainingArguments
 from hf_veomni.trainer.batching import BatchingMixin
+from hf_veomni.trainer.budget import check_budget
 from hf_veomni.trainer.checkpointing import CheckpointingMixin
 from hf_veomni.trainer.evaluation import EvaluationMixin
 
@@ -79,6 +80,7 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
                 f"`args` ({type(args).__name__}) must be OmniTrainingArguments, or a class that inherits from it and "
                 "from the arguments of your trainer."
             )
+        check_budget(args, rest[1] if len(rest) > 1 else kwargs.get("train_dataset"))
         self._omni_peft_config = peft_config
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model)

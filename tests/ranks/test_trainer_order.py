@@ -18,6 +18,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "data_seed": {"data_seed": 7},
     "group_by_length": {"train_sampling_strategy": "group_by_length"},
     "batch_rebalance": {"train_sampling_strategy": "batch_rebalance"},
+    "budget": {"token_budget": 48},
     "packed_stream": {},
 }
 
