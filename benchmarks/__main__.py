@@ -18,6 +18,7 @@ SCRIPTS = {
     "step": True,
     "loss_memory": True,
     "packing_vs_padding": True,
+    "expert_parallel": True,
     "activation_memory": False,
     "packing": False,
 }

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import benchmarks.__main__ as entry
-from benchmarks import _record, activation_memory, packing_vs_padding, step
+from benchmarks import _record, activation_memory, expert_parallel, packing_vs_padding, step
 from benchmarks._flops import flops_of_step
 from benchmarks._memory import MemoryLog
 from benchmarks._phases import PHASES
@@ -117,6 +117,34 @@ def test_activation_memory_notices_what_does_not_fall() -> None:
     assert "held activations at sp=2" in held
     (loss,) = activation_memory.compare([row(1, 100), row(2, 50, loss=2.1)], 0.1, 1e-5)
     assert "loss at sp=2" in loss
+
+
+def test_expert_exchange_equals_the_formula(bench: Any) -> None:
+    options = ["--ranks", "2", "--intermediate", "16", "--experts", "4", "--top-k", "2", "--tokens", "64"]
+    one, two = bench("expert_parallel", *SHAPE, *options, "--median", "16", "--rounds", "1", "--steps", "1")
+    assert (one["ep_size"], two["ep_size"]) == (1, 2)
+    assert two["formula"] == {"calls": 4, "handed": 4 * 64 * 2 * 32 * 4, "left": 4 * 64 * 32 * 4, "count_left": 16}
+    assert all(rank["left"] == two["formula"]["left"] and rank["count_calls"] == 1 for rank in two["even"])
+    assert two["held"]["gathered"] * 2 == one["held"]["gathered"] == 4 * 3 * 32 * 16 * 4
+    assert two["held"]["optimizer"] == 2 * two["held"]["parameters"] == 2 * two["held"]["gradients"]
+
+
+def test_expert_benchmark_notices_what_is_off() -> None:
+    def row(ep_size: int, **changes: Any) -> dict[str, Any]:
+        held = {"parameters": 8, "gradients": 8, "optimizer": 16, "gathered": 8 // ep_size}
+        counts = {"handed": 100.0, "left": 50.0} if ep_size > 1 else {"handed": 0.0, "left": 0.0}
+        good = {"ep_size": ep_size, "held": held, "losses": [[2.0]], "rounds": [1.0], "formula": counts}
+        return good | {"even": [counts], "handed_over_formula": 1} | changes
+
+    def off(**changes: Any) -> list[str]:
+        return expert_parallel.compare([row(1), row(2, **changes)], 1e-5)
+
+    assert off() == []
+    assert "loss at ep=2" in off(losses=[[2.1]])[0]
+    assert "left of rank 0 at ep=2 is 51 with even routing, not 50" in off(even=[{"handed": 100, "left": 51}])[0]
+    assert "handed over at ep=2" in off(handed_over_formula=1.1)[0]
+    assert "gathered experts at ep=2" in off(held=row(1)["held"])[0]
+    assert "optimizer at ep=2" in off(held=row(2)["held"] | {"parameters": 16})[0]
 
 
 def test_packing_equals_padding(bench: Any) -> None:

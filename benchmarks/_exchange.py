@@ -1,0 +1,68 @@
+"""Count what an EP group exchanges: every all-to-all over it, wrapped while a step runs. Nothing is estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass
+class Exchange:
+    """Bytes that this rank handed to `all_to_all_single`, and the part of them that was for other ranks."""
+
+    calls: int = 0
+    handed: int = 0
+    left: int = 0
+    count_calls: int = 0  # of token counts, integers, which go ahead of the tokens
+    count_left: int = 0
+
+    def add(self, sent: Tensor, splits: list[int] | None, group: dist.ProcessGroup) -> None:
+        ranks, me = dist.get_world_size(group), dist.get_rank(group)
+        splits = splits or [len(sent) // ranks] * ranks
+        row_bytes = sent[:1].nbytes if len(sent) else 0
+        left = row_bytes * sum(rows for rank, rows in enumerate(splits) if rank != me)
+        if sent.dtype.is_floating_point:
+            self.calls, self.handed, self.left = self.calls + 1, self.handed + sent.nbytes, self.left + left
+        else:
+            self.count_calls, self.count_left = self.count_calls + 1, self.count_left + left
+
+
+@contextmanager
+def counted(group: dist.ProcessGroup | None) -> Iterator[Exchange]:
+    """Count the all-to-alls over `group` alone, so that Ulysses' over an SP group stay out."""
+    exchange, original = Exchange(), dist.all_to_all_single
+
+    def counting(
+        output: Tensor, sent: Tensor, output_splits: Any = None, splits: Any = None, *args: Any, **options: Any
+    ):
+        if group is not None and options.get("group", args[0] if args else None) is group:
+            exchange.add(sent, splits, group)
+        return original(output, sent, output_splits, splits, *args, **options)
+
+    dist.all_to_all_single = counting
+    try:
+        yield exchange
+    finally:
+        dist.all_to_all_single = original
+
+
+@contextmanager
+def even_routing(model: nn.Module) -> Iterator[None]:
+    """The router's weights, but pair p of the local tokens goes to expert p mod E: every expert gets as many."""
+
+    def route(router: Any, args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        index = output[-1]
+        even = torch.arange(index.numel(), device=index.device).view(index.shape) % router.num_experts
+        return (*output[:-1], even)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if type(module).__name__.endswith("TopKRouter"):
+                stack.callback(module.register_forward_hook(route).remove)
+        yield
