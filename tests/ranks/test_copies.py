@@ -41,7 +41,7 @@ def _detach_copy(name: str, lora: bool, original_first: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize("original_first", [False, True], ids=["copy_first", "original_first"])
-@pytest.mark.parametrize(("name", "lora"), [("llama", False), ("llama", True), ("gpt_oss", False)])
+@pytest.mark.parametrize(("name", "lora"), [("llama", False), ("llama", True), ("gpt_oss", False), ("gpt_oss", True)])
 def test_a_copy_and_its_original_are_detached_alone(ranks, name, lora, original_first):
     assert ranks(1).run(_detach_copy, name, lora, original_first) == [[True] * 6]
 
