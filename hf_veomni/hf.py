@@ -235,6 +235,21 @@ def experts_implementation(experts: nn.Module) -> str | None:
     return getattr(experts.config, "_experts_implementation", None)
 
 
+def find_routers(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    """The modules whose output transformers records as router logits, and their place in that output."""
+    found: list[tuple[nn.Module, int]] = []
+    for owner in model.modules():
+        recorders = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits", ())
+        for recorder in recorders if isinstance(recorders, (list, tuple)) else (recorders,):
+            kind, name = getattr(recorder, "target_class", None), getattr(recorder, "layer_name", None)
+            found += [
+                (module, recorder.index)
+                for path, module in owner.named_modules()
+                if kind is not None and isinstance(module, kind) and (name is None or name in path)
+            ]
+    return list(dict.fromkeys(found))
+
+
 def apply_expert_plan(
     model: nn.Module, ep_mesh: DeviceMesh, plan: dict[str, str], implementation: type[EPImplementation]
 ) -> None:

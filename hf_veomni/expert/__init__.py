@@ -1,7 +1,18 @@
 """Expert parallelism: experts over the ranks of a group, tokens sent to them and back, adapters on them."""
 
 from hf_veomni.expert.attach import attach_experts, check_model
+from hf_veomni.expert.counts import ExpertCounter, ExpertLoad, find_biases, update_biases
 from hf_veomni.expert.lora import AdapterLayout, find_layouts
 from hf_veomni.expert.router_loss import attach_router_loss
 
-__all__ = ["AdapterLayout", "attach_experts", "attach_router_loss", "check_model", "find_layouts"]
+__all__ = [
+    "AdapterLayout",
+    "ExpertCounter",
+    "ExpertLoad",
+    "attach_experts",
+    "attach_router_loss",
+    "check_model",
+    "find_biases",
+    "find_layouts",
+    "update_biases",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -12,7 +13,23 @@ from hf_veomni import hf
 from hf_veomni.expert.compute import LowRank, compute_as_selected, compute_experts, keep_connected
 from hf_veomni.expert.dispatch import combine, dispatch, make_route
 
-_ADAPTERS = "_omni_adapters"
+_ADAPTERS, _ROWS = "_omni_adapters", "_omni_rows"
+
+
+def is_training_forward(module: nn.Module) -> bool:
+    """Whether gradients will come of this forward, and it is not activation checkpointing's second one."""
+    return module.training and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+
+
+def start_rows(experts: nn.Module) -> int:
+    """Count the rows that this rank computes in training from now on. Returns those counted until now."""
+    counted: int = vars(experts).get(_ROWS, 0)
+    vars(experts)[_ROWS] = 0
+    return counted
+
+
+def stop_rows(experts: nn.Module) -> None:
+    vars(experts).pop(_ROWS, None)
 
 
 class ExpertsForward(hf.EPImplementation):
@@ -34,6 +51,8 @@ class ExpertsForward(hf.EPImplementation):
         route = make_route(top_k_index, self.num_experts, self.group)
         rows = dispatch(hidden_states, route, top_k_index.shape[-1], self.group)
         count = len(rows)
+        if _ROWS in vars(self.experts) and is_training_forward(self.experts):
+            vars(self.experts)[_ROWS] += count
         rows, local = keep_connected(rows, route)
         adapters: Callable[[], Mapping[str, Sequence[LowRank]]] | None = getattr(self.experts, _ADAPTERS, None)
         active = adapters() if adapters is not None else {}

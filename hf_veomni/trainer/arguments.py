@@ -27,6 +27,10 @@ class OmniTrainingArguments(TrainingArguments):
             with `OmniDataCollatorWithPacking`. Lengths come from `document_lengths` (rows of `pack_dataset`), the
             column `length_column_name`, or `input_ids`. Resumes in the middle of an epoch; `train_sampling_strategy`
             "random" and "sequential" choose the order.
+        log_expert_load: add to each log how even the load of the experts was (`expert_load_max` and others; 1 is even)
+            and how sure their routers were, and draw `expert_load.png` into the output directory at the end.
+        router_bias_update_speed: what the bias of each expert in the router moves by after a step, up where the expert
+            got fewer tokens of all ranks than the mean (DeepSeek-V3 uses 0.001). 0 leaves the bias as it is.
 
     Raises:
         ValueError: a plan that does not fit the world, or an argument that does not go with a plan.
@@ -43,6 +47,13 @@ class OmniTrainingArguments(TrainingArguments):
     token_budget: int | None = field(
         default=None,
         metadata={"help": "Tokens of a training batch, in place of a number of rows; near equal cost on all ranks."},
+    )
+
+    log_expert_load: bool = field(
+        default=False, metadata={"help": "Log how even the load of the experts is; draw it at the end."}
+    )
+    router_bias_update_speed: float = field(
+        default=0.0, metadata={"help": "Step of the router's balancing bias after each optimizer step. 0: none."}
     )
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from hf_veomni.trainer.batching import BatchingMixin
 from hf_veomni.trainer.budget import check_budget
 from hf_veomni.trainer.checkpointing import CheckpointingMixin
 from hf_veomni.trainer.evaluation import EvaluationMixin
+from hf_veomni.trainer.expert_load import ExpertLoadCallback
 
 _LAYERDROP = ("layerdrop", "decoder_layerdrop", "encoder_layerdrop")
 
@@ -94,6 +95,10 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
             args.save_only_model = resumable
         self._check_optimizer()
         self._take_over_label_smoothing()
+        self._expert_load: ExpertLoadCallback | None = None
+        if args.log_expert_load or args.router_bias_update_speed:
+            self._expert_load = ExpertLoadCallback(self.model, args.router_bias_update_speed, args.log_expert_load)
+            self.add_callback(self._expert_load)
 
     def call_model_init(self, trial: Any = None) -> Any:
         return _ready(super().call_model_init(trial), self.args, self._omni_peft_config)  # type: ignore[arg-type]
@@ -115,6 +120,12 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
         if hasattr(loss, "label_smoothing"):
             loss.label_smoothing = float(self.args.label_smoothing_factor)
             self.label_smoother = None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Collective if the experts' load is logged: every rank calls it, as Trainer does."""
+        if self.args.log_expert_load and self._expert_load is not None and "loss" in logs:
+            logs = {**logs, **self._expert_load.take(self.state.global_step)}
+        super().log(logs, *args, **kwargs)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         if self.parallel_state.world_size > 1:
