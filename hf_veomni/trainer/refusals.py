@@ -60,7 +60,6 @@ _ALWAYS = (
 _SHARDED = (
     Refusal("fp16", bool, "the gradient scaler cannot see infinities on other ranks' shards; use `bf16=True`"),
     Refusal("fp16_full_eval", bool, "sharded parameters cannot change their dtype; load the model in bfloat16"),
-    Refusal("bf16_full_eval", bool, "sharded parameters cannot change their dtype; load the model in bfloat16"),
     Refusal("auto_find_batch_size", bool, "ranks that run out of memory alone would leave the others waiting; set it"),
     Refusal("save_on_each_node", bool, "rank 0 alone writes; save to a directory that all nodes share"),
     Refusal(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_veomni import hf
@@ -36,11 +38,16 @@ def _with_adapters(model: nn.Module, peft_config: PeftConfig | None) -> nn.Modul
     return wrapped
 
 
+def _precision(args: Any) -> MixedPrecisionPolicy | None:
+    """What the Trainer's autocast says, told to FSDP2: gathers move bf16, shards and reductions stay in fp32."""
+    return MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else None
+
+
 def _ready(model: nn.Module, args: Any, peft_config: PeftConfig | None) -> nn.Module:
     """Adapters, then `prepare_omni`, and the marks that Trainer looks for."""
     model = _with_adapters(model, peft_config)
     if not is_prepared(model):
-        model = prepare_omni(model, args.plan)
+        model = prepare_omni(model, args.plan, mp_policy=_precision(args))
     state = get_parallel_state(model)
     if state.plan != args.plan:
         raise ValueError(f"`model` was prepared for the plan ({state.plan}), the arguments say ({args.plan}).")

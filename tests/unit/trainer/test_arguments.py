@@ -92,7 +92,6 @@ def test_another_parallelism_config_is_refused(tmp_path):
     [
         ("fp16", True),
         ("fp16_full_eval", True),
-        ("bf16_full_eval", True),
         ("auto_find_batch_size", True),
         ("save_on_each_node", True),
         ("average_tokens_across_devices", False),
