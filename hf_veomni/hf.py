@@ -232,7 +232,7 @@ def is_experts_module(module: nn.Module) -> bool:
 
 def experts_implementation(experts: nn.Module) -> str | None:
     """The kernels that the config selects for an experts module."""
-    return getattr(experts.config, "_experts_implementation", None)
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None)
 
 
 def find_routers(model: nn.Module) -> list[tuple[nn.Module, int]]:

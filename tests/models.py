@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 VOCABULARY = 97
 
@@ -30,6 +30,8 @@ _COMMON = {
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _DENSE_FIRST = {"first_k_dense_replace": 1, **_EXPERTS}
+_NO_DEEPSTACK = {"out_hidden_size": 64, "deepstack_visual_indexes": []}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 7, "tie_word_embeddings": True, **_SLIDING}
 
 # name -> (model type, what differs from _COMMON, attention of the stock model)
@@ -93,6 +95,15 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1},
         "sdpa",
     ),
+    "qwen3_vl_moe": (
+        "qwen3_vl_moe",
+        {
+            "tie_word_embeddings": False,
+            "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, **_NO_DEEPSTACK},
+            "text_config": {**_COMMON, "head_dim": 16, "num_experts": 4, "rope_parameters": _MROPE, **_EXPERTS},
+        },
+        "sdpa",
+    ),
     "qwen3_next": (
         "qwen3_next",
         {
@@ -151,7 +162,8 @@ def build_model(
     model_type, differences, default = ZOO[name]
     config = AutoConfig.for_model(model_type, **{**_COMMON, **differences, **overrides})
     config._attn_implementation = attention or default
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

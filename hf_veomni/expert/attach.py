@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from hf_veomni import hf
+from hf_veomni.expert.families import adopt, is_adoptable
 from hf_veomni.expert.forward import ExpertsForward
 from hf_veomni.expert.layout import ExpertsModule, check_experts, find_experts
 from hf_veomni.expert.lora import attach_adapters, check_adapters, has_adapters, stack_adapters
@@ -37,9 +38,17 @@ def check_model(model: nn.Module, state: ParallelState) -> list[ExpertsModule]:
                 f"`experts_implementation` ('deepgemm_megamoe') of '{module.name}' exchanges tokens inside its kernel "
                 "and has no backward: select 'grouped_mm' to train with ep_size > 1."
             )
-        if has_adapters(module):
+        if has_adapters(module) and is_adoptable(module.experts):
+            if state.ep_size > 1:
+                raise ValueError(
+                    f"LoRA on '{module.name}' ({type(module.experts).__name__}) is not available with ep_size > 1: "
+                    "adapt the attention alone (leave `target_parameters` out), or use ep_size=1."
+                )
+        elif has_adapters(module):
             check_adapters(module)
-    return found if state.ep_size > 1 else [module for module in found if has_adapters(module)]
+    if state.ep_size > 1:
+        return found
+    return [module for module in found if has_adapters(module) and not is_adoptable(module.experts)]
 
 
 def attach_experts(
@@ -59,6 +68,8 @@ def attach_experts(
     found, names = check_model(model, state), {module: name for name, module in model.named_modules()}
     plan: dict[str, str] = {}
     for module in found:
+        if is_adoptable(module.experts):
+            adopt(model.get_submodule(module.name.rpartition(".")[0]), module.experts)
         stacked = stack_adapters(module) if state.world_size > 1 else []
         plan.update({f"{names[module.outer]}.{name}": "grouped_gemm" for name in stacked})
         plan.update({f"{module.name}.{name}": "grouped_gemm" for name in module.parameters})

@@ -74,7 +74,7 @@ class ExpertCounter:
         Raises:
             ValueError: the model has no experts that transformers stacks, or layers with different numbers of them.
         """
-        self.modules: list[ExpertsModule] = find_experts(model)
+        self.modules: list[ExpertsModule] = [m for m in find_experts(model) if hf.is_experts_module(m.experts)]
         self.ep_size = ep_size
         sizes = sorted({module.num_experts * ep_size for module in self.modules})
         if len(sizes) != 1:

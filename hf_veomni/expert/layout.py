@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from hf_veomni import hf
+from hf_veomni.expert.families import is_adoptable
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ExpertsModule:
 def find_experts(model: nn.Module) -> list[ExpertsModule]:
     """The experts modules of a transformers model whose parameters are stacked along the expert.
 
-    They are told by what transformers' `use_experts_implementation` leaves on them, not by family.
+    They are told by what transformers' `use_experts_implementation` leaves on them, but for the few of `families`.
     """
     parents: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
@@ -53,7 +54,7 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
             parents.setdefault(child, module)
     found = []
     for name, module in model.named_modules():
-        if hf.is_experts_module(module):
+        if hf.is_experts_module(module) or is_adoptable(module):
             outer = module
             while isinstance(parent := parents.get(outer), hf.ParamWrapper):
                 outer = parent

@@ -48,6 +48,18 @@ def test_experts_beside_linear_attention_equal_one_rank(check, plan):
     check(Setting("qwen3_next", packed=False), Run(plan))
 
 
+@pytest.mark.parametrize("plan", ["sp=2,ep=2", "dp_shard=2,sp=2,ep=2", "dp_shard=4,ep=4"])
+def test_text_rows_of_a_vision_language_model_equal_one_rank(check, plan):
+    check(Setting("qwen3_vl_moe", packed=False), Run(plan))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("plan", ["sp=2,ep=2", "dp_shard=2,sp=2,ep=4", "dp_replicate=2,sp=2,ep=2"])
+def test_llama4_equals_one_rank(check, plan, top_k):
+    overrides = {"num_local_experts": 4, "num_experts_per_tok": top_k}
+    check(Setting("llama4", overrides=overrides), Run(plan, checkpointing=top_k == 2))
+
+
 @pytest.mark.parametrize(
     ("family", "plan", "setting", "run"),
     [
