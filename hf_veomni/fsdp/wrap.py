@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -86,6 +87,22 @@ def _shard_experts(experts: Sequence[nn.Module], state: ParallelState, arguments
             fully_shard(module, **arguments)
 
 
+def _prefetch_experts(model: nn.Module, experts: Sequence[nn.Module]) -> None:
+    """Gather a layer's parameters while the one before it computes, by name.
+
+    FSDP2 does so by running ahead of the device, which the split sizes that each exchange of tokens reads back stop.
+    """
+    inner: dict[nn.Module, FSDPModule] = {}  # the innermost unit around each experts module
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            inner.update({child: unit for child in unit.modules() if child in set(experts) - {unit}})
+    units: list[list[Any]] = [[inner[module], module] for module in experts]
+    for one, other in pairwise(units):
+        if one[0] is not other[0]:
+            one[0].set_modules_to_forward_prefetch(other)
+            other[0].set_modules_to_backward_prefetch(one)
+
+
 def shard_parameters(
     model: PreTrainedModel,
     state: ParallelState,
@@ -118,6 +135,7 @@ def shard_parameters(
     for modules, keep in plan_units(model, rules):
         fully_shard(modules if len(modules) > 1 else modules[0], reshard_after_forward=not keep, **arguments)
     fully_shard(model, **arguments)
+    _prefetch_experts(model, experts)
     model.register_forward_hook(_reshard_after_inference)
     hf.mark_fsdp_managed(model)
     return model
