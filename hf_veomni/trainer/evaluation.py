@@ -9,12 +9,14 @@ from typing import Any
 
 from accelerate.utils.operations import find_batch_size, recursively_apply
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from hf_veomni.loss import lean_evaluation
 from hf_veomni.mesh import ParallelState, get_parallel_state
 from hf_veomni.prepare import gather_sequence
 from hf_veomni.trainer.loaders import Filler
+from hf_veomni.trainer.trl import is_trl
 from hf_veomni.trainer.windows import InStep
 
 _Trainer: Any = object
@@ -104,10 +106,11 @@ class EvaluationMixin(_Trainer):
     ) -> Any:
         # `compute_loss_func` gets full logits and full labels. Every rank of the SP group computes the whole loss from
         # them; the gather's backward sums the equal gradients, and FSDP's mean over the group takes the sum back.
+        compute_loss = super().compute_loss
+        if self.parallel_state.world_size > 1 and is_trl(self):
+            inputs, compute_loss = {**inputs, "use_cache": False}, partial(Trainer.compute_loss, self)
         with self._whole(model, self.compute_loss_func is not None):
-            return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
+            return compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -20,6 +20,7 @@ from hf_veomni.trainer.budget import check_budget
 from hf_veomni.trainer.checkpointing import CheckpointingMixin
 from hf_veomni.trainer.evaluation import EvaluationMixin
 from hf_veomni.trainer.expert_load import ExpertLoadCallback
+from hf_veomni.trainer.trl import check_trl
 
 _LAYERDROP = ("layerdrop", "decoder_layerdrop", "encoder_layerdrop")
 
@@ -88,6 +89,7 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
                 f"`args` ({type(args).__name__}) must be OmniTrainingArguments, or a class that inherits from it and "
                 "from the arguments of your trainer."
             )
+        check_trl(self, args)
         check_budget(args, rest[1] if len(rest) > 1 else kwargs.get("train_dataset"))
         self._omni_peft_config = peft_config
         if isinstance(model, str):
@@ -100,6 +102,7 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
             super().__init__(model, args, *rest, **kwargs)
         finally:
             args.save_only_model = resumable
+        check_trl(self, args)  # once more: it has read the model's config
         self._check_optimizer()
         self._take_over_label_smoothing()
         self._expert_load: ExpertLoadCallback | None = None

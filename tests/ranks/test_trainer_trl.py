@@ -1,0 +1,96 @@
+"""`class MySFT(OmniTrainerMixin, SFTTrainer)` on ranks trains as TRL's SFTTrainer does in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from tests.ranks.training import VOCABULARY, Run, lora_model, relative, tiny_model
+
+pytest.importorskip("trl", reason="needs the extra `trl`")
+
+
+def _options(folder: str, lora: bool, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments, and the rest of a trainer."""
+    rows = Run(plain=True).dataset(12, 0)
+    data = Dataset.from_list([{"input_ids": rows[index]["input_ids"]} for index in range(12)])
+    words = models.WordLevel({f"t{token}": token for token in range(VOCABULARY)}, unk_token="t0")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words), pad_token="t0", bos_token="t1", eos_token="t2"
+    )
+    arguments = Run().all_arguments(output_dir=folder, max_steps=4, per_device_train_batch_size=2)
+    arguments |= {"max_length": 32, "bf16": False, "activation_checkpointing": False, **more}
+    options = {"train_dataset": data, "eval_dataset": data.select(range(5)), "processing_class": tokenizer}
+    options["model"] = lora_model() if lora else tiny_model()
+    return arguments, options
+
+
+def _trained(trainer: Any) -> tuple[list[float], list[float], float]:
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    loss = trainer.evaluate()["eval_loss"]
+    return [entry["loss"] for entry in steps], [entry["grad_norm"] for entry in steps], loss
+
+
+def _omni_trainer(plan: str, folder: str, lora: bool, **more: Any) -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    from hf_veomni import OmniTrainerMixin, OmniTrainingArguments
+
+    config = dataclass(type("Config", (OmniTrainingArguments, SFTConfig), {}))
+    trainer = type("MySFT", (OmniTrainerMixin, SFTTrainer), {})
+    arguments, options = _options(folder, lora, **more)
+    return trainer(args=config(**arguments, plan=plan), **options)
+
+
+def _omni(plan: str, folder: str, lora: bool, **more: Any) -> tuple[list[float], list[float], float]:
+    return _trained(_omni_trainer(plan, folder, lora, **more))
+
+
+@pytest.mark.parametrize("more", [{}, {"packing": True}], ids=repr)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_sft_under_sp_equals_one_process(ranks, tmp_path, more, lora):
+    from trl import SFTConfig, SFTTrainer
+
+    arguments, options = _options(str(tmp_path / "stock"), lora, **more)
+    expected = _trained(SFTTrainer(args=SFTConfig(**arguments), **options))
+    for found in ranks(2).run(_omni, "sp=2", str(tmp_path / "omni"), lora, **more, timeout=90):
+        assert relative(found[0], expected[0]) < 1e-5
+        assert relative(found[1], expected[1]) < 1e-5
+        assert found[2] == pytest.approx(expected[2], rel=1e-5)
+
+
+def test_another_loss_of_sft_is_refused(ranks, tmp_path):
+    ranks(2).raises(
+        _omni_trainer,
+        "sp=2",
+        str(tmp_path),
+        False,
+        loss_type="dft",
+        match="`loss_type` .'dft'. .* use 'nll'",
+        timeout=60,
+    )
+
+
+def _preferences(plan: str, folder: str) -> None:
+    from trl import DPOConfig, DPOTrainer
+
+    from hf_veomni import OmniTrainerMixin, OmniTrainingArguments
+
+    config = dataclass(type("Config", (OmniTrainingArguments, DPOConfig), {}))
+    trainer = type("MyDPO", (OmniTrainerMixin, DPOTrainer), {})
+    _, options = _options(folder, False)
+    rows = Dataset.from_list([{"prompt": "t3 t4", "chosen": "t5", "rejected": "t6"}] * 4)
+    arguments = Run().all_arguments(output_dir=folder, bf16=False, activation_checkpointing=False, plan=plan)
+    trainer(
+        model=tiny_model(), args=config(**arguments), train_dataset=rows, processing_class=options["processing_class"]
+    )
+
+
+def test_other_trainers_of_trl_are_refused(ranks, tmp_path):
+    ranks(2).raises(_preferences, "sp=2", str(tmp_path), match="DPOTrainer of TRL does not go with", timeout=60)
