@@ -77,6 +77,7 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         "sdpa",
     ),
     "qwen3_moe": ("qwen3_moe", {"head_dim": 16, "num_experts": 4, **_EXPERTS}, "sdpa"),
+    "qwen2_moe": ("qwen2_moe", {"num_experts": 4, "shared_expert_intermediate_size": 32, **_EXPERTS}, "sdpa"),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}, "sdpa"),
     "glm4_moe": (
         "glm4_moe",
