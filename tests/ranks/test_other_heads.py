@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -9,8 +11,9 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 def _model() -> LlamaForSequenceClassification:
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
-    return LlamaForSequenceClassification(LlamaConfig(vocab_size=50, pad_token_id=0, num_labels=3, **sizes)).train()
+    sizes: dict[str, Any] = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=50, pad_token_id=0, **sizes, num_labels=3)
+    return LlamaForSequenceClassification(config).train()
 
 
 def _loss(plan: str) -> float:
