@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 def _model() -> LlamaForSequenceClassification:
     torch.manual_seed(0)
     sizes: dict[str, Any] = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
-    config = LlamaConfig(vocab_size=50, pad_token_id=0, **sizes, num_labels=3)
+    config = LlamaConfig(vocab_size=50, pad_token_id=0, **sizes)
+    config.num_labels = 3
     return LlamaForSequenceClassification(config).train()
 
 
