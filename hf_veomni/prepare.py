@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from hf_veomni import hf
+from hf_veomni.checkpoint import PendingWeights, adopt_weights, materialize_weights, plan_weights
 from hf_veomni.expert import attach_experts, attach_router_loss, check_model
 from hf_veomni.fsdp import RaiseTogether, check_same_value, shard_parameters, synchronize_parameters
 from hf_veomni.loss import attach_lean_loss
@@ -24,18 +26,27 @@ Model = TypeVar("Model", bound=nn.Module)
 _STATE, _UNDO, _SEQUENCE = "_omni_parallel_state", "_omni_undo", "_omni_attachment"
 
 
-def _check_parameters(model: nn.Module) -> None:
+def _check_parameters(model: nn.Module, checkpoint: str | os.PathLike[str] | None) -> PendingWeights | None:
+    """What to fill a model on meta with; None for one that has its weights."""
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"Parameter '{name}' is on the meta device: load the weights before `prepare_omni`, for example with "
-                "from_pretrained. Loading shard by shard is not available in this release."
-            )
         if isinstance(parameter, DTensor):
             raise ValueError(
                 f"Parameter '{name}' is already a DTensor: `prepare_omni` shards the model itself. Load it without "
                 "distributed_config, tp_plan or a second `prepare_omni`."
             )
+    meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if meta is None and checkpoint is not None:
+        raise ValueError(
+            f"`checkpoint` ('{checkpoint}') is for models on the meta device, and this {type(model).__name__} has its "
+            "weights already: leave it out, or build the model under `torch.device('meta')`."
+        )
+    if meta is not None and checkpoint is None:
+        raise ValueError(
+            f"Parameter '{meta}' is on the meta device: name the weights with "
+            "`prepare_omni(model, plan, checkpoint=...)`, of which each rank reads its part, or load them before with "
+            "from_pretrained."
+        )
+    return None if checkpoint is None else plan_weights(model, checkpoint)
 
 
 def _check_fresh(base: nn.Module) -> None:
@@ -52,6 +63,7 @@ def build_parallelize_model(
     state: ParallelState,
     *,
     mp_policy: MixedPrecisionPolicy | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Model:
     """The lower step: make the ranks' parameters equal and shard them with FSDP2, without touching the sequence.
 
@@ -59,23 +71,37 @@ def build_parallelize_model(
         model: a transformers model or a `PeftModel`, the same architecture on all ranks.
         plan: must be the plan of `state`, or None.
         mp_policy: FSDP2's mixed precision policy.
+        checkpoint: as in `prepare_omni`.
 
     Returns:
         The same model on this rank's device, its parameters DTensors (unchanged in a world of one rank).
 
     Raises:
-        ValueError: `plan` differs from the state's; parameters on meta or already sharded; rules that match nothing.
+        ValueError: `plan` differs from the state's; parameters already sharded; rules that match nothing; a checkpoint
+            that is not the model's.
     """
     if plan is not None and ParallelPlan.parse(plan).resolve(state.world_size) != state.plan:
         raise ValueError(f"`plan` ({plan}) differs from the plan of `state` ({state.plan}): pass one of them.")
+    with RaiseTogether():
+        pending = _check_parameters(model, checkpoint)
+    return _parallelize(model, state, mp_policy, pending)
+
+
+def _parallelize(
+    model: Model, state: ParallelState, mp_policy: MixedPrecisionPolicy | None, pending: PendingWeights | None
+) -> Model:
     base = hf.base_model(model)
     with RaiseTogether():
-        _check_parameters(model)
-        model.to(state.device)
+        if pending is None:
+            model.to(state.device)
     synchronize_parameters(model)
+    if pending is not None:
+        adopt_weights(model, pending)
     undo: list[Callable[[], Any]] = []
     experts = attach_experts(base, state, undo)
     shard_parameters(base, state, mp_policy, experts)
+    if pending is not None:
+        materialize_weights(model, pending, state.device)
     setattr(base, _STATE, state)
     setattr(base, _UNDO, undo)
     return model
@@ -88,6 +114,7 @@ def prepare_omni(
     attention: str = "auto",
     lean_loss: bool = True,
     mp_policy: MixedPrecisionPolicy | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Make a stock model train under a plan: sharded parameters, sequence parallelism, packed rows, a lean loss.
 
@@ -101,6 +128,8 @@ def prepare_omni(
         attention: "auto" selects the varlen attention in place of sdpa; "keep" leaves the model's choice.
         lean_loss: compute the training loss without the full logits.
         mp_policy: FSDP2's mixed precision policy.
+        checkpoint: for a model built on the meta device: folder or Hub id of its safetensors files, as from_pretrained
+            takes them. Each rank reads its part; adapters of a `PeftModel` are initialised alike on all ranks.
 
     Returns:
         The same model object.
@@ -109,14 +138,14 @@ def prepare_omni(
     refuses, all ranks raise.
 
     Raises:
-        ValueError: a plan that does not fit the world or the model, or ranks with different plans or models. The
-            model is as it was then.
+        ValueError: a plan that does not fit the world or the model, ranks with different plans or models, or a
+            checkpoint that is not the model's. The model is as it was then.
     """
     with RaiseTogether():
         base = hf.base_model(model)
         plan = ParallelPlan.parse(plan)
         _check_fresh(base)
-        _check_parameters(model)
+        pending = _check_parameters(model, checkpoint)
     check_same_value("plan", plan)
     state = init_parallel_state(plan)
     undo: list[Callable[[], Any]] = []
@@ -125,7 +154,7 @@ def prepare_omni(
             check_model(base, state)
             state.plan.match_modules(name for name, _ in base.named_modules() if name)
             _attach(base, state, attention, lean_loss, undo)
-        build_parallelize_model(model, None, state, mp_policy=mp_policy)
+        _parallelize(model, state, mp_policy, pending)
     except BaseException:
         for step in reversed(undo):
             step()

@@ -2,6 +2,7 @@
 
 from hf_veomni.checkpoint.agree import agree, together
 from hf_veomni.checkpoint.files import staged
+from hf_veomni.checkpoint.load import PendingWeights, adopt_weights, materialize_weights, plan_weights
 from hf_veomni.checkpoint.plain import gather_full_state, gather_plain_state, load_plain, save_plain
 from hf_veomni.checkpoint.state import (
     load_optimizer,
@@ -13,6 +14,8 @@ from hf_veomni.checkpoint.state import (
 )
 
 __all__ = [
+    "PendingWeights",
+    "adopt_weights",
     "agree",
     "gather_full_state",
     "gather_plain_state",
@@ -20,6 +23,8 @@ __all__ = [
     "load_plain",
     "load_stock_optimizer",
     "load_weights",
+    "materialize_weights",
+    "plan_weights",
     "save_optimizer",
     "save_plain",
     "save_weights",

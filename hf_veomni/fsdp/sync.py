@@ -149,7 +149,7 @@ def synchronize_parameters(model: nn.Module) -> list[str]:
         return []
     check_same_model(model)
     named = dict(chain(model.named_parameters(), model.named_buffers()))
-    named = {name: tensor for name, tensor in named.items() if tensor.numel()}
+    named = {name: tensor for name, tensor in named.items() if tensor.numel() and not tensor.is_meta}
     if not named:
         return []
     prints = torch.stack([_fingerprint(tensor) for tensor in named.values()])
