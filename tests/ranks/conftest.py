@@ -11,6 +11,7 @@ import torch
 
 from hf_veomni import ParallelPlan
 from tests.ranks.parity import Run, Setting, compare, compute_reference
+from tests.ranks.stored import write_checkpoint
 
 # bf16 has 8 bits: an order of sums of its own changes a gradient by a few of its last ones.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 0.05}
@@ -51,3 +52,16 @@ def check(ranks, reference) -> Callable[..., None]:
             assert errors["losses"] == group["losses"], "the loss differs within an SP group"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str, str]]:
+    """`checkpoint(name, stacked=False)`: the results of `write_checkpoint`, made once."""
+    known: dict[tuple[str, bool], tuple[str, str]] = {}
+
+    def find(name: str, stacked: bool = False) -> tuple[str, str]:
+        if (name, stacked) not in known:
+            known[name, stacked] = write_checkpoint(tmp_path_factory.mktemp(name), name, stacked)
+        return known[name, stacked]
+
+    return find
