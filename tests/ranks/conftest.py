@@ -56,12 +56,13 @@ def check(ranks, reference) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str, str]]:
-    """`checkpoint(name, stacked=False)`: the results of `write_checkpoint`, made once."""
-    known: dict[tuple[str, bool], tuple[str, str]] = {}
+    """`checkpoint(name, stacked=False, **overrides)`: the results of `write_checkpoint`, made once."""
+    known: dict[str, tuple[str, str]] = {}
 
-    def find(name: str, stacked: bool = False) -> tuple[str, str]:
-        if (name, stacked) not in known:
-            known[name, stacked] = write_checkpoint(tmp_path_factory.mktemp(name), name, stacked)
-        return known[name, stacked]
+    def find(name: str, stacked: bool = False, **overrides: int) -> tuple[str, str]:
+        key = f"{name} {stacked} {overrides}"
+        if key not in known:
+            known[key] = write_checkpoint(tmp_path_factory.mktemp(name), name, stacked, **overrides)
+        return known[key]
 
     return find

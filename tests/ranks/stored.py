@@ -15,6 +15,8 @@ from tests.ranks.parity import document_lengths, whole
 
 
 def world_size(plan: str) -> int:
+    if plan == "sp=1":
+        return 1
     return 4 if plan.count("=2") - plan.count("ep=2") > 1 or "=4" in plan else 2
 
 
@@ -62,13 +64,14 @@ def save_as_in_memory(model: nn.Module, folder: Path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_checkpoint(folder: Path, name: str, stacked: bool = False) -> tuple[str, str]:
+def write_checkpoint(folder: Path, name: str, stacked: bool = False, **overrides: Any) -> tuple[str, str]:
     """A model of the zoo in `folder` as stock transformers saves it, in several files; and where `save_stock` wrote.
 
     Args:
         stacked: with the tensors as they are in memory, where a family has its experts one by one in files.
+        overrides: of the configuration.
     """
-    model = build_model(name)
+    model = build_model(name, **overrides)
     for key, buffer in model.named_buffers():
         if "correction_bias" in key:
             buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(3)) * 0.01)

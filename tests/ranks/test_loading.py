@@ -20,7 +20,7 @@ DENSE_PLANS = ["sp=2", "dp_shard=2", "dp_replicate=2,sp=2"]
 EXPERT_PLANS = ["sp=2", "dp_shard=2", "sp=2,ep=2", "dp_shard=2,sp=2,ep=2", "dp_replicate=2,sp=2,ep=2"]
 MODELS = {
     "llama": DENSE_PLANS,
-    "llama_tied": DENSE_PLANS,
+    "llama_tied": ["sp=1", *DENSE_PLANS],
     "qwen3_moe": [*EXPERT_PLANS, "dp_shard=4", "dp_shard=2,sp=2,ep=4"],
     "mixtral": EXPERT_PLANS,
     "gpt_oss": EXPERT_PLANS,
@@ -59,6 +59,14 @@ def test_loaded_by_parts_equals_the_stock_model(ranks, checkpoint, name, plan):
 @pytest.mark.parametrize("plan", ["dp_shard=2", "sp=2,ep=2", "dp_shard=2,sp=2,ep=4"])
 def test_stacked_files_loaded_by_parts_equal_the_stock_model(ranks, checkpoint, plan):
     _check(ranks, *checkpoint("qwen3_moe", stacked=True), plan)
+
+
+# One expert a rank of the EP group, so that its rows are sharded: of [gate, up] one rank has gate and one has up. And
+# ranks that own no expert at all.
+@pytest.mark.parametrize("plan", ["dp_shard=2,sp=2,ep=2", "dp_shard=4"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_parts_of_experts_equal_the_stock_model(ranks, checkpoint, stacked, plan):
+    _check(ranks, *checkpoint("qwen3_moe", stacked, num_experts=2), plan)
 
 
 def test_dtypes_are_those_of_from_pretrained(ranks, checkpoint):
@@ -248,16 +256,22 @@ def _round_trip(directory: str, plan: str, target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "plan"), [("qwen3_moe", "dp_shard=2,sp=2,ep=2"), ("llama_tied", "sp=2"), ("deepseek_v3", "sp=2,ep=2")]
+    ("name", "stacked", "plan"),
+    [
+        ("qwen3_moe", False, "dp_shard=2,sp=2,ep=2"),
+        ("qwen3_moe", True, "sp=2,ep=2"),
+        ("llama_tied", False, "sp=2"),
+        ("deepseek_v3", False, "sp=2,ep=2"),
+    ],
 )
-def test_saved_again_opens_in_transformers(ranks, checkpoint, tmp_path, name, plan):
-    folder, stock = checkpoint(name)
+def test_saved_again_opens_in_transformers(ranks, checkpoint, tmp_path, name, stacked, plan):
+    folder, stock = checkpoint(name, stacked)
     target = tmp_path / "saved"
     ranks(world_size(plan)).run(_round_trip, folder, plan, str(target), timeout=120)
     model, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert find_differences(model, torch.load(stock)["state"]) == []
-    assert find_keys(target) == find_keys(Path(folder))  # the layout of the original files
+    assert find_keys(target) == find_keys(Path(folder))  # the layout of the files that were read
 
 
 # ---------------------------------------------------------------------------- training
