@@ -15,7 +15,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -253,3 +253,32 @@ def _fill(target: Tensor, value: Tensor) -> None:
         target = target.to_local()
     if target.numel():
         target.copy_(value.read(box) if isinstance(value, LazyTensor) else value[box])
+
+
+@torch.no_grad()
+def read_converted(model: nn.Module, kind: type[PreTrainedModel], directory: Checkpoint) -> None:
+    """Read this rank's parts of a whole checkpoint into a transformers model that has its memory, sharded or not.
+
+    Not a collective.
+
+    Args:
+        kind: the model's stock class.
+
+    Raises:
+        ValueError: a checkpoint that is not there, is of another model, or lacks something.
+    """
+    targets = dict(_tensors(model))
+    with torch.device("meta"):
+        plain = kind(kind.config_class.from_pretrained(directory))  # type: ignore[union-attr]
+    if other := sorted(plain.state_dict().keys() ^ model.state_dict().keys()):
+        raise ValueError(
+            f"The config in '{directory}' builds a model that differs from this {type(model).__name__} in "
+            f"{_names(other)}: it is of another model."
+        )
+    for name, tensor in plain.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(targets[name].dtype)
+    with ExitStack() as files:
+        report = hf.load_tensors(plain, _open(directory, files))
+        _check_report(replace(report, unexpected=[]), model, directory)
+        for name, value in plain.state_dict(keep_vars=True).items():
+            _fill(targets[name], value)

@@ -13,7 +13,6 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
@@ -23,6 +22,7 @@ from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 from hf_veomni import hf
 from hf_veomni.checkpoint.agree import together
 from hf_veomni.checkpoint.files import staged
+from hf_veomni.checkpoint.load import read_converted
 from hf_veomni.expert import AdapterLayout, find_layouts
 
 
@@ -202,10 +202,10 @@ def _pairs(files: Mapping[str, tuple[Path, str]]) -> Iterator[tuple[str, Any, st
 def load_plain(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Load a plain checkpoint into a model whose parameters may be sharded; the inverse of `save_plain`.
 
-    Each rank reads the part of each tensor that it owns. Where the family stores its weights in another arrangement
-    than it computes with (stacked experts), rank 0 converts with transformers' own loader and hands the parts out.
+    Each rank reads the part of each tensor that it owns, also where the family stores its weights in another
+    arrangement than it computes with (stacked experts).
 
-    Collectives: one small all-gather; in the second case a broadcast per tensor.
+    Collectives: one small all-gather.
 
     Raises:
         ValueError: no checkpoint there, or one of another model; on every rank.
@@ -225,8 +225,8 @@ def load_plain(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             layouts = find_layouts(model)
             for name, handle, key, path in _pairs(files):
                 _copy_slice(state[name], handle, key, path, layouts.get(name))
-    if converted:
-        _load_converted(model, directory)
+        else:
+            read_converted(model, _stock_class(model), directory)
 
 
 def _untied(model: nn.Module, missing: set[str]) -> set[str]:
@@ -234,19 +234,3 @@ def _untied(model: nn.Module, missing: set[str]) -> set[str]:
     parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     present = {ident for name, ident in parameters.items() if name not in missing}
     return {name for name in missing if parameters.get(name) not in present}
-
-
-def _load_converted(model: nn.Module, directory: Path) -> None:
-    base = hf.base_model(model)
-    full: dict[str, Any] = {}
-    with together(f"Converting the checkpoint '{directory}'"):
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            loader: Any = _stock_class(base)
-            plain, info = loader.from_pretrained(directory, dtype=base.dtype, output_loading_info=True)
-            if info["missing_keys"]:
-                missing = ", ".join(sorted(info["missing_keys"])[:3])
-                raise ValueError(
-                    f"'{directory}' lacks tensors of {loader.__name__}: {missing}: it is of another model."
-                )
-            full = plain.state_dict()
-    set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))

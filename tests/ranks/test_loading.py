@@ -274,6 +274,31 @@ def test_saved_again_opens_in_transformers(ranks, checkpoint, tmp_path, name, st
     assert find_keys(target) == find_keys(Path(folder))  # the layout of the files that were read
 
 
+def _load_again(directory: str, other: str, plan: str) -> tuple[list[str], int]:
+    from hf_veomni import prepare_omni
+    from hf_veomni.checkpoint import lazy, load_plain
+
+    model = build_on_meta(directory)
+    prepare_omni(model, plan, checkpoint=other)
+    stock, _CountedFile.read = lazy.safe_open, 0
+    lazy.safe_open = _CountedFile  # type: ignore[assignment, misc]
+    try:
+        load_plain(model, directory)
+    finally:
+        lazy.safe_open = stock  # type: ignore[misc]
+    return find_differences(model, torch.load(Path(directory) / "stock-float32.pt")["state"]), _CountedFile.read
+
+
+@pytest.mark.parametrize("plan", ["sp=2", "sp=2,ep=2"])
+def test_load_plain_reads_parts_of_files_with_single_experts(ranks, checkpoint, tmp_path, plan):
+    folder = checkpoint("qwen3_moe")[0]
+    build_model("qwen3_moe", seed=1).save_pretrained(tmp_path)
+    total = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    for wrong, read in ranks(2).run(_load_again, folder, str(tmp_path), plan, timeout=60):
+        assert wrong == []
+        assert 0 < read <= 0.52 * total
+
+
 # ---------------------------------------------------------------------------- training
 
 
