@@ -13,7 +13,15 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
-from tests.ranks.training import PackedRows, collate, full, lora_model, relative, tiny_model
+from tests.ranks.training import (
+    PackedRows,
+    adapt_experts,
+    collate,
+    lora_model,
+    relative,
+    tiny_mixtral,
+    tiny_model,
+)
 
 PLANS = [(2, "sp=2", 1), (2, "dp_shard=2", 2), (4, "sp=2,dp_shard=2", 2), (4, "dp_replicate=2,sp=2", 2)]
 plans = pytest.mark.parametrize(("world", "plan", "data_ranks"), PLANS, ids=[plan for _, plan, _ in PLANS])
@@ -55,13 +63,22 @@ def _epoch(accelerator: Accelerator, objects: tuple[Any, ...]) -> dict[str, list
     return seen
 
 
+def _model(kind: str) -> torch.nn.Module:
+    if kind.startswith("experts"):
+        return adapt_experts(tiny_mixtral()) if kind.endswith("lora") else tiny_mixtral()
+    return lora_model() if kind == "lora" else tiny_model()
+
+
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: full(tensor).clone() for name, tensor in model.state_dict().items()}
+    """In full, adapters of experts in PEFT's layout."""
+    from hf_veomni.checkpoint import gather_full_state
+
+    return {name: tensor.clone() for name, tensor in gather_full_state(model, keep=True).items()}
 
 
-def _reference(lora: bool, data_ranks: int) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
+def _reference(kind: str, data_ranks: int) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
     """One process, what the data ranks read at once read in turn."""
-    model = lora_model() if lora else tiny_model()
+    model = _model(kind)
     model, optimizer, loader, scheduler = _objects(model, 1)
     seen: dict[str, list[float]] = {"losses": [], "norms": [], "rates": []}
     size = ACCUMULATION * data_ranks
@@ -79,7 +96,7 @@ def _reference(lora: bool, data_ranks: int) -> tuple[dict[str, list[float]], dic
     return seen, _weights(model)
 
 
-def _prepared(plan: str, lora: bool, data_ranks: int, shuffle: bool = True) -> tuple[Accelerator, tuple[Any, ...]]:
+def _prepared(plan: str, kind: str, data_ranks: int, shuffle: bool = True) -> tuple[Accelerator, tuple[Any, ...]]:
     from hf_veomni import prepare_omni
     from hf_veomni.trainer import OmniParallelismConfig
 
@@ -87,23 +104,28 @@ def _prepared(plan: str, lora: bool, data_ranks: int, shuffle: bool = True) -> t
     accelerator = Accelerator(
         cpu=True, parallelism_config=OmniParallelismConfig(plan), gradient_accumulation_steps=ACCUMULATION
     )
-    model = prepare_omni(lora_model() if lora else tiny_model(), plan)
+    model = prepare_omni(_model(kind), plan)
     objects = accelerator.prepare(*_objects(model, data_ranks, shuffle))
     assert objects[0] is model
     return accelerator, objects
 
 
-def _loop(plan: str, lora: bool, data_ranks: int) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
-    accelerator, objects = _prepared(plan, lora, data_ranks)
+def _loop(plan: str, kind: str, data_ranks: int) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
+    accelerator, objects = _prepared(plan, kind, data_ranks)
     return _epoch(accelerator, objects), _weights(objects[0])
 
 
-@plans
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_loop_equals_one_process(ranks, world, plan, data_ranks, lora):
-    expected, weights = _reference(lora, data_ranks)
+EXPERTS = [(4, "sp=2,dp_shard=2,ep=2", 2, "experts"), (4, "dp_replicate=2,sp=2,ep=2", 2, "experts_lora")]
+
+
+@pytest.mark.parametrize(
+    ("world", "plan", "data_ranks", "kind"),
+    [(*case, kind) for case in PLANS for kind in ("full", "lora")] + EXPERTS,
+)
+def test_loop_equals_one_process(ranks, world, plan, data_ranks, kind):
+    expected, weights = _reference(kind, data_ranks)
     assert min(expected["norms"]) > 0.5
-    for found, left in ranks(world).run(_loop, plan, lora, data_ranks, timeout=120):
+    for found, left in ranks(world).run(_loop, plan, kind, data_ranks, timeout=120):
         assert relative(found["losses"], expected["losses"]) < 1e-5
         assert relative(found["norms"], expected["norms"]) < 1e-5
         assert found["rates"] == pytest.approx(expected["rates"])
@@ -139,15 +161,15 @@ def test_gather_counts_each_row_once(ranks, world, plan, data_ranks):
         assert found["uneven"] == [[n, n] for n in numbers for _ in range(n + 1)]
 
 
-def _save_and_load(plan: str, other: str, lora: bool, data_ranks: int, directory: Path) -> tuple[Any, ...]:
+def _save_and_load(plan: str, other: str, kind: str, data_ranks: int, directory: Path) -> tuple[Any, ...]:
     """Train, save, train on; then load into fresh objects, under `other`, and train on again."""
-    accelerator, objects = _prepared(plan, lora, data_ranks, shuffle=False)
+    accelerator, objects = _prepared(plan, kind, data_ranks, shuffle=False)
     _epoch(accelerator, objects)
     saved = _weights(objects[0])
     accelerator.save_state(str(directory))
     went_on = _epoch(accelerator, objects)
     reset_accelerate()
-    again, fresh = _prepared(other, lora, data_ranks, shuffle=False)
+    again, fresh = _prepared(other, kind, data_ranks, shuffle=False)
     with torch.no_grad():
         for parameter in fresh[0].parameters():
             if parameter.requires_grad:
@@ -164,18 +186,20 @@ def reset_accelerate() -> None:
     GradientState._reset_state()
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize(
-    ("world", "plan", "other", "data_ranks"),
+    ("world", "plan", "other", "data_ranks", "kind"),
     [
-        (2, "sp=2", "sp=2", 1),
-        (4, "sp=2,dp_shard=2", "sp=2,dp_shard=2", 2),
-        (4, "sp=2,dp_shard=2", "dp_replicate=2,sp=2", 2),
+        (2, "sp=2", "sp=2", 1, "full"),
+        (4, "sp=2,dp_shard=2", "sp=2,dp_shard=2", 2, "full"),
+        (4, "sp=2,dp_shard=2", "sp=2,dp_shard=2", 2, "lora"),
+        (4, "sp=2,dp_shard=2", "dp_replicate=2,sp=2", 2, "full"),
+        (4, "sp=2,dp_shard=2", "dp_replicate=2,sp=2", 2, "lora"),
+        (4, "sp=2,dp_shard=2,ep=4", "sp=2,dp_shard=2,ep=4", 2, "experts"),
+        (4, "sp=2,dp_shard=2,ep=2", "dp_replicate=2,sp=2,ep=2", 2, "experts_lora"),
     ],
-    ids=["sp2", "sp2_dp2", "other_plan"],
 )
-def test_state_comes_back(ranks, tmp_path, world, plan, other, data_ranks, lora):
-    results = ranks(world).run(_save_and_load, plan, other, lora, data_ranks, tmp_path / "state", timeout=120)
+def test_state_comes_back(ranks, tmp_path, world, plan, other, data_ranks, kind):
+    results = ranks(world).run(_save_and_load, plan, other, kind, data_ranks, tmp_path / "state", timeout=120)
     tolerance = 0.0 if plan == other else 1e-5
     for saved, loaded, went_on, resumed in results:
         assert all(torch.equal(saved[name], weight) for name, weight in loaded.items())
@@ -184,7 +208,7 @@ def test_state_comes_back(ranks, tmp_path, world, plan, other, data_ranks, lora)
 
 
 def _plain_files(plan: str, directory: Path) -> dict[str, torch.Tensor]:
-    accelerator, objects = _prepared(plan, False, 1)
+    accelerator, objects = _prepared(plan, "full", 1)
     model = objects[0]
     accelerator.save_model(model, str(directory / "save_model"))
     accelerator.unwrap_model(model).save_pretrained(
@@ -226,7 +250,7 @@ def _other_world(plan: str) -> None:
 
 
 def _missing_state(plan: str, directory: Path) -> None:
-    accelerator, _ = _prepared(plan, False, 1)
+    accelerator, _ = _prepared(plan, "full", 1)
     accelerator.save_state(str(directory))
     if accelerator.is_main_process:
         (directory / "omni_optimizer_0/.metadata").unlink()
@@ -245,8 +269,8 @@ def test_one_process_needs_no_plan():
     """The same lines with a plan of ones."""
     reset_accelerate()
     try:
-        expected, weights = _reference(False, 1)
-        accelerator, objects = _prepared("", False, 1)
+        expected, weights = _reference("full", 1)
+        accelerator, objects = _prepared("", "full", 1)
         found = _epoch(accelerator, objects)
         assert relative(found["losses"], expected["losses"]) < 1e-6
         assert relative(found["norms"], expected["norms"]) < 1e-6

@@ -9,11 +9,11 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from tests.ranks.training import VOCABULARY, Outcome, Run, assert_same_training, outcome
+from tests.ranks.training import Outcome, Run, adapt_experts, assert_same_training, outcome, tiny_mixtral
 
 PLANS = [
     (2, "sp=2,ep=2", 1),
@@ -25,44 +25,12 @@ PLANS = [
 plans = pytest.mark.parametrize(("world", "plan", "data_ranks"), PLANS, ids=[plan for _, plan, _ in PLANS])
 
 
-def _mixtral(**config: Any) -> nn.Module:
-    torch.manual_seed(1)
-    sizes: dict[str, Any] = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_local_experts=4)
-    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
-    model = AutoModelForCausalLM.from_config(
-        MixtralConfig(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2, **(sizes | config))
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.1)
-    return model
-
-
-def _with_adapters(model: nn.Module) -> nn.Module:
-    """rsLoRA on attention and experts, neither factor zero."""
-    config = LoraConfig(
-        r=4,
-        lora_alpha=8,
-        use_rslora=True,
-        target_modules=["q_proj", "v_proj"],
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
-    )
-    wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0, 0.1)
-    return wrapped
-
-
 @dataclass(frozen=True)
 class ExpertRun(Run):
     """A run of a small Mixtral."""
 
     def model(self) -> nn.Module:
-        return _with_adapters(_mixtral(**self.config)) if self.lora else _mixtral(**self.config)
+        return adapt_experts(tiny_mixtral(**self.config)) if self.lora else tiny_mixtral(**self.config)
 
 
 def _trainer(plan: str, run: ExpertRun, directory: Path) -> Any:
@@ -148,13 +116,13 @@ def test_saved_adapter_opens_and_merges_in_plain_peft(ranks, tmp_path, world, pl
     """Same tensors, same logits and same merged weights as PEFT's own dense path has with them."""
     run = ExpertRun(lora=True, eval_rows=4, arguments={"max_steps": 2, "per_device_eval_batch_size": 1})
     weights, loss = ranks(world).run(_save, plan, run, tmp_path, timeout=120)[0]
-    opened = PeftModel.from_pretrained(_mixtral(), tmp_path / "saved")
+    opened = PeftModel.from_pretrained(tiny_mixtral(), tmp_path / "saved")
     found = opened.state_dict()
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in weights)
     if "dp_shard" not in plan:
         assert _evaluate(opened, run, tmp_path) == pytest.approx(loss, rel=1e-5)
-    reference = _with_adapters(_mixtral())
+    reference = adapt_experts(tiny_mixtral())
     reference.load_state_dict(weights)
     merged, expected = (cast(Any, model).merge_and_unload() for model in (opened, reference))
     for (name, one), (_, other) in zip(merged.named_parameters(), expected.named_parameters(), strict=True):
@@ -190,12 +158,12 @@ def test_resume_under_the_same_plan_and_another(ranks, tmp_path, plan, other, to
 def _generate(plan: str) -> list[int]:
     from hf_veomni import prepare_omni
 
-    model: Any = prepare_omni(_mixtral(), plan).eval()
+    model: Any = prepare_omni(tiny_mixtral(), plan).eval()
     ids = torch.arange(5, 16)[None]
     return model.generate(ids, max_new_tokens=5, do_sample=False)[0].tolist()
 
 
 def test_generation_equals_one_process(ranks):
-    model: Any = _mixtral().eval()
+    model: Any = tiny_mixtral().eval()
     expected = model.generate(torch.arange(5, 16)[None], max_new_tokens=5, do_sample=False)[0].tolist()
     assert ranks(4).run(_generate, "sp=2,dp_shard=2,ep=4", timeout=60) == [expected] * 4

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Trainer, TrainerCallback, TrainingArguments
 
 VOCABULARY = 61
 
@@ -41,6 +41,38 @@ def lora_model(**config: Any) -> nn.Module:
             if "lora_" in name:
                 parameter.normal_(0, 0.1)
     return model
+
+
+def tiny_mixtral(**config: Any) -> nn.Module:
+    torch.manual_seed(1)
+    sizes: dict[str, Any] = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_local_experts=4)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+    model = AutoModelForCausalLM.from_config(
+        MixtralConfig(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2, **(sizes | config))
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def adapt_experts(model: nn.Module) -> nn.Module:
+    """rsLoRA on attention and experts, neither factor zero."""
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        use_rslora=True,
+        target_modules=["q_proj", "v_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    )
+    wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+    return wrapped
 
 
 class PackedRows(Dataset):
