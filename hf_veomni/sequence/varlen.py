@@ -10,6 +10,7 @@ Local to this rank, without collectives: under Ulysses, H and K are this rank's 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hf_veomni.sequence.blocks import Block, Formula, attend, attend_recomputed, plan_blocks, take_slices
 from hf_veomni.sequence.documents import current_documents
 from hf_veomni.sequence.mask import MaskSpec, omni_mask
+
+# torch 2.11, which CUDA images still carry, wants equal numbers of heads.
+_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 VARLEN_NAME = "omni_varlen"
 
@@ -260,6 +264,12 @@ def _kernel(
         cu_seqlens: int32, on the device.
         window: tokens to the left and to the right that are seen, -1 for all; (-1, 0) is causal.
     """
+    grouped: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if _TAKES_GROUPS:
+            grouped = {"enable_gqa": True}
+        else:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     out = varlen_attn(
         query,
         key,
@@ -270,7 +280,7 @@ def _kernel(
         max_length,
         scale=scaling,
         window_size=window,
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(out, Tensor)
     return out
