@@ -81,6 +81,14 @@ def test_kernel_path_equals_dense_mask(name: str, window: Any, shape: tuple[int,
     assert_equal(out, dense_attention(*inputs, dense_mask(FUNCTIONS[name], LENGTHS)), inputs)
 
 
+def test_kernel_without_groups_gets_equal_heads(kernel_calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "_TAKES_GROUPS", False)
+    inputs = random_inputs(LENGTHS, 4, 2, 8, 8)
+    out, _ = varlen_attention(SimpleNamespace(), *inputs, make_spec(FUNCTIONS["causal"], LENGTHS))
+    assert kernel_calls == [(-1, 0)]
+    assert_equal(out, dense_attention(*inputs, dense_mask(FUNCTIONS["causal"], LENGTHS)), inputs)
+
+
 def test_kernel_path_drops_padding_and_windows_that_nothing_feels(kernel_calls: list) -> None:
     lengths = ((16, 74), (90,))
     padding = torch.ones(2, 90, dtype=torch.bool)
