@@ -21,6 +21,7 @@ SCRIPTS = {
     "expert_parallel": True,
     "activation_memory": False,
     "packing": False,
+    "balance": False,
 }
 
 
