@@ -192,3 +192,8 @@ def test_unknown_name_lists_the_scripts(monkeypatch: pytest.MonkeyPatch, capsys:
     with pytest.raises(SystemExit):
         entry.main()
     assert "activation_memory" in capsys.readouterr().err
+
+
+def test_balance_is_near_its_bound(bench: Any) -> None:
+    rows = bench("balance", "--items", "24", "--batches", "2")
+    assert rows and all(isinstance(row, dict) for row in rows)
