@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_veomni import hf
+from hf_veomni.expert.dispatch import count_pairs
 from hf_veomni.expert.forward import is_training_forward, start_rows, stop_rows
 from hf_veomni.expert.layout import ExpertsModule, find_experts
 
@@ -111,8 +112,7 @@ class ExpertCounter:
         if self._tokens is None:
             shape = (len(self.modules), self.num_experts)
             self._tokens = torch.zeros(shape, dtype=torch.long, device=top_k_index.device)
-        chosen = top_k_index.reshape(-1)
-        self._tokens[layer].scatter_add_(0, chosen, torch.ones_like(chosen))
+        self._tokens[layer] += count_pairs(top_k_index.reshape(-1), self.num_experts)
 
     def note_entropy(self, logits: Tensor) -> None:
         scores = logits.detach().float().log_softmax(-1)

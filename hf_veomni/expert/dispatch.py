@@ -44,6 +44,11 @@ class Route:
     arrival: Tensor | None = None
 
 
+def count_pairs(experts: Tensor, num_experts: int) -> Tensor:
+    """[E] how often each expert was chosen; unlike `torch.bincount` without reading the device."""
+    return experts.new_zeros(num_experts).scatter_add_(0, experts, torch.ones_like(experts))
+
+
 def _invert(order: Tensor) -> Tensor:
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
@@ -62,7 +67,7 @@ def make_route(top_k_index: Tensor, num_experts: int, group: dist.ProcessGroup |
     """
     experts = top_k_index.reshape(-1)
     order = torch.argsort(experts, stable=True)
-    counts = torch.bincount(experts, minlength=num_experts)
+    counts = count_pairs(experts, num_experts)
     if group is None:
         return Route(order, _invert(order), counts, counts.tolist())
     ranks = dist.get_world_size(group)

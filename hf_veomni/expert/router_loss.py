@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_veomni.expert.dispatch import count_pairs
 from hf_veomni.mesh import ParallelState
 
 _NAME = "load_balancing_loss_func"
@@ -163,7 +164,7 @@ def _sums(
         selected = weights.topk(top_k, -1).indices
         if valid is not None:
             weights, selected = weights[valid], selected[valid]
-        chosen += torch.bincount(selected.flatten(), minlength=num_experts)
+        chosen += count_pairs(selected.flatten(), num_experts)
         probabilities = probabilities + weights.float().sum(0)
         count += len(weights)
     return chosen, probabilities, count
