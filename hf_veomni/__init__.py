@@ -3,19 +3,33 @@
 from hf_veomni.data import BalancedBatchSampler, OmniDataCollatorWithPacking, pack_dataset
 from hf_veomni.fsdp import clip_grad_norm_
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
+from hf_veomni.omni import (
+    DecoderMixin,
+    EncoderMixin,
+    FoundationMixin,
+    OmniConfig,
+    OmniModel,
+    build_omni_model,
+)
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.prepare import build_parallelize_model, detach_omni, gather_sequence, prepare_omni
 from hf_veomni.trainer import OmniParallelismConfig, OmniTrainer, OmniTrainerMixin, OmniTrainingArguments
 
 __all__ = [
     "BalancedBatchSampler",
+    "DecoderMixin",
+    "EncoderMixin",
+    "FoundationMixin",
+    "OmniConfig",
     "OmniDataCollatorWithPacking",
+    "OmniModel",
     "OmniParallelismConfig",
     "OmniTrainer",
     "OmniTrainerMixin",
     "OmniTrainingArguments",
     "ParallelPlan",
     "ParallelState",
+    "build_omni_model",
     "build_parallelize_model",
     "clip_grad_norm_",
     "detach_omni",

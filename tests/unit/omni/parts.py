@@ -1,0 +1,116 @@
+"""Small omni models with fixed weights, and rows for them.
+
+Shapes: a picture is 4 tokens of the vision encoder and 16 codes of the image decoder, a sound 5 tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_veomni import OmniModel, build_omni_model
+
+VISION_TOKEN, AUDIO_TOKEN, IMAGE_TOKEN = 90, 91, 92
+NUM_CODES, VOCABULARY = 24, 97
+
+TEXT = {
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+WHISPER = {
+    "model_type": "whisper",
+    "d_model": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_layers": 1,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 24,
+    "vocab_size": 20,
+    "decoder_start_token_id": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_mel_bins": 8,
+    "max_source_positions": 5,
+    "pad_token_id": 0,
+}
+VQ = {
+    "model_type": "janus_vqgan",
+    "base_channels": 32,
+    "channel_multiplier": [1, 1],
+    "num_res_blocks": 1,
+    "latent_channels": 8,
+    "embed_dim": 4,
+    "num_embeddings": NUM_CODES,
+    "num_patches": 4,
+}
+
+
+def settings(**changes: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model with all parts; `changes` are options of the parts by modality."""
+    return {
+        "foundation": {"config": TEXT, **changes.get("foundation", {})},
+        "encoders": {
+            "vision": {"config": SIGLIP, "token_id": VISION_TOKEN, **changes.get("vision", {})},
+            "audio": {"config": WHISPER, "token_id": AUDIO_TOKEN, **changes.get("audio", {})},
+        },
+        "decoders": {"image": {"config": VQ, "token_id": IMAGE_TOKEN, **changes.get("image", {})}},
+    }
+
+
+def build(**changes: dict[str, Any]) -> OmniModel:
+    torch.manual_seed(0)
+    model = build_omni_model(settings(**changes))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # larger than an initialisation, so that no gradient is tiny
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.train()
+
+
+def text_row(*, rows: int = 2, length: int = 11) -> dict[str, Tensor]:
+    ids = torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(2))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def mixed_row() -> dict[str, Tensor]:
+    """One row: text, a picture to see, text, a sound, text, a picture to draw, text; text and codes are learnt."""
+    generator = torch.Generator().manual_seed(3)
+
+    def text(n: int) -> Tensor:
+        return torch.randint(3, 90, (n,), generator=generator)
+
+    def marks(token: int, n: int) -> Tensor:
+        return torch.full((n,), token)
+
+    parts = [text(3), marks(VISION_TOKEN, 4), text(2), marks(AUDIO_TOKEN, 5), text(4), marks(IMAGE_TOKEN, 16), text(3)]
+    ids = torch.cat(parts)[None]
+    labels = ids.masked_fill((ids == VISION_TOKEN) | (ids == AUDIO_TOKEN), -100)
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "pixel_values": torch.randn(1, 3, 8, 8, generator=generator),
+        "input_features": torch.randn(1, 8, 10, generator=generator),
+        "image_codes": torch.randint(0, NUM_CODES, (1, 16), generator=generator),
+    }
