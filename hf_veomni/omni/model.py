@@ -226,12 +226,11 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         loss, text = None, self.config.get_text_config(decoder=True)
         if labels is not None and image_codes is None:
             loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=text.vocab_size, **kwargs)
-        elif labels is not None and input_ids is not None and image_codes is not None:
+        elif labels is not None and input_ids is not None and image_codes is not None and image_logits is not None:
             words, codes = self._split_labels(labels, input_ids, image_codes)
             kwargs["num_items_in_batch"] = _num_targets(labels, kwargs)
             loss = self.loss_function(logits=out.logits, labels=words, vocab_size=text.vocab_size, **kwargs)
-            num_codes = self.decoders["image"].embed.num_embeddings
-            drawn = self.loss_function(logits=image_logits, labels=codes, vocab_size=num_codes, **kwargs)
+            drawn = self.loss_function(logits=image_logits, labels=codes, vocab_size=image_logits.shape[-1], **kwargs)
             loss = loss + self.config.decoders["image"]["loss_weight"] * drawn
         aux_loss = getattr(out, "aux_loss", None)
         if loss is not None and aux_loss is not None:

@@ -53,7 +53,15 @@ class FoundationMixin:
 
 
 class DecoderMixin:
-    """A decoder of one modality: the foundation's hidden states in, items of the modality out."""
+    """A decoder of one modality: the foundation's hidden states in, items of the modality out.
+
+    Attributes:
+        num_codes: codes of an item.
+        embed: codes [...] -> embeddings [..., H]; a module.
+    """
+
+    num_codes: int
+    embed: Any
 
     def lm_encode(self, features: Tensor) -> Tensor:
         """Items [N, ...] -> their codes [N, n]: the targets of training."""
@@ -70,6 +78,10 @@ class DecoderMixin:
     def lm_generate(self, hidden: Tensor) -> Tensor:
         """Hidden states [N, n, H] that predict the codes of N items -> the items."""
         raise NotImplementedError(f"{type(self).__name__} must implement `lm_generate(hidden)`.")
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [N, n] -> items."""
+        raise NotImplementedError(f"{type(self).__name__} must implement `decode(codes)`.")
 
     def lm_dummy(self) -> Tensor:
         """A scalar zero that depends on all trainable parameters of the decoder."""
