@@ -158,7 +158,10 @@ def test_generation_with_a_cache_equals_that_without() -> None:
     cached = model.generate(**inputs, **options)
     assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
     assert cached.shape[1] == inputs["input_ids"].shape[1] + 6
-    model.get_output_embeddings().weight.data[VISION_TOKEN] *= 100  # would win every other time
+    head = model.get_output_embeddings().weight.data
+    head[VISION_TOKEN] = 2 * head[cached[0, -6]]  # now the likeliest
+    with pytest.raises(ValueError, match="hold 1 placeholders"):
+        model.generate(**inputs, **options, suppress_tokens=[AUDIO_TOKEN])
     assert VISION_TOKEN not in model.generate(**inputs, **options)[0, -6:]
 
 
@@ -170,9 +173,12 @@ def test_beams_need_one_item_in_each_prompt() -> None:
     both = model.generate(input_ids=ids, pixel_values=pictures, **options)
     alone = [model.generate(input_ids=ids[i : i + 1], pixel_values=pictures[i : i + 1], **options) for i in range(2)]
     assert torch.equal(both, torch.cat(alone))
-    ids[0, 6:10] = VISION_TOKEN
-    with pytest.raises(ValueError, match="`pixel_values` has 3 items for 2 prompts: beams"):
-        model.generate(input_ids=ids, pixel_values=torch.randn(3, 3, 8, 8), **options)
+    ids[:, 6:10] = VISION_TOKEN
+    with pytest.raises(ValueError, match="`pixel_values` has 4 items for 2 prompts: beams"):
+        model.generate(input_ids=ids, pixel_values=torch.randn(4, 3, 8, 8), **options)
+    ids[1, 2:10] = 5
+    with pytest.raises(ValueError, match="one item in each prompt"):
+        model.generate(input_ids=ids, pixel_values=pictures, **options)
 
 
 def test_shifted_labels_are_refused_beside_codes() -> None:
@@ -197,6 +203,7 @@ def test_drawn_codes_are_those_that_a_full_row_predicts() -> None:
 def test_prepared_in_one_process_it_trains_the_same() -> None:
     for batch in (mixed_row(), text_row()):
         model, prepared = build(), prepare_omni(build(), "")
+        assert type(prepared.loss_function).__name__ == "CausalLMLoss"  # the lean one
         wanted, found = _gradients(model, batch), _gradients(prepared, batch)
         torch.testing.assert_close(prepared(**batch).loss, model(**batch).loss)
         for name, gradient in wanted.items():
