@@ -211,6 +211,11 @@ def test_prepared_in_one_process_it_trains_the_same() -> None:
         detach_omni(prepared)
 
 
+def test_the_sharding_plan_is_the_foundations() -> None:
+    model = build()
+    assert model.fsdp_plan == {f"foundation.{name}": style for name, style in model.foundation.fsdp_plan.items()}
+
+
 def test_lora_on_the_foundation() -> None:
     model = get_peft_model(build(), LoraConfig(r=2, target_modules=r"foundation\..*\.(q|v)_proj"))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
