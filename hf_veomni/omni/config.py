@@ -95,7 +95,7 @@ class OmniConfig(PreTrainedConfig):
     """
 
     model_type = "veomni"
-    base_model_fsdp_plan = None  # the foundation has its own
+    base_model_fsdp_plan = {}  # the foundation has its own
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama", optional=True),
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model", optional=True),
