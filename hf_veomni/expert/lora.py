@@ -90,7 +90,8 @@ def _factors(wrapper: Any, name: str) -> list[tuple[nn.Linear, AdapterLayout]]:
 
 def _local_stack(linear: nn.Linear, layout: AdapterLayout, dtype: torch.dtype) -> Tensor:
     weight = linear.weight.to_local() if isinstance(linear.weight, DTensor) else linear.weight
-    return (weight if _LAYOUT in vars(linear) else layout.to_stack(weight)).to(dtype)
+    # Contiguous: the grouped kernel takes no matrix without a dimension of stride 1, as PEFT's lora_B would be.
+    return (weight if _LAYOUT in vars(linear) else layout.to_stack(weight).contiguous()).to(dtype)
 
 
 def _active_adapters(module: ExpertsModule) -> dict[str, Sequence[LowRank]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -83,6 +84,9 @@ def _shard_experts(experts: Sequence[nn.Module], state: ParallelState, arguments
     assert mesh is not None or not experts
     if mesh is not None:
         arguments = {**arguments, "mesh": mesh, "shard_placement_fn": _expert_placement(state.plan.efsdp_size)}
+        if "mp_policy" in arguments:
+            # Their layer has cast its inputs; casting once more would take router weights that are fp32 to bf16.
+            arguments["mp_policy"] = replace(arguments["mp_policy"], cast_forward_inputs=False)
         for module in experts:
             fully_shard(module, **arguments)
 

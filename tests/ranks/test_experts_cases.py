@@ -104,6 +104,21 @@ def test_odd_groups_equal_one_rank(ranks, plan, experts):
     _check(ranks, 3, plan, "all", num_experts=experts)
 
 
+def test_adapters_fit_the_grouped_kernel(monkeypatch):
+    """It takes no matrix without a dimension of stride 1, as PEFT's lora_B is. Here on one rank in bf16."""
+    from hf_veomni import prepare_omni
+    from hf_veomni.expert import compute
+
+    monkeypatch.setattr(compute, "_grouped_mm_fits", lambda x, weight: True)
+    model: Any = get_peft_model(
+        build_model("qwen3_moe", dtype=torch.bfloat16),  # type: ignore[arg-type]
+        LoraConfig(r=8, target_modules=[], target_parameters=["experts.gate_up_proj"], init_lora_weights=False),
+    )
+    prepare_omni(model, "")(**BATCH).loss.backward()
+    gradients = _gradients(model)
+    assert len(gradients) == 4 and all(bool(gradient.any()) for gradient in gradients.values())
+
+
 def _without_adapters(plan: str) -> tuple[float, float, float]:
     from hf_veomni import prepare_omni
 
@@ -134,6 +149,20 @@ def _bf16(plan: str) -> tuple[float, set[torch.dtype], float]:
     loss.backward()
     gate = whole(model.model.layers[1].mlp.experts.gate_up_proj.grad)
     return float(loss), {p.grad.dtype for p in model.parameters()}, float(gate.norm())
+
+
+def _bf16_loss(family: str, plan: str) -> float:
+    from hf_veomni import prepare_omni
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return float(prepare_omni(build_model(family), plan, mp_policy=policy)(**BATCH).loss)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "minimax_m2"])
+def test_router_weights_in_fp32_stay_so_under_bf16(ranks, family):
+    """As where the experts are part of their layer's unit, whose inputs they are not."""
+    expected = ranks(2).run(_bf16_loss, family, "dp_shard=2", timeout=60)
+    assert ranks(2).run(_bf16_loss, family, "dp_shard=2,ep=2", timeout=60) == pytest.approx(expected, rel=1e-6)
 
 
 def test_mixed_precision_policy_reaches_the_experts(ranks):
