@@ -68,7 +68,8 @@ def check_experts(model: nn.Module, ep_size: int) -> list[ExpertsModule]:
     """The experts modules, if they can be spread over `ep_size` ranks.
 
     Raises:
-        ValueError: a dense model, experts that are not stacked, or a number that `ep_size` does not divide.
+        ValueError: a dense model, experts that are not stacked, or a number that `ep_size` does not divide,
+            or layers that share a parameter.
     """
     name = type(model).__name__
     found = find_experts(model)
@@ -92,7 +93,21 @@ def check_experts(model: nn.Module, ep_size: int) -> list[ExpertsModule]:
                 f"'{module.name}' ({type(module.experts).__name__}) has parameters that are not stacked along its "
                 f"{module.num_experts} experts: use ep_size=1."
             )
+    _check_unshared(found, ep_size)
     return found
+
+
+def _check_unshared(found: list[ExpertsModule], ep_size: int) -> None:
+    owners: dict[int, str] = {}
+    for module in found:
+        for key in module.parameters:
+            name = f"{module.name}.{key}"
+            owner = owners.setdefault(id(getattr(module.experts, key)), name)
+            if owner != name:
+                raise ValueError(
+                    f"'{name}' is the same parameter as '{owner}', and `ep_size` ({ep_size}) spreads each layer's "
+                    "experts by themselves: use ep_size=1."
+                )
 
 
 def iterate_wrappers(module: ExpertsModule) -> Iterator[Any]:

@@ -108,6 +108,9 @@ def _prepare_experts(model: str, options: dict[str, Any]) -> None:
 
     stock: Any = build_model(model, **({"num_experts": options["experts"]} if "experts" in options else {}))
     stock.config._experts_implementation = options.get("kernels", "grouped_mm")
+    if "shared" in options:
+        first, second = (layer.mlp.experts for layer in stock.model.layers)
+        second.down_proj = first.down_proj
     prepare_omni(add_adapter(stock) if options.get("adapters") else stock, "dp_shard=2,ep=2")
 
 
@@ -116,6 +119,7 @@ def _prepare_experts(model: str, options: dict[str, Any]) -> None:
     [
         ("llama", {}, r"`ep_size` \(2\) needs experts, and LlamaForCausalLM has none to spread: it is a dense model"),
         ("qwen3_moe", {"experts": 3}, r"`ep_size` \(2\) must divide the number of experts \(3\).*: use 1, 3"),
+        ("qwen3_moe", {"shared": True}, r"layers.1.mlp.experts.down_proj' is the same parameter as 'model.layers.0"),
         ("qwen3_moe", {"kernels": "deepgemm_megamoe"}, "exchanges tokens inside its kernel"),
         ("qwen3_moe", {"adapters": True, "kernels": "batched_mm"}, "knows no adapters on 'model"),
     ],
