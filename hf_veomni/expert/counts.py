@@ -87,7 +87,7 @@ class ExpertCounter:
         self.num_experts = sizes[0]
         self._model = model
         self._tokens: Tensor | None = None
-        self._entropy: list[Tensor] = []
+        self._entropy: tuple[Tensor, int] | None = None  # sum over routers and micro-batches, and how many they are
         for module in self.modules:
             start_rows(module.experts)
         self._handles = [
@@ -117,25 +117,28 @@ class ExpertCounter:
     def note_entropy(self, logits: Tensor) -> None:
         scores = logits.detach().float().log_softmax(-1)
         mean = -(scores.exp() * scores).sum(-1).mean() / log(logits.shape[-1])
-        self._entropy.append(mean)
+        total, number = self._entropy or (torch.zeros_like(mean), 0)
+        self._entropy = total + mean, number + 1
 
     def take(self) -> ExpertLoad:
         """The load of all ranks since the last call.
 
         Collective: one all-reduce of L * E + 3 numbers over all ranks.
         """
-        device = self._tokens.device if self._tokens is not None else torch.device("cpu")
+        # The model's, also where nothing was counted: NCCL reduces nothing that is on the CPU.
+        device = next(self._model.parameters()).device
         shape = (len(self.modules), self.num_experts)
-        tokens = self._tokens if self._tokens is not None else torch.zeros(shape, dtype=torch.long)
-        entropy = torch.stack(self._entropy).mean().double() if self._entropy else torch.zeros(()).double()
+        tokens = torch.zeros(shape, dtype=torch.long, device=device) if self._tokens is None else self._tokens
+        total, number = self._entropy or (torch.zeros((), device=device), 1)
+        entropy = total.double() / number
         spread = self.ep_size > 1
         computed = sum(start_rows(module.experts) for module in self.modules)
-        extra = torch.tensor([float(bool(self._entropy)), float(computed)]).double()
-        both = torch.cat([tokens.flatten().double(), entropy[None].to(device), extra.to(device)])
+        extra = torch.tensor([float(self._entropy is not None), float(computed)]).double()
+        both = torch.cat([tokens.flatten().double(), entropy[None], extra.to(device)])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(both)
         both = both.cpu()
-        self._tokens, self._entropy = None, []
+        self._tokens = self._entropy = None
         counts = both[:-3].round().long().view(shape)
         return ExpertLoad(
             tokens=counts,
@@ -186,11 +189,16 @@ def update_biases(biases: Sequence[tuple[nn.Module, int]], tokens: Tensor, speed
     Args:
         tokens: [L, E] of all ranks, the same on each.
 
+    A bias buffer in bf16 or fp16 becomes fp32: steps would be rounded away.
+
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; auxiliary-loss-free balancing (arXiv 2408.15664).
     """
     for module, layer in biases:
         bias: Tensor = getattr(module, BIAS)
         load = tokens[layer].double()
+        if bias.dtype in (torch.bfloat16, torch.float16) and BIAS in module._buffers:
+            bias = bias.float()
+            setattr(module, BIAS, bias)
         step = (speed * torch.sign(load.mean() - load)).to(bias.device, bias.dtype).view(bias.shape)
         if isinstance(bias, DTensor):
             step = distribute_tensor(step, bias.device_mesh, bias.placements)

@@ -82,6 +82,24 @@ def test_bias_follows_the_counts_of_all_ranks(ranks, tmp_path, plan):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("model", ["deepseek_v3", "minimax_m2"])
+def test_bias_of_a_bf16_model_moves_by_small_steps(model):
+    """At 1 the next bf16 numbers are 0.004 and 0.008 away."""
+    from hf_veomni.expert import find_biases, update_biases
+    from hf_veomni.expert.layout import find_experts
+
+    stock: Any = build_model(model, dtype=torch.bfloat16)
+    modules = find_experts(stock)
+    biases = find_biases(stock, modules)
+    for module, _ in biases:
+        module.get_buffer("e_score_correction_bias").fill_(1)
+    for _ in range(8):
+        update_biases(biases, torch.tensor([[0, 2, 1, 1]]).expand(len(modules), 4), 0.001)
+    found = [bias for name, bias in stock.named_buffers() if name.endswith("correction_bias")]
+    assert found and all(bias.tolist() == pytest.approx([1.008, 0.992, 1, 1], abs=1e-6) for bias in found)
+    assert stock(torch.arange(3, 9)[None]).logits.dtype == torch.bfloat16
+
+
 def test_a_speed_without_a_bias_is_refused(tmp_path):
     run = BiasRun(arguments={"router_bias_update_speed": 0.1})
     with pytest.raises(ValueError, match=r"`router_bias_update_speed` \(0.1\) has no effect on Qwen3MoeForCausalLM"):
