@@ -133,10 +133,10 @@ def dispatch(x: Tensor, route: Route, top_k: int, group: dist.ProcessGroup | Non
 
     Collective: one all-to-all over `group`; its backward is the reverse.
     """
-    rows = _Spread.apply(x, route, top_k)
     if route.send is None or route.receive is None or route.arrival is None or group is None:
-        return rows
-    rows = all_to_all(_ScaleGradient.apply(rows, float(dist.get_world_size(group))), group, route.send, route.receive)
+        return _Spread.apply(x, route, top_k)
+    rows = _Spread.apply(_ScaleGradient.apply(x, float(dist.get_world_size(group))), route, top_k)
+    rows = all_to_all(rows, group, route.send, route.receive)
     return _Reorder.apply(rows, route.arrival, _invert(route.arrival))
 
 
