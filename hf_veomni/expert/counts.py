@@ -170,7 +170,7 @@ def find_biases(model: nn.Module, modules: Sequence[ExpertsModule]) -> list[tupl
     """Modules with a router bias that balances the load (DeepSeek-V3), and the place in `modules` of their layer."""
     found = []
     for name, module in model.named_modules():
-        if isinstance(getattr(module, BIAS, None), Tensor):
+        if BIAS in module._buffers or BIAS in module._parameters:  # its own: wrappers of PEFT show that of another
             owners = [n for n, experts in enumerate(modules) if f"{name}.".startswith(_block(experts.name))]
             if owners:
                 found.append((module, owners[-1]))

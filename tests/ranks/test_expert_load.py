@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from tests.models import VOCABULARY, build_model
@@ -98,6 +99,19 @@ def test_bias_of_a_bf16_model_moves_by_small_steps(model):
     found = [bias for name, bias in stock.named_buffers() if name.endswith("correction_bias")]
     assert found and all(bias.tolist() == pytest.approx([1.008, 0.992, 1, 1], abs=1e-6) for bias in found)
     assert stock(torch.arange(3, 9)[None]).logits.dtype == torch.bfloat16
+
+
+def test_bias_in_modules_to_save_moves_once():
+    """PEFT's wrapper shows the bias of the module inside as its own."""
+    from hf_veomni.expert import find_biases, update_biases
+    from hf_veomni.expert.layout import find_experts
+
+    config = LoraConfig(r=4, target_modules=["o_proj"], modules_to_save=["gate"])
+    stock: Any = get_peft_model(build_model("deepseek_v3"), config)  # type: ignore[arg-type]
+    modules = find_experts(stock)
+    update_biases(find_biases(stock, modules), torch.tensor([[0, 2, 1, 1]]), 0.5)
+    found = [bias.tolist() for name, bias in stock.named_buffers() if name.endswith("correction_bias")]
+    assert found == [[0.5, -0.5, 0, 0]] * 2
 
 
 def test_a_speed_without_a_bias_is_refused(tmp_path):
