@@ -269,6 +269,20 @@ def apply_expert_plan(
     apply_expert_parallelism(model, ep_mesh, ep_mesh, plan, ep_implementation=name)
 
 
+def wrap_checkpointing(module: nn.Module, wrapper: Callable[[Any], Any]) -> None:
+    """Put `wrapper`, a class, around the function that checkpoints the layer, where it has one and not yet."""
+    function = vars(module).get("_gradient_checkpointing_func")
+    if function is not None and not isinstance(function, wrapper):  # type: ignore[arg-type]
+        setattr(module, "_gradient_checkpointing_func", wrapper(function))  # noqa: B010 (nn.Module's setter)
+
+
+def restore_checkpointing(module: nn.Module, wrapper: Callable[[Any], Any]) -> None:
+    """Undo `wrap_checkpointing`."""
+    function = vars(module).get("_gradient_checkpointing_func")
+    if isinstance(function, wrapper):  # type: ignore[arg-type]
+        setattr(module, "_gradient_checkpointing_func", vars(function)["inner"])  # noqa: B010
+
+
 def find_weight_files(checkpoint: str | PathLike[str]) -> list[str]:
     """The safetensors files of a folder or a Hub id, downloaded if need be.
 

@@ -23,6 +23,7 @@ SHORT_NAMES |= {"sp": "sp_size", "ep": "ep_size", "pp": "pp_size"}
 # What a rule in `modules` may say. A key or value that nothing reads would be an option without effect.
 MODULE_RULES: dict[str, tuple[str, ...]] = {
     "fsdp": ("free", "keep"),
+    "sp": ("gather",),
 }
 
 
@@ -54,6 +55,8 @@ class ParallelPlan:
         modules: rules by module-name pattern (`fnmatch`), for example `{"lm_head": {"fsdp": "keep"}}`. Rules:
             `fsdp`: "free" gives the module an FSDP unit of its own that frees its weight after forward; "keep" one
             that keeps it gathered until its backward.
+            `sp`: "gather" runs a module that mixes tokens (a state space, a convolution) on whole documents and
+            slices its output: right for any causal one, at up to sp times the compute.
 
     Raises:
         ValueError: a size that is no positive integer, sizes that do not fit each other, or an unknown rule.

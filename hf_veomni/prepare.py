@@ -175,7 +175,8 @@ def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool, un
         setattr(base, _SEQUENCE, attachment)
         undo.extend([attachment.detach, partial(delattr, base, _SEQUENCE)])
     except ValueError as error:
-        if state.sp_size > 1 or attention not in ("auto", "keep"):
+        named = any("sp" in rules for rules in state.plan.modules.values())  # which would be without effect
+        if state.sp_size > 1 or named or attention not in ("auto", "keep"):
             raise
         reasons["packed"] = str(error)
     try:

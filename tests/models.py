@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from tests.hybrids import HYBRIDS
+
 VOCABULARY = 97
 
 _COMMON = {
@@ -160,7 +162,7 @@ def build_model(
         attention: attention implementation; None takes the zoo's.
         overrides: of the configuration.
     """
-    model_type, differences, default = ZOO[name]
+    model_type, differences, default = {**ZOO, **HYBRIDS}[name]
     config = AutoConfig.for_model(model_type, **{**_COMMON, **differences, **overrides})
     config._attn_implementation = attention or default
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM

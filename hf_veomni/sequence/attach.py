@@ -27,6 +27,7 @@ from hf_veomni import hf
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.documents import Documents, current_documents
 from hf_veomni.sequence.generation import attach_generate, detach_generate, is_generating
+from hf_veomni.sequence.linear import LinearAttachment, check_mixer_heads
 from hf_veomni.sequence.mask import MaskSpec
 from hf_veomni.sequence.seam import Seam, check_heads, find_seam
 from hf_veomni.sequence.selection import adopt, release, select
@@ -92,8 +93,10 @@ class SequenceAttachment:
         """Check the model and install. See `attach_sequence`."""
         self.model, self.state = hf.base_model(model), state
         self.name = type(self.model).__name__  # FSDP2 renames the class
-        self.seam: Seam = find_seam(self.model)
+        rules = state.plan.match_modules(name for name, _ in self.model.named_modules() if name)
+        self.seam: Seam = find_seam(self.model, [name for name, rule in rules.items() if "sp" in rule])
         check_heads(self.model, state.sp_size)
+        check_mixer_heads(self.seam.mixers, state.sp_size)
         self.config = hf.text_config(self.model)
         self.last_length: int | None = None
         self._handles: list[Any] = []
@@ -134,11 +137,16 @@ class SequenceAttachment:
             self._handles += [
                 m.register_forward_pre_hook(self._shard_hidden, with_kwargs=True) for m in self.seam.layers
             ]
+        self._linear = None
+        if self.seam.mixers:
+            self._linear = LinearAttachment(decoder, self.seam.mixers, self.state)
 
     def detach(self) -> None:
         """Remove hooks and marks, select the previous attention, and free the registry after the last model."""
         for handle in self._handles:
             handle.remove()
+        if self._linear is not None:
+            self._linear.detach()
         detach_generate(self.model)
         for module in self.seam.attentions:
             if _MARK in module.__dict__:

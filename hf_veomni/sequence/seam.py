@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
+from hf_veomni.sequence.linear import Mixer, find_mixers
 from hf_veomni.sequence.ulysses import head_layout
 
 # Modules that carry a state along the sequence, or pick tokens, outside of the attention interface.
@@ -17,6 +19,8 @@ _MIXERS = re.compile(
     r"|R(?i:glru)|Retention|(?i:xlstm)"
 )
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+# What layers of hybrid stacks are called besides; their mixers are looked at one by one.
+_HYBRID_TYPES = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding", "recurrent", "moe", "mlp"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Seam:
         layers: its layers, which see this rank's tokens only.
         attentions: the attention modules inside the layers.
         rotary: the modules at the top of the stack that make rope tables.
+        mixers: modules inside the layers that carry a state along the sequence, and how they can be run.
         max_counted: tokens up to which layers that count positions themselves change nothing; None if none does.
     """
 
@@ -35,6 +40,7 @@ class Seam:
     layers: nn.ModuleList
     attentions: tuple[nn.Module, ...]
     rotary: tuple[nn.Module, ...]
+    mixers: tuple[Mixer, ...] = ()
     max_counted: int | None = None
 
 
@@ -60,11 +66,22 @@ def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
 _COUNTERS = {"arange", "cumsum", "get_llama_4_attn_scale"}
 
 
-def _check_layer(model: nn.Module, name: str, layer: nn.Module, attentions: list[nn.Module]) -> None:
+def _check_layer(
+    model: nn.Module, name: str, layer: nn.Module, attentions: list[nn.Module], mixers: list[Mixer]
+) -> None:
+    known = {module for mixer in mixers for module in mixer.module.modules()}
     for path, module in layer.named_modules():
         kind = type(module).__name__
-        if isinstance(module, nn.Conv1d) or _MIXERS.search(kind):
-            raise _refuse(model, f"`{name}.{path}` ({kind}) mixes tokens outside of the attention interface")
+        if module in known:
+            continue
+        named = _MIXERS.search(kind) and not (module in attentions or (module is layer and mixers))
+        if isinstance(module, nn.Conv1d) or named:
+            raise _refuse(
+                model,
+                f"`{name}.{path}` ({kind}) mixes tokens outside of the attention interface, and no adapter knows it "
+                f"(a causal one runs under a rule of the plan, modules={{'*.{path}': {{'sp': 'gather'}}}}, which "
+                "computes the row up to sp times)",
+            )
         if module not in attentions and module is not layer:
             continue
         counters = _COUNTERS & set(hf.code_names(module))
@@ -72,7 +89,9 @@ def _check_layer(model: nn.Module, name: str, layer: nn.Module, attentions: list
             raise _refuse(model, f"`{name}.{path}` ({kind}) counts positions inside the layer ({sorted(counters)})")
         if module in attentions and hf.reads_attention_mask(module):
             raise _refuse(model, f"`{name}.{path}` ({kind}) makes an attention mask of its own from that of the row")
-    if len(attentions) != 1:
+    if len(attentions) != 1 and not (
+        not attentions and (mixers or getattr(layer, "block_type", None) in ("moe", "mlp"))
+    ):
         raise _refuse(
             model,
             f"`{name}` ({type(layer).__name__}) has {len(attentions)} modules that ask transformers' "
@@ -80,8 +99,11 @@ def _check_layer(model: nn.Module, name: str, layer: nn.Module, attentions: list
         )
 
 
-def find_seam(model: PreTrainedModel) -> Seam:
+def find_seam(model: PreTrainedModel, gathered: Iterable[str] = ()) -> Seam:
     """The places to cut a transformers model.
+
+    Args:
+        gathered: names of the modules that the plan runs on whole documents.
 
     Raises:
         ValueError: names the rule that the model breaks.
@@ -90,20 +112,22 @@ def find_seam(model: PreTrainedModel) -> Seam:
         raise _refuse(model, "it has a head that pools or picks tokens of the full row")
     decoder, layers = _decoder(model)
     types = set(getattr(decoder.config, "layer_types", None) or ())
-    if unknown := sorted(types - _LAYER_TYPES):
+    if unknown := sorted(types - _LAYER_TYPES - _HYBRID_TYPES):
         raise _refuse(model, f"its `layer_types` hold {unknown}, which are not attention over the row")
     names = {module: name for name, module in model.named_modules()}
     attentions: list[nn.Module] = []
+    mixers = find_mixers([(names[layer], layer) for layer in layers], gathered)
     for layer in layers:
         found = [module for module in layer.modules() if hf.uses_attention_interface(module)]
-        _check_layer(model, names[layer], layer, found)
+        inside = set(layer.modules())
+        _check_layer(model, names[layer], layer, found, [mixer for mixer in mixers if mixer.module in inside])
         attentions.extend(found)
     inside = {module for layer in layers for module in layer.modules()}
     rotary = [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
-    if not rotary or any(module in inside for module in rotary):
+    if not (rotary or mixers) or any(module in inside for module in rotary):
         raise _refuse(model, "its positions do not enter through a rotary embedding at the top of the stack")
     counted = [limit for module in attentions if (limit := hf.first_scaled_position(module)) is not None]
-    return Seam(decoder, layers, tuple(attentions), tuple(rotary), min(counted, default=None))
+    return Seam(decoder, layers, tuple(attentions), tuple(rotary), tuple(mixers), min(counted, default=None))
 
 
 def check_heads(model: PreTrainedModel, sp_size: int) -> None:

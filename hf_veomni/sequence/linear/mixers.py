@@ -1,0 +1,192 @@
+"""Which modules carry a state along the sequence, and how each of them is run on cut and packed rows."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor, nn
+
+from hf_veomni import hf
+from hf_veomni.mesh import ParallelState
+from hf_veomni.sequence.linear.functions import FUNCTIONS, MixerCall
+from hf_veomni.sequence.linear.gather import run_gathered
+from hf_veomni.sequence.linear.lightning import check_lightning, run_lightning
+from hf_veomni.sequence.linear.row import current_row
+
+# Classes whose forward does nothing along the sequence but call functions of `FUNCTIONS`: each was read, and is tested
+# against one rank. The number of heads (channels) that a scan deals out, by the attribute that holds it; None for a
+# convolution alone, which any number of ranks can share.
+_BY_FUNCTIONS: dict[str, str | None] = {
+    "Qwen3NextGatedDeltaNet": "num_v_heads",
+    "Qwen3_5GatedDeltaNet": "num_v_heads",
+    "Qwen3_5MoeGatedDeltaNet": "num_v_heads",
+    "OlmoHybridGatedDeltaNet": "num_v_heads",
+    "KimiLinearDeltaAttention": "num_heads",
+    "BambaMixer": "num_heads",
+    "FalconH1Mixer": "num_heads",
+    "GraniteMoeHybridMambaLayer": "num_heads",
+    "NemotronHMamba2Mixer": "num_heads",
+    "Zamba2MambaMixer": "num_heads",
+    "JambaMambaMixer": "intermediate_size",
+    "Lfm2ShortConv": None,
+    "Lfm2MoeShortConv": None,
+}
+_LIGHTNING = "MiniMaxLightningAttention"
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """A module that mixes tokens outside of the attention interface, and its scheme.
+
+    Attributes:
+        scheme: "functions", "lightning" or "gather".
+        name: of the module in the model.
+    """
+
+    module: nn.Module
+    scheme: str
+    name: str
+
+
+def find_scheme(module: nn.Module) -> str | None:
+    """How a mixer can share rows without computing them more than once; None if nothing here knows it."""
+    kind, names = type(module).__name__, set(hf.code_names(module))
+    if kind in _BY_FUNCTIONS:
+        # A forward that was rewritten since would silently mix something else.
+        return "functions" if names & FUNCTIONS.keys() else None
+    return "lightning" if kind == _LIGHTNING and check_lightning(module, names) else None
+
+
+def find_mixers(layers: Sequence[tuple[str, nn.Module]], gathered: Iterable[str] = ()) -> list[Mixer]:
+    """The mixers in `layers`, given with their names; `gathered` names those that the plan has on whole documents.
+
+    Raises:
+        ValueError: a rule names what is no module inside of a layer, holds attention or experts, or is inside of
+            another one.
+    """
+    found: dict[nn.Module, Mixer] = {}
+    left = set(gathered)
+    for prefix, layer in layers:
+        for path, module in layer.named_modules(prefix=prefix):
+            scheme = "gather" if path in left else find_scheme(module)
+            if scheme is not None and module is not layer:
+                found.setdefault(module, Mixer(module, scheme, path))
+                left.discard(path)
+    if left:
+        raise ValueError(
+            f"The rule 'sp: gather' names `{min(left)}`, which is no module inside of a decoder layer: name the "
+            "module that mixes tokens, for example '*.linear_attn'."
+        )
+    for mixer in found.values():
+        for name, module in mixer.module.named_modules(prefix=mixer.name):
+            own = hf.uses_attention_interface(module) or hf.is_experts_module(module)
+            if mixer.scheme == "gather" and (own or (module is not mixer.module and module in found)):
+                raise ValueError(
+                    f"The rule 'sp: gather' names `{mixer.name}`, of which `{name}` ({type(module).__name__}) is cut "
+                    "in a way of its own: name only the module that mixes tokens."
+                )
+    return list(found.values())
+
+
+def check_mixer_heads(mixers: Iterable[Mixer], sp_size: int) -> None:
+    """Raises ValueError where a mixer has fewer heads than `sp_size`."""
+    for mixer in mixers:
+        kind = type(mixer.module).__name__
+        attribute = "num_attention_heads" if mixer.scheme == "lightning" else _BY_FUNCTIONS.get(kind)
+        if mixer.scheme == "gather" or attribute is None or sp_size <= (heads := getattr(mixer.module, attribute)):
+            continue
+        raise ValueError(
+            f"`sp_size` ({sp_size}) must not exceed the {heads} heads of `{mixer.name}` ({kind}): use at most "
+            f"{heads}, or a rule of the plan, modules={{'*.{mixer.name.rpartition('.')[2]}': {{'sp': 'gather'}}}}, "
+            "which computes the row up to sp times."
+        )
+
+
+# The call of a mixer that the functions below serve; None leaves them as they are, for other models of the process.
+_current_call: ContextVar[MixerCall | None] = ContextVar("hf_veomni_mixer_call", default=None)
+
+
+def _stand_in(function: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(inner)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        call = _current_call.get()
+        return inner(*args, **kwargs) if call is None else function(call, inner, *args, **kwargs)
+
+    return replaced
+
+
+class FunctionRegistry:
+    """Replaces functions of modelling files in place, and puts them back after the last user."""
+
+    def __init__(self) -> None:
+        self._users: WeakSet[Any] = WeakSet()
+        self._originals: dict[tuple[str, str], tuple[Any, Any]] = {}
+
+    def acquire(self, user: Any, modules: Iterable[nn.Module]) -> None:
+        """Replace what the forwards of `modules` call. `user` is held weakly."""
+        self._users.add(user)
+        for module in modules:
+            space = inspect.unwrap(type(module).forward).__module__
+            for name in FUNCTIONS.keys() & set(hf.code_names(module)):
+                if (space, name) not in self._originals:
+                    original = getattr(sys.modules[space], name)
+                    replaced = _stand_in(FUNCTIONS[name], original)
+                    setattr(sys.modules[space], name, replaced)
+                    self._originals[space, name] = original, replaced
+
+    def release(self, user: Any) -> None:
+        """Undo `acquire` of the last user, where nobody has replaced the function since."""
+        self._users.discard(user)
+        if self._users:
+            return
+        for (space, name), (original, replaced) in self._originals.items():
+            if getattr(sys.modules[space], name) is replaced:
+                setattr(sys.modules[space], name, original)
+        self._originals.clear()
+
+
+def run_mixer(module: nn.Module, scheme: str, state: ParallelState, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a mixer on this rank's tokens; stands in for `module.forward`.
+
+    Raises:
+        ValueError: called outside of the prepared model's forward, where documents are not known.
+    """
+    forward = partial(type(module).forward, module)
+    row = current_row.get()
+    if row is None:
+        raise ValueError(
+            f"{type(module).__name__} was called outside of the forward of its prepared model, where packed documents "
+            "are not known: call the model; for activation checkpointing use `model.gradient_checkpointing_enable()`."
+        )
+    if row.documents is None:
+        return forward(*args, **kwargs)
+    call = MixerCall(row, state.sp_group, state.sp_rank, state.sp_size)
+    if scheme == "gather":
+        if not args:
+            names = list(inspect.signature(type(module).forward).parameters)
+            args = (kwargs.pop(names[1]),)
+        return run_gathered(call, forward, *args, **kwargs)
+    kwargs = _cut_mask(call, kwargs)
+    if scheme == "lightning":
+        return run_lightning(call, module, *args, **kwargs)
+    token = _current_call.set(call)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _current_call.reset(token)
+
+
+def _cut_mask(call: MixerCall, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The padding mask [B, S] to this rank's [B, s]."""
+    mask = kwargs.get("attention_mask")
+    if call.size == 1 or not isinstance(mask, Tensor):
+        return dict(kwargs)
+    part = call.documents.row_length // call.size
+    return {**kwargs, "attention_mask": mask.narrow(1, call.rank * part, part)}
