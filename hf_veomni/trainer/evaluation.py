@@ -16,7 +16,7 @@ from hf_veomni.loss import lean_evaluation
 from hf_veomni.mesh import ParallelState, get_parallel_state
 from hf_veomni.prepare import gather_sequence
 from hf_veomni.trainer.loaders import Filler
-from hf_veomni.trainer.trl import is_trl
+from hf_veomni.trainer.trl import computes_model_loss
 from hf_veomni.trainer.windows import InStep
 
 _Trainer: Any = object
@@ -107,7 +107,7 @@ class EvaluationMixin(_Trainer):
         # `compute_loss_func` gets full logits and full labels. Every rank of the SP group computes the whole loss from
         # them; the gather's backward sums the equal gradients, and FSDP's mean over the group takes the sum back.
         compute_loss = super().compute_loss
-        if self.parallel_state.world_size > 1 and is_trl(self):
+        if self.parallel_state.world_size > 1 and computes_model_loss(self):
             inputs, compute_loss = {**inputs, "use_cache": False}, partial(Trainer.compute_loss, self)
         with self._whole(model, self.compute_loss_func is not None):
             return compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)

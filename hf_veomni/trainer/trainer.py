@@ -20,7 +20,7 @@ from hf_veomni.trainer.budget import check_budget
 from hf_veomni.trainer.checkpointing import CheckpointingMixin
 from hf_veomni.trainer.evaluation import EvaluationMixin
 from hf_veomni.trainer.expert_load import ExpertLoadCallback
-from hf_veomni.trainer.trl import check_trl
+from hf_veomni.trainer.trl import adapted_construction, add_reference_adapter, check_trl, shard_references
 
 _LAYERDROP = ("layerdrop", "decoder_layerdrop", "encoder_layerdrop")
 
@@ -44,9 +44,7 @@ def _precision(args: Any) -> MixedPrecisionPolicy | None:
     return MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else None
 
 
-def _ready(model: nn.Module, args: Any, peft_config: PeftConfig | None) -> nn.Module:
-    """Adapters, then `prepare_omni`, and the marks that Trainer looks for."""
-    model = _with_adapters(model, peft_config)
+def _prepared(model: nn.Module, args: Any) -> nn.Module:
     if not is_prepared(model):
         model = prepare_omni(model, args.plan, mp_policy=_precision(args))
     state = get_parallel_state(model)
@@ -90,16 +88,19 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
                 "from the arguments of your trainer."
             )
         check_trl(self, args)
-        check_budget(args, rest[1] if len(rest) > 1 else kwargs.get("train_dataset"))
+        # By name where the caller did: the second argument of TRL's DPOTrainer is its reference model.
+        kwargs, rest = (kwargs, (args, *rest)) if rest else ({**kwargs, "args": args}, ())
+        check_budget(args, rest[2] if len(rest) > 2 else kwargs.get("train_dataset"))
         self._omni_peft_config = peft_config
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model)
         if model is not None:
-            model = _ready(model, args, peft_config)
+            model = self._ready(model, args)
         # Trainer refuses resumable checkpoints of a model with that mark; here they are our own job.
         resumable, args.save_only_model = args.save_only_model, True
         try:
-            super().__init__(model, args, *rest, **kwargs)
+            with adapted_construction(self, model):
+                super().__init__(model, *rest, **kwargs)
         finally:
             args.save_only_model = resumable
         check_trl(self, args)  # once more: it has read the model's config
@@ -110,8 +111,19 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
             self._expert_load = ExpertLoadCallback(self.model, args.router_bias_update_speed, args.log_expert_load)
             self.add_callback(self._expert_load)
 
+    def _ready(self, model: Any, args: Any) -> Any:
+        """Adapters, then `prepare_omni`, and the marks that Trainer looks for."""
+        model = _with_adapters(model, self._omni_peft_config)
+        if args.plan.world_size > 1:
+            add_reference_adapter(self, model)
+        return _prepared(model, args)
+
     def call_model_init(self, trial: Any = None) -> Any:
-        return _ready(super().call_model_init(trial), self.args, self._omni_peft_config)  # type: ignore[arg-type]
+        return self._ready(super().call_model_init(trial), self.args)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        shard_references(self, self.accelerator, self.args.plan)
 
     def _check_optimizer(self) -> None:
         """`fully_shard` replaces parameters: an optimizer made before trains tensors that nobody reads."""

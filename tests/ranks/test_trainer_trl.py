@@ -7,22 +7,42 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
-from tests.ranks.training import VOCABULARY, Run, lora_model, relative, tiny_model
+from tests.ranks.training import Run, lora_model, relative, tiny_model, word_tokenizer
 
 pytest.importorskip("trl", reason="needs the extra `trl`")
+
+
+_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }} t2"
+    "{% endgeneration %}{% else %}t3 {{ message['content'] }} {% endif %}{% endfor %}"
+)
+
+
+def _halves(row: dict[str, Any]) -> dict[str, Any]:
+    """A prompt and its completion."""
+    words = [f"t{token}" for token in row["input_ids"]]
+    return {"prompt": " ".join(words[:3]), "completion": " " + " ".join(words[3:] or ["t5"])}
+
+
+def _turns(row: dict[str, Any]) -> dict[str, Any]:
+    """Two turns of a user and two answers."""
+    words = [f"t{token}" for token in row["input_ids"]]
+    parts = [" ".join(words[place::4] or ["t5"]) for place in range(4)]
+    roles = ["user", "assistant"] * 2
+    return {"messages": [{"role": role, "content": part} for role, part in zip(roles, parts, strict=True)]}
 
 
 def _options(folder: str, lora: bool, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments, and the rest of a trainer."""
     rows = Run(plain=True).dataset(12, 0)
     data = Dataset.from_list([{"input_ids": rows[index]["input_ids"]} for index in range(12)])
-    words = models.WordLevel({f"t{token}": token for token in range(VOCABULARY)}, unk_token="t0")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(words), pad_token="t0", bos_token="t1", eos_token="t2"
-    )
+    tokenizer = word_tokenizer()
+    if more.get("completion_only_loss"):
+        data = data.map(_halves, remove_columns="input_ids")
+    if more.get("assistant_only_loss"):
+        data = data.map(_turns, remove_columns="input_ids")
+        tokenizer.chat_template = _TEMPLATE
     arguments = Run().all_arguments(output_dir=folder, max_steps=4, per_device_train_batch_size=2)
     arguments |= {"max_length": 32, "bf16": False, "activation_checkpointing": False, **more}
     options = {"train_dataset": data, "eval_dataset": data.select(range(5)), "processing_class": tokenizer}
@@ -52,7 +72,9 @@ def _omni(plan: str, folder: str, lora: bool, **more: Any) -> tuple[list[float],
     return _trained(_omni_trainer(plan, folder, lora, **more))
 
 
-@pytest.mark.parametrize("more", [{}, {"packing": True}], ids=repr)
+@pytest.mark.parametrize(
+    "more", [{}, {"packing": True}, {"completion_only_loss": True}, {"assistant_only_loss": True}], ids=repr
+)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_sft_under_sp_equals_one_process(ranks, tmp_path, more, lora):
     from trl import SFTConfig, SFTTrainer
@@ -77,20 +99,16 @@ def test_another_loss_of_sft_is_refused(ranks, tmp_path):
     )
 
 
-def _preferences(plan: str, folder: str) -> None:
-    from trl import DPOConfig, DPOTrainer
+def _rewards(plan: str, folder: str) -> None:
+    from trl import RewardConfig, RewardTrainer
 
     from hf_veomni import OmniTrainerMixin, OmniTrainingArguments
 
-    config = dataclass(type("Config", (OmniTrainingArguments, DPOConfig), {}))
-    trainer = type("MyDPO", (OmniTrainerMixin, DPOTrainer), {})
-    _, options = _options(folder, False)
-    rows = Dataset.from_list([{"prompt": "t3 t4", "chosen": "t5", "rejected": "t6"}] * 4)
+    config = dataclass(type("Config", (OmniTrainingArguments, RewardConfig), {}))
+    trainer = type("MyReward", (OmniTrainerMixin, RewardTrainer), {})
     arguments = Run().all_arguments(output_dir=folder, bf16=False, activation_checkpointing=False, plan=plan)
-    trainer(
-        model=tiny_model(), args=config(**arguments), train_dataset=rows, processing_class=options["processing_class"]
-    )
+    trainer(model=tiny_model(), args=config(**arguments))
 
 
 def test_other_trainers_of_trl_are_refused(ranks, tmp_path):
-    ranks(2).raises(_preferences, "sp=2", str(tmp_path), match="DPOTrainer of TRL does not go with", timeout=60)
+    ranks(2).raises(_rewards, "sp=2", str(tmp_path), match="RewardTrainer of TRL does not go with", timeout=60)

@@ -8,9 +8,18 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 VOCABULARY = 61
 
@@ -73,6 +82,15 @@ def adapt_experts(model: nn.Module) -> nn.Module:
             if "lora_" in name:
                 parameter.normal_(0, 0.1)
     return wrapped
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, "t0" to "t60"; words may touch each other."""
+    words = Tokenizer(models.WordLevel({f"t{token}": token for token in range(VOCABULARY)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"t\d+"), "isolated")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", bos_token="t1", eos_token="t2")
 
 
 class PackedRows(Dataset):
