@@ -1,6 +1,6 @@
 """Tiny models with linear attention, state spaces or short convolutions: entries for `tests.models.build_model`.
 
-Heads and groups differ, so that a rank's heads share a key head or a group; chunks of scans are shorter than documents.
+Heads and groups differ, so that heads of a rank share a key head or a group; documents exceed the chunks of scans.
 A norm divides what a delta rule reads from its state, which is next to nothing where a query is at right angles to the
 keys: the larger epsilon keeps that from raising the last bits of fp32 to where others begin.
 """
