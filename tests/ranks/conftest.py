@@ -37,7 +37,7 @@ def check(ranks, reference) -> Callable[..., None]:
     """Run on as many ranks as the plan has and compare; fails with the worst figures of all ranks."""
 
     def check(setting: Setting, run: Run, tolerance: float | None = None) -> None:
-        plan = ParallelPlan.from_string(run.plan)
+        plan = ParallelPlan.parse(run.plan)
         world_size = plan.sp_size * plan.dp_replicate_size * (plan.dp_shard_size or 1)
         setting = replace(setting, dp_size=world_size // plan.sp_size)
         found = ranks(world_size).run(compare, setting, run, str(reference(setting)), timeout=120)

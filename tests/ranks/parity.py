@@ -41,7 +41,7 @@ class Setting:
 class Run:
     """How the ranks compute it."""
 
-    plan: str
+    plan: str | dict[str, Any]
     attention: str = "auto"
     lean_loss: bool = True
     checkpointing: bool = False
