@@ -2,8 +2,9 @@
 
 from hf_veomni.omni.build import build_omni_model
 from hf_veomni.omni.config import OmniConfig
+from hf_veomni.omni.decoders import DecoderMixin
 from hf_veomni.omni.model import OmniModel, OmniOutput
-from hf_veomni.omni.parts import DecoderMixin, EncoderMixin, FoundationMixin
+from hf_veomni.omni.parts import EncoderMixin, FoundationMixin
 
 __all__ = [
     "DecoderMixin",

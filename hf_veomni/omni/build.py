@@ -20,6 +20,8 @@ def _load(where: str, checkpoint: str) -> dict[str, Any]:
     if where == "decoders.image":
         return JanusVQVAE.from_pretrained(checkpoint).state_dict()
     model = AutoModel.from_pretrained(checkpoint)
+    if where == "decoders.audio":
+        return model.state_dict()
     if where == "encoders.audio":
         return model.get_encoder().state_dict()
     return getattr(model, "vision_model", model).state_dict()

@@ -14,13 +14,27 @@ from transformers.configuration_utils import SubConfigSpec
 
 # Modality -> the keyword of the model's forward that carries it.
 ENCODERS = {"vision": "pixel_values", "audio": "input_features"}
-DECODERS = {"image": "image_codes"}
+DECODERS = {"image": "image_codes", "audio": "audio_codes"}
 PROJECTORS = ("linear", "mlp")
 
-# Key -> default; None: must be given.
+# Part -> where its config is kept.
+CONFIG_FIELDS = {
+    "foundation": "text_config",
+    "encoders.vision": "vision_config",
+    "encoders.audio": "audio_config",
+    "decoders.image": "image_config",
+    "decoders.audio": "codec_config",
+}
 _ENCODER_KEYS: dict[str, Any] = {"token_id": None, "projector": "mlp", "freeze": False}
 _DECODER_KEYS: dict[str, Any] = {"token_id": None, "loss_weight": 1.0, "freeze": False}
-_FOUNDATION_KEYS: dict[str, Any] = {"freeze": False}
+# Part -> its keys with their defaults; None: must be given.
+_KEYS: dict[str, dict[str, Any]] = {
+    "foundation": {"freeze": False},
+    "encoders.vision": _ENCODER_KEYS,
+    "encoders.audio": {**_ENCODER_KEYS, "pool": 1},
+    "decoders.image": _DECODER_KEYS,
+    "decoders.audio": {**_DECODER_KEYS, "frames": 25},
+}
 # What transformers itself hands to configs beside their fields.
 _STOCK_KEYS = {
     "name_or_path", "attn_implementation", "experts_implementation", "output_attentions", "torch_dtype", "num_labels",
@@ -71,6 +85,10 @@ def _check_options(options: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"`{where}.projector` ({options['projector']!r}) must be one of {list(PROJECTORS)}.")
     if not isinstance(options["freeze"], bool):
         raise ValueError(f"`{where}.freeze` ({options['freeze']!r}) must be true or false.")
+    for name in {"pool", "frames"} & set(options):
+        value = options[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{where}.{name}` ({value!r}) must be a whole number from 1.")
     weight = options.get("loss_weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
         raise ValueError(f"`{where}.loss_weight` ({weight!r}) must be a number from 0.")
@@ -83,12 +101,13 @@ class OmniConfig(PreTrainedConfig):
         foundation: `config` (with a `model_type`) or `checkpoint` of a causal LM, and `freeze`.
         encoders: modality ("vision", "audio") -> `config` or `checkpoint` of the tower; `token_id` of the placeholder
             that stands for one feature; `projector` ("linear" or "mlp", default) from the tower's width to the
-            foundation's; `freeze` for the tower (the projector is trained).
-        decoders: modality ("image") -> `config` or `checkpoint` of the VQ model; `token_id` of the placeholder that
-            stands for one code; `loss_weight`; `freeze` for the embedding and the head of the codes (the VQ model
-            itself is never trained).
-        text_config, vision_config, audio_config, image_config: where the configs of the parts are kept; a saved
-            config has them in place of `config` and `checkpoint`.
+            foundation's; `freeze` for the tower (the projector is trained). Of "audio" also `pool`, neighbouring
+            features whose mean is one token.
+        decoders: modality ("image", "audio") -> `config` or `checkpoint` of the VQ model or codec; `token_id` of the
+            placeholder that stands for one code; `loss_weight`; `freeze` for the embedding and the head of the codes
+            (the VQ model itself is never trained). Of "audio" also `frames`, the length of what is generated.
+        text_config, vision_config, audio_config, image_config, codec_config: where the configs of the parts are kept;
+            a saved config has them in place of `config` and `checkpoint`.
 
     Raises:
         ValueError: an unknown key (with the nearest valid one), a missing or impossible value.
@@ -101,6 +120,7 @@ class OmniConfig(PreTrainedConfig):
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model", optional=True),
         "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper", optional=True),
         "image_config": SubConfigSpec(config_class=AutoConfig, model_type="janus_vqgan", optional=True),
+        "codec_config": SubConfigSpec(config_class=AutoConfig, model_type="mimi", optional=True),
     }
 
     foundation: dict | None = None
@@ -110,6 +130,7 @@ class OmniConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     audio_config: dict | PreTrainedConfig | None = None
     image_config: dict | PreTrainedConfig | None = None
+    codec_config: dict | PreTrainedConfig | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -117,9 +138,9 @@ class OmniConfig(PreTrainedConfig):
         _check_keys(public, _config_keys(type(self)), "OmniConfig")
         # Where the weights of each part come from: for `build_omni_model`, not kept in files.
         self._checkpoints: dict[str, str] = {}
-        self.foundation = self._part("foundation", "text_config", self.foundation or {}, _FOUNDATION_KEYS)
-        self.encoders = self._parts("encoders", self.encoders or {}, ENCODERS, _ENCODER_KEYS)
-        self.decoders = self._parts("decoders", self.decoders or {}, DECODERS, _DECODER_KEYS)
+        self.foundation = self._part("foundation", self.foundation or {})
+        self.encoders = self._parts("encoders", self.encoders or {}, ENCODERS)
+        self.decoders = self._parts("decoders", self.decoders or {}, DECODERS)
         super().__post_init__(**kwargs)
         for name in ("vision_config", "audio_config"):  # of a model with a text side: its tower
             whole = getattr(self, name)
@@ -128,7 +149,8 @@ class OmniConfig(PreTrainedConfig):
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
             self._check_tokens()
 
-    def _part(self, where: str, field: str, values: Any, keys: Mapping[str, Any]) -> dict[str, Any]:
+    def _part(self, where: str, values: Any) -> dict[str, Any]:
+        keys, field = _KEYS[where], CONFIG_FIELDS[where]
         _check_keys(values, [*keys, "config", "checkpoint"], where)
         if "config" in values or "checkpoint" in values:
             setattr(self, field, _part_config(values, where))
@@ -143,14 +165,14 @@ class OmniConfig(PreTrainedConfig):
         _check_options(options, where)
         return options
 
-    def _parts(self, group: str, parts: Any, known: Iterable[str], keys: Mapping[str, Any]) -> dict[str, Any]:
+    def _parts(self, group: str, parts: Any, known: Iterable[str]) -> dict[str, Any]:
         _check_keys(parts, known, group)
-        return {name: self._part(f"{group}.{name}", f"{name}_config", part, keys) for name, part in parts.items()}
+        return {name: self._part(f"{group}.{name}", part) for name, part in parts.items()}
 
     def _check_tokens(self) -> None:
         seen: dict[int, str] = {}
         size = getattr(self.get_text_config(decoder=True), "vocab_size", None)
-        for name, part in {**(self.encoders or {}), **(self.decoders or {})}.items():
+        for name, part in (*(self.encoders or {}).items(), *(self.decoders or {}).items()):
             token = part["token_id"]
             if token in seen:
                 raise ValueError(f"`token_id` ({token}) stands for {seen[token]} and for {name}: give each its own.")
@@ -187,4 +209,4 @@ class OmniConfig(PreTrainedConfig):
         return values
 
 
-__all__ = ["DECODERS", "ENCODERS", "PROJECTORS", "OmniConfig"]
+__all__ = ["CONFIG_FIELDS", "DECODERS", "ENCODERS", "PROJECTORS", "OmniConfig"]

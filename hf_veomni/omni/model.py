@@ -15,28 +15,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from hf_veomni.omni.config import DECODERS, ENCODERS, OmniConfig
-from hf_veomni.omni.parts import AudioEncoder, FoundationMixin, ImageDecoder, VisionEncoder
-
-_INPUTS = (*ENCODERS.values(), *DECODERS.values())
+from hf_veomni.omni.config import CONFIG_FIELDS, DECODERS, ENCODERS, OmniConfig
+from hf_veomni.omni.decoders import AudioDecoder, ImageDecoder
+from hf_veomni.omni.generation import OmniGenerationMixin
+from hf_veomni.omni.parts import AudioEncoder, FoundationMixin, VisionEncoder
 
 
 @dataclass
 class OmniOutput(CausalLMOutputWithPast):
-    """Output of `OmniModel`. `image_logits` [B, S, codes] are there if `image_codes` were given.
+    """Output of `OmniModel`. `image_logits`, `audio_logits` [B, S, codes] are there if such codes were given.
 
     `aux_loss` is the foundation's router loss, where its config asks for it; `loss` contains it.
     """
 
     image_logits: Tensor | None = None
+    audio_logits: Tensor | None = None
     aux_loss: Tensor | None = None
 
 
-class OmniModel(PreTrainedModel, GenerationMixin):
+class OmniModel(PreTrainedModel, OmniGenerationMixin):
     """Encoders, a foundation and decoders, composed from an `OmniConfig` (see `build_omni_model`).
 
     A subclass may name other classes for the parts, each built as `cls(config of the part, H, options)`; the
@@ -46,7 +47,7 @@ class OmniModel(PreTrainedModel, GenerationMixin):
     config_class = OmniConfig
     config: Any
     encoder_classes: Mapping[str, Any] = {"vision": VisionEncoder, "audio": AudioEncoder}
-    decoder_classes: Mapping[str, Any] = {"image": ImageDecoder}
+    decoder_classes: Mapping[str, Any] = {"image": ImageDecoder, "audio": AudioDecoder}
     foundation_class: type[PreTrainedModel] | None = None
 
     supports_gradient_checkpointing = True
@@ -66,8 +67,8 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         )
         config.text_config = self.foundation.config
         width = text.get_text_config(decoder=True).hidden_size
-        self.encoders: Any = self._build(self.encoder_classes, config.encoders, width)
-        self.decoders: Any = self._build(self.decoder_classes, config.decoders, width)
+        self.encoders: Any = self._build("encoders", self.encoder_classes, width)
+        self.decoders: Any = self._build("decoders", self.decoder_classes, width)
         self.loss_type = "ForCausalLM"
         inside = [module for module in self.modules() if isinstance(module, PreTrainedModel) and module is not self]
         self._no_split_modules = sorted({name for module in inside for name in module._no_split_modules or ()})
@@ -88,9 +89,14 @@ class OmniModel(PreTrainedModel, GenerationMixin):
             if hasattr(part, "freeze"):
                 part.freeze()
 
-    def _build(self, classes: Mapping[str, Any], parts: Mapping[str, Any], width: int) -> nn.ModuleDict:
-        configs = {name: getattr(self.config, f"{name}_config") for name in parts}
+    def _build(self, group: str, classes: Mapping[str, Any], width: int) -> nn.ModuleDict:
+        parts = getattr(self.config, group)
+        configs = {name: getattr(self.config, CONFIG_FIELDS[f"{group}.{name}"]) for name in parts}
         return nn.ModuleDict({name: classes[name](configs[name], width, part) for name, part in parts.items()})
+
+    def modules_outside_forward(self) -> list[str]:
+        """Names of the VQ models, which `lm_encode` and `decode` of the decoders call, and the forward never."""
+        return [f"decoders.{name}.vq" for name, part in self.decoders.items() if hasattr(part, "vq")]
 
     def train(self, mode: bool = True) -> OmniModel:
         """Training mode, but for encoders and VQ models without a trainable parameter: no dropout in frozen towers."""
@@ -125,10 +131,11 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         own = getattr(self.foundation, "get_pos_id", None)
         return own(input_ids, **inputs) if own is not None else FoundationMixin().get_pos_id(input_ids, **inputs)
 
-    def embed_inputs(self, input_ids: Tensor, features: Mapping[str, Tensor | None]) -> Tensor:
+    def embed_inputs(self, input_ids: Tensor, features: Mapping[str, Tensor | None], dummies: bool = True) -> Tensor:
         """Embeddings [B, S, H]: of the text, and at placeholders of the features (by keyword of the forward).
 
-        With gradients a part whose modality is missing runs a dummy item, so that its parameters get zeros.
+        With `dummies` a part whose modality is missing runs a dummy item: its parameters get gradients of zeros, and
+        every caller runs the same modules whatever its rows hold.
 
         Raises:
             ValueError: placeholders that do not match the features, before an encoder runs; features without a part.
@@ -147,7 +154,7 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         for name, (part, key) in parts.items():
             value = features.get(key)
             if value is None:
-                if torch.is_grad_enabled() and (self.training or any(p.requires_grad for p in part.parameters())):
+                if dummies:
                     embeddings = embeddings + part.lm_dummy().to(embeddings.dtype)
                 continue
             found = part.lm_encode(value) if name[0] == "e" else part.embed(value)
@@ -172,11 +179,18 @@ class OmniModel(PreTrainedModel, GenerationMixin):
             "each needs one of the other. Check the prompt, and that no row was cut."
         )
 
-    def _split_labels(self, labels: Tensor, input_ids: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """(labels of the text head, labels of the image head), both [B, S]: codes stand at learnt placeholders."""
-        mask = input_ids == self._token_id("decoders.image")
-        spread = torch.full_like(labels, -100).masked_scatter(mask, codes.reshape(-1).to(labels))
-        return labels.masked_fill(mask, -100), spread.masked_fill(labels == -100, -100)
+    def _split_labels(
+        self, labels: Tensor, input_ids: Tensor, codes: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(labels of the text head, those of the codes' heads), each [B, S]: codes stand at learnt placeholders."""
+        heads: dict[str, Tensor] = {}
+        words = labels
+        for name, values in codes.items():
+            mask = input_ids == self._token_id(f"decoders.{name}")
+            spread = torch.full_like(labels, -100).masked_scatter(mask, values.reshape(-1).to(labels))
+            heads[name] = spread.masked_fill(labels == -100, -100)
+            words = words.masked_fill(mask, -100)
+        return words, heads
 
     @can_return_tuple
     def forward(
@@ -192,9 +206,10 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         input_features: Tensor | None = None,
         image_codes: Tensor | None = None,
+        audio_codes: Tensor | None = None,
         **kwargs: Any,
     ) -> OmniOutput:
-        """Logits of the text head, of the image head where codes are given, and with `labels` the loss.
+        """Logits of the text head, of the heads whose codes are given, and with `labels` the loss.
 
         One rule for the loss: the loss of each target, text or code, the codes' times their `loss_weight`, summed and
         divided by the number of targets (or `num_items_in_batch`).
@@ -204,16 +219,19 @@ class OmniModel(PreTrainedModel, GenerationMixin):
             labels: [B, S], not shifted; -100 is not learnt. At placeholders of codes any other value stands for "learn
                 the code".
             pixel_values, input_features: items of the rows in order, [N, ...] as the processors make them.
-            image_codes: [N, n] codes of the pictures in the rows, in order (`decoders["image"].lm_encode`).
+            image_codes, audio_codes: [N, n] codes of the items in the rows, in order (`lm_encode` of the decoder).
 
         Raises:
             ValueError: placeholders that do not match the features.
         """
-        features = {"pixel_values": pixel_values, "input_features": input_features, "image_codes": image_codes}
+        codes = {name: c for name, c in (("image", image_codes), ("audio", audio_codes)) if c is not None}
+        features = {"pixel_values": pixel_values, "input_features": input_features}
+        features |= {"image_codes": image_codes, "audio_codes": audio_codes}
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         if input_ids is not None:
-            inputs_embeds = self.embed_inputs(input_ids, features)
+            begins = past_key_values is None or past_key_values.get_seq_length() == 0
+            inputs_embeds = self.embed_inputs(input_ids, features, dummies=begins)
             if position_ids is None and past_key_values is None:
                 position_ids = self.get_pos_id(input_ids, attention_mask=attention_mask, **features)
         elif any(value is not None for value in features.values()):
@@ -222,22 +240,45 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         out, hidden = self._run_foundation(
             inputs_embeds=inputs_embeds, use_cache=use_cache, logits_to_keep=logits_to_keep, **stock, **kwargs
         )
-        image_logits = None if image_codes is None else self._image_logits(hidden, logits_to_keep)
-        loss, text = None, self.config.get_text_config(decoder=True)
-        if labels is not None and image_codes is None:
-            loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=text.vocab_size, **kwargs)
-        elif labels is not None and input_ids is not None and image_codes is not None and image_logits is not None:
-            words, codes = self._split_labels(labels, input_ids, image_codes)
-            kwargs["num_items_in_batch"] = _num_targets(labels, kwargs)
-            loss = self.loss_function(logits=out.logits, labels=words, vocab_size=text.vocab_size, **kwargs)
-            drawn = self.loss_function(logits=image_logits, labels=codes, vocab_size=image_logits.shape[-1], **kwargs)
-            loss = loss + self.config.decoders["image"]["loss_weight"] * drawn
-        aux_loss = getattr(out, "aux_loss", None)
-        if loss is not None and aux_loss is not None:
-            loss = loss + self.foundation.router_aux_loss_coef * aux_loss
+        kept = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+        logits = {name: self.decoders[name].lm_head(kept)[0] for name in codes}
+        loss, aux_loss = None, getattr(out, "aux_loss", None)
+        if labels is not None:
+            loss = self._sum_losses(self.loss_function, out.logits, logits, labels, input_ids, codes, kwargs)
+            if aux_loss is not None:
+                loss = loss + self.foundation.router_aux_loss_coef * aux_loss
         return OmniOutput(
-            loss, out.logits, out.past_key_values, out.hidden_states, out.attentions, image_logits, aux_loss
+            loss=loss,
+            logits=out.logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            image_logits=logits.get("image"),
+            audio_logits=logits.get("audio"),
+            aux_loss=aux_loss,
         )
+
+    def _sum_losses(
+        self,
+        loss_function: Any,
+        words: Tensor,
+        heads: Mapping[str, Tensor],
+        labels: Tensor,
+        input_ids: Tensor | None,
+        codes: Mapping[str, Tensor],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Loss of the text's logits `words` and of those of the codes' `heads`."""
+        size = self.config.get_text_config(decoder=True).vocab_size
+        if not codes or input_ids is None:
+            return loss_function(logits=words, labels=labels, vocab_size=size, **kwargs)
+        kwargs["num_items_in_batch"] = _num_targets(labels, kwargs)
+        text, targets = self._split_labels(labels, input_ids, codes)
+        loss = loss_function(logits=words, labels=text, vocab_size=size, **kwargs)
+        for name, logits in heads.items():
+            part = loss_function(logits=logits, labels=targets[name], vocab_size=logits.shape[-1], **kwargs)
+            loss = loss + self.config.decoders[name]["loss_weight"] * part
+        return loss
 
     def _run_foundation(self, **inputs: Any) -> tuple[Any, Tensor]:
         """Output of the causal LM, and what its stack hands to its head."""
@@ -247,84 +288,6 @@ class OmniModel(PreTrainedModel, GenerationMixin):
             return self.foundation(**inputs), hidden[0]
         finally:
             hook.remove()
-
-    def _image_logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
-        kept = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
-        return self.decoders["image"].lm_head(kept)[0]
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Features enter with the prompt; later steps have its keys and values in the cache."""
-        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs.update({key: None for key in _INPUTS if key in inputs})
-        return inputs
-
-    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:
-        """Rows for beams and several answers: features are repeated item by item, which is right for one a row."""
-        ids = kwargs.get("input_ids")
-        for (name, _), key in self._keyed(self.encoders, ENCODERS) if expand_size > 1 else ():
-            if kwargs.get(key) is not None and ids is not None:
-                counts = (ids == self._token_id(f"encoders.{name}")).sum(1)
-                if len(kwargs[key]) != len(ids) or bool((counts != counts[0]).any()):
-                    raise ValueError(
-                        f"`{key}` has {len(kwargs[key])} items for {len(ids)} prompts: beams and several answers need "
-                        "one item in each prompt. Use num_beams=1 and num_return_sequences=1."
-                    )
-        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)  # type: ignore[misc]
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, for text: placeholders, which stand for nothing that is said, are never chosen."""
-        placeholders = [part["token_id"] for part in (*self.config.encoders.values(), *self.config.decoders.values())]
-        if placeholders:
-            kwargs.setdefault("suppress_tokens", placeholders)
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
-
-    @torch.no_grad()
-    def generate_image(
-        self,
-        input_ids: Tensor,
-        *,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        **features: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Draw a picture after each prompt.
-
-        Args:
-            input_ids: prompts [B, S] of one length, up to the place where a picture begins.
-            do_sample: choose codes at random, by the head's probabilities; else the likeliest.
-            features: other inputs of the forward that belong to the prompt.
-
-        Returns:
-            Codes [B, n] and pictures [B, channels, size, size].
-
-        Raises:
-            ValueError: the model has no image decoder.
-        """
-        if "image" not in self.decoders:
-            raise ValueError("This model has no image decoder: add `decoders: {image: ...}` to its config.")
-        decoder: Any = self.decoders["image"]
-        if features.get("image_codes") is None:
-            features["image_codes"] = input_ids.new_zeros(0)
-        out = self(input_ids=input_ids, use_cache=True, logits_to_keep=1, **features)
-        codes: list[Tensor] = []
-        placeholder = torch.full_like(input_ids[:, :1], self._token_id("decoders.image"))
-        while True:
-            logits = out.image_logits[:, -1]
-            if do_sample:
-                chances = (logits.float() / temperature).softmax(-1)
-                codes.append(torch.multinomial(chances, 1, generator=generator))
-            else:
-                codes.append(logits.argmax(-1, keepdim=True))
-            if len(codes) == decoder.num_codes:
-                drawn = torch.cat(codes, 1)
-                return drawn, decoder.decode(drawn)
-            out = self(input_ids=placeholder, image_codes=codes[-1], past_key_values=out.past_key_values)
 
 
 def _num_targets(labels: Tensor, kwargs: Mapping[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """Small omni models with fixed weights, and rows for them.
 
-Shapes: a picture is 4 tokens of the vision encoder and 16 codes of the image decoder, a sound 5 tokens.
+Shapes: a picture is 4 tokens of the vision encoder and 16 codes of the image decoder; a sound is 5 tokens of the audio
+encoder and 2 codes a frame of the audio decoder.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from hf_veomni import OmniModel, build_omni_model
 
-VISION_TOKEN, AUDIO_TOKEN, IMAGE_TOKEN = 90, 91, 92
+VISION_TOKEN, AUDIO_TOKEN, IMAGE_TOKEN, SOUND_TOKEN = 90, 91, 92, 93
 NUM_CODES, VOCABULARY = 24, 97
 
 TEXT = {
@@ -64,10 +65,43 @@ VQ = {
     "num_embeddings": NUM_CODES,
     "num_patches": 4,
 }
+MIMI = {
+    "model_type": "mimi",
+    "sampling_rate": 8000,
+    "hidden_size": 16,
+    "num_filters": 4,
+    "upsampling_ratios": [4, 2],
+    "upsample_groups": 16,
+    "num_quantizers": 2,
+    "num_semantic_quantizers": 1,
+    "codebook_size": 16,
+    "codebook_dim": 8,
+    "vector_quantization_hidden_dimension": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 16,
+}
+DAC = {
+    "model_type": "dac",
+    "encoder_hidden_size": 8,
+    "downsampling_ratios": [2, 4],
+    "decoder_hidden_size": 32,
+    "n_codebooks": 2,
+    "codebook_size": 16,
+    "codebook_dim": 4,
+}
+
+
+def speaking(codec: dict[str, Any] = MIMI, **changes: Any) -> dict[str, Any]:
+    """The config of a model that makes sounds of 5 frames."""
+    decoder = {"config": codec, "token_id": SOUND_TOKEN, "frames": 5, **changes}
+    return {"foundation": {"config": TEXT}, "decoders": {"audio": decoder}}
 
 
 def settings(**changes: dict[str, Any]) -> dict[str, Any]:
-    """The config of a model with all parts; `changes` are options of the parts by modality."""
+    """The config of a model with all parts but the audio decoder; `changes` are options of the parts by modality."""
     return {
         "foundation": {"config": TEXT, **changes.get("foundation", {})},
         "encoders": {
@@ -78,14 +112,17 @@ def settings(**changes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def build(**changes: dict[str, Any]) -> OmniModel:
+def build(config: dict[str, Any] | None = None, **changes: dict[str, Any]) -> OmniModel:
     torch.manual_seed(0)
-    model = build_omni_model(settings(**changes))
+    model = build_omni_model(settings(**changes) if config is None else config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # larger than an initialisation, so that no gradient is tiny
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("embed_sum"):  # Mimi's codebooks, all zeros at first
+                buffer.copy_(torch.randn(buffer.shape, generator=generator))
     return model.train()
 
 
