@@ -62,6 +62,7 @@ class _Call:
 
     owner: SequenceAttachment
     cached: bool
+    positions: Tensor | None  # Mamba's model does not hand them on to its stack
     token: Token | None = None
 
 
@@ -187,7 +188,8 @@ class SequenceAttachment:
 
     def _note_cache(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         kwargs = {**dict(zip(self._model_signature, args, strict=False)), **kwargs}
-        call = _Call(self, kwargs.get("past_key_values") is not None or bool(kwargs.get("use_cache")))
+        cached = kwargs.get("past_key_values") is not None or bool(kwargs.get("use_cache"))
+        call = _Call(self, cached, kwargs.get("position_ids"))
         call.token = _current_call.set(call)
 
     def _forget_cache(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -211,7 +213,9 @@ class SequenceAttachment:
 
     def _prepare(self, inputs: dict[str, Any], given: Tensor, extra: int, row: _Row) -> dict[str, Any]:
         self._check_inputs(inputs)
-        positions = inputs.get("position_ids")
+        positions, call = inputs.get("position_ids"), _current_call.get()
+        if positions is None and call is not None and call.owner is self:
+            positions = call.positions
         if positions is None:
             positions = torch.arange(given.shape[1], device=given.device)[None]
         elif positions.dim() == 3 and positions.shape[0] != 4 and bool((positions[0].diff(dim=-1) < 0).any()):

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
-from hf_veomni.sequence.linear import Mixer, find_mixers
+from hf_veomni.sequence.linear import Mixer, find_mixers, find_unknown
 from hf_veomni.sequence.ulysses import head_layout
 
 # Modules that carry a state along the sequence, or pick tokens, outside of the attention interface.
@@ -70,18 +70,17 @@ def _check_layer(
     model: nn.Module, name: str, layer: nn.Module, attentions: list[nn.Module], mixers: list[Mixer]
 ) -> None:
     known = {module for mixer in mixers for module in mixer.module.modules()}
+    if (path := find_unknown(layer, _MIXERS, known.union(attentions))) is not None:
+        raise _refuse(
+            model,
+            f"`{'.'.join(filter(None, (name, path)))}` ({type(layer.get_submodule(path)).__name__}) mixes tokens "
+            "outside of the attention interface, and no adapter knows it (a causal one runs under a rule of the plan, "
+            f"modules={{'*.{path}': {{'sp': 'gather'}}}}, which computes the row up to sp times)",
+        )
     for path, module in layer.named_modules():
         kind = type(module).__name__
         if module in known:
             continue
-        named = _MIXERS.search(kind) and not (module in attentions or (module is layer and mixers))
-        if isinstance(module, nn.Conv1d) or named:
-            raise _refuse(
-                model,
-                f"`{name}.{path}` ({kind}) mixes tokens outside of the attention interface, and no adapter knows it "
-                f"(a causal one runs under a rule of the plan, modules={{'*.{path}': {{'sp': 'gather'}}}}, which "
-                "computes the row up to sp times)",
-            )
         if module not in attentions and module is not layer:
             continue
         counters = _COUNTERS & set(hf.code_names(module))

@@ -1,6 +1,6 @@
 """Linear attention, state spaces and short convolutions on cut and packed rows, exact."""
 
 from hf_veomni.sequence.linear.attach import LinearAttachment
-from hf_veomni.sequence.linear.mixers import Mixer, check_mixer_heads, find_mixers
+from hf_veomni.sequence.linear.mixers import Mixer, check_mixer_heads, find_mixers, find_unknown
 
-__all__ = ["LinearAttachment", "Mixer", "check_mixer_heads", "find_mixers"]
+__all__ = ["LinearAttachment", "Mixer", "check_mixer_heads", "find_mixers", "find_unknown"]

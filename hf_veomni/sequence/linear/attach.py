@@ -7,6 +7,7 @@ decoder stack     post-hook   forgets the row
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,8 +19,24 @@ from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.documents import current_documents
 from hf_veomni.sequence.linear.mixers import FunctionRegistry, Mixer, run_mixer
 from hf_veomni.sequence.linear.row import CarriedCheckpoint, LinearRow, current_row
+from hf_veomni.sequence.shard import shard_sequence
 
+# What Zamba's layers take beside the hidden states: the embeddings of the row, which the stack hands to each of them.
+_ORIGINAL = "original_hidden_states"
 _registry = FunctionRegistry()
+
+
+def _cut_original(
+    state: ParallelState, place: int, module: nn.Module, args: tuple, kwargs: dict
+) -> tuple[tuple, dict] | None:
+    """Cut the embeddings [B, S, *] of the full row for a layer that sees [B, s, *]."""
+    row, given = current_row.get(), kwargs.get(_ORIGINAL, args[place] if len(args) > place else None)
+    if row is None or row.documents is None or given is None or given.shape[1] != row.documents.row_length:
+        return None
+    local = shard_sequence(given, 1, state)
+    if _ORIGINAL in kwargs:
+        return args, {**kwargs, _ORIGINAL: local}
+    return (*args[:place], local, *args[place + 1 :]), kwargs
 
 
 class LinearAttachment:
@@ -37,6 +54,11 @@ class LinearAttachment:
             decoder.register_forward_pre_hook(self._enter),
             decoder.register_forward_hook(self._leave, always_call=True),
         ]
+        for module in decoder.modules() if state.sp_size > 1 else ():
+            names = list(inspect.signature(type(module).forward).parameters)
+            if _ORIGINAL in names:
+                hook = partial(_cut_original, state, names.index(_ORIGINAL) - 1)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _callers(self) -> list[nn.Module]:
         return [mixer.module for mixer in self.mixers if mixer.scheme == "functions"]

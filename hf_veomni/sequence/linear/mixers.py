@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -29,14 +30,19 @@ _BY_FUNCTIONS: dict[str, str | None] = {
     "Qwen3_5MoeGatedDeltaNet": "num_v_heads",
     "OlmoHybridGatedDeltaNet": "num_v_heads",
     "KimiLinearDeltaAttention": "num_heads",
+    "BailingHybridDeltaAttention": "num_heads",
     "BambaMixer": "num_heads",
     "FalconH1Mixer": "num_heads",
     "GraniteMoeHybridMambaLayer": "num_heads",
     "NemotronHMamba2Mixer": "num_heads",
     "Zamba2MambaMixer": "num_heads",
     "JambaMambaMixer": "intermediate_size",
+    "MambaMixer": "intermediate_size",
+    "FalconMambaMixer": "intermediate_size",
+    "Mamba2Mixer": "num_heads",
     "Lfm2ShortConv": None,
     "Lfm2MoeShortConv": None,
+    "Lfm3ShortConv": None,
 }
 _LIGHTNING = "MiniMaxLightningAttention"
 
@@ -68,16 +74,19 @@ def find_mixers(layers: Sequence[tuple[str, nn.Module]], gathered: Iterable[str]
     """The mixers in `layers`, given with their names; `gathered` names those that the plan has on whole documents.
 
     Raises:
-        ValueError: a rule names what is no module inside of a layer, holds attention or experts, or is inside of
-            another one.
+        ValueError: a rule names what is no module inside of a layer, or holds attention or experts.
     """
     found: dict[nn.Module, Mixer] = {}
+    inside: set[nn.Module] = set()
     left = set(gathered)
     for prefix, layer in layers:
         for path, module in layer.named_modules(prefix=prefix):
             scheme = "gather" if path in left else find_scheme(module)
-            if scheme is not None and module is not layer:
+            if module in inside or module is layer:
+                left -= {path} if module in inside else set()
+            elif scheme is not None:
                 found.setdefault(module, Mixer(module, scheme, path))
+                inside.update(module.modules() if scheme == "gather" else ())
                 left.discard(path)
     if left:
         raise ValueError(
@@ -87,12 +96,37 @@ def find_mixers(layers: Sequence[tuple[str, nn.Module]], gathered: Iterable[str]
     for mixer in found.values():
         for name, module in mixer.module.named_modules(prefix=mixer.name):
             own = hf.uses_attention_interface(module) or hf.is_experts_module(module)
-            if mixer.scheme == "gather" and (own or (module is not mixer.module and module in found)):
+            if mixer.scheme == "gather" and own:
                 raise ValueError(
                     f"The rule 'sp: gather' names `{mixer.name}`, of which `{name}` ({type(module).__name__}) is cut "
                     "in a way of its own: name only the module that mixes tokens."
                 )
     return list(found.values())
+
+
+# Parts that carry the name of a family, not of what they do.
+_PLAIN = re.compile(r"(?i:norm|mlp|rotary|expert|router)")
+
+
+def find_unknown(layer: nn.Module, pattern: re.Pattern[str], known: Set[nn.Module]) -> str | None:
+    """Path in `layer` of a module that holds a convolution, or mixes tokens by the name of its class.
+
+    Modules in `known`, and what holds such, are left out. Of modules inside of each other the innermost is named.
+    """
+    named: list[str] = []
+    for path, module in layer.named_modules():
+        kind = type(module).__name__
+        if not known.isdisjoint(module.modules()):
+            continue
+        if isinstance(module, nn.Conv1d):
+            return path.rpartition(".")[0]
+        if pattern.search(kind) and not _PLAIN.search(kind):
+            named.append(path)
+    return next((path for path in named if not any(_is_inside(other, path) for other in named)), None)
+
+
+def _is_inside(path: str, outer: str) -> bool:
+    return path != outer and (not outer or path.startswith(f"{outer}."))
 
 
 def check_mixer_heads(mixers: Iterable[Mixer], sp_size: int) -> None:
