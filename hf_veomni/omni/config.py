@@ -115,6 +115,7 @@ class OmniConfig(PreTrainedConfig):
 
     model_type = "veomni"
     base_model_fsdp_plan = {}  # the foundation has its own
+    keys_to_ignore_at_inference = ["past_key_values"]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama", optional=True),
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model", optional=True),

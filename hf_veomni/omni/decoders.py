@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, JanusVQVAE
 
-from hf_veomni.omni.parts import zero_of
-
 
 class DecoderMixin:
     """A decoder of one modality: the foundation's hidden states in, items of the modality out.
@@ -53,10 +51,6 @@ class DecoderMixin:
         """Codes [N, n] -> items."""
         raise NotImplementedError(f"{type(self).__name__} must implement `decode(codes)`.")
 
-    def lm_dummy(self) -> Tensor:
-        """A scalar zero that depends on all trainable parameters of the decoder."""
-        raise NotImplementedError(f"{type(self).__name__} must implement `lm_dummy()`.")
-
 
 class _CodeDecoder(DecoderMixin, nn.Module):
     """Codes of a VQ model, with an embedding and a head of their own.
@@ -92,9 +86,6 @@ class _CodeDecoder(DecoderMixin, nn.Module):
             if (allowed := self.allowed(place)) is not None:
                 logits[:, place].masked_fill_(~allowed, float("-inf"))
         return self.decode(logits.argmax(-1))
-
-    def lm_dummy(self) -> Tensor:
-        return zero_of(self.head(self.embed.weight[:1]))
 
 
 class ImageDecoder(_CodeDecoder):

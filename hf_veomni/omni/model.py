@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from hf_veomni.omni.config import CONFIG_FIELDS, DECODERS, ENCODERS, OmniConfig
 from hf_veomni.omni.decoders import AudioDecoder, ImageDecoder
 from hf_veomni.omni.generation import OmniGenerationMixin
-from hf_veomni.omni.parts import AudioEncoder, FoundationMixin, VisionEncoder
+from hf_veomni.omni.parts import AudioEncoder, FoundationMixin, VisionEncoder, zero_of
 
 
 @dataclass
@@ -50,6 +50,8 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
     decoder_classes: Mapping[str, Any] = {"image": ImageDecoder, "audio": AudioDecoder}
     foundation_class: type[PreTrainedModel] | None = None
 
+    # Features enter the row before it reaches the foundation's stack, so that it may be cut there.
+    merges_whole_features = True
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -155,7 +157,8 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
             value = features.get(key)
             if value is None:
                 if dummies:
-                    embeddings = embeddings + part.lm_dummy().to(embeddings.dtype)
+                    zero = part.lm_dummy() if name[0] == "e" else zero_of(part.embed(input_ids.new_zeros(1)))
+                    embeddings = embeddings + zero.to(embeddings.dtype)
                 continue
             found = part.lm_encode(value) if name[0] == "e" else part.embed(value)
             found = found.reshape(-1, embeddings.shape[-1]).to(embeddings.dtype)
@@ -229,8 +232,8 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
         features |= {"image_codes": image_codes, "audio_codes": audio_codes}
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        begins = past_key_values is None or past_key_values.get_seq_length() == 0
         if input_ids is not None:
-            begins = past_key_values is None or past_key_values.get_seq_length() == 0
             inputs_embeds = self.embed_inputs(input_ids, features, dummies=begins)
             if position_ids is None and past_key_values is None:
                 position_ids = self.get_pos_id(input_ids, attention_mask=attention_mask, **features)
@@ -241,10 +244,14 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
             inputs_embeds=inputs_embeds, use_cache=use_cache, logits_to_keep=logits_to_keep, **stock, **kwargs
         )
         kept = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
-        logits = {name: self.decoders[name].lm_head(kept)[0] for name in codes}
+        # In the order of the decoders, with codes and without, since ranks with other rows run the same modules.
+        wanted = [name for name in self.decoders if name in codes or (begins and input_ids is not None)]
+        logits = {name: self.decoders[name].lm_head(kept if name in codes else kept[:, :1])[0] for name in wanted}
+        idle = [zero_of(logits.pop(name)) for name in wanted if name not in codes]
         loss, aux_loss = None, getattr(out, "aux_loss", None)
         if labels is not None:
             loss = self._sum_losses(self.loss_function, out.logits, logits, labels, input_ids, codes, kwargs)
+            loss = sum(idle, loss)
             if aux_loss is not None:
                 loss = loss + self.foundation.router_aux_loss_coef * aux_loss
         return OmniOutput(

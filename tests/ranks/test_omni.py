@@ -1,0 +1,75 @@
+"""Loss, logits of all heads, every gradient and the norm of a composed model equal those of one rank, in fp32.
+
+Rows mix what is seen, heard, drawn and said, and some data ranks lack all of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hf_veomni import ParallelPlan
+from tests.ranks.omni import MIXED, Setting, compare, compute_reference
+
+TEXT = ("t", "tt")
+FROZEN = {"vision": {"freeze": True}, "image": {"freeze": True}}
+TOWERS = {"modules": {"encoders.*.tower": {"fsdp": "free"}, "decoders.*.head": {"fsdp": "free"}}}
+
+
+@pytest.fixture
+def check(ranks, tmp_path: Path):
+    def check(setting: Setting, plan: str | dict, checkpoint: str | None = None) -> None:
+        parsed = ParallelPlan.parse(plan)
+        world_size = parsed.sp_size * len(setting.rows)
+        compute_reference(setting, tmp_path / "reference.pt")
+        found = ranks(world_size).run(compare, setting, plan, str(tmp_path / "reference.pt"), checkpoint, timeout=120)
+        worst = {key: max(errors[key] for errors in found) for key in ("loss", "logits", "gradient", "norm")}
+        summary = f"{worst}, worst gradient: {[errors['parameter'] for errors in found]}"
+        print(summary)
+        assert not any(errors["one_sided"] for errors in found), found[0]["one_sided"]
+        assert max(worst.values()) < 1e-5, summary
+
+    return check
+
+
+def test_mixed_row_at_sp2_equals_one_rank(check) -> None:
+    check(Setting(rows=(MIXED,)), "sp=2")
+
+
+def test_data_rank_without_modalities_equals_one_rank(check) -> None:
+    check(Setting(rows=(MIXED, TEXT)), {"dp_shard_size": 2, **TOWERS})
+
+
+SETTINGS = {
+    "mixed": Setting(rows=(MIXED,)),
+    "frozen": Setting(rows=(MIXED,), changes=FROZEN),
+    "lora": Setting(rows=(MIXED,), lora=True),
+    "text": Setting(rows=(TEXT,)),
+    "accumulated": Setting(rows=(MIXED,), micro_batches=2),
+    "moe": Setting(rows=(MIXED,), moe=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sp", [2, 4])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_equal_one_rank(check, name: str, sp: int) -> None:
+    check(SETTINGS[name], f"sp={sp}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("rules", [{}, TOWERS], ids=["root", "units"])
+def test_settings_equal_one_rank_where_a_data_rank_lacks_modalities(check, name: str, rules: dict) -> None:
+    rows = (TEXT, MIXED) if name != "text" else (TEXT, ("tt",))
+    check(replace(SETTINGS[name], rows=rows), {"sp_size": 2, "dp_shard_size": 2, **rules})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["sp=2,ep=2", "sp=2,dp_shard=2,ep=2", "sp=2,dp_shard=2,ep=4", "dp_shard=2,ep=2"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_spread_experts_equal_one_rank(check, plan: str, lora: bool) -> None:
+    rows = (MIXED, TEXT) if "dp" in plan else (MIXED,)
+    check(Setting(rows=rows, moe=True, lora=lora), plan)
