@@ -13,6 +13,7 @@ from hf_veomni.omni import (
 )
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.prepare import build_parallelize_model, detach_omni, gather_sequence, prepare_omni
+from hf_veomni.sequence.compiling import compile_layers
 from hf_veomni.trainer import OmniParallelismConfig, OmniTrainer, OmniTrainerMixin, OmniTrainingArguments
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "build_omni_model",
     "build_parallelize_model",
     "clip_grad_norm_",
+    "compile_layers",
     "detach_omni",
     "gather_sequence",
     "get_parallel_state",

@@ -116,7 +116,8 @@ class OmniParallelismConfig(ParallelismConfig):
         dynamo: Any = accelerator.state.dynamo_plugin
         if dynamo.backend != DynamoBackend.NO:
             raise ValueError(
-                f"`dynamo_plugin` ({dynamo.backend.value}) is not available under a plan: "
-                "the sequence is cut by hooks that torch.compile does not trace."
+                f"`dynamo_plugin` ({dynamo.backend.value}) would put another module around the model of the plan "
+                f"({self.plan}): leave it out (also `dynamo_backend` of the launcher) and call `compile_layers(model)`, "
+                "or give `torch_compile=True` to OmniTrainingArguments."
             )
         adapt_accelerator(accelerator, self.plan, self.data_group)

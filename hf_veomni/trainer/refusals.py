@@ -52,7 +52,6 @@ _ALWAYS = (
         for name in ("fsdp", "deepspeed")
     ),
     Refusal("fsdp_config", bool, "the plan shards the model; leave it out, per-module rules go into the plan"),
-    Refusal("torch_compile", bool, "the sequence is cut by hooks that torch.compile does not trace; leave it off"),
     Refusal("use_liger_kernel", bool, "the loss runs without full logits already; leave `use_liger_kernel` off"),
 )
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from hf_veomni import hf
 from hf_veomni.mesh import get_parallel_state
 from hf_veomni.prepare import prepare_omni
+from hf_veomni.sequence.compiling import compile_layers
 from hf_veomni.trainer.adapt import is_prepared
 from hf_veomni.trainer.arguments import OmniTrainingArguments
 from hf_veomni.trainer.batching import BatchingMixin
@@ -47,6 +48,8 @@ def _precision(args: Any) -> MixedPrecisionPolicy | None:
 def _prepared(model: nn.Module, args: Any) -> nn.Module:
     if not is_prepared(model):
         model = prepare_omni(model, args.plan, mp_policy=_precision(args))
+    if args.torch_compile:
+        compile_layers(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
     state = get_parallel_state(model)
     if state.plan != args.plan:
         raise ValueError(f"`model` was prepared for the plan ({state.plan}), the arguments say ({args.plan}).")
@@ -120,6 +123,10 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
 
     def call_model_init(self, trial: Any = None) -> Any:
         return self._ready(super().call_model_init(trial), self.args)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Without accelerate's wrapper around the compiled model: the layers are compiled in place."""
+        return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": None}
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

@@ -46,6 +46,7 @@ class Run:
     lean_loss: bool = True
     checkpointing: bool = False
     synchronize_each: bool = True
+    compiled: str | None = None  # torch.compile's backend for the layers
 
 
 @dataclass
@@ -145,12 +146,14 @@ def _exact_loss(logits: Tensor, document: Batch, items: int) -> Tensor:
 
 def compare(setting: Setting, run: Run, path: str) -> dict[str, Any]:
     """On every rank: the prepared model against the reference at `path`; returns `Errors` as a dictionary."""
-    from hf_veomni import prepare_omni
+    from hf_veomni import compile_layers, prepare_omni
 
     model = make_model(setting)
     prepare_omni(model, run.plan, attention=run.attention, lean_loss=run.lean_loss)
     if run.checkpointing:
         model.gradient_checkpointing_enable()
+    if run.compiled:
+        compile_layers(model, backend=run.compiled)
     return measure(model, setting, run, path)
 
 

@@ -72,7 +72,6 @@ def test_a_typo_names_the_nearest_key(tmp_path):
         {"fsdp": "full_shard"},
         {"fsdp_config": {"version": 2}},
         {"deepspeed": "config.json"},
-        {"torch_compile": True},
         {"use_liger_kernel": True},
     ],
     ids=lambda values: next(iter(values)),
