@@ -107,6 +107,12 @@ def _prefetch_experts(model: nn.Module, experts: Sequence[nn.Module]) -> None:
             other[0].set_modules_to_backward_prefetch(one)
 
 
+def _outside_forward(model: Any) -> set[nn.Parameter]:
+    """Parameters that the forward never reads (`modules_outside_forward` of the model): no unit would gather them."""
+    names = getattr(model, "modules_outside_forward", list)()
+    return {parameter for name in names for parameter in model.get_submodule(name).parameters()}
+
+
 def shard_parameters(
     model: PreTrainedModel,
     state: ParallelState,
@@ -121,7 +127,8 @@ def shard_parameters(
         mp_policy: FSDP2's mixed precision; None computes in the parameters' dtype.
 
     Returns:
-        The same model, its parameters DTensors. In a world of one rank it is returned as it is.
+        The same model, its parameters DTensors, but for those of modules that take no part in its forward (the VQ
+        models of an `OmniModel`), which stay whole. In a world of one rank it is returned as it is.
 
     Collectives: per unit an all-gather before forward and backward, and a reduce-scatter (plus an all-reduce over the
     replicas) after backward.
@@ -138,7 +145,7 @@ def shard_parameters(
     _shard_experts(experts, state, arguments)
     for modules, keep in plan_units(model, rules):
         fully_shard(modules if len(modules) > 1 else modules[0], reshard_after_forward=not keep, **arguments)
-    fully_shard(model, **arguments)
+    fully_shard(model, ignored_params=_outside_forward(model), **arguments)
     _prefetch_experts(model, experts)
     model.register_forward_hook(_reshard_after_inference)
     hf.mark_fsdp_managed(model)
