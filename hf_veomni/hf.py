@@ -64,6 +64,10 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def is_encoder_decoder(model: Any) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
 def code_names(module: nn.Module) -> tuple[str, ...]:
     """Names that the forward of a module's class uses, decorators taken off."""
     return inspect.unwrap(type(module).forward).__code__.co_names
@@ -91,9 +95,19 @@ def reads_attention_mask(module: nn.Module) -> bool:
             user = parents[node]
             user = parents[user] if isinstance(user, ast.keyword) else user
             handed = isinstance(user, ast.Call) and isinstance(user.func, ast.Name) and user.func.id != "isinstance"
+            handed = handed or isinstance(node.ctx, ast.Store) or _calls_attention(user, parents)
             if not handed and not (isinstance(user, ast.Compare) and isinstance(user.ops[0], (ast.Is, ast.IsNot))):
                 return True
     return False
+
+
+def _calls_attention(call: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Whether a node calls a method of the module whose result is no mask."""
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
+        return False
+    owner, user = call.func.value, parents[call]
+    targets = user.targets if isinstance(user, ast.Assign) else []
+    return isinstance(owner, ast.Name) and owner.id == "self" and bool(targets) and "mask" not in ast.dump(targets[0])
 
 
 def first_scaled_position(module: nn.Module) -> int | None:

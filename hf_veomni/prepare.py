@@ -171,18 +171,21 @@ def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool, un
     """
     reasons: dict[str, str] = {}
     try:
-        attachment = attach_sequence(base, state, attention)
+        undo.append(attach_lean_loss(base, state.sp_group, lean=lean_loss))
+    except ValueError as error:
+        reasons["labels"] = str(error)
+    try:
+        headless = hf.decoder_stack(base) is base  # hands out hidden states, of which every rank has its part
+        attachment = attach_sequence(base, state, attention, whole_output="labels" in reasons and not headless)
         setattr(base, _SEQUENCE, attachment)
         undo.extend([attachment.detach, partial(delattr, base, _SEQUENCE)])
+        if attachment.exit is not None:
+            reasons["whole"] = "the head works on the whole row"
     except ValueError as error:
         named = any("sp" in rules for rules in state.plan.modules.values())  # which would be without effect
         if state.sp_size > 1 or named or attention not in ("auto", "keep"):
             raise
         reasons["packed"] = str(error)
-    try:
-        undo.append(attach_lean_loss(base, state.sp_group, lean=lean_loss))
-    except ValueError as error:
-        reasons["labels"] = str(error)
     detach = attach_router_loss(base, state)
     if detach is None:
         reasons["router"] = f"{type(base).__name__} computes it inside its forward"

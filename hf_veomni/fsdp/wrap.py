@@ -54,7 +54,13 @@ def plan_units(model: PreTrainedModel, rules: Mapping[str, Mapping[str, str]]) -
     groups = [([model.get_submodule(name)], units[name] == "keep") for name in ordered]
     if stock_keep:
         groups.append(([model.get_submodule(name) for name in stock_keep], True))
-    return [(_with_tied(model, modules), keep) for modules, keep in groups]
+    taken: set[nn.Module] = set()  # an encoder and a decoder share their embedding
+    found: list[tuple[list[nn.Module], bool]] = []
+    for modules, keep in groups:
+        rest = [module for module in _with_tied(model, modules) if module not in taken]
+        taken.update(rest)
+        found += [(rest, keep)] if rest else []
+    return found
 
 
 def _reshard_after_inference(model: nn.Module, args: Any, output: Any) -> None:

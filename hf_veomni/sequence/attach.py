@@ -25,8 +25,11 @@ from torch import Tensor, nn
 
 from hf_veomni import hf
 from hf_veomni.mesh import ParallelState
+from hf_veomni.sequence.bias import attach_bias
+from hf_veomni.sequence.cross import can_cross, cross_attention, is_cross, watch_cross
 from hf_veomni.sequence.documents import Documents, current_documents
 from hf_veomni.sequence.generation import attach_generate, detach_generate, is_generating
+from hf_veomni.sequence.layer_inputs import cut_call
 from hf_veomni.sequence.linear import LinearAttachment, check_mixer_heads
 from hf_veomni.sequence.mask import MaskSpec
 from hf_veomni.sequence.seam import Seam, check_heads, find_seam
@@ -34,6 +37,7 @@ from hf_veomni.sequence.selection import adopt, release, select
 from hf_veomni.sequence.shard import check_same_rows, gather_rows, pad_inputs, shard_sequence
 from hf_veomni.sequence.ulysses import ulysses_attention
 from hf_veomni.sequence.varlen import VARLEN_NAME, register_varlen_attention
+from hf_veomni.sequence.whole import find_exit, map_hidden, pooling_modules, text_encoder
 
 _MARK = "_omni_sequence"
 _registry = hf.AttentionRegistry()
@@ -49,6 +53,7 @@ class _Row:
     padded: int
     whole: bool
     cut: bool = False  # whether a layer has got its slice
+    gathered: bool = False  # whether the layers' output has been put together again
     tokens: list[tuple[ContextVar, Token]] = field(default_factory=list)
 
 
@@ -74,10 +79,13 @@ _current_call: ContextVar[_Call | None] = ContextVar("hf_veomni_call", default=N
 def _wrap_attention(inner: hf.AttentionFunction | None) -> hf.AttentionFunction:
     """`inner` for unmarked modules, Ulysses around it for marked ones; None stands for the family's eager function."""
 
+    @torch.compiler.disable  # what it reads of the row would be frozen into a graph
     def attention(module, query, key, value, attention_mask, **kwargs):
         function = inner or hf.eager_attention(module)
         state: ParallelState | None = getattr(module, _MARK, None)
         row = _current_row.get()
+        if state is not None and is_cross(module) and not (row is not None and row.whole and state.sp_size > 1):
+            return cross_attention(function, module, query, key, value, attention_mask, state, **kwargs)
         if state is None or state.sp_group is None or (row is not None and row.whole):
             return function(module, query, key, value, attention_mask, **kwargs)
         return ulysses_attention(
@@ -90,7 +98,9 @@ def _wrap_attention(inner: hf.AttentionFunction | None) -> hf.AttentionFunction:
 class SequenceAttachment:
     """Sequence parallelism and packing on one model; `detach` takes all of it off again."""
 
-    def __init__(self, model: nn.Module, state: ParallelState, attention: str = "auto") -> None:
+    def __init__(
+        self, model: nn.Module, state: ParallelState, attention: str = "auto", whole_output: bool = False
+    ) -> None:
         """Check the model and install. See `attach_sequence`."""
         self.model, self.state = hf.base_model(model), state
         self.name = type(self.model).__name__  # FSDP2 renames the class
@@ -99,12 +109,18 @@ class SequenceAttachment:
         check_heads(self.model, state.sp_size)
         check_mixer_heads(self.seam.mixers, state.sp_size)
         self.config = hf.text_config(self.model)
+        self.exit = find_exit(self.model, self.seam, whole_output)
+        self.encoder: SequenceAttachment | None = None
+        encoder = text_encoder(self.model, self.seam)
+        if encoder is not None:
+            self.encoder = SequenceAttachment(encoder, state, attention, whole_output=True)
         self.last_length: int | None = None
         self._handles: list[Any] = []
         self._configs = hf.iterate_configs(self.seam.decoder, iter(self.seam.attentions))
         self._option = attention
         self._signature = list(inspect.signature(self.seam.decoder.forward).parameters)
         self._model_signature = list(inspect.signature(self.model.forward).parameters)
+        self._looks_ahead = any(not getattr(m, "is_causal", True) for m in self.seam.attentions)
         self._stock_masks_pack = hf.masks_follow_positions(self.seam.decoder)
         self._install()
 
@@ -122,9 +138,10 @@ class SequenceAttachment:
         _attached.add(self)
         for module in self.seam.attentions:
             setattr(module, _MARK, self.state)
+        self._handles += [watch_cross(m) for m in self.seam.attentions if can_cross(m)]
         decoder = self.seam.decoder
         if self.model is not decoder:
-            self._handles = [
+            self._handles += [
                 self.model.register_forward_pre_hook(self._note_cache, with_kwargs=True),
                 self.model.register_forward_hook(self._forget_cache, always_call=True),
             ]
@@ -133,6 +150,11 @@ class SequenceAttachment:
             decoder.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
         if self.state.sp_size > 1:
+            self._handles += [attach_bias(m, self.state.sp_size, _is_cut) for m in self.seam.attentions]
+            if self.exit is not None and self.exit is not decoder:
+                self._handles.append(self.exit.register_forward_hook(self._gather_output))
+            for module in pooling_modules(self.seam, self.exit):
+                self._handles.append(module.register_forward_pre_hook(self._gather_input, with_kwargs=True))
             attach_generate(self.model)
             self._handles += [m.register_forward_hook(self._shard_rope) for m in self.seam.rotary]
             self._handles += [
@@ -144,6 +166,8 @@ class SequenceAttachment:
 
     def detach(self) -> None:
         """Remove hooks and marks, select the previous attention, and free the registry after the last model."""
+        if self.encoder is not None:
+            self.encoder.detach()
         for handle in self._handles:
             handle.remove()
         if self._linear is not None:
@@ -161,6 +185,8 @@ class SequenceAttachment:
         """[B, s, ...] of this rank to [B, S, ...] without padding, S the length of the last row that ran."""
         if self.last_length is None:
             raise ValueError("No row has run through the model yet: call the model before `gather_sequence`.")
+        if self.exit is not None and local.dim() >= 2 and local.shape[1] == self.last_length:
+            return local  # the head has worked on the whole row
         part = -(-self.last_length // self.state.sp_size)
         if local.dim() < 2 or local.shape[1] != part:
             raise ValueError(
@@ -223,10 +249,16 @@ class SequenceAttachment:
                 f"`position_ids` {tuple(positions.shape)} restart within a row, but without text positions documents "
                 "cannot be told apart: pass [4, rows, tokens], text positions first."
             )
-        inputs = {**inputs, "position_ids": positions, "use_cache": False}
+        # Tables of learned positions may begin elsewhere than at 0 (RoBERTa): the model makes its own positions then.
+        made = inputs.get("position_ids") is None and not (self.seam.rotary and "position_ids" in self._signature)
+        inputs = {**inputs, "position_ids": positions}
+        if "use_cache" in self._signature or "use_cache" in inputs:
+            inputs["use_cache"] = False
         mask = inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == given.shape[:2] and bool(mask.all()):
             inputs["attention_mask"] = mask = None  # an all-ones mask would switch stock packing off
+        if extra and mask is None and self._looks_ahead and "attention_mask" in self._signature:
+            inputs["attention_mask"] = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         pad_token = getattr(self.config, "pad_token_id", None)
         inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
         documents = self._documents(inputs["position_ids"], given.shape[0])
@@ -238,11 +270,14 @@ class SequenceAttachment:
                 "one document a row, or use its text-only class."
             )
         row.tokens.append((current_documents, current_documents.set(documents)))
+        if made:
+            del inputs["position_ids"]
         return inputs
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
         for name in ("cross_attention_states", "encoder_hidden_states"):
-            if inputs.get(name) is not None and self.state.sp_size > 1:
+            crosses = any(can_cross(module) for module in self.seam.attentions)
+            if inputs.get(name) is not None and self.state.sp_size > 1 and not crosses:
                 raise ValueError(
                     f"`{name}` is not available under sequence parallelism: cross-attention keeps its keys whole, and "
                     "they would be exchanged as if they were cut. Use sp_size=1."
@@ -298,18 +333,36 @@ class SequenceAttachment:
                 f"slice. Keep documents, and rows / sp_size, to {limit} tokens."
             )
 
-    def _leave(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _leave(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         row = _current_row.get()
         if row is None or row.owner is not self:
-            return  # `_enter` raised
+            return None  # `_enter` raised
         for variable, token in reversed(row.tokens):
             variable.reset(token)
+        if row.whole or row.gathered:
+            return None
         hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
-        if isinstance(hidden, Tensor) and not row.whole and hidden.shape[1] * self.state.sp_size != row.padded:
+        if isinstance(hidden, Tensor) and hidden.shape[1] * self.state.sp_size != row.padded:
             raise ValueError(
                 f"{type(decoder).__name__} returned {hidden.shape[1]} tokens where a slice of {row.padded} over "
                 f"{self.state.sp_size} ranks was expected: its forward puts the row together again and cannot be cut."
             )
+        if self.exit is decoder:
+            return map_hidden(output, lambda hidden: gather_rows(hidden, row.length, self.state))
+        return None
+
+    def _gather_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        row = _current_row.get()
+        if row is None or row.whole or row.owner is not self:
+            return output
+        row.gathered = True
+        return map_hidden(output, lambda hidden: gather_rows(hidden, row.length, self.state))
+
+    def _gather_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        row = _current_row.get()
+        if row is None or row.whole or row.owner is not self or not args:
+            return None
+        return (gather_rows(args[0], row.length, self.state), *args[1:]), kwargs
 
     def _shard_rope(self, module: nn.Module, args: tuple, output: Any) -> Any:
         row = _current_row.get()
@@ -324,22 +377,12 @@ class SequenceAttachment:
         sliced = tuple(shard_sequence(table, -2, self.state) for table in tables)
         return sliced if isinstance(output, tuple) else sliced[0]
 
+    @torch.compiler.disable
     def _shard_hidden(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         row = _current_row.get()
         if row is None or row.whole or row.owner is not self:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if not row.cut and (hidden.dim() != 3 or hidden.shape[1] != row.padded):
-            kind = type(layer).__name__.removeprefix("FSDP")
-            raise ValueError(
-                f"{kind} takes hidden states of shape {tuple(hidden.shape)}, not [rows, {row.padded}, width], so "
-                f"{self.name} cannot be cut along its sequence: use sp_size=1."
-            )
-        row.cut = True
-        if hidden.shape[1] != row.padded:
-            return None
-        hidden = shard_sequence(hidden, 1, self.state)
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        return cut_call(layer, args, kwargs, row, self.state)
 
 
 def _restarts_between_tokens(positions: Tensor, mask: Tensor) -> bool:
@@ -348,7 +391,14 @@ def _restarts_between_tokens(positions: Tensor, mask: Tensor) -> bool:
     return bool(((positions.diff(dim=-1) != 1) & real[:, 1:] & real[:, :-1]).any())
 
 
-def attach_sequence(model: nn.Module, state: ParallelState, attention: str = "auto") -> SequenceAttachment:
+def _is_cut() -> bool:
+    row = _current_row.get()
+    return row is None or not row.whole
+
+
+def attach_sequence(
+    model: nn.Module, state: ParallelState, attention: str = "auto", whole_output: bool = False
+) -> SequenceAttachment:
     """Make a stock decoder-only model take full rows and work on this rank's slice; packed documents stay apart.
 
     Args:
@@ -356,10 +406,11 @@ def attach_sequence(model: nn.Module, state: ParallelState, attention: str = "au
         state: whose SP group shares the rows; with sp_size 1 only packing is installed.
         attention: "auto" selects the varlen attention where the model has sdpa (or eager and nothing else); "keep"
             leaves the selected implementation.
+        whole_output: put the stack's output together again, for a head that does not work token by token.
 
     Raises:
         ValueError: the model has no seam, or fewer query heads than sp_size.
     """
     if attention not in ("auto", "keep"):
         raise ValueError(f"`attention` ({attention!r}) must be 'auto' or 'keep'.")
-    return SequenceAttachment(model, state, attention)
+    return SequenceAttachment(model, state, attention, whole_output)

@@ -62,7 +62,7 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
 
     Args:
         reasons: why this model takes no "packed" rows, or computes no loss from "labels" or for its "router" under
-            its plan.
+            its plan; "whole" where its head works on whole rows, so that it computes its own loss.
 
     Returns:
         A function that removes the checks.
@@ -90,10 +90,12 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
             )
         if state.sp_size == 1 or is_generating(module):
             return
-        _check_towers(inputs)
+        # Encoders of an encoder-decoder run whole on every rank.
+        if not getattr(module, "merges_whole_features", False) and not hf.is_encoder_decoder(module):
+            _check_towers(inputs)
         if "router" in reasons:
             _check_router_loss(module, inputs, reasons["router"])
-        if "labels" in reasons and inputs.get("labels") is not None:
+        if "labels" in reasons and "whole" not in reasons and inputs.get("labels") is not None:
             raise ValueError(f"No loss over a cut row: {reasons['labels']}")
         keep = inputs.get("logits_to_keep", 0)
         if cached and inputs.get("labels") is not None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_veomni import hf
 from hf_veomni.sequence.linear import Mixer, find_mixers, find_unknown
+from hf_veomni.sequence.stack import asks_interface, find_layers, own_names
 from hf_veomni.sequence.ulysses import head_layout
 
 # Modules that carry a state along the sequence, or pick tokens, outside of the attention interface.
@@ -32,6 +33,7 @@ class Seam:
         layers: its layers, which see this rank's tokens only.
         attentions: the attention modules inside the layers.
         rotary: the modules at the top of the stack that make rope tables.
+        holder: the module whose forward runs the layers: the stack, or one inside of it (`BertModel.encoder`).
         mixers: modules inside the layers that carry a state along the sequence, and how they can be run.
         max_counted: tokens up to which layers that count positions themselves change nothing; None if none does.
     """
@@ -40,6 +42,7 @@ class Seam:
     layers: nn.ModuleList
     attentions: tuple[nn.Module, ...]
     rotary: tuple[nn.Module, ...]
+    holder: nn.Module
     mixers: tuple[Mixer, ...] = ()
     max_counted: int | None = None
 
@@ -51,14 +54,18 @@ def _refuse(model: nn.Module, reason: str) -> ValueError:
     )
 
 
-def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise _refuse(model, "it is an encoder-decoder model, and only decoder-only stacks can be cut")
+def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
     decoder = hf.decoder_stack(model)
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise _refuse(model, f"its decoder ({type(decoder).__name__}) keeps no list of `layers`")
-    return decoder, layers
+    # For what is no decoder, transformers' lookup may lead to the head (`decoder` of ModernBERT's).
+    stacks = [decoder, model.base_model] if not getattr(model.config, "is_encoder_decoder", False) else [decoder]
+    decoder, found = next(((s, f) for s in stacks if (f := find_layers(s)) is not None), (decoder, None))
+    if found is None:
+        raise _refuse(
+            model,
+            f"its stack ({type(decoder).__name__}) has no list of layers, or several, in which attention asks "
+            "transformers' AttentionInterface",
+        )
+    return decoder, *found
 
 
 # A layer that counts its tokens itself would count those of its slice: Ministral's query scaling. Llama 4's is known
@@ -81,20 +88,18 @@ def _check_layer(
         kind = type(module).__name__
         if module in known:
             continue
-        if module not in attentions and module is not layer:
+        if not any(part in attentions for part in module.modules()):
             continue
-        counters = _COUNTERS & set(hf.code_names(module))
+        counters = _COUNTERS & own_names(type(module))
         if counters and not hasattr(module, "attn_temperature_tuning"):
             raise _refuse(model, f"`{name}.{path}` ({kind}) counts positions inside the layer ({sorted(counters)})")
         if module in attentions and hf.reads_attention_mask(module):
             raise _refuse(model, f"`{name}.{path}` ({kind}) makes an attention mask of its own from that of the row")
-    if len(attentions) != 1 and not (
-        not attentions and (mixers or getattr(layer, "block_type", None) in ("moe", "mlp"))
-    ):
+    if not attentions and not mixers and getattr(layer, "block_type", None) not in ("moe", "mlp"):
         raise _refuse(
             model,
-            f"`{name}` ({type(layer).__name__}) has {len(attentions)} modules that ask transformers' "
-            "AttentionInterface for their attention, and exactly one is needed",
+            f"`{name}` ({type(layer).__name__}) has no module that asks transformers' AttentionInterface for its "
+            "attention",
         )
 
 
@@ -107,9 +112,7 @@ def find_seam(model: PreTrainedModel, gathered: Iterable[str] = ()) -> Seam:
     Raises:
         ValueError: names the rule that the model breaks.
     """
-    if model.get_output_embeddings() is None and hf.decoder_stack(model) is not model:
-        raise _refuse(model, "it has a head that pools or picks tokens of the full row")
-    decoder, layers = _decoder(model)
+    decoder, holder, layers = _decoder(model)
     types = set(getattr(decoder.config, "layer_types", None) or ())
     if unknown := sorted(types - _LAYER_TYPES - _HYBRID_TYPES):
         raise _refuse(model, f"its `layer_types` hold {unknown}, which are not attention over the row")
@@ -117,16 +120,16 @@ def find_seam(model: PreTrainedModel, gathered: Iterable[str] = ()) -> Seam:
     attentions: list[nn.Module] = []
     mixers = find_mixers([(names[layer], layer) for layer in layers], gathered)
     for layer in layers:
-        found = [module for module in layer.modules() if hf.uses_attention_interface(module)]
+        found = [module for module in layer.modules() if asks_interface(module)]
         inside = set(layer.modules())
         _check_layer(model, names[layer], layer, found, [mixer for mixer in mixers if mixer.module in inside])
         attentions.extend(found)
     inside = {module for layer in layers for module in layer.modules()}
     rotary = [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
-    if not (rotary or mixers) or any(module in inside for module in rotary):
-        raise _refuse(model, "its positions do not enter through a rotary embedding at the top of the stack")
+    if any(module in inside for module in rotary):
+        raise _refuse(model, "its positions enter through rotary embeddings inside of the layers")
     counted = [limit for module in attentions if (limit := hf.first_scaled_position(module)) is not None]
-    return Seam(decoder, layers, tuple(attentions), tuple(rotary), tuple(mixers), min(counted, default=None))
+    return Seam(decoder, layers, tuple(attentions), tuple(rotary), holder, tuple(mixers), min(counted, default=None))
 
 
 def check_heads(model: PreTrainedModel, sp_size: int) -> None:

@@ -70,6 +70,9 @@ def pad_positions(position_ids: Tensor, extra: int) -> Tensor:
     return torch.cat([position_ids, tail.expand(*position_ids.shape[:-1], extra)], dim=-1)
 
 
+_HANDLED = {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}
+
+
 def pad_inputs(inputs: dict[str, Any], extra: int, pad_token_id: int) -> dict[str, Any]:
     """Lengthen everything in a decoder stack's inputs that has a sequence axis by `extra` tokens.
 
@@ -95,4 +98,10 @@ def pad_inputs(inputs: dict[str, Any], extra: int, pad_token_id: int) -> dict[st
     if inputs.get("inputs_embeds") is not None:
         padded["inputs_embeds"] = F.pad(inputs["inputs_embeds"], (0, 0, 0, extra))
     padded["position_ids"] = pad_positions(inputs["position_ids"], extra)
+    length = inputs["position_ids"].shape[-1]
+    for name, value in inputs.items():  # token types, boxes, languages
+        if name in _HANDLED or name.startswith(("encoder_", "cross_")) or not isinstance(value, Tensor):
+            continue
+        if value.dim() in (2, 3) and value.shape[1] == length and not value.is_floating_point():
+            padded[name] = F.pad(value, (0, 0) * (value.dim() - 2) + (0, extra))
     return padded

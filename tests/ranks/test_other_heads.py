@@ -1,4 +1,4 @@
-"""Heads without next-token labels keep working where rows are whole."""
+"""Heads that pool or pick tokens, and cross-attention: the same numbers as one process, the sequence cut or not."""
 
 from __future__ import annotations
 
@@ -6,28 +6,69 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForSequenceClassification, MllamaForCausalLM
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+
+_SIZES: dict[str, Any] = dict(
+    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
+)
+_IDS = torch.arange(3, 17).view(2, 7)
 
 
-def _model() -> LlamaForSequenceClassification:
+def _model(family: str) -> nn.Module:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
-    config = LlamaConfig(vocab_size=50, pad_token_id=0, **sizes)
-    config.num_labels = 3
-    return LlamaForSequenceClassification(config).train()
+    if family == "classifier":
+        config = LlamaConfig(**_SIZES)
+        config.num_labels = 3
+        return LlamaForSequenceClassification(config).train()
+    config = MllamaTextConfig(
+        **_SIZES, num_key_value_heads=1, cross_attention_layers=[1], bos_token_id=1, eos_token_id=2
+    )
+    model = MllamaForCausalLM._from_config(config)
+    for name, parameter in model.named_parameters():
+        if "gate" in name:
+            nn.init.constant_(parameter, 0.7)  # its own zeros would hide the cross-attention
+    return model.train()
 
 
-def _loss(plan: str) -> float:
+def _inputs(family: str) -> dict[str, Tensor]:
+    if family == "classifier":
+        return {"input_ids": _IDS, "labels": torch.tensor([0, 2])}
+    states = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    seen = torch.zeros(2, 1, 7, 5)
+    seen[1, :, :3, 2:] = torch.finfo(torch.float32).min  # its first tokens do not see all of the picture
+    rows = torch.ones(2, 1, 7, 1)
+    rows[0, 0, 2:4] = 0
+    return {
+        "input_ids": _IDS,
+        "labels": _IDS,
+        "cross_attention_states": states,
+        "cross_attention_mask": seen,
+        "full_text_row_masked_out_mask": rows,
+    }
+
+
+def _train(family: str, plan: str | None) -> tuple[float, dict[str, Tensor]]:
     from hf_veomni import prepare_omni
 
-    ids = torch.arange(3, 15).view(2, 6)
-    return float(prepare_omni(_model(), plan)(input_ids=ids, labels=torch.tensor([0, 2])).loss)
+    model = _model(family)
+    if plan is not None:
+        prepare_omni(model, plan)
+    loss = model(**_inputs(family), **({} if family == "classifier" else {"use_cache": False})).loss
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
 
 
-def test_sequence_classification_equals_one_process(ranks):
-    expected = float(_model()(input_ids=torch.arange(3, 15).view(2, 6), labels=torch.tensor([0, 2])).loss)
-    assert ranks(2).run(_loss, "dp_shard=2", timeout=60) == pytest.approx([expected] * 2, rel=1e-6)
-
-
-def test_sequence_classification_is_refused_where_rows_are_cut(ranks):
-    ranks(2).raises(_loss, "sp=2", match="a head that pools or picks tokens of the full row", timeout=30)
+@pytest.mark.parametrize(
+    ("family", "plan"), [("classifier", "dp_shard=2"), ("classifier", "sp=2"), ("mllama", "sp=2")]
+)
+def test_other_heads_equal_one_process(ranks, family, plan):
+    expected, gradients = _train(family, None)
+    for loss, found in ranks(2).run(_train, family, plan, timeout=60):
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert found.keys() == gradients.keys()
+        for name, wanted in gradients.items():
+            torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))

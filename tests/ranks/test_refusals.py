@@ -259,7 +259,6 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "doge": ("DogeForCausalLM", "DogeConfig", {}),
-    "mllama": ("MllamaForCausalLM", "MllamaTextConfig", {"cross_attention_layers": [1]}),
 }
 
 
@@ -270,7 +269,6 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         ("mistral4", r"Mistral4ForCausalLM has no seam .*counts positions inside the layer \(\['get_llama_4_attn"),
         ("gemma3n", r"Gemma3nTextDecoderLayer takes hidden states of shape \(4, 1, 16, 32\), not \[rows, 16, width\]"),
         ("doge", r"DogeForCausalLM has no seam .*makes an attention mask of its own from that of the row"),
-        ("mllama", r"`cross_attention_states` is not available under sequence parallelism"),
     ],
 )
 def test_families_that_cannot_be_cut(ranks, family, match):

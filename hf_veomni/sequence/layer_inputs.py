@@ -1,0 +1,74 @@
+"""What a layer is given besides hidden states: cut what has an entry for each token.
+
+    [B, S', W]       features of its own for each token (Gemma 4's per-layer inputs)
+    [B, 1, S, 1]     a factor for each token (Mllama's rows that see no picture)
+
+Masks, biases and the states of another sequence stay whole. Shapes: S tokens of a row, S' with padding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_veomni.mesh import ParallelState
+from hf_veomni.sequence.shard import shard_sequence
+
+_WHOLE = re.compile(r"attention_mask|causal_mask|bias|encoder|cross_|key_value|position|past|cache")
+
+
+class Row(Protocol):
+    """What `cut_call` reads and writes of the row that a stack works on."""
+
+    length: int
+    padded: int
+    cut: bool
+
+
+def cut_call(layer: nn.Module, args: tuple, kwargs: dict, row: Row, state: ParallelState) -> tuple[tuple, dict] | None:
+    """Arguments of a layer with this rank's slice of what is as long as the row; None: they stay as they are.
+
+    Args:
+        row: `cut` is set once a layer has got its slice.
+
+    Raises:
+        ValueError: the first layer is not given [rows, tokens, width].
+    """
+    inputs = {**dict(zip(_parameters(type(layer)), args, strict=False)), **kwargs}
+    name = next(iter(inputs))
+    hidden = inputs[name]
+    if not row.cut and (hidden.dim() != 3 or hidden.shape[1] != row.padded):
+        kind = type(layer).__name__.removeprefix("FSDP")
+        raise ValueError(
+            f"{kind} takes hidden states of shape {tuple(hidden.shape)}, not [rows, {row.padded}, width], so this "
+            "model cannot be cut along its sequence: use sp_size=1."
+        )
+    changed = {k: v for k, x in inputs.items() if k != name and (v := _cut(k, x, len(hidden), row, state)) is not x}
+    if not row.cut or hidden.shape[1] == row.padded:
+        changed[name] = shard_sequence(hidden, 1, state)
+    row.cut = True
+    if not changed:
+        return None
+    names = _parameters(type(layer))[: len(args)]
+    positional = tuple(changed.pop(n, x) for n, x in zip(names, args, strict=False)) + args[len(names) :]
+    return positional, {**kwargs, **changed}
+
+
+def _cut(name: str, value: Any, rows: int, row: Row, state: ParallelState) -> Any:
+    if not isinstance(value, Tensor) or _WHOLE.search(name) or not value.dim() or value.shape[0] != rows:
+        return value
+    if value.dim() == 3 and value.shape[1] == row.padded:
+        return shard_sequence(value, 1, state)
+    if value.dim() == 4 and value.shape[1] == value.shape[3] == 1 and row.length <= value.shape[2] <= row.padded:
+        return shard_sequence(F.pad(value, (0, 0, 0, row.padded - value.shape[2])), 2, state)
+    return value
+
+
+@lru_cache(maxsize=256)
+def _parameters(owner: type[nn.Module]) -> list[str]:
+    return list(inspect.signature(owner.forward).parameters)[1:]

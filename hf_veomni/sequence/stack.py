@@ -1,0 +1,65 @@
+"""Where a stack keeps its layers, and what their code does with the length of what they are given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+# Names of methods that a hook runs at the length of the full row (`bias`).
+BIAS_METHODS: tuple[str, ...] = ("compute_bias",)
+
+
+def asks_interface(module: nn.Module) -> bool:
+    """Whether the module is an attention that asks transformers' AttentionInterface, itself or in a method of its."""
+    return {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= own_names(type(module))
+
+
+@lru_cache(maxsize=1024)
+def own_names(owner: type) -> frozenset[str]:
+    """Names that the forward of a class uses, and the methods of the class that it calls; BIAS_METHODS left out."""
+    names: set[str] = set()
+    todo, done = ["forward"], set(BIAS_METHODS)
+    while todo:
+        name = todo.pop()
+        if name in done:
+            continue
+        done.add(name)
+        method: Any = inspect.getattr_static(owner, name, None)
+        method = getattr(method, "__func__", method)
+        if not inspect.isfunction(method) or method.__module__.startswith("torch."):
+            continue
+        for code in _codes(inspect.unwrap(method).__code__):
+            names |= set(code.co_names)
+        todo += [found for found in names if found not in done]
+    return frozenset(names)
+
+
+def _codes(code: Any) -> Iterable[Any]:
+    yield code
+    for constant in code.co_consts:
+        if inspect.iscode(constant):
+            yield from _codes(constant)
+
+
+def find_layers(stack: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
+    """(the module that holds them, the layers) of a stack: `layers`, else the one list whose items all attend.
+
+    Lists inside of other such lists are parts of a layer (ALBERT's groups). None if there is no such list, or several.
+    """
+    own = getattr(stack, "layers", None)
+    if isinstance(own, nn.ModuleList):
+        return stack, own
+    found: list[tuple[nn.Module, nn.ModuleList]] = []
+    inside: set[nn.Module] = set()
+    for owner in stack.modules():
+        for child in owner.children():
+            if not isinstance(child, nn.ModuleList) or not len(child) or child in inside:
+                continue
+            if all(any(asks_interface(m) for m in item.modules()) for item in child):
+                found.append((owner, child))
+                inside.update(m for m in child.modules() if m is not child)
+    return found[0] if len(found) == 1 else None
