@@ -45,10 +45,7 @@ def make_model(setting: Setting) -> nn.Module:
     config["decoders"]["audio"] = {"config": MIMI, "token_id": SOUND_TOKEN, "loss_weight": 0.5}
     if setting.moe:
         config["foundation"]["config"] = {**config["foundation"]["config"], **_MOE}
-    model = build(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("k_proj.bias"):  # no gradient but rounding: it adds the same to all scores of a query
-            parameter.requires_grad_(False)
+    model = freeze_noise(build(config))
     if not setting.lora:
         return model
     from peft import LoraConfig, get_peft_model
@@ -63,6 +60,14 @@ def make_model(setting: Setting) -> nn.Module:
         ),
     )
     return wrapped.train()
+
+
+def freeze_noise(model: nn.Module) -> nn.Module:
+    """Biases of keys add the same to all scores of a query: their gradient is nothing but rounding."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("k_proj.bias"):
+            parameter.requires_grad_(False)
+    return model
 
 
 def make_row(documents: Sequence[str], seed: int) -> dict[str, Tensor]:
@@ -154,7 +159,7 @@ def compare(setting: Setting, plan: str, path: str, checkpoint: str | None = Non
         from transformers import AutoConfig
 
         with torch.device("meta"):
-            model = OmniModel(AutoConfig.from_pretrained(checkpoint)).train()
+            model = freeze_noise(OmniModel(AutoConfig.from_pretrained(checkpoint)).train())
     prepare_omni(model, plan, checkpoint=checkpoint)
     reference, state = torch.load(path), get_parallel_state(model)
     batches = make_batches(setting)[state.dp_rank]
@@ -174,3 +179,24 @@ def compare(setting: Setting, plan: str, path: str, checkpoint: str | None = Non
         errors.losses.append(out.loss.item())
     compare_gradients(model, reference, errors)
     return asdict(errors)
+
+
+def generate(setting: Setting, plan: str) -> dict[str, Tensor]:
+    """On every rank: what a prepared model says, draws and sounds; with `plan` "" on one, prepared by nobody."""
+    model: Any = make_model(setting)
+    if plan:
+        from hf_veomni import prepare_omni
+
+        prepare_omni(model, plan)
+    model.eval()
+    base = model.get_base_model() if setting.lora else model
+    prompts = torch.tensor([[3, 4, *[VISION_TOKEN] * 4, 5, 6], [7, 8, *[VISION_TOKEN] * 4, 9, 10]])
+    seen = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(6))
+    given = {"pixel_values": seen}
+    said = model.generate(input_ids=prompts, max_new_tokens=5, do_sample=False, **given)
+    codes, pictures = base.generate_image(prompts, **given)
+    sampled, _ = base.generate_image(prompts[:, :2], do_sample=True, generator=torch.Generator().manual_seed(7))
+    sounding, sounds = base.generate_audio(prompts, frames=3, **given)
+    again = base.decoders["image"].lm_encode(pictures)
+    found = {"said": said, "codes": codes, "pictures": pictures, "sampled": sampled, "sounds": sounds}
+    return found | {"sounding": sounding, "again": again}

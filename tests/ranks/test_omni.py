@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_veomni import ParallelPlan
-from tests.ranks.omni import MIXED, Setting, compare, compute_reference
+from tests.ranks.omni import MIXED, Setting, compare, compute_reference, generate, make_model
 
 TEXT = ("t", "tt")
 FROZEN = {"vision": {"freeze": True}, "image": {"freeze": True}}
@@ -40,6 +41,17 @@ def test_mixed_row_at_sp2_equals_one_rank(check) -> None:
 
 def test_data_rank_without_modalities_equals_one_rank(check) -> None:
     check(Setting(rows=(MIXED, TEXT)), {"dp_shard_size": 2, **TOWERS})
+
+
+def _generates_as_one_rank(ranks, setting: Setting, plan: str, world_size: int) -> None:
+    wanted = generate(setting, "")
+    for found in ranks(world_size).run(generate, setting, plan, timeout=120):
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_generated_text_pictures_and_sounds_equal_one_rank(ranks) -> None:
+    _generates_as_one_rank(ranks, Setting(rows=(MIXED,)), "sp=2", 2)
 
 
 SETTINGS = {
@@ -73,3 +85,20 @@ def test_settings_equal_one_rank_where_a_data_rank_lacks_modalities(check, name:
 def test_spread_experts_equal_one_rank(check, plan: str, lora: bool) -> None:
     rows = (MIXED, TEXT) if "dp" in plan else (MIXED,)
     check(Setting(rows=rows, moe=True, lora=lora), plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plan", "world_size"), [("sp=4", 4), ("sp=2,dp_shard=2", 4), ("dp_shard=2", 2), ("sp=2,ep=2", 2)]
+)
+@pytest.mark.parametrize("lora", [False, True])
+def test_generation_under_plans_equals_one_rank(ranks, plan: str, world_size: int, lora: bool) -> None:
+    _generates_as_one_rank(ranks, Setting(rows=(MIXED,), moe="ep" in plan, lora=lora), plan, world_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["sp=2", "sp=2,dp_shard=2", "sp=2,dp_shard=2,ep=2"])
+def test_built_on_meta_equals_one_rank(check, tmp_path: Path, plan: str) -> None:
+    setting = Setting(rows=(MIXED, TEXT) if "dp" in plan else (MIXED,), moe="ep" in plan)
+    make_model(setting).save_pretrained(tmp_path / "saved")
+    check(setting, plan, str(tmp_path / "saved"))
