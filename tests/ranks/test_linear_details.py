@@ -13,7 +13,7 @@ from tests.models import build_model, packed_batch
 from tests.ranks.parity import Run, Setting, documents, make_model, relative_error
 from tests.ranks.traces import changes, traces
 
-LENGTHS = ((70, 1, 2, 60, 9), (1, 3, 90, 1, 14))
+LENGTHS = ((60, 1, 2, 70, 9), (1, 3, 90, 1, 14))
 
 
 @pytest.mark.parametrize("model", ["qwen3_5", "bamba", "minimax"])
@@ -120,3 +120,16 @@ def _call_layer() -> None:
 
 def test_layer_outside_of_its_model_is_refused(ranks):
     ranks(1).raises(_call_layer, match="BambaMixer was called outside of the forward of its prepared model")
+
+
+def _call_with_cache() -> None:
+    from transformers import DynamicCache
+
+    from hf_veomni import prepare_omni
+
+    model = prepare_omni(build_model("mamba2"), "sp=2")
+    model(packed_batch((7,))["input_ids"], cache_params=DynamicCache(config=model.config))
+
+
+def test_cache_of_whole_rows_is_refused_on_a_slice(ranks):
+    ranks(2).raises(_call_with_cache, match="Mamba2Mixer was given a cache")

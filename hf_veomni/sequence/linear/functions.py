@@ -219,8 +219,9 @@ def _mamba1_scan(
     return heads_to_tokens(out, split, call.group, call.rank).transpose(1, 2)
 
 
-def _skip_fused(call: MixerCall, inner: Function, *args: Any, **kwargs: Any) -> None:
-    """Kernels that fuse convolution, scan and projection see one rank's tokens only: the forward takes its parts."""
+def _fused(call: MixerCall, inner: Function, *args: Any, **kwargs: Any) -> Any:
+    """Kernels that fuse convolution, scan and projection: without an answer the forward takes these one by one."""
+    return inner(*args, **kwargs) if call.size == 1 and not call.documents.is_packed else None
 
 
 def _without_packing(options: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +234,7 @@ FUNCTIONS: dict[str, Function] = {
     "torch_chunk_gated_delta_rule": _delta_rule,
     "chunk_kimi_delta_attention": _delta_rule,
     "mamba2_chunk_scan": _mamba2_scan,
-    "mamba2_split_conv1d_scan_combined": _skip_fused,
+    "mamba2_split_conv1d_scan_combined": _fused,
     "mamba_selective_scan": _mamba1_scan,
-    "mamba_inner_fn": _skip_fused,
+    "mamba_inner_fn": _fused,
 }

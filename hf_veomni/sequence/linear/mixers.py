@@ -44,6 +44,7 @@ _BY_FUNCTIONS: dict[str, str | None] = {
     "Lfm2MoeShortConv": None,
     "Lfm3ShortConv": None,
 }
+_CACHES = ("cache_params", "past_key_values")
 _LIGHTNING = "MiniMaxLightningAttention"
 
 
@@ -190,7 +191,8 @@ def run_mixer(module: nn.Module, scheme: str, state: ParallelState, *args: Any, 
     """The forward of a mixer on this rank's tokens; stands in for `module.forward`.
 
     Raises:
-        ValueError: called outside of the prepared model's forward, where documents are not known.
+        ValueError: called outside of the prepared model's forward, where documents are not known; or with a cache that
+            the model was not called with.
     """
     forward = partial(type(module).forward, module)
     row = current_row.get()
@@ -201,6 +203,11 @@ def run_mixer(module: nn.Module, scheme: str, state: ParallelState, *args: Any, 
         )
     if row.documents is None:
         return forward(*args, **kwargs)
+    if any(kwargs.get(name) is not None for name in _CACHES):
+        raise ValueError(
+            f"{type(module).__name__} was given a cache, which holds the state of whole rows: call the model without "
+            "`cache_params`, or with `use_cache=True` under torch.no_grad()."
+        )
     call = MixerCall(row, state.sp_group, state.sp_rank, state.sp_size)
     if scheme == "gather":
         if not args:
