@@ -34,7 +34,7 @@ DEFAULTS = {
 def parse_arguments(script: type, description: str, **defaults: Any) -> tuple[Any, OmniTrainingArguments]:
     """Script and training arguments from the command line; one progress bar, whatever the number of ranks."""
     parser = HfArgumentParser((script, OmniTrainingArguments), description=description)
-    parser.set_defaults(**DEFAULTS, **defaults)
+    parser.set_defaults(**(DEFAULTS | defaults))
     options, args = parser.parse_args_into_dataclasses()
     warnings.filterwarnings("ignore", category=FutureWarning)
     if args.process_index > 0:
