@@ -382,3 +382,15 @@ def compute_buffers(model: PreTrainedModel) -> list[str]:
 
 
 __all__ = ["EPImplementation", "ParamWrapper"]
+
+
+def count_multimodal_tokens(processor: Any, modality: str, size: Any) -> tuple[int, int | None] | None:
+    """Tokens and patches (or tiles) of an "image" (height, width) or "audio" (samples) by the processor's own formula;
+    None if it has none."""
+    name = {"image": "image_sizes", "audio": "audio_lengths"}[modality]
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    if count is None or name not in inspect.signature(count).parameters:
+        return None
+    found = count(**{name: [size]})
+    patches = found.num_image_patches if modality == "image" else None
+    return int(getattr(found, f"num_{modality}_tokens")[0]), None if patches is None else int(patches[0])
