@@ -133,3 +133,30 @@ def _call_with_cache() -> None:
 
 def test_cache_of_whole_rows_is_refused_on_a_slice(ranks):
     ranks(2).raises(_call_with_cache, match="Mamba2Mixer was given a cache")
+
+
+def _file(function: Any) -> str:
+    return getattr(getattr(function, "__code__", None), "co_filename", "")
+
+
+def _replace_functions(name: str) -> float:
+    """Somebody wraps a function of the modelling file after `prepare_omni`, and somebody puts the first one back."""
+    from hf_veomni import prepare_omni
+
+    batch, model = packed_batch(LENGTHS[0]), build_model(name).eval()
+    wanted, space = _on_documents(model, batch), sys.modules[type(model).__module__]
+    prepare_omni(model, "")
+    ours = {key: value for key, value in vars(space).items() if "hf_veomni" in _file(value)}
+    assert "causal_conv1d_fn" in ours
+    for key, value in ours.items():
+        setattr(space, key, lambda *args, _inner=value, **kwargs: _inner(*args, **kwargs))
+    with torch.no_grad():
+        errors = [relative_error(model(**batch).logits, wanted)]
+        for key in ours:
+            setattr(space, key, ours[key].__wrapped__)
+        return max(*errors, relative_error(model(**batch).logits, wanted))
+
+
+@pytest.mark.parametrize("model", ["qwen3_5", "bamba"])
+def test_functions_that_others_replace_stay_cut(ranks, model):
+    assert max(ranks(1).run(_replace_functions, model)) < 1e-5

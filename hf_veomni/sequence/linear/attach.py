@@ -79,6 +79,7 @@ class LinearAttachment:
         _registry.release(self)
 
     def _enter(self, decoder: nn.Module, args: tuple) -> None:
+        _registry.acquire(self, self._callers())  # kernels may have been put in place since
         for module in self._checkpointed:
             hf.wrap_checkpointing(module, CarriedCheckpoint)
         self._tokens.append(current_row.set(LinearRow(current_documents.get())))

@@ -50,7 +50,7 @@ def run_gathered(
         template = forward(whole[row : row + height, cut], *others, **taken)
         out = template[0] if isinstance(template, tuple) else template
         for i in range(height):
-            rows[row + i].append(out[i : i + 1, max(low - begin, 0) : high - begin])
+            rows[row + i].append(out[i : i + 1, max(low - begin, 0) :])
     joined = torch.cat([torch.cat(row, dim=1) for row in rows])
     return (joined, *(None for _ in template[1:])) if isinstance(template, tuple) else joined
 

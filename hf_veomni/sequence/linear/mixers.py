@@ -152,7 +152,13 @@ def _stand_in(function: Callable[..., Any], inner: Callable[..., Any]) -> Callab
     @wraps(inner)
     def replaced(*args: Any, **kwargs: Any) -> Any:
         call = _current_call.get()
-        return inner(*args, **kwargs) if call is None else function(call, inner, *args, **kwargs)
+        if call is None:
+            return inner(*args, **kwargs)
+        token = _current_call.set(None)  # somebody may have wrapped one of these, and `acquire` that once more
+        try:
+            return function(call, inner, *args, **kwargs)
+        finally:
+            _current_call.reset(token)
 
     return replaced
 
@@ -165,13 +171,16 @@ class FunctionRegistry:
         self._originals: dict[tuple[str, str], tuple[Any, Any]] = {}
 
     def acquire(self, user: Any, modules: Iterable[nn.Module]) -> None:
-        """Replace what the forwards of `modules` call. `user` is held weakly."""
+        """Replace what the forwards of `modules` call, also where somebody has put another function in our place.
+
+        `user` is held weakly.
+        """
         self._users.add(user)
         for module in modules:
             space = inspect.unwrap(type(module).forward).__module__
             for name in FUNCTIONS.keys() & set(hf.code_names(module)):
-                if (space, name) not in self._originals:
-                    original = getattr(sys.modules[space], name)
+                original = getattr(sys.modules[space], name)
+                if original is not self._originals.get((space, name), (None, None))[1]:
                     replaced = _stand_in(FUNCTIONS[name], original)
                     setattr(sys.modules[space], name, replaced)
                     self._originals[space, name] = original, replaced
