@@ -35,6 +35,7 @@ from hf_veomni.sequence.mask import MaskSpec
 from hf_veomni.sequence.seam import Seam, check_heads, find_seam
 from hf_veomni.sequence.selection import adopt, release, select
 from hf_veomni.sequence.shard import check_same_rows, gather_rows, pad_inputs, shard_sequence
+from hf_veomni.sequence.stack import makes_masks, masks_on_demand, views_as_row
 from hf_veomni.sequence.ulysses import ulysses_attention
 from hf_veomni.sequence.varlen import VARLEN_NAME, register_varlen_attention
 from hf_veomni.sequence.whole import find_exit, map_hidden, pooling_modules, text_encoder
@@ -120,7 +121,10 @@ class SequenceAttachment:
         self._option = attention
         self._signature = list(inspect.signature(self.seam.decoder.forward).parameters)
         self._model_signature = list(inspect.signature(self.model.forward).parameters)
-        self._looks_ahead = any(not getattr(m, "is_causal", True) for m in self.seam.attentions)
+        self._views_as_row = views_as_row(self.seam.decoder) and self.exit is not self.seam.decoder
+        self._looks_ahead = any(not getattr(m, "is_causal", False) for m in self.seam.attentions)
+        self._makes_masks = makes_masks([self.model, self.model.base_model, self.seam.decoder, self.seam.holder])
+        self._masks_on_demand = masks_on_demand(self.seam.decoder)
         self._stock_masks_pack = hf.masks_follow_positions(self.seam.decoder)
         self._install()
 
@@ -153,6 +157,9 @@ class SequenceAttachment:
             self._handles += [attach_bias(m, self.state.sp_size, _is_cut) for m in self.seam.attentions]
             if self.exit is not None and self.exit is not decoder:
                 self._handles.append(self.exit.register_forward_hook(self._gather_output))
+            if self._views_as_row:  # the stack reshapes what its last norm returns as if it were whole
+                norm = decoder.get_submodule("ln_f")
+                self._handles.append(norm.register_forward_pre_hook(self._gather_norm, with_kwargs=True))
             for module in pooling_modules(self.seam, self.exit):
                 self._handles.append(module.register_forward_pre_hook(self._gather_input, with_kwargs=True))
             attach_generate(self.model)
@@ -255,16 +262,24 @@ class SequenceAttachment:
         if "use_cache" in self._signature or "use_cache" in inputs:
             inputs["use_cache"] = False
         mask = inputs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.shape == given.shape[:2] and bool(mask.all()):
+        on_demand = self._masks_on_demand
+        if isinstance(mask, Tensor) and mask.shape == given.shape[:2] and bool(mask.all()) and not on_demand:
             inputs["attention_mask"] = mask = None  # an all-ones mask would switch stock packing off
         if extra and mask is None and self._looks_ahead and "attention_mask" in self._signature:
-            inputs["attention_mask"] = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+            if on_demand:
+                raise ValueError(
+                    f"{self.name} attends otherwise with an `attention_mask` than without one, so a row of "
+                    f"{row.length} tokens cannot be filled up to a multiple of {self.state.sp_size}: pass a mask."
+                )
+            if not _restarts(positions):
+                inputs["attention_mask"] = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         pad_token = getattr(self.config, "pad_token_id", None)
         inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
         documents = self._documents(inputs["position_ids"], given.shape[0])
         self._check_documents(documents, mask, positions, filled=bool(extra))
         self._check_counted(max(row.padded // self.state.sp_size, documents.max_length))
-        if documents.is_packed and isinstance(inputs.get("attention_mask"), (dict, MaskSpec)):
+        packed = any(len(row) > 1 + bool(extra) for row in documents.lengths)
+        if packed and isinstance(inputs.get("attention_mask"), (dict, MaskSpec)):
             raise ValueError(
                 f"{self.name} makes its masks above the text stack, where packed documents are not known: train it on "
                 "one document a row, or use its text-only class."
@@ -313,7 +328,14 @@ class SequenceAttachment:
             )
         name = hf.attention_name(self.seam.decoder.config)
         # The dummy document that fills a row up comes last, so a causal mask alone keeps the one before it apart.
-        if name == VARLEN_NAME or all(len(row) <= 1 + filled for row in documents.lengths):
+        if all(len(row) <= 1 + filled for row in documents.lengths):
+            return
+        if not self._makes_masks:
+            raise ValueError(
+                f"Packed documents would see each other: {self.name} makes its attention mask without transformers' "
+                "masking functions. Train it on one document a row."
+            )
+        if name == VARLEN_NAME:
             return
         if isinstance(mask, Tensor) and mask.dim() == 2 and not _restarts_between_tokens(positions, mask):
             return  # one document a row, with some positions for its padding
@@ -341,6 +363,8 @@ class SequenceAttachment:
             variable.reset(token)
         if row.whole or row.gathered:
             return None
+        if self._views_as_row:
+            return map_hidden(output, lambda hidden: shard_sequence(hidden, 1, self.state))
         hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
         if isinstance(hidden, Tensor) and hidden.shape[1] * self.state.sp_size != row.padded:
             raise ValueError(
@@ -357,6 +381,12 @@ class SequenceAttachment:
             return output
         row.gathered = True
         return map_hidden(output, lambda hidden: gather_rows(hidden, row.length, self.state))
+
+    def _gather_norm(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        row = _current_row.get()
+        if row is None or row.whole or row.owner is not self:
+            return None
+        return (gather_rows(args[0], row.padded, self.state), *args[1:]), kwargs
 
     def _gather_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         row = _current_row.get()
@@ -383,6 +413,10 @@ class SequenceAttachment:
         if row is None or row.whole or row.owner is not self:
             return None
         return cut_call(layer, args, kwargs, row, self.state)
+
+
+def _restarts(positions: Tensor) -> bool:
+    return bool((positions.diff(dim=-1) < 0).any())
 
 
 def _restarts_between_tokens(positions: Tensor, mask: Tensor) -> bool:

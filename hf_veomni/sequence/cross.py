@@ -37,6 +37,11 @@ def _parameters(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
+def merges_keys(module: nn.Module) -> bool:
+    """Whether an attention joins the keys of another sequence to its own (T5Gemma 2)."""
+    return any(name.startswith("merged_") for name in _parameters(module))
+
+
 def watch_cross(module: nn.Module) -> Any:
     """Have `is_cross` tell whether the running call of an attention module attends to another sequence."""
     names = _parameters(module)
@@ -93,6 +98,3 @@ def _dense(spec: MaskSpec) -> Tensor:
         allow_is_bidirectional_skip=False,
         device=spec.device,
     )
-
-
-__all__ = ["can_cross", "cross_attention", "is_cross", "watch_cross"]

@@ -86,6 +86,17 @@ class MaskSpec:
                 "the mask creation, so chunks cannot restart per document: train it on unpacked rows."
             )
 
+    def lengthened(self, extra: int) -> MaskSpec:
+        """The mask of rows with `extra` tokens of padding behind, which attend to nothing."""
+        padding = self.padding
+        if padding is None:
+            padding = torch.ones(self.num_rows, self.row_length, dtype=torch.bool, device=self.device)
+        padding = torch.nn.functional.pad(padding.bool().expand(self.num_rows, -1), (0, extra))
+        length = self.row_length + extra
+        return MaskSpec(
+            self.num_rows, length, self.function, padding=padding, device=self.device, use_vmap=self._use_vmap
+        )
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
             f"The mask object of 'omni_varlen' has no `{name}`: this model uses its attention mask as a tensor. Keep "

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
+from hf_veomni.sequence.cross import merges_keys
 from hf_veomni.sequence.linear import Mixer, find_mixers, find_unknown
 from hf_veomni.sequence.stack import asks_interface, find_layers, own_names
 from hf_veomni.sequence.ulysses import head_layout
@@ -93,6 +94,8 @@ def _check_layer(
         counters = _COUNTERS & own_names(type(module))
         if counters and not hasattr(module, "attn_temperature_tuning"):
             raise _refuse(model, f"`{name}.{path}` ({kind}) counts positions inside the layer ({sorted(counters)})")
+        if module in attentions and merges_keys(module):
+            raise _refuse(model, f"`{name}.{path}` ({kind}) attends to its own row and to another one in one call")
         if module in attentions and hf.reads_attention_mask(module):
             raise _refuse(model, f"`{name}.{path}` ({kind}) makes an attention mask of its own from that of the row")
     if not attentions and not mixers and getattr(layer, "block_type", None) not in ("moe", "mlp"):

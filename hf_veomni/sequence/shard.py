@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_veomni.comm.gather import gather_shards
 from hf_veomni.mesh import ParallelState
+from hf_veomni.sequence.mask import MaskSpec
 
 
 def shard_sequence(x: Tensor, dim: int, state: ParallelState) -> Tensor:
@@ -86,7 +87,11 @@ def pad_inputs(inputs: dict[str, Any], extra: int, pad_token_id: int) -> dict[st
         return inputs
     padded = dict(inputs)
     mask = inputs.get("attention_mask")
-    if mask is not None:
+    if isinstance(mask, MaskSpec):
+        padded["attention_mask"] = mask.lengthened(extra)
+    elif isinstance(mask, dict) and all(x is None or isinstance(x, MaskSpec) for x in mask.values()):
+        padded["attention_mask"] = {k: x if x is None else x.lengthened(extra) for k, x in mask.items()}
+    elif mask is not None:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise ValueError(
                 f"`attention_mask` ({type(mask).__name__}) is expanded already, so it cannot take {extra} more: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -63,3 +64,23 @@ def find_layers(stack: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
                 found.append((owner, child))
                 inside.update(m for m in child.modules() if m is not child)
     return found[0] if len(found) == 1 else None
+
+
+def makes_masks(modules: Iterable[nn.Module]) -> bool:
+    """Whether some of the modules make their masks with transformers' functions, which know packed documents."""
+    return any(name.startswith("create_") and "mask" in name for module in modules for name in own_names(type(module)))
+
+
+def masks_on_demand(stack: nn.Module) -> bool:
+    """Whether a stack makes a causal mask only where it is given one of tokens (AIMv2)."""
+    try:
+        source = inspect.getsource(inspect.unwrap(type(stack).forward))
+    except (OSError, TypeError):
+        return False
+    return re.search(r"if attention_mask is not None:\s+attention_mask = create_causal", source) is not None
+
+
+def views_as_row(stack: nn.Module) -> bool:
+    """Whether a stack ends with `hidden_states.view(output_shape)` after `ln_f`, a shape noted at its top (GPT-2)."""
+    code = inspect.unwrap(type(stack).forward).__code__
+    return "output_shape" in code.co_varnames and isinstance(getattr(stack, "ln_f", None), nn.Module)

@@ -5,7 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 # "__init__" holds what the default config needs to be made at all.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_MROPE = {**_ROPE, "mrope_section": [4, 2, 2]}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 97},
+    "chameleon": {"vocabulary_map": {"<image>": 90}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _MROPE, "sliding_attention": _MROPE}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]},
+        "moe_intermediate_size": [32, 32],
+    },
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "vision-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "esm": {"vocab_size": 97, "pad_token_id": 0, "mask_token_id": 90, "token_dropout": False},
+    "longcat_flash": {"head_dim": 8, "qk_head_dim": 24},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
+    "mobilebert": {"embedding_size": 64, "hidden_size": 64, "true_hidden_size": 64, "intra_bottleneck_size": 64},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "nemotron": {"num_key_value_heads": 2},
+    "pix2struct_text_model": {"initializer_range": 0.02},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
+    "reformer": {"axial_pos_embds": False},
+    "step3p5": {"sliding_window": 8},
+}
+OVERRIDES["cohere_compass"] = {"text_config": OVERRIDES["cohere_compass_text"]}
+OVERRIDES["ernie4_5_vl_moe"] = {"text_config": OVERRIDES["ernie4_5_vl_moe_text"]}
+OVERRIDES["step3p7"] = {"text_config": OVERRIDES["step3p5"]}
 
 # model type -> (kind, class): where the Auto mappings lead to a class that nobody trains.
-CLASSES: dict[str, tuple[str, str]] = {}
+CLASSES: dict[str, tuple[str, str]] = {
+    "seamless_m4t": ("seq2seq", "SeamlessM4TForTextToText"),
+    "seamless_m4t_v2": ("seq2seq", "SeamlessM4Tv2ForTextToText"),
+}

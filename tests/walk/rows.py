@@ -15,14 +15,20 @@ DOCUMENTS = (9, 4, 10)
 _LOWEST, _HIGHEST = 3, 79  # tokens without a meaning of their own
 
 
-def _ids(rows: int, length: int, seed: int) -> Tensor:
-    return torch.randint(_LOWEST, _HIGHEST, (rows, length), generator=torch.Generator().manual_seed(seed))
+def _ids(rows: int, length: int, seed: int, vocabulary: int = _HIGHEST) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(_LOWEST, min(_HIGHEST, vocabulary), (rows, length), generator=generator)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config: Any = model.config
+    return getattr(config.get_text_config(), "vocab_size", None) or _HIGHEST
 
 
 def _labels(ids: Tensor, kind: str, seed: int = 5) -> Tensor:
     labels = ids.clone()
     if kind == "masked":
-        labels = _ids(*ids.shape, seed=6)
+        labels = _ids(*ids.shape, seed=6, vocabulary=int(ids.max()))
     labels[torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.3] = -100
     labels[:, -1] = ids[:, -1]  # no shard may lose the last
     return labels
@@ -30,10 +36,10 @@ def _labels(ids: Tensor, kind: str, seed: int = 5) -> Tensor:
 
 def plain(model: nn.Module, kind: str, takes: Mapping[str, Any]) -> Rows:
     """Two rows of one length."""
-    ids = _ids(2, LENGTH, 3)
+    ids = _ids(2, LENGTH, 3, _vocabulary(model))
     inputs = {"input_ids": ids}
     if "decoder_input_ids" in takes:
-        encoded = encoder_inputs(model, takes)
+        encoded = to_dtype(encoder_inputs(model, takes), next(model.parameters()).dtype)
         inputs = {**encoded, "decoder_input_ids": ids}
     if "labels" in takes and kind != "base":
         inputs["labels"] = _labels(ids, kind)
@@ -42,7 +48,7 @@ def plain(model: nn.Module, kind: str, takes: Mapping[str, Any]) -> Rows:
 
 def encoder_inputs(model: nn.Module, takes: Mapping[str, Any]) -> dict[str, Tensor]:
     if "input_ids" in takes:
-        return {"input_ids": _ids(2, ENCODED, 4)}
+        return {"input_ids": _ids(2, ENCODED, 4, _vocabulary(model))}
     config: Any = model.config
     generator = torch.Generator().manual_seed(4)
     if "input_features" in takes:
@@ -59,6 +65,10 @@ def encoder_inputs(model: nn.Module, takes: Mapping[str, Any]) -> dict[str, Tens
         size = size if isinstance(size, int) else size[0]
         return {"pixel_values": torch.randn(2, 3, size, size, generator=generator)}
     return {"input_values": torch.randn(2, 1600, generator=generator)}
+
+
+def to_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def padded(model: nn.Module, kind: str, takes: Mapping[str, Any]) -> Rows | None:
@@ -87,7 +97,7 @@ def packed(model: nn.Module, kind: str, takes: Mapping[str, Any]) -> Rows | None
     """One row of several documents, told apart by their positions."""
     if "position_ids" not in takes or "decoder_input_ids" in takes:
         return None
-    ids = _ids(1, sum(DOCUMENTS), 7)
+    ids = _ids(1, sum(DOCUMENTS), 7, _vocabulary(model))
     positions = torch.cat([torch.arange(n) for n in DOCUMENTS])[None]
     edges = [0, *torch.tensor(DOCUMENTS).cumsum(0).tolist()]
     documents = list(zip(edges[:-1], edges[1:], strict=True))

@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tests.walk.overrides import CLASSES, OVERRIDES
 
 VOCABULARY = 97
-MAX_PARAMETERS = 40_000_000
+MAX_PARAMETERS = 100_000_000
 
 # (pattern of a field's name, new value for an int that is larger); the first match decides.
 _SIZES: list[tuple[str, int]] = [
@@ -110,8 +110,9 @@ def choose_class(model_type: str) -> tuple[str, type[PreTrainedModel]]:
         return "seq2seq", _find(model_type, speech or seq2seq)
     if masked and found and found[0][0] == "causal":  # bert
         return "masked", _find(model_type, masked)
-    if found:
-        return found[0][0], _find(model_type, found[0][1])
+    if found:  # rather a class with the config of this type than the text part of one
+        own = [(kind, c) for kind, name in found if _fits(c := _find(model_type, name), model_type)]
+        return own[0] if own else (found[0][0], _find(model_type, found[0][1]))
     return _search(model_type)
 
 
@@ -122,6 +123,10 @@ def _find(model_type: str, name: str) -> type[PreTrainedModel]:
     if not (inspect.isclass(found) and issubclass(found, PreTrainedModel)):
         raise Unbuildable(f"{name} needs a package that is not installed")
     return found
+
+
+def _fits(found: type[PreTrainedModel], model_type: str) -> bool:
+    return getattr(found, "config_class", None) is CONFIG_MAPPING[model_type]
 
 
 def _module(model_type: str) -> Any:
@@ -168,7 +173,7 @@ def _pick(values: list[list[Any]]) -> list[int]:
 def _rope(value: dict[str, Any], fields: dict[str, Any], mrope: bool) -> dict[str, Any]:
     """Rope parameters for a head width of 16."""
     value = dict(value)
-    if mrope:
+    if mrope and "rope_theta" in value:
         partial = value.get("partial_rotary_factor", fields.get("partial_rotary_factor")) or 1.0
         half = int(16 * partial) // 2
         value["mrope_section"] = [half - 2 * (half // 4), half // 4, half // 4]
@@ -223,7 +228,7 @@ def shrink(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedCon
         elif isinstance(value, float) and _RANDOM.search(name):
             small[name] = 0.0
         elif isinstance(value, int):
-            size = _small(name, value)
+            size = max(64, _small(name, value)) if name == "max_position_embeddings" else _small(name, value)
             if name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") and value > 2:
                 size = len(chosen)
             if name == "num_key_value_heads" and value in heads:
