@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup checkpoint demo demo-moe check test test-slow bench notebook clean
+.PHONY: help setup checkpoint demo demo-moe read draw listen check test test-slow bench notebook clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -59,6 +59,17 @@ $(MOE_CHECKPOINT)/config.json: | $(CHECKPOINT)/config.json
 demo-moe: $(STAMP) $(MOE_CHECKPOINT)/config.json  ## a mixture of experts: LoRA on attention and experts, sp=2, ep=2, four CPU processes
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_4_sp2_ep2.yaml examples/finetune_lora.py \
 	    --model $(MOE_CHECKPOINT) --lora_experts --max_tokens 1024 --max_steps 12 --output_dir outputs/demo-moe $(ARGS)
+
+LAUNCH_SP2 := $(BIN)/accelerate launch --config_file accelerate_configs/cpu_sp2.yaml
+
+read: $(STAMP) $(if $(filter $(MODEL),$(CHECKPOINT)),$(CHECKPOINT)/config.json)  ## teach SmolLM2 to read digits and photographs, sp=2, two CPU processes
+	$(LAUNCH_SP2) examples/read_digits.py --model $(MODEL) $(ARGS)
+
+draw: $(STAMP)  ## teach a small model to draw digits, sp=2, two CPU processes
+	$(LAUNCH_SP2) examples/draw_digits.py $(ARGS)
+
+listen: $(STAMP)  ## teach a small model to understand spoken words, sp=2, two CPU processes
+	$(LAUNCH_SP2) examples/listen.py $(ARGS)
 
 check: $(STAMP)  ## ruff, pyright, layer order
 	$(BIN)/ruff check .
