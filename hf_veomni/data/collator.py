@@ -5,52 +5,88 @@ T: tokens of the packed row, global (the model cuts the row for sequence paralle
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from hf_veomni.data.columns import DOCUMENT_LENGTHS, IGNORE_INDEX, MODALITY_COLUMNS, modality_error
-from hf_veomni.data.pack import ranges_of
+from hf_veomni.data.alignment import Alignment
+from hf_veomni.data.columns import IGNORE_INDEX
+from hf_veomni.data.decode import BrokenItemError
+from hf_veomni.data.modalities import RAW_COLUMNS, TEXT_COLUMNS, TOKEN_COLUMNS, is_raw, join_items
+from hf_veomni.data.pieces import ranges_of
+from hf_veomni.data.positions import RopeIndex, document_positions
+from hf_veomni.data.raw import RawReader
+from hf_veomni.data.rows import ROW_COLUMNS, SAMPLES
+from hf_veomni.data.sample import ASSISTANT_MASK, READ, Sample, read_sample
+from hf_veomni.data.skips import SkipLog, check_on_error
 
-_READ = ("input_ids", "labels", "attention_mask", "position_ids", DOCUMENT_LENGTHS)
-_OWN = ("input_ids", "labels", "position_ids")
+_GRIDS = ("image_grid_thw", "video_grid_thw")
+_OWN = ("input_ids", "labels")
 
 
 @dataclass
 class OmniDataCollatorWithPacking:
     """Put the samples of a batch behind each other in one row, without padding.
 
-    A sample is a document (`input_ids`, optional `labels`) or a row that `pack_dataset` has packed; both may be mixed.
-    The batch holds `input_ids`, `labels` and `position_ids`, torch.long [1, T], and no attention mask: each document
-    begins where `position_ids` is 0, and the model keeps the documents apart there. Without `labels` the targets are
-    the tokens themselves. The first label of each document is -100: nothing is predicted across a boundary.
+    A sample is one of
+
+    - a document: `input_ids`, optional `labels`, and the columns of pictures, videos and sounds as the model's own
+      processor makes them of this sample (`pixel_values`, `image_grid_thw`, `input_features`, ...);
+    - a row that `pack_dataset` has packed;
+    - with a `processor`, a raw sample: `messages` or `text`, and paths, bytes or arrays in `images` and `audios`. It
+      is decoded and processed here, that is in the workers of a DataLoader with `num_workers`.
+
+    The batch holds `input_ids` and `labels`, torch.long [1, T], and `position_ids` [1, T], or [4, 1, T] for a model
+    with mRoPE (the axis that counts tokens first), and no attention mask: each document begins where the positions are
+    0, and the model keeps the documents apart there. Columns of items are joined along their first axis in the order
+    of the documents, those of tokens (`mm_token_type_ids`) along the row. Without `labels` the targets are the tokens
+    themselves, but for placeholders. The first label of each document is -100: nothing is predicted across a boundary.
 
     Tokens whose `attention_mask` is 0 are padding at the ends of a sample and are cut off. Empty samples are left out.
 
     Args:
         max_tokens: the largest T that is let through; None lets everything through.
-        processor: a tokenizer, or a processor that holds one. Gives the padding token of `pad_to_multiple_of`.
+        processor: the model's processor, or a tokenizer. Reads raw samples, and gives the padding token of
+            `pad_to_multiple_of`.
         pad_to_multiple_of: pads the row with one more document of padding tokens and labels -100, for kernels that
             want fixed sizes. Sequence parallelism needs no padding here.
         columns: further keys of one number a token, packed like `input_ids` to [1, T]: whole numbers as torch.long,
             others as torch.float32; 0 on padding.
+        model_config: `model.config`. Tells the placeholder tokens and the features that each item becomes, and how the
+            model counts positions: `get_rope_index` of its class, where it has one, numbers each document once.
+        get_pos_id: computes positions in its place, for example `OmniModel.get_pos_id`: called for each document with
+            `input_ids` [1, T] and those of its columns that the signature names; returns [1, T] or [axes, 1, T].
+        train_on: labels that remain in raw samples of `messages`: "all", those of the "assistant", or of the "last"
+            turn of the assistant. A column `assistant_masks` does the same for processed samples.
+        mask_placeholders: whether labels on placeholders of pictures, videos and sounds become -100.
+        item_columns: further keys that count items along their first axis, joined along it.
+        on_error: what becomes of a raw sample with a picture or sound that cannot be read: "raise" an error that names
+            it, or "skip" the sample; `skipped` counts them.
 
     Raises:
-        ValueError: more than `max_tokens` tokens, a key that is not listed here (images, audio and video among them),
-            labels of another length than `input_ids`, or `position_ids` that do not count from 0 in each document.
+        ValueError: more than `max_tokens` tokens, a key that is not known here, labels of another length than
+            `input_ids`, `position_ids` that do not count from 0 in each document, other numbers of placeholders than
+            of features (it names sample, modality and both), or a grid of patches without `model_config`.
     """
 
     max_tokens: int | None = None
     processor: Any = None
     pad_to_multiple_of: int | None = None
     columns: Sequence[str] = ()
+    model_config: Any = None
+    get_pos_id: Callable[..., Any] | None = None
+    train_on: str = "all"
+    mask_placeholders: bool = True
+    item_columns: Sequence[str] = ()
+    on_error: str = "raise"
+    _skips: SkipLog | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
-        if isinstance(self.columns, str):
-            self.columns = (self.columns,)
+        self.columns = (self.columns,) if isinstance(self.columns, str) else tuple(self.columns)
+        self.item_columns = (self.item_columns,) if isinstance(self.item_columns, str) else tuple(self.item_columns)
         for name in ("max_tokens", "pad_to_multiple_of"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -60,130 +96,144 @@ class OmniDataCollatorWithPacking:
                 f"`pad_to_multiple_of` ({self.pad_to_multiple_of}) must divide `max_tokens` ({self.max_tokens}), or a "
                 "full row could not be padded"
             )
+        check_on_error(self.on_error)
+        self._skips = SkipLog() if self.on_error == "skip" else None
+        self._reader = RawReader(self.processor, self.train_on)
+        self._alignment = Alignment(self.model_config, self.processor)
+        self._placeholders = [token for ids in self._alignment.placeholders.values() for token in ids]
+        rope = None if self.model_config is None else RopeIndex(self.model_config, self._alignment.placeholders)
+        self._compute = self.get_pos_id or rope or None
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How often each broken sample was left out, by the message that names it; of this process and its workers."""
+        return self._skips.counts() if self._skips is not None else {}
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The keys that a sample may have, for those who remove others."""
+        raw = () if self.processor is None else (*TEXT_COLUMNS, *RAW_COLUMNS)
+        return (*READ, *ROW_COLUMNS, *self.columns, *self.item_columns, *raw)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         if not features:
             raise ValueError("the collator got an empty list of samples: it needs at least one")
-        keys = set(features[0])
-        samples = [self._read(index, sample, keys) for index, sample in enumerate(features)]
-        lengths = np.concatenate([lengths for lengths, _ in samples])
+        samples = self._read(features)
+        lengths = np.concatenate([sample.lengths for sample in samples])
         total = int(lengths.sum())
         if not total:
             raise ValueError(f"none of the {len(features)} samples of the batch has a token: remove empty documents")
         if self.max_tokens is not None and total > self.max_tokens:
             raise ValueError(
-                f"{len(features)} samples have {total} tokens together, more than `max_tokens` ({self.max_tokens}): "
+                f"{len(samples)} samples have {total} tokens together, more than `max_tokens` ({self.max_tokens}): "
                 "pack the dataset with pack_dataset(dataset, max_tokens) and per_device_train_batch_size=1, batch "
                 "with BalancedBatchSampler, or raise `max_tokens`"
             )
         padding = -total % self.pad_to_multiple_of if self.pad_to_multiple_of else 0
-        batch = {}
-        for name in samples[0][1]:
-            parts = [tokens[name] for _, tokens in samples]
-            fill = self._pad_token() if name == "input_ids" else 0
-            batch[name] = np.concatenate([*parts, np.full(padding, fill, dtype=parts[0].dtype)])
-        batch.setdefault("labels", batch["input_ids"].copy())
+        batch = {name: self._join(name, samples, padding) for name in self._names(samples)}
         lengths = np.concatenate([lengths, [padding]]) if padding else lengths
-        batch["labels"][(np.cumsum(lengths) - lengths)] = IGNORE_INDEX
-        batch["labels"][total:] = IGNORE_INDEX
-        batch["position_ids"] = ranges_of(lengths)
-        return {name: torch.from_numpy(batch[name]).unsqueeze(0) for name in (*_OWN, *self.columns)}
+        self._mask_labels(batch, lengths, total)
+        row = {name: torch.from_numpy(values).unsqueeze(0) for name, values in batch.items()}
+        row["position_ids"] = self._positions(samples, padding)
+        items = [sample for sample in samples if sample.items]
+        return row | join_items([sample.items for sample in items], [sample.where for sample in items])
+
+    def _read(self, features: Sequence[Mapping[str, Any]]) -> list[Sample]:
+        """The samples, those of packed rows among them, broken ones left out if that was chosen."""
+        flat = [sample for given in features for sample in (given[SAMPLES] if SAMPLES in given else (given,))]
+        samples = []
+        for index, given in enumerate(flat):
+            where = f"sample {index} of the batch"
+            try:
+                if self.processor is not None and is_raw(given):
+                    given = self._reader.encode(where, given)
+            except BrokenItemError as error:
+                if self._skips is None:
+                    raise
+                self._skips.add(str(error))
+                continue
+            if self.processor is not None:
+                given = {name: value for name, value in given.items() if name not in TEXT_COLUMNS}
+            if samples and ("labels" in given) != ("labels" in samples[0].tokens):
+                raise ValueError(f"{where}: `labels` is missing here or elsewhere in the batch")
+            sample = read_sample(where, given, self.columns, self.item_columns)
+            if sample.items or self._placeholders:
+                self._alignment.check(where, sample.tokens["input_ids"], sample.items)
+            samples.append(sample)
+        return samples or [self._blank()]
+
+    def _blank(self) -> Sample:
+        """A document without a target, in the place of a row whose samples were all skipped: ranks stay in step."""
+        ids = np.full(2, self._pad_token())
+        labels = np.full(2, IGNORE_INDEX)
+        columns = {name: np.zeros(2, dtype=np.int64) for name in self.columns}
+        return Sample("a blank", np.array([2]), {"input_ids": ids, "labels": labels, **columns}, None, {})
+
+    def _names(self, samples: Sequence[Sample]) -> list[str]:
+        found = dict.fromkeys(name for sample in samples for name in sample.tokens)
+        return [*_OWN, *(name for name in found if name not in _OWN)]
+
+    def _join(self, name: str, samples: Sequence[Sample], padding: int) -> np.ndarray:
+        """One column of all samples, [T]. Missing labels are the tokens, missing token types those of text."""
+        parts = []
+        for sample in samples:
+            ids = sample.tokens["input_ids"]
+            if name in sample.tokens:
+                parts.append(sample.tokens[name])
+            elif name == "labels":
+                parts.append(ids)
+            else:
+                parts.append(np.full_like(ids, name == ASSISTANT_MASK))
+        fill = self._pad_token() if name == "input_ids" else 0
+        return np.concatenate([*parts, np.full(padding, fill, dtype=parts[0].dtype)])
+
+    def _mask_labels(self, batch: dict[str, np.ndarray], lengths: np.ndarray, total: int) -> None:
+        labels = batch["labels"]
+        labels[(np.cumsum(lengths) - lengths)] = IGNORE_INDEX
+        labels[total:] = IGNORE_INDEX
+        chosen = batch.pop(ASSISTANT_MASK, None)
+        if chosen is not None:
+            labels[chosen == 0] = IGNORE_INDEX
+        if self.mask_placeholders and self._placeholders:
+            labels[np.isin(batch["input_ids"], self._placeholders)] = IGNORE_INDEX
+        if self.mask_placeholders and "mm_token_type_ids" in batch:
+            labels[batch["mm_token_type_ids"] > 0] = IGNORE_INDEX
+
+    def _positions(self, samples: Sequence[Sample], padding: int) -> torch.Tensor:
+        """[1, T], or [4, 1, T] if any document has more than one axis: text has the same on all of them."""
+        parts = [part for sample in samples for part in self._of_sample(sample)]
+        if padding:
+            parts.append(np.arange(padding)[None])
+        axes = max(len(part) for part in parts)
+        wide = [np.broadcast_to(part, (axes, part.shape[1])) for part in parts]
+        positions = torch.from_numpy(np.concatenate(wide, axis=1))
+        return positions if axes == 1 else positions[:, None]
+
+    def _of_sample(self, sample: Sample) -> list[np.ndarray]:
+        """Positions of a sample's documents, int64 [1 or 4, T] each."""
+        if sample.positions is not None:
+            return [sample.positions]
+        if self._compute is None:
+            grids = [name for name in _GRIDS if name in sample.items]
+            if grids:
+                raise ValueError(
+                    f"{sample.where} has `{grids[0]}` and no `position_ids`, and only its model knows how it counts "
+                    "them: give `model_config=model.config`, or `get_pos_id`"
+                )
+            return [ranges_of(sample.lengths)[None]]
+        if isinstance(self._compute, RopeIndex) and not sample.items:  # text counts alike on all axes
+            return [np.repeat(ranges_of(sample.lengths)[None], 4, axis=0)]
+        ends = np.cumsum(sample.lengths)
+        tokens = {name: values for name, values in sample.tokens.items() if name in ("input_ids", *TOKEN_COLUMNS)}
+        return [
+            document_positions(
+                self._compute, {name: values[end - length : end] for name, values in tokens.items()}, sample.items
+            )
+            for end, length in zip(ends.tolist(), sample.lengths.tolist(), strict=True)
+        ]
 
     def _pad_token(self) -> int:
         """Nothing attends to the padding document and it has no targets, so any token serves; 0 always exists."""
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         token = getattr(tokenizer, "pad_token_id", None)
         return 0 if token is None else token
-
-    def _read(self, index: int, sample: Mapping[str, Any], keys: set[str]) -> tuple[np.ndarray, dict]:
-        """Lengths of a sample's documents, int64 [documents], none of them 0, and its tokens by name, [T] each."""
-        self._check_keys(index, sample, keys)
-        tokens = {name: _vector(index, name, sample[name]) for name in ("input_ids", *self.columns)}
-        if "labels" in sample:
-            tokens["labels"] = _vector(index, "labels", sample["labels"])
-        length = len(tokens["input_ids"])
-        marks = {
-            name: _vector(index, name, sample[name]) for name in ("attention_mask", "position_ids") if name in sample
-        }
-        for name, values in (tokens | marks).items():
-            if len(values) != length:
-                raise ValueError(
-                    f"sample {index} of the batch: `{name}` has {len(values)} elements and `input_ids` has {length}; "
-                    "they must have one each a token"
-                )
-        mask = marks.get("attention_mask")
-        if mask is not None and not mask.all():
-            kept = _without_padding(index, mask)
-            tokens = {name: values[kept] for name, values in tokens.items()}
-            marks = {name: values[kept] for name, values in marks.items()}
-            length = kept.stop - kept.start
-        lengths = _document_lengths(index, length, sample.get(DOCUMENT_LENGTHS), marks.get("position_ids"))
-        return lengths, tokens
-
-    def _check_keys(self, index: int, sample: Mapping[str, Any], keys: set[str]) -> None:
-        for name in sample:
-            if name in MODALITY_COLUMNS:
-                raise modality_error(name)
-            if name not in _READ and name not in self.columns:
-                raise ValueError(
-                    f"sample {index} of the batch has a key `{name}` that cannot be packed: if it holds one number a "
-                    "token name it in `columns`, else remove it (a Trainer does with remove_unused_columns=True)"
-                )
-        missing = [name for name in ("input_ids", *self.columns) if name not in sample]
-        if missing or ("labels" in sample) != ("labels" in keys):
-            name = missing[0] if missing else "labels"
-            raise ValueError(f"sample {index} of the batch: `{name}` is missing here or elsewhere in the batch")
-
-
-def _vector(index: int, name: str, values: Any) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().numpy()
-    array = np.asarray(values)
-    if not array.size:
-        array = array.astype(np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iufb":
-        raise ValueError(
-            f"sample {index} of the batch: `{name}` has shape {array.shape} and type {array.dtype}, and must be one "
-            "number a token; position ids of more than one axis (mRoPE) wait for multimodal packing"
-        )
-    if array.dtype.kind == "f":
-        if name in _READ:
-            raise ValueError(f"sample {index} of the batch: `{name}` holds {array.dtype}, and must hold integers")
-        return array.astype(np.float32, copy=False)
-    return array.astype(np.int64, copy=False)
-
-
-def _without_padding(index: int, mask: np.ndarray) -> slice:
-    ones = np.flatnonzero(mask)
-    if not ones.size:
-        return slice(0, 0)
-    if ones[-1] - ones[0] + 1 != ones.size:
-        raise ValueError(
-            f"sample {index} of the batch: `attention_mask` has zeros between ones: only padding at the ends of a "
-            "sample can be cut off"
-        )
-    return slice(int(ones[0]), int(ones[-1]) + 1)
-
-
-def _document_lengths(index: int, length: int, given: Any, positions: np.ndarray | None) -> np.ndarray:
-    """Lengths of the documents of a sample, from what it says of them; without a word it is one document."""
-    if not length:
-        return np.zeros(0, dtype=np.int64)
-    if given is not None:
-        lengths = _vector(index, DOCUMENT_LENGTHS, given)
-        if (lengths < 1).any() or lengths.sum() != length:
-            raise ValueError(
-                f"sample {index} of the batch: `{DOCUMENT_LENGTHS}` sum to {lengths.sum()} and `input_ids` has "
-                f"{length} elements; they must be positive and agree"
-            )
-    elif positions is not None:
-        lengths = np.diff(np.flatnonzero(positions == 0), append=length)
-    else:
-        lengths = np.array([length])
-    if positions is not None and not (lengths.sum() == length and (ranges_of(lengths) == positions).all()):
-        raise ValueError(
-            f"sample {index} of the batch: `position_ids` must count 0, 1, 2, ... in each document"
-            + (f" of `{DOCUMENT_LENGTHS}`" if given is not None else "")
-            + ": remove them and they are made here"
-        )
-    return lengths

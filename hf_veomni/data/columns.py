@@ -17,12 +17,8 @@ from datasets import Features
 IGNORE_INDEX = -100  # the label that transformers' losses leave out
 DOCUMENT_LENGTHS = "document_lengths"
 
-# What the processors of transformers 5.23 and raw multimodal datasets call their columns.
-MODALITY_COLUMNS = frozenset(
-    "pixel_values image_grid_thw image_sizes pixel_values_videos video_grid_thw second_per_grid_ts "
-    "input_features feature_attention_mask input_values audio_values audio_feature_lengths "
-    "image images audio audios video videos".split()
-)
+# What raw datasets call their columns, and what codecs take: nothing that can stand beside token ids.
+MODALITY_COLUMNS = frozenset("input_values audio_values image images audio audios video videos".split())
 _READ_NOT_CARRIED = ("attention_mask", "position_ids")
 
 
@@ -43,8 +39,8 @@ class Columns:
 
 def modality_error(name: str) -> ValueError:
     return ValueError(
-        f"`{name}` belongs to images, audio or video, and only text is packed in this version: remove it, or train "
-        "these samples unpacked until multimodal packing is released"
+        f"`{name}` belongs to images, audio or video, and cannot be packed beside `input_ids`: give samples of "
+        "`messages` or `text` and a `processor`, or what the processor makes of them, or remove it"
     )
 
 

@@ -13,7 +13,6 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import datasets
@@ -23,7 +22,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
 
-from hf_veomni.data.bins import STRATEGIES, members
+from hf_veomni.data.bins import STRATEGIES
 from hf_veomni.data.columns import (
     DOCUMENT_LENGTHS,
     IGNORE_INDEX,
@@ -32,34 +31,18 @@ from hf_veomni.data.columns import (
     read_columns,
     token_spans,
 )
+from hf_veomni.data.pieces import OVERLONG, Pieces, Rules, plan_rows, ranges_of
+from hf_veomni.data.rows import Meter, column_names, holds_samples, pack_samples
+from hf_veomni.data.sizes import CostFunction, SizeReader
 
 logger = logging.getLogger(__name__)
 
-OVERLONG = ("error", "split", "truncate", "drop")
 BUFFER_SIZE = 10_000  # documents that a stream packs at a time
 _BATCH_TOKENS = 2**20  # tokens that are assembled at a time: a few megabytes
 _SCAN_DOCUMENTS = 16_384
 _LOOK_AT = 1000
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
-
-
-@dataclass(frozen=True)
-class _Rules:
-    max_tokens: int
-    strategy: str
-    overlong: str
-    columns: Columns
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """Pieces row after row: the document [p], first token in it [p] and tokens [p] of each; pieces of a row [r]."""
-
-    documents: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    row_sizes: np.ndarray
 
 
 def pack_dataset(
@@ -71,8 +54,18 @@ def pack_dataset(
     columns: Sequence[str] = (),
     num_proc: int | None = None,
     buffer_size: int | None = None,
+    processor: Any = None,
+    cost: CostFunction | None = None,
+    model_config: Any = None,
+    item_columns: Sequence[str] = (),
+    on_error: str = "raise",
 ) -> AnyDataset:
-    """Pack tokenised documents into rows of at most `max_tokens`, each row several whole documents.
+    """Pack documents into rows of at most `max_tokens`, each row several whole documents.
+
+    Samples with pictures, videos or sounds (columns as the model's processor makes them, or raw ones that `processor`
+    is to read) become rows that hold their `samples`, undecoded, `document_lengths` and `cost`, the sum over them:
+    lengths are read from the headers of files, and `OmniDataCollatorWithPacking`, with the same processor, decodes a
+    row when it is trained on. What follows is about tokenised text.
 
     A row of the result holds `input_ids`, `labels` and `position_ids` [T], T <= max_tokens, and `document_lengths`
     [documents of the row]. Documents stand behind each other, `position_ids` restart at 0 with each, and the first
@@ -95,9 +88,14 @@ def pack_dataset(
             documents of their own, all but the last of `max_tokens`), "truncate" or "drop" (with a warning).
         columns: further columns of one number a token, packed along.
         num_proc: processes that write the rows of a `Dataset`.
-        buffer_size: documents that an `IterableDataset` packs at a time (default 10,000): what is held in memory. A
-            stream so keeps its shards, its `state_dict` and its workers; the price is one row a buffer that is not
-            full.
+        buffer_size: documents that an `IterableDataset` packs at a time (default 10,000, or 1,000 samples with
+            pictures or sounds): what is held in memory. A stream so keeps its shards, its `state_dict` and its
+            workers; the price is one row a buffer that is not full.
+        processor: the model's own, for raw samples (`messages` or `text`, `images`, `audios`), or a tokenizer.
+        cost: of the text and items of a sample, for example `CostModel.from_config(config).costs`; default its tokens.
+        model_config: tells `cost` the patches of a tile where the processor does not.
+        item_columns: further columns that count items, as `OmniDataCollatorWithPacking` takes them.
+        on_error: "raise" an error on a file whose header cannot be read, or "skip" its sample and log count and name.
 
     Returns:
         A dataset of the same kind, in the same format (`with_format("torch")`, for example).
@@ -108,11 +106,17 @@ def pack_dataset(
             option. Errors of a stream come when it is read.
     """
     _check_options(dataset, max_tokens, strategy, overlong, num_proc, buffer_size)
+    names = column_names(dataset, _LOOK_AT)
+    if holds_samples(names, item_columns, processor):
+        reader = None if processor is None else SizeReader(processor, cost, model_config)
+        rules = Rules(max_tokens, strategy, overlong, names)
+        further = (*columns, *item_columns)
+        return pack_samples(dataset, rules, Meter(reader, cost, on_error), num_proc, buffer_size, further)
     if isinstance(dataset, IterableDataset):
         return _pack_stream(dataset, max_tokens, strategy, overlong, columns, buffer_size or BUFFER_SIZE)
-    rules = _Rules(max_tokens, strategy, overlong, read_columns(dataset.features, columns))
+    rules = Rules(max_tokens, strategy, overlong, read_columns(dataset.features, columns))
     source = dataset.select_columns(list(rules.columns.read)).with_format("arrow")
-    pieces = _plan(*_scan(source, rules.columns), rules)
+    pieces = plan_rows(*_scan(source, rules.columns), rules)
     packed = _write(dataset, source, pieces, rules, num_proc)
     kind = dataset.format["type"]  # a transform of the user's is made for documents, not for packed rows
     return packed.with_format(None if kind == "custom" else kind)
@@ -126,15 +130,18 @@ def unpack(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             documents are found where `position_ids` [1, T] restart.
 
     Returns:
-        One dict a document with its part of every per-token column. The first label of a document is -100: packing
-        has masked it.
+        One dict a document with its part of every per-token column; columns of items are left out. The first label of
+        a document is -100: packing has masked it.
     """
-    tokens = {name: np.asarray(value).reshape(-1) for name, value in row.items() if name != DOCUMENT_LENGTHS}
+    tokens = {name: np.asarray(value) for name, value in row.items() if name != DOCUMENT_LENGTHS}
+    length = tokens["input_ids"].size
+    along = {name for name, value in tokens.items() if value.size == length and value.shape[-1] == length}
+    tokens = {n: v.reshape(-1, length) for n, v in tokens.items() if n in along or n == "position_ids"}
     if DOCUMENT_LENGTHS in row:
         ends = np.cumsum(np.asarray(row[DOCUMENT_LENGTHS]))[:-1]
     else:
-        ends = np.flatnonzero(tokens["position_ids"] == 0)[1:]
-    parts = {name: np.split(value, ends) for name, value in tokens.items()}
+        ends = np.flatnonzero(tokens["position_ids"][0] == 0)[1:]
+    parts = {name: np.split(value if len(value) > 1 else value[0], ends, axis=-1) for name, value in tokens.items()}
     return [dict(zip(parts, document, strict=True)) for document in zip(*parts.values(), strict=True)]
 
 
@@ -180,45 +187,7 @@ def _scan(source: Dataset, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([s for s, _ in spans]), np.concatenate([n for _, n in spans])
 
 
-def _plan(starts: np.ndarray, lengths: np.ndarray, rules: _Rules, names: Sequence[int] | None = None) -> _Pieces:
-    """Decide which piece goes into which row. `names`: what to call the documents in messages, default 0..n-1."""
-    documents, starts, lengths = _fit(starts, lengths, rules, range(len(lengths)) if names is None else names)
-    order, row_sizes = members(STRATEGIES[rules.strategy](lengths, rules.max_tokens))
-    return _Pieces(documents[order], starts[order], lengths[order], row_sizes)
-
-
-def _fit(starts: np.ndarray, lengths: np.ndarray, rules: _Rules, names: Sequence[int]):
-    """Cut or leave out documents until each piece has 1 to max_tokens tokens: document, first token, length, [p]."""
-    limit = rules.max_tokens
-    documents = np.arange(len(lengths))
-    empty, over = lengths == 0, lengths > limit
-    if empty.any():
-        logger.warning("skipped %d empty documents, the first is sample %d", empty.sum(), names[int(empty.argmax())])
-    if over.any():
-        worst = int(over.argmax())
-        if rules.overlong == "error":
-            raise ValueError(
-                f"sample {names[worst]} has {lengths[worst]} tokens, more than `max_tokens` ({limit}), and "
-                f"{int(over.sum()) - 1} more are too long: raise `max_tokens`, or choose overlong='split', "
-                "'truncate' or 'drop'"
-            )
-        if rules.overlong == "drop":
-            logger.warning("dropped %d documents of more than %d tokens", over.sum(), limit)
-            empty = empty | over
-        elif rules.overlong == "truncate":
-            lengths = np.minimum(lengths, limit)
-    counts = np.where(empty, 0, -(-lengths // limit))  # pieces of each document: 1 unless it is split
-    documents = np.repeat(documents, counts)
-    offset = limit * ranges_of(counts)
-    return documents, starts[documents] + offset, np.minimum(lengths[documents] - offset, limit)
-
-
-def ranges_of(counts: np.ndarray) -> np.ndarray:
-    """0..counts[0]-1, 0..counts[1]-1, ... behind each other: the positions of documents of these lengths."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
-def _assemble(table: pa.Table, pieces: _Pieces, columns: Columns) -> pa.Table:
+def _assemble(table: pa.Table, pieces: Pieces, columns: Columns) -> pa.Table:
     """Rows from the documents of `table`; `pieces.documents` index into it."""
     tokens: dict[str, np.ndarray] = {}
     take: np.ndarray | None = None
@@ -257,7 +226,7 @@ def _features(columns: Columns) -> Features:
     return Features({name: datasets.List(Value(dtype)) for name, dtype in columns.types.items()})
 
 
-def _write(dataset: Dataset, source: Dataset, pieces: _Pieces, rules: _Rules, num_proc: int | None) -> Dataset:
+def _write(dataset: Dataset, source: Dataset, pieces: Pieces, rules: Rules, num_proc: int | None) -> Dataset:
     """Write the rows of a plan through `Dataset.map`, which brings batches, progress bar, cache and processes."""
     if not len(pieces.row_sizes):
         raise ValueError(f"nothing is left to pack: none of {len(dataset)} samples has tokens that fit `max_tokens`")
@@ -291,7 +260,7 @@ def _write_batch(plan: pa.Table, source: Dataset, columns: Columns) -> pa.Table:
     wanted, place = np.unique(documents, return_inverse=True)
     if len(wanted) == len(documents):  # in the order of the rows, so that the values need no second gather
         wanted, place = documents, np.arange(len(documents))
-    return _assemble(source[wanted], _Pieces(place, starts, lengths, row_sizes), columns)
+    return _assemble(source[wanted], Pieces(place, starts, lengths, row_sizes), columns)
 
 
 def _pack_stream(
@@ -305,7 +274,7 @@ def _pack_stream(
     features = dataset.features
     if features is None:  # a stream without a schema, such as a mapped one: its first samples tell
         features = _look_at(dataset)
-    rules = _Rules(max_tokens, strategy, overlong, read_columns(features, columns))
+    rules = Rules(max_tokens, strategy, overlong, read_columns(features, columns))
     names = list(rules.columns.read)
     return (
         dataset.with_format(None)
@@ -332,10 +301,10 @@ def _look_at(stream: IterableDataset) -> Features:
     return Dataset.from_list([sample]).features
 
 
-def _pack_buffer(batch: dict[str, list], indices: list[int], rules: _Rules, kinds: dict[str, pa.DataType]) -> dict:
+def _pack_buffer(batch: dict[str, list], indices: list[int], rules: Rules, kinds: dict[str, pa.DataType]) -> dict:
     """Pack what a stream has read. Lists of Python on both sides: what a stream is made of, whatever its source."""
     table = pa.table({name: _as_array(name, batch[name], kind, indices) for name, kind in kinds.items()})
-    pieces = _plan(*token_spans(table, rules.columns, indices), rules, indices)
+    pieces = plan_rows(*token_spans(table, rules.columns, indices), rules, indices)
     if not len(pieces.row_sizes):
         return {name: [] for name in rules.columns.types}
     return _assemble(table, pieces, rules.columns).to_pydict()

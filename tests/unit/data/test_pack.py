@@ -264,8 +264,7 @@ def test_named_columns_are_carried_and_text_is_dropped(kind):
     "column, value, columns, message",
     [
         ("completion_mask", [0, 1], (), r"`completion_mask` \(.*would be lost: name it in `columns`"),
-        ("pixel_values", [[0.5], [0.5]], (), "`pixel_values` belongs to images, audio or video, and only text"),
-        ("image_grid_thw", [1, 2], ("image_grid_thw",), "`image_grid_thw` belongs to images"),
+        ("images", ["a.png"], (), "`images` belongs to images, audio or video, and cannot be packed beside"),
         ("photo", {"bytes": b"x", "path": None}, (), "`photo` belongs to images"),
         ("weights", [[0.5], [0.5]], ("weights",), r"`weights` \(.* must hold one list of numbers a sample"),
         ("weights", [0.5, 0.5], ("weight",), "names 'weight', which cannot be carried: did you mean 'weights'"),

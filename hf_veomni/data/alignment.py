@@ -1,0 +1,156 @@
+"""Whether the placeholder tokens of a sample are as many as the features that its encoders will put there.
+
+A model that finds one feature too many or too few fails deep in its forward, or trains on shifted features. Here the
+sample is named before the model runs, from shapes and sizes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hf_veomni.data.modalities import modality_of
+
+MODALITIES = ("image", "video", "audio")
+_GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
+_PATCHES = {"image": "pixel_values", "video": "pixel_values_videos"}
+_AUDIO_MASKS = ("feature_attention_mask", "input_features_mask")
+
+
+def _qwen2_audio(frames: Any) -> Any:
+    """Whisper's second convolution halves the mel frames, a pool of two halves them again."""
+    return ((frames - 1) // 2 + 1 - 2) // 2 + 1
+
+
+def _qwen3_omni(frames: Any) -> Any:
+    """Three convolutions halve each chunk of 100 mel frames to 13."""
+    rest = frames % 100
+    for _ in range(3):
+        rest = (rest - 1) // 2 + 1
+    return rest + frames // 100 * 13
+
+
+# Tokens of a sound from its mel frames (sum of its mask), by model type.
+AUDIO_RULES: Mapping[str, Callable[[Any], Any]] = {
+    "qwen2_audio": _qwen2_audio,
+    "qwen2_5_omni": _qwen2_audio,
+    "qwen2_5_omni_thinker": _qwen2_audio,
+    "qwen3_omni_moe": _qwen3_omni,
+    "qwen3_omni_moe_thinker": _qwen3_omni,
+}
+
+
+def _tile(config: Any) -> int:
+    """Patches of a square picture."""
+    size, patch = (
+        value[0] if isinstance(value, list | tuple) else value
+        for value in (config.vision_config.image_size, config.vision_config.patch_size)
+    )
+    return (size // patch) ** 2
+
+
+# Tokens of a picture or tile, all of them alike, by model type.
+TILE_RULES: Mapping[str, Callable[[Any], int]] = {
+    "gemma3": lambda config: config.mm_tokens_per_image,
+    "gemma3n": lambda config: config.vision_soft_tokens_per_image,
+    "idefics3": lambda config: _tile(config) // config.scale_factor**2,
+    "smolvlm": lambda config: _tile(config) // config.scale_factor**2,
+    "internvl": lambda config: int(_tile(config) * config.downsample_ratio**2),
+}
+# The same of a processor, which has put so many placeholders: it tells lost tiles at least.
+_OF_PROCESSORS = ("image_seq_length", "image_seq_len")
+_ONE_TILE = ("Gemma3Processor", "InternVLProcessor", "Idefics3Processor", "SmolVLMProcessor")
+
+
+class Alignment:
+    """Counts placeholders and features of samples.
+
+    Args:
+        config: of the model, or None.
+        processor: or None. Without both nothing is known and nothing checked.
+
+    Attributes:
+        placeholders: token ids by modality.
+    """
+
+    def __init__(self, config: Any, processor: Any) -> None:
+        config = getattr(config, "thinker_config", None) or config
+        self.config, self.processor = config, processor
+        self.placeholders = {name: ids for name in MODALITIES if (ids := _placeholder_ids(name, config, processor))}
+
+    def check(self, where: str, input_ids: np.ndarray, items: Mapping[str, Tensor]) -> None:
+        """Compare the placeholders of one sample [T] with its features.
+
+        Raises:
+            ValueError: other numbers; it names the sample, the modality and both counts.
+        """
+        held = {modality_of(name) for name in items}
+        for modality in MODALITIES:
+            ids = self.placeholders.get(modality)
+            if ids is None:
+                continue
+            tokens = int(np.isin(input_ids, ids).sum())
+            features = self._features(where, modality, items) if modality in held else 0
+            if features is None and tokens:
+                continue
+            if features is None or tokens != features:
+                raise ValueError(
+                    f"{where}: {tokens} {modality} placeholder tokens ({', '.join(map(str, ids))}) in `input_ids` and "
+                    + (f"{features} {modality} features" if features is not None else f"{modality} features")
+                    + " in its other columns: make both with one call of the processor, cut no text after it "
+                    "(truncation), and keep its options those of the model"
+                )
+
+    def _features(self, where: str, modality: str, items: Mapping[str, Tensor]) -> int | None:
+        """Features that the encoder will make of a sample's items, or None if no rule is known."""
+        grid = items.get(_GRIDS.get(modality, ""))
+        if grid is not None:
+            patches = int(grid.prod(-1).sum())
+            pixels = items.get(_PATCHES[modality])
+            if pixels is not None and pixels.dim() == 2 and len(pixels) != patches:
+                raise ValueError(
+                    f"{where}: `{_PATCHES[modality]}` has {len(pixels)} {modality} patches and `{_GRIDS[modality]}` "
+                    f"tells of {patches}: make both with one call of the processor"
+                )
+            merge = self._merge_size(modality)
+            return None if merge is None else patches // merge**2
+        if modality == "audio":
+            rule = AUDIO_RULES.get(getattr(self.config, "model_type", ""))
+            mask = next((items[name] for name in _AUDIO_MASKS if name in items), None)
+            if rule is not None and mask is not None:
+                return int(rule(mask.sum(-1).long()).sum())
+        return self._fixed(modality, items)
+
+    def _fixed(self, modality: str, items: Mapping[str, Tensor]) -> int | None:
+        pixels = items.get("pixel_values") if modality == "image" else None
+        if pixels is None:
+            return None
+        each = None
+        if self.config is not None:
+            rule = TILE_RULES.get(getattr(self.config, "model_type", ""))
+            each = rule(self.config) if rule is not None else None
+        elif type(self.processor).__name__ in _ONE_TILE:
+            each = next(value for name in _OF_PROCESSORS if (value := getattr(self.processor, name, None)))
+        mask = items.get("pixel_attention_mask")
+        tiles = pixels.shape[1] if mask is not None and mask.dim() == 4 else len(pixels)
+        return None if each is None else each * tiles
+
+    def _merge_size(self, modality: str) -> int | None:
+        """Patches of a side that become one token: the model's if known, which may differ from the processor's."""
+        vision = getattr(self.config, "vision_config", None)
+        own = getattr(vision, "spatial_merge_size", None)
+        maker = getattr(self.processor, "image_processor" if modality == "image" else "video_processor", None)
+        return own or getattr(maker, "merge_size", None)
+
+
+def _placeholder_ids(modality: str, config: Any, processor: Any) -> tuple[int, ...]:
+    """Ids of the tokens that features replace."""
+    for owner in (config, processor):
+        for name in (f"{modality}_token_id", f"{modality}_token_index"):
+            token = getattr(owner, name, None)
+            if isinstance(token, int) and token >= 0:
+                return (token,)
+    return ()

@@ -1,0 +1,242 @@
+"""Raw samples, text or messages with pictures and sounds, through the model's own processor.
+
+A raw sample holds `messages` (a conversation as chat templates take it) or `text` (with the processor's placeholder
+token for each item), and its items in the parts of the messages, or in order in the columns `images` and `audios` (or
+`image` and `audio`): paths, bytes, `datasets` structs of both, PIL images, arrays.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_veomni.data.decode import BrokenItemError, name_of, open_image, read_audio
+from hf_veomni.data.modalities import RAW_COLUMNS
+
+TRAIN_ON = ("all", "assistant", "last")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_VALUE_KEYS = ("path", "url", "bytes")
+
+
+@dataclass
+class Prompt:
+    """A raw sample before its items are decoded.
+
+    Attributes:
+        text: what the processor gets, one placeholder an item.
+        items: by modality, what was given for each, in order.
+        spans: characters of `text` that are trained on, None for all of them.
+    """
+
+    text: str
+    items: dict[str, list[Any]] = field(default_factory=dict)
+    spans: list[tuple[int, int]] | None = None
+
+
+class RawReader:
+    """Reads raw samples with a processor.
+
+    Args:
+        processor: the model's processor, or a tokenizer for samples of text alone.
+        train_on: "all" tokens, those of all "assistant" turns, or of the "last" one.
+    """
+
+    def __init__(self, processor: Any, train_on: str = "all") -> None:
+        if train_on not in TRAIN_ON:
+            raise ValueError(f"`train_on` ({train_on!r}) must be one of {', '.join(map(repr, TRAIN_ON))}")
+        self.processor, self.train_on = processor, train_on
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+
+    def prompt(self, where: str, sample: Mapping[str, Any]) -> Prompt:
+        """Text and undecoded items of a sample.
+
+        Raises:
+            ValueError: neither messages nor text, items that no part asks for, videos, or `train_on` with bare text or
+                with a template that does not build a conversation up turn by turn.
+        """
+        given = _given_items(where, sample)
+        messages = sample.get("messages")
+        if messages is None:
+            if not isinstance(sample.get("text"), str):
+                raise ValueError(f"{where}: a raw sample needs `messages`, or a string in `text`")
+            if self.train_on != "all":
+                raise ValueError(
+                    f"{where}: train_on={self.train_on!r} needs the turns of `messages`, and the sample has `text`: "
+                    "give messages, or `input_ids` with `labels`"
+                )
+            return Prompt(sample["text"], given)
+        messages, items = _plain_messages(where, messages, given)
+        text = self._render(messages)
+        return Prompt(text, items, None if self.train_on == "all" else self._spans(where, messages, text))
+
+    def encode(self, where: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """A raw sample as the processor's output, columns [1, T] and items; `assistant_masks` if turns are chosen.
+
+        Raises:
+            BrokenItemError: a picture or sound that cannot be read, by its name.
+            ValueError: as `prompt`, and what the processor refuses.
+        """
+        prompt = self.prompt(where, sample)
+        inputs: dict[str, Any] = {}
+        if images := prompt.items.get("image"):
+            inputs["images"] = [[open_image(v, name_of(v, f"image {i} of {where}")) for i, v in enumerate(images)]]
+        if audios := prompt.items.get("audio"):
+            rate = sampling_rate(self.processor)
+            inputs["audio"] = [read_audio(v, rate, name_of(v, f"audio {i} of {where}")) for i, v in enumerate(audios)]
+            inputs["sampling_rate"] = rate
+        options = self.text_options(prompt)
+        if prompt.spans is not None:
+            options["return_offsets_mapping"] = True
+            if self.processor is not self.tokenizer:
+                options["return_text_replacement_offsets"] = True
+        try:
+            output = dict(self.processor(text=[prompt.text], return_tensors="pt", **inputs, **options))
+        except Exception as error:
+            kind = BrokenItemError if inputs else ValueError  # a picture of no height, a sound of no length, ...
+            named = [name_of(v, m) for m, values in prompt.items.items() for v in values]
+            what = f"{where} ({', '.join(named)})" if named else where
+            raise kind(f"{what}: {type(self.processor).__name__} refuses it: {error}") from error
+        offsets, replaced = output.pop("offset_mapping", None), output.pop("text_replacement_offsets", None)
+        if prompt.spans is not None:
+            if offsets is None or (prompt.items and not replaced):
+                raise ValueError(
+                    f"{where}: {type(self.processor).__name__} does not tell where its tokens stand in the text, so "
+                    f"train_on={self.train_on!r} is impossible: use a fast tokenizer, or give `labels`"
+                )
+            output["assistant_masks"] = _token_mask(offsets[0], prompt.spans, replaced[0] if replaced else [])
+        return output
+
+    def text_options(self, prompt: Prompt) -> dict[str, Any]:
+        """A template that begins with the first token of the tokenizer has put it there itself."""
+        begin = getattr(self.tokenizer, "bos_token", None)
+        return {"add_special_tokens": False} if begin and prompt.text.startswith(begin) else {}
+
+    def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        return self.processor.apply_chat_template(messages, tokenize=False, **options)
+
+    def _spans(self, where: str, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
+        """Characters of the chosen turns: those that the template marks as generated, or else what a turn adds to the
+        conversation before it."""
+        template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
+        if isinstance(template, str) and _GENERATION.search(template):
+            spans = _marked_spans(self.tokenizer, template, messages)
+        else:
+            spans = []
+            for index, message in enumerate(messages):
+                if message["role"] != "assistant":
+                    continue
+                before = self._render(messages[:index], add_generation_prompt=True) if index else ""
+                after = self._render(messages[: index + 1])
+                if not (after.startswith(before) and text.startswith(after)):
+                    raise ValueError(
+                        f"{where}: the chat template does not build turn {index} on the turns before it, so "
+                        f"train_on={self.train_on!r} cannot find it: mark the turns with {{% generation %}} in the "
+                        "template, or give `labels`"
+                    )
+                spans.append((len(before), len(after.rstrip())))
+        if not spans:
+            raise ValueError(f"{where}: train_on={self.train_on!r} and no turn of the assistant: remove the sample")
+        return spans[-1:] if self.train_on == "last" else spans
+
+
+def sampling_rate(processor: Any) -> int:
+    """Samples a second that the processor's feature extractor takes."""
+    maker = getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None) or processor
+    rate = getattr(maker, "sampling_rate", None)
+    if not isinstance(rate, int):
+        raise ValueError(
+            f"{type(processor).__name__} takes no sounds: it has no feature extractor with a sampling rate"
+        )
+    return rate
+
+
+def _given_items(where: str, sample: Mapping[str, Any]) -> dict[str, list[Any]]:
+    given: dict[str, list[Any]] = {}
+    for name, modality in RAW_COLUMNS.items():
+        value = sample.get(name)
+        if value is None or (isinstance(value, list) and not value):
+            continue
+        if modality == "video":
+            raise ValueError(
+                f"{where}: videos (`{name}`) are not decoded here: run the processor on them first "
+                "(dataset.map) and hand over `pixel_values_videos` and `video_grid_thw`"
+            )
+        many = isinstance(value, list | tuple) and name.endswith("s")
+        given[modality] = [*given.get(modality, []), *(value if many else [value])]
+    return given
+
+
+def _plain_messages(
+    where: str, messages: Sequence[Mapping[str, Any]], given: dict[str, list[Any]]
+) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+    """Messages without item values and empty keys (arrow gives every part the keys of all), and the items in order."""
+    waiting = {modality: iter(values) for modality, values in given.items()}
+    items: dict[str, list[Any]] = {}
+    plain = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list | tuple):
+            parts = [{key: value for key, value in part.items() if value is not None} for part in content]
+            for part in parts:
+                kind = part.get("type", "text")
+                if kind in ("image", "audio", "video"):
+                    items.setdefault(kind, []).append(_value(where, part, kind, waiting))
+            content = [{k: v for k, v in p.items() if k in ("type", "text")} for p in parts]
+        kept = {key: value for key, value in message.items() if value is not None and key != "content"}
+        plain.append(kept | {"content": content})
+    for modality, values in given.items():
+        if left := len(list(waiting[modality])):
+            raise ValueError(
+                f"{where}: {len(values)} items in its columns of {modality}s and only {len(values) - left} parts of "
+                f"type '{modality}' without a value in `messages`: they must be equally many"
+            )
+    if "video" in items:
+        _given_items(where, {"videos": items["video"]})
+    return plain, items
+
+
+def _value(where: str, part: dict[str, Any], kind: str, waiting: dict[str, Any]) -> Any:
+    for key in (kind, *_VALUE_KEYS):
+        if key in part:
+            return part[key]
+    value = next(waiting.get(kind, iter(())), None)
+    if value is None:
+        raise ValueError(
+            f"{where}: a part of type '{kind}' in `messages` has no value, and no column `{kind}s` either"
+        )
+    return value
+
+
+def _marked_spans(tokenizer: Any, template: str, messages: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _, spans = render_jinja_template(
+        conversations=[messages],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return [(int(begin), int(end)) for begin, end in spans[0]]
+
+
+def _token_mask(offsets: Any, spans: Sequence[tuple[int, int]], replaced: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    """1 for tokens in the spans, [1, T].
+
+    Args:
+        offsets: begin and end of each token in the text after placeholders were expanded, [T, 2].
+        spans: characters of the text before.
+        replaced: `span` and `new_span` of each placeholder, in order.
+    """
+    ends = [each["span"][1] for each in replaced]
+    gained = [0, *(each["new_span"][1] - each["span"][1] for each in replaced)]
+    begin, end = np.asarray(offsets).T
+    mask = np.zeros(len(begin), dtype=np.int64)
+    for span in spans:
+        first, last = (char + gained[int(np.searchsorted(ends, char, side="right"))] for char in span)
+        mask |= (begin < last) & (end > first)
+    return torch.from_numpy(mask)[None]

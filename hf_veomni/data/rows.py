@@ -1,0 +1,252 @@
+"""Packed rows of samples with pictures, videos and sounds: packing looks at lengths, reading a row reads the rest.
+
+A row names its documents; their samples, undecoded, are fetched with it, and `OmniDataCollatorWithPacking` makes the
+one packed row of them, in the workers of a loader. So nothing is decoded twice and no pixel is written to disk again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, IterableDataset, Value
+
+from hf_veomni.data.columns import DOCUMENT_LENGTHS
+from hf_veomni.data.decode import BrokenItemError
+from hf_veomni.data.modalities import ITEM_COLUMNS, RAW_COLUMNS, TEXT_COLUMNS, is_raw
+from hf_veomni.data.pieces import Pieces, Rules, plan_rows
+from hf_veomni.data.sample import READ
+from hf_veomni.data.sizes import CostFunction, Size, SizeReader
+from hf_veomni.data.skips import check_on_error
+
+logger = logging.getLogger(__name__)
+
+SAMPLES, DOCUMENTS, COST = "samples", "documents", "cost"
+ROW_COLUMNS = (SAMPLES, DOCUMENTS, COST)
+BUFFER_SIZE = 1000  # samples that a stream packs at a time: undecoded, but their files may be in memory
+_MEASURED_AT_ONCE = 256
+_LEFT_OUT = -1
+_GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
+_AUDIO_MASKS = ("feature_attention_mask", "input_features_mask")
+
+
+def holds_samples(names: Sequence[str], item_columns: Sequence[str], processor: Any) -> bool:
+    """Whether the columns of a dataset ask for rows of samples: items, or text for a processor."""
+    items = any(name in ITEM_COLUMNS or name in item_columns for name in names)
+    raw = any(name in RAW_COLUMNS for name in names)
+    text = any(name in TEXT_COLUMNS for name in names)
+    return items or ("input_ids" not in names and (raw or (processor is not None and text)))
+
+
+@dataclass
+class Meter:
+    """Tokens and cost of samples, raw or processed.
+
+    Attributes:
+        reader: of raw samples; None without a processor.
+        cost: as `SizeReader` takes it.
+        on_error: "raise" or "skip" samples with a broken item.
+    """
+
+    reader: SizeReader | None
+    cost: CostFunction | None
+    on_error: str
+
+    def measure(self, where: str, sample: Mapping[str, Any]) -> Size | str:
+        """Size of a sample, or why it is skipped."""
+        if not is_raw(sample):
+            return self._processed(where, sample)
+        if self.reader is None:
+            raise ValueError(
+                f"{where} is raw (it has {', '.join(sample)}): give `processor=`, the model's own, or run it first "
+                "(dataset.map) and pack what it makes"
+            )
+        try:
+            return self.reader.measure(where, sample)
+        except BrokenItemError as error:
+            if self.on_error == "raise":
+                raise
+            return str(error)
+
+    def __call__(self, table: pa.Table, indices: list[int]) -> pa.Table:
+        """A batch for `Dataset.map`: tokens, cost and reason to skip of each."""
+        samples = [_plain(sample) for sample in table.to_pylist()]
+        found = [self.measure(f"sample {i}", sample) for i, sample in zip(indices, samples, strict=True)]
+        return pa.table(
+            {
+                "tokens": pa.array([s.tokens if isinstance(s, Size) else _LEFT_OUT for s in found], pa.int64()),
+                "cost": pa.array([s.cost if isinstance(s, Size) else 0.0 for s in found], pa.float64()),
+                "reason": pa.array([s if isinstance(s, str) else "" for s in found], pa.string()),
+            }
+        )
+
+    def _processed(self, where: str, sample: Mapping[str, Any]) -> Size:
+        ids = np.asarray(sample["input_ids"])
+        if ids.ndim == 2 and len(ids) == 1:
+            ids = ids[0]
+        if ids.ndim != 1:
+            raise ValueError(f"{where}: `input_ids` has shape {list(ids.shape)}, and must be one list of integers")
+        mask = sample.get("attention_mask")
+        length = len(ids) if mask is None else int(np.count_nonzero(mask))
+        if self.cost is None:
+            return Size(length, float(length))
+        modalities, patches, segments = ["text"], [length], [1]
+        for modality, name in _GRIDS.items():
+            for grid in np.asarray(sample.get(name, ())).reshape(-1, 3).tolist():
+                modalities.append(modality)
+                patches.append(int(np.prod(grid)))
+                segments.append(grid[0] if modality == "video" else 1)
+        frames = next((sample[name] for name in _AUDIO_MASKS if sample.get(name) is not None), ())
+        for one in frames:
+            modalities.append("audio")
+            patches.append(int(np.sum(one)) // 2)  # Whisper's convolutions halve the mel frames
+            segments.append(1)
+        return Size(length, float(np.sum(self.cost(modalities, patches, segments))))
+
+
+@dataclass
+class _Fetch:
+    """The transform of a packed dataset: from the numbers of documents to their samples, undecoded."""
+
+    source: Dataset
+    raw: bool
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if DOCUMENTS not in batch:
+            return batch
+        return batch | {SAMPLES: [self._samples(documents) for documents in batch[DOCUMENTS]]}
+
+    def _samples(self, documents: list[int]) -> list[dict[str, Any]]:
+        if self.raw:
+            table: Any = self.source.with_format("arrow")[documents]
+            return [_plain(sample) for sample in table.to_pylist()]
+        numbers: Any = self.source.with_format("numpy")
+        return [_plain(numbers[int(document)]) for document in documents]
+
+
+def pack_samples(
+    dataset: Any, rules: Rules, meter: Meter, num_proc: int | None, buffer_size: int | None, further: Sequence[str]
+) -> Any:
+    """Rows of samples; see `pack_dataset`.
+
+    Args:
+        rules: its `columns` are the names of the dataset's columns; those that no collator reads are dropped.
+        further: names that the collator is told of.
+    """
+    check_on_error(meter.on_error)
+    if rules.overlong not in ("error", "drop"):
+        raise ValueError(
+            f"`overlong` ({rules.overlong!r}) would cut through pictures or sounds: choose 'error' or 'drop', and cut "
+            "texts before the processor sees them"
+        )
+    if isinstance(dataset, IterableDataset):
+        return _pack_stream(dataset, rules, meter, buffer_size or BUFFER_SIZE, further)
+    names = _known(rules.columns, further)
+    raw = "input_ids" not in names
+    dataset = dataset.select_columns(names)
+    heavy = [name for name in names if name in ITEM_COLUMNS and name not in (*_GRIDS.values(), *_AUDIO_MASKS)]
+    sizes = dataset.remove_columns(heavy).with_format("arrow")
+    sizes = sizes.map(
+        meter,
+        with_indices=True,
+        batched=True,
+        batch_size=_MEASURED_AT_ONCE,
+        remove_columns=sizes.column_names,
+        features=Features({"tokens": Value("int64"), "cost": Value("float64"), "reason": Value("string")}),
+        load_from_cache_file=False,
+        num_proc=num_proc,
+        desc="Measuring",
+    ).with_format("numpy")
+    if not len(sizes):
+        raise ValueError("`dataset` has no rows: there is nothing to pack")
+    tokens, costs, reasons = (sizes[name][:] for name in ("tokens", "cost", "reason"))
+    pieces, kept = _plan(tokens, rules, reasons.tolist(), range(len(tokens)))
+    documents = kept[pieces.documents]
+    ends = np.cumsum(pieces.row_sizes)
+    offsets = pa.array(np.concatenate([[0], ends]).astype(np.int32))
+    plan = pa.table(
+        {
+            DOCUMENTS: pa.ListArray.from_arrays(offsets, pa.array(documents.astype(np.int64))),
+            DOCUMENT_LENGTHS: pa.ListArray.from_arrays(offsets, pa.array(pieces.lengths.astype(np.int32))),
+            COST: pa.array(np.add.reduceat(costs[documents], ends - pieces.row_sizes)),
+        }
+    )
+    return Dataset(plan).with_transform(_Fetch(dataset, raw))
+
+
+def _plan(tokens: np.ndarray, rules: Rules, reasons: Sequence[str], names: Sequence[int]) -> tuple[Pieces, np.ndarray]:
+    """Pieces of the samples that are kept, and which those are."""
+    kept = np.flatnonzero(tokens != _LEFT_OUT)
+    why = [reason for reason in reasons if reason]
+    if why:
+        shown = "; ".join(why[:3]) + (" ..." if len(why) > 3 else "")
+        logger.warning("skipped %d samples of %d that cannot be read: %s", len(why), len(tokens), shown)
+    lengths = tokens[kept]
+    pieces = plan_rows(np.zeros_like(lengths), lengths, rules, [names[index] for index in kept.tolist()])
+    if not len(pieces.row_sizes) and isinstance(names, range):
+        raise ValueError(f"nothing is left to pack: none of {len(tokens)} samples has tokens that fit `max_tokens`")
+    return pieces, kept
+
+
+def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the columns that a sample does not have: a table gives every row those of all."""
+    return {name: value for name, value in sample.items() if value is not None}
+
+
+def _known(names: Sequence[str], further: Sequence[str]) -> list[str]:
+    """Those of the columns that a collator reads."""
+    return [name for name in names if name in (*READ, *RAW_COLUMNS, *TEXT_COLUMNS, *further)]
+
+
+def _pack_stream(dataset: IterableDataset, rules: Rules, meter: Meter, size: int, further: Sequence[str]) -> Any:
+    if dataset.features is not None and _decodes(dataset.features):
+        dataset = dataset.decode(False)
+    return dataset.with_format(None).map(
+        _pack_buffer,
+        with_indices=True,
+        batched=True,
+        batch_size=size,
+        remove_columns=list(rules.columns),
+        fn_kwargs={"rules": rules, "meter": meter, "names": _known(rules.columns, further)},
+    )
+
+
+def _pack_buffer(
+    batch: dict[str, list[Any]], indices: list[int], rules: Rules, meter: Meter, names: list[str]
+) -> dict[str, list[Any]]:
+    columns = [batch.get(name, [None] * len(indices)) for name in names]
+    samples = [_plain(dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+    found = [meter.measure(f"sample {i}", sample) for i, sample in zip(indices, samples, strict=True)]
+    tokens = np.array([s.tokens if isinstance(s, Size) else _LEFT_OUT for s in found], dtype=np.int64)
+    costs = [s.cost if isinstance(s, Size) else 0.0 for s in found]
+    pieces, kept = _plan(tokens, rules, [s for s in found if isinstance(s, str)], indices)
+    rows = np.split(np.arange(len(pieces.documents)), np.cumsum(pieces.row_sizes)[:-1]) if len(kept) else []
+    numbers = [[int(kept[pieces.documents[place]]) for place in row] for row in rows]
+    return {
+        SAMPLES: [[samples[number] for number in row] for row in numbers],
+        DOCUMENT_LENGTHS: [[int(tokens[number]) for number in row] for row in numbers],
+        COST: [sum(costs[number] for number in row) for row in numbers],
+    }
+
+
+def _decodes(feature: Any) -> bool:
+    """Whether reading a column of this feature decodes files."""
+    if isinstance(feature, Mapping):
+        return any(_decodes(inner) for inner in feature.values())
+    inner = feature[0] if isinstance(feature, list | tuple) else getattr(feature, "feature", None)
+    return getattr(feature, "decode", False) is True or (inner is not None and _decodes(inner))
+
+
+def column_names(dataset: Dataset | IterableDataset, look_at: int) -> list[str]:
+    """Names of the columns; of a stream without a schema those of its first samples."""
+    if dataset.column_names is not None:
+        return list(dataset.column_names)
+    found = dict.fromkeys(name for sample in itertools.islice(dataset, look_at) for name in sample)
+    if not found:
+        raise ValueError("`dataset` has no samples: there is nothing to pack")
+    return list(found)

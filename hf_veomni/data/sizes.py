@@ -1,0 +1,169 @@
+"""Tokens and cost of raw samples before anything is decoded: from text, and from the headers of pictures and sounds.
+
+The processor itself tells what a placeholder becomes: where it has a formula that two trials confirm, that is used,
+else it is tried once on an empty item of each size that occurs. The expanded text is then tokenised as it will be, so
+lengths are exact, not estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hf_veomni import hf
+from hf_veomni.data.alignment import AUDIO_RULES, TILE_RULES
+from hf_veomni.data.decode import audio_samples, image_size, name_of
+from hf_veomni.data.raw import RawReader, sampling_rate
+
+# (modality of each item, patches of each, parts of each that do not attend to each other) -> cost of each
+CostFunction = Callable[[list[str], list[int], list[int]], Any]
+_TRIALS: Mapping[str, tuple[Any, Any]] = {"image": ((448, 672), (301, 215)), "audio": (8_000, 43_211)}
+_AUDIO_TOWERS = {"qwen2_audio": 2, "qwen2_5_omni": 2, "qwen2_5_omni_thinker": 2}  # patches a token; else 1
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a sample weighs.
+
+    Attributes:
+        tokens: of the row, placeholders included.
+        cost: in the unit of the cost function, or the tokens without one.
+    """
+
+    tokens: int
+    cost: float
+
+
+class SizeReader:
+    """Measures raw samples.
+
+    Args:
+        processor: the model's processor, or a tokenizer.
+        cost: of items and of text, for example `CostModel.from_config(config).costs`: called with the modality of
+            each, its patches (tokens of the text) and segments. None: one a token.
+        model_config: tells the patches of a tile where the processor does not; without it they count as tokens.
+    """
+
+    def __init__(self, processor: Any, cost: CostFunction | None = None, model_config: Any = None) -> None:
+        self.reader, self.processor, self.cost = RawReader(processor), processor, cost
+        self.config = getattr(model_config, "thinker_config", None) or model_config
+        self._repeats: dict[str, bool] = {}  # whether a placeholder of the modality becomes itself, so many times
+        self._replacements: dict[tuple[str, Any], str] = {}
+
+    def measure(self, where: str, sample: Mapping[str, Any]) -> Size:
+        """Tokens and cost of one raw sample.
+
+        Raises:
+            BrokenItemError: a header that cannot be read.
+            ValueError: as `RawReader.prompt`.
+        """
+        prompt = self.reader.prompt(where, sample)
+        modalities, patches, segments = ["text"], [0], [1]
+        replacements: dict[str, list[str]] = {}
+        for modality, values in prompt.items.items():
+            for index, value in enumerate(values):
+                name = name_of(value, f"{modality} {index} of {where}")
+                size, count, parts, tokens = self._item(modality, value, name)
+                replacements.setdefault(modality, []).append(self._replacement(modality, size, tokens))
+                modalities.append(modality)
+                patches.append(count)
+                segments.append(parts)
+        text = _expand(where, prompt.text, replacements, self.processor)
+        options = self.reader.text_options(prompt)
+        length = len(self.reader.tokenizer(text, verbose=False, **options)["input_ids"])
+        if self.cost is None:
+            return Size(length, float(length))
+        patches[0] = length
+        return Size(length, float(np.sum(self.cost(modalities, patches, segments))))
+
+    def _item(self, modality: str, value: Any, name: str) -> tuple[Any, int, int, int | None]:
+        """Size of an item, its patches, parts that do not see each other, and its tokens if there is a formula."""
+        if modality == "image":
+            size: Any = image_size(value, name)
+        else:
+            size = audio_samples(value, sampling_rate(self.processor), name)
+        tokens, patches = self._formula(modality, size)
+        if patches is None:
+            patches = tokens or self._replacement(modality, size, tokens).count(self._token(modality))
+            if modality == "audio":
+                patches *= _AUDIO_TOWERS.get(self._model_type(), 1)
+            return size, patches, 1, tokens
+        if hasattr(getattr(self.processor, "image_processor", None), "merge_size"):
+            return size, patches, 1, tokens
+        rule = TILE_RULES.get(getattr(self.config, "model_type", ""))
+        vision: Any = getattr(self.config, "vision_config", None)
+        if rule is not None and isinstance(getattr(vision, "patch_size", None), int):
+            return size, patches * (vision.image_size // vision.patch_size) ** 2, patches, tokens
+        return size, tokens or patches, patches, tokens
+
+    def _model_type(self) -> str:
+        """Of the model, or by the name of the processor: Qwen2AudioProcessor -> qwen2_audio."""
+        known = getattr(self.config, "model_type", None)
+        if known is not None:
+            return known
+        plain = type(self.processor).__name__.removesuffix("Processor").lower()
+        return next((name for name in AUDIO_RULES if name.replace("_", "") == plain), "")
+
+    def _formula(self, modality: str, size: Any) -> tuple[int | None, int | None]:
+        """Tokens and patches of an item of a size by the processor's formula, None where it has none."""
+        counts = hf.count_multimodal_tokens(self.processor, modality, size)
+        if counts is None and modality == "audio":
+            rule = AUDIO_RULES.get(self._model_type())
+            maker: Any = getattr(self.processor, "feature_extractor", None)
+            if rule is None or not hasattr(maker, "hop_length"):
+                return None, None
+            frames = min(-(-size // maker.hop_length), getattr(maker, "nb_max_frames", size))
+            return int(rule(frames)), None
+        return counts or (None, None)
+
+    def _replacement(self, modality: str, size: Any, tokens: int | None) -> str:
+        """The text that a placeholder becomes."""
+        if modality not in self._repeats:
+            trials = [(self._formula(modality, trial)[0], self._try(modality, trial)) for trial in _TRIALS[modality]]
+            self._repeats[modality] = all(
+                number is not None and text == self._token(modality) * number for number, text in trials
+            )
+        if self._repeats[modality] and tokens is not None:
+            return self._token(modality) * tokens
+        if (modality, size) not in self._replacements:
+            self._replacements[modality, size] = self._try(modality, size)
+        return self._replacements[modality, size]
+
+    def _token(self, modality: str) -> str:
+        token = getattr(self.processor, f"{modality}_token", None)
+        if token is None:
+            raise ValueError(f"{type(self.processor).__name__} has no `{modality}_token`, so it takes no {modality}s")
+        return getattr(token, "content", token)
+
+    def _try(self, modality: str, size: Any) -> str:
+        """What the processor makes of an empty item of a size."""
+        inputs: dict[str, Any] = {}
+        if modality == "image":
+            inputs["images"] = [[np.zeros((*size, 3), dtype=np.uint8)]]
+        else:
+            rate = sampling_rate(self.processor)
+            inputs |= {"audio": [np.zeros(size, dtype=np.float32)], "sampling_rate": rate}
+        text = self._token(modality)
+        output = self.processor(text=[text], return_text_replacement_offsets=True, **inputs)
+        replaced = output.get("text_replacement_offsets")
+        if not replaced or len(replaced[0]) != 1:
+            raise ValueError(
+                f"{type(self.processor).__name__} does not tell what becomes of its placeholders, so lengths are not "
+                "known before decoding: run it first (dataset.map) and pack its output"
+            )
+        return replaced[0][0]["replacement"]
+
+
+def _expand(where: str, text: str, replacements: Mapping[str, list[str]], processor: Any) -> str:
+    for modality, texts in replacements.items():
+        token = getattr(processor, f"{modality}_token")
+        pieces = text.split(getattr(token, "content", token))
+        if len(pieces) - 1 != len(texts):
+            raise ValueError(
+                f"{where}: {len(pieces) - 1} placeholders ({token}) for {len(texts)} {modality}s: each item needs one"
+            )
+        text = "".join(part for pair in zip(pieces, [*texts, ""], strict=True) for part in pair)
+    return text
