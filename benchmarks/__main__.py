@@ -20,6 +20,7 @@ SCRIPTS = {
     "packing_vs_padding": True,
     "expert_parallel": True,
     "activation_memory": False,
+    "linear_attention": False,
     "packing": False,
     "balance": False,
 }
