@@ -37,6 +37,7 @@ PLACEHOLDER = "<extra_id_0>"
 @dataclass
 class ScriptArguments:
     vq_steps: int = field(default=250, metadata={"help": "Training steps of the VQ model."})
+    limit: int | None = field(default=None, metadata={"help": "Use only so many scans to train and to hold out."})
     drawings: int = field(default=10, metadata={"help": "Drawings of each digit."})
 
 
@@ -161,7 +162,8 @@ def main() -> None:
     on_all_ranks(vq)
     codes = model.decoders["image"].lm_encode(scans)
     samples = [encode(int(digit), code, tokenizer) for digit, code in zip(found.target, codes, strict=True)]
-    trainer = make_trainer(model, args, samples[HELD_OUT:], samples[:HELD_OUT])
+    learnt, held_out = samples[HELD_OUT:][: script.limit], samples[:HELD_OUT][: script.limit]
+    trainer = make_trainer(model, args, learnt, held_out)
     before = trainer.evaluate()["eval_loss"]
     start = time.perf_counter()
     trainer.train()

@@ -38,7 +38,8 @@ PLACEHOLDER = "<extra_id_0>"
 
 @dataclass
 class ScriptArguments:
-    voices: int = field(default=len(TRAIN_VOICES), metadata={"help": "Voices to learn from."})
+    voices: list[str] = field(default_factory=lambda: list(TRAIN_VOICES), metadata={"help": "Voices to learn from."})
+    held_out: list[str] = field(default_factory=lambda: list(HELD_OUT_VOICES), metadata={"help": "Voices to test on."})
 
 
 DEFAULTS = {
@@ -70,18 +71,22 @@ TEXT = {
 }
 
 
-def record(folder: Path, voices: tuple[str, ...], *, show: bool) -> list[tuple[Path, str]]:
-    """Speak all words with all voices, accents, speeds and pitches into wav files; (file, word)."""
-    speaker = Speaker()
+def record(folder: Path, voices: list[str], *, first: bool) -> list[tuple[Path, str]]:
+    """Speak all words with all voices, accents, speeds and pitches into wav files; (file, word).
+
+    The first process speaks; the others only learn the names.
+    """
+    speaker = Speaker() if first else None
     found: list[tuple[Path, str]] = []
+    folder.mkdir(parents=True, exist_ok=True)
     settings = [(a, v, s, p) for a in ACCENTS for v in voices for s in SPEEDS for p in PITCHES]
-    for accent, voice, speed, pitch in tqdm(settings, desc=f"voices of {folder.name}", disable=not show):
+    for accent, voice, speed, pitch in tqdm(settings, desc=f"voices of {folder.name}", disable=not first):
         for word in WORDS:
             path = folder / f"{word}-{accent}-{voice}-{speed}-{pitch}.wav"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            samples = speaker.speak(word, f"{accent}+{voice}", words_a_minute=speed, pitch=pitch)
-            write_wav(path, samples, speaker.rate)
             found.append((path, word))
+            if speaker is not None:
+                samples = speaker.speak(word, f"{accent}+{voice}", words_a_minute=speed, pitch=pitch)
+                write_wav(path, samples, speaker.rate)
     return found
 
 
@@ -147,10 +152,9 @@ def main() -> None:
     script, args = parse_arguments(ScriptArguments, __doc__.split("\n")[0], **DEFAULTS)
     tokenizer = ByT5Tokenizer()
     folder, first = Path(args.output_dir) / "wav", args.process_index == 0
-    voices = TRAIN_VOICES[: script.voices]
-    with args.main_process_first(desc="speaking"):  # the others write the same files once more
-        train = record(folder / "train", voices, show=first)
-        held_out = record(folder / "held-out", HELD_OUT_VOICES, show=first)
+    with args.main_process_first(desc="speaking"):
+        train = record(folder / "train", script.voices, first=first)
+        held_out = record(folder / "held-out", script.held_out, first=first)
     samples = hear(train, tokenizer), hear(held_out, tokenizer)
     words = [word for _, word in held_out]
     trainer = make_trainer(build(tokenizer), args, *samples)
@@ -162,7 +166,7 @@ def main() -> None:
     after = share(written, words)
     if trainer.is_world_process_zero():
         right = [one == other for one, other in zip(written, words, strict=True)]
-        of = {voice: [f"-{voice}-" in path.name for path, _ in held_out] for voice in HELD_OUT_VOICES}
+        of = {voice: [f"-{voice}-" in path.name for path, _ in held_out] for voice in script.held_out}
         by_voice = {voice: float(np.mean(np.array(right)[chosen])) for voice, chosen in of.items()}
         counts = {"train": len(train), "held_out": len(held_out)}
         metrics = {"before": before, "after": after, "by_voice": by_voice, "train_seconds": seconds, "sounds": counts}

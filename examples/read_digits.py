@@ -31,13 +31,13 @@ SIZE, PATCH = 16, 8
 TOKENS = (SIZE // PATCH) ** 2
 CROP = 96
 HELD_OUT = 360
-PLACEHOLDER = "<file_sep>"  # a token of the vocabulary that no text holds
 DIGIT_PROMPT, PHOTO_PROMPT = "The digit is", "The photo shows a"
 
 
 @dataclass
 class ScriptArguments:
     model: str = field(default=DEFAULT_OUTPUT, metadata={"help": "Checkpoint folder or Hub id."})
+    placeholder: str = field(default="<file_sep>", metadata={"help": "A token of the vocabulary that no text holds."})
     num_crops: int = field(default=80, metadata={"help": "Crops of each photograph, for training and held out."})
     limit: int | None = field(default=None, metadata={"help": "Use only so many training and held-out pictures."})
 
@@ -87,9 +87,8 @@ def pictures(script: ScriptArguments) -> tuple[list[tuple[Tensor, str]], list[tu
     return train, held_out
 
 
-def encode(picture: Tensor, word: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A picture, the prompt and the word, of which only the word is learnt."""
-    mark = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+def encode(picture: Tensor, word: str, tokenizer: PreTrainedTokenizerBase, mark: int) -> dict[str, Any]:
+    """A picture, the prompt and the word, of which only the word is learnt. `mark`: the placeholder's id."""
     asked = DIGIT_PROMPT if word in DIGITS else PHOTO_PROMPT
     prompt = [mark] * TOKENS + tokenizer(asked, add_special_tokens=False)["input_ids"]
     answer = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
@@ -97,11 +96,10 @@ def encode(picture: Tensor, word: str, tokenizer: PreTrainedTokenizerBase) -> di
     return {"input_ids": prompt + answer, "labels": labels, "pixel_values": picture[None]}
 
 
-def build(script: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
+def build(script: ScriptArguments, token: int) -> Any:
     """The foundation in bf16, the encoder in fp32, in which it is trained."""
     vision = {"model_type": "siglip_vision_model", "image_size": SIZE, "patch_size": PATCH, "hidden_size": 128}
     vision |= {"intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    token = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
     config = {
         "foundation": {"checkpoint": script.model},
         "encoders": {"vision": {"config": vision, "token_id": token, "projector": "mlp"}},
@@ -119,15 +117,15 @@ LORA = LoraConfig(
 )
 
 
-def speak(model: Any, pairs: list[tuple[Tensor, str]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def speak(model: Any, samples: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What the model says of pictures of one kind, generated from the prompt alone. All ranks call it."""
     model.eval()
-    samples = [encode(picture, word, tokenizer) for picture, word in pairs]
-    prompts = torch.tensor([sample["input_ids"][:-1] for sample in samples], device=model.device)
+    length = samples[0]["labels"].count(IGNORED)
+    prompts = torch.tensor([sample["input_ids"][:length] for sample in samples], device=model.device)
     seen = torch.cat([sample["pixel_values"] for sample in samples]).to(model.device)
     options = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": 1, "do_sample": False}
     said = model.generate(input_ids=prompts, pixel_values=seen, **options)
-    return [text.strip() for text in tokenizer.batch_decode(said[:, prompts.shape[1] :])]
+    return [text.strip() for text in tokenizer.batch_decode(said[:, length:])]
 
 
 def draw(shown: list[tuple[Tensor, str, str]], path: Path) -> None:
@@ -147,9 +145,10 @@ def draw(shown: list[tuple[Tensor, str, str]], path: Path) -> None:
 def main() -> None:
     script, args = parse_arguments(ScriptArguments, __doc__.split("\n")[0], **DEFAULTS)
     tokenizer = AutoTokenizer.from_pretrained(script.model)
+    mark = tokenizer.convert_tokens_to_ids(script.placeholder)
     train, held_out = pictures(script)
-    samples = [[encode(picture, word, tokenizer) for picture, word in part] for part in (train, held_out)]
-    trainer = make_trainer(build(script, tokenizer), args, *samples, peft_config=LORA)
+    samples = [[encode(picture, word, tokenizer, mark) for picture, word in part] for part in (train, held_out)]
+    trainer = make_trainer(build(script, mark), args, *samples, peft_config=LORA)
     before = trainer.evaluate()
     start = time.perf_counter()
     trainer.train()
@@ -159,12 +158,13 @@ def main() -> None:
         "digits": trainer.evaluate(samples[1][:HELD_OUT])["eval_accuracy"],
         "photographs": trainer.evaluate(samples[1][HELD_OUT:])["eval_accuracy"] if samples[1][HELD_OUT:] else None,
     }
-    chosen = [held_out[:24], held_out[HELD_OUT:][::5]]
-    said = [speak(trainer.model, part, tokenizer) for part in chosen if part]
+    shown = [slice(0, 24), slice(HELD_OUT, None, 5)]
+    said = [speak(trainer.model, samples[1][part], tokenizer) for part in shown if samples[1][part]]
     if trainer.is_world_process_zero():
         save_metrics(args, {"before": before, "after": after, "by_kind": by_kind, "train_seconds": seconds})
         path = Path(args.output_dir) / "read.png"
-        draw([(*pair, text) for pair, text in zip(sum(chosen, []), sum(said, []), strict=True)], path)
+        pairs = [pair for part in shown for pair in held_out[part]]
+        draw([(*pair, text) for pair, text in zip(pairs, sum(said, []), strict=True)], path)
         print(
             f"\nheld-out pictures read right: {before['eval_accuracy']:.1%} before, {after['eval_accuracy']:.1%} after"
         )

@@ -1,7 +1,7 @@
 """Spoken words as wav files, from eSpeak NG, a synthesiser that the package `espeakng-loader` brings in its wheel.
 
 eSpeak NG is GPL-3.0-or-later software. It is called here through its C interface, and nothing of it is copied: the
-examples need it to make their data, the library does not. Words are spoken from formants, deterministically.
+example needs it to make its data, the library does not. Words are synthesised from formants, no two times quite alike.
 """
 
 from __future__ import annotations
