@@ -328,7 +328,8 @@ class SequenceAttachment:
             )
         name = hf.attention_name(self.seam.decoder.config)
         # The dummy document that fills a row up comes last, so a causal mask alone keeps the one before it apart.
-        if all(len(row) <= 1 + filled for row in documents.lengths):
+        # Without attention there is no mask, and mixers keep documents apart by themselves.
+        if all(len(row) <= 1 + filled for row in documents.lengths) or not self.seam.attentions:
             return
         if not self._makes_masks:
             raise ValueError(
