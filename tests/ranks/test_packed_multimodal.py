@@ -1,0 +1,63 @@
+"""A packed row of samples with pictures or sounds trains like the samples alone, on stock models of real families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.multimodal import build, samples_of
+from tests.ranks.parity import relative_error, whole
+
+FAMILIES = ["qwen2_5_vl", "qwen3_vl", "qwen2_audio", "idefics3"]
+
+
+def _alone(model: Any, processor: Any, sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    """Loss of one sample, summed over its targets, as a user of the stock model and processor has it."""
+    items = {name.replace("audios", "audio"): [values] for name, values in sample.items() if name != "text"}
+    items = {name: values[0] if name == "audio" else values for name, values in items.items()}
+    inputs = processor(text=[sample["text"]], return_tensors="pt", **items)
+    special = torch.tensor([getattr(processor, f"{kind}_token_id", -1) or -1 for kind in ("image", "audio")])
+    labels = inputs["input_ids"].masked_fill(torch.isin(inputs["input_ids"], special), -100)
+    logits = model(**inputs).logits
+    return F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum"), int((labels[0, 1:] != -100).sum())
+
+
+def _compare(family: str, plan: str) -> dict[str, float]:
+    """Relative errors of the packed row: losses by sample, loss of the row, gradients."""
+    from hf_veomni import OmniDataCollatorWithPacking, prepare_omni
+
+    model, processor = build(family)
+    samples = samples_of(family)
+    alone = [_alone(model, processor, sample) for sample in samples]
+    expected = sum(loss for loss, _ in alone) / sum(count for _, count in alone)
+    expected.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+
+    row = OmniDataCollatorWithPacking(processor=processor, model_config=model.config)(samples)
+    prepare_omni(model, plan)
+    out = model(**row)
+    out.loss.backward()
+    counted = row["position_ids"].reshape(-1, row["input_ids"].shape[1])[0]
+    losses = F.cross_entropy(out.logits[0, :-1], row["labels"][0, 1:], reduction="none")
+    starts = [*(counted == 0).nonzero().flatten().tolist(), len(counted)]
+    parts = [losses[begin : end - 1].sum() for begin, end in zip(starts, starts[1:], strict=False)]
+    assert len(parts) == len(samples)
+    wanted = {name: p for name, p in wanted.items() if not name.endswith("k_proj.bias")}  # 0: softmax cancels it
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    assert wanted.keys() <= gradients.keys() and len(wanted) > 30
+    return {
+        "samples": max(relative_error(part, loss) for part, (loss, _) in zip(parts, alone, strict=True)),
+        "loss": relative_error(out.loss, expected),
+        "gradients": max(relative_error(gradients[name], gradient) for name, gradient in wanted.items()),
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_row_equals_its_samples_alone(ranks, family):
+    (errors,) = ranks(1).run(_compare, family, "", timeout=120)
+    print(family, errors)
+    assert max(errors.values()) < 1e-5, errors
