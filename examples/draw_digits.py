@@ -6,8 +6,8 @@ r"""Teach a model to draw: "draw a three" in, codes of a picture out.
 First Janus's VQ model, small, learns on rank 0 to write a scanned digit (scikit-learn's `load_digits`, 8 x 8) as 16
 codes of a codebook of 64; then a small Llama with new weights learns text and codes together under the plan. Text is
 bytes (ByT5's tokenizer, which needs no file). Into `--output_dir` go `draw.png`, ten drawings of each digit, and
-`metrics.json`: how many of the drawings a classifier of real digits takes for what was asked, and how many different
-ones there are.
+`metrics.json`: how many of the drawings a classifier of real digits takes for what was asked, how many different ones
+there are, and how many repeat a scan of the training, code by code.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DEFAULTS = {
     "output_dir": "outputs/draw",
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 64,
-    "max_steps": 300,
+    "max_steps": 160,
     "learning_rate": 3e-3,
     "logging_steps": 25,
 }
@@ -121,16 +121,18 @@ def encode(digit: int, codes: Tensor, tokenizer: Any) -> dict[str, Any]:
     return {"input_ids": prompt + marks, "labels": [IGNORED] * len(prompt) + marks, "image_codes": codes[None]}
 
 
-def draw_all(model: Any, tokenizer: Any, count: int) -> Tensor:
-    """`count` drawings of each digit, [10, count, 8, 8]; every rank draws the same."""
+def draw_all(model: Any, tokenizer: Any, count: int) -> tuple[Tensor, Tensor]:
+    """`count` drawings of each digit, as codes [10, count, 16] and pictures [10, count, 8, 8]; alike on all ranks."""
     generator = torch.Generator(device=model.device).manual_seed(0)
     model.eval()
-    drawn = []
+    found: list[tuple[Tensor, Tensor]] = []
     for word in tqdm(DIGITS, desc="drawings", disable=dist.is_initialized() and dist.get_rank() > 0):
         prompt = tokenizer(f"draw a {word}", add_special_tokens=False)["input_ids"]
         prompts = torch.tensor([prompt] * count, device=model.device)
-        drawn.append(model.generate_image(prompts, do_sample=True, temperature=0.8, generator=generator)[1][:, 0])
-    return torch.stack(drawn).cpu()
+        codes, pictures = model.generate_image(prompts, do_sample=True, temperature=0.8, generator=generator)
+        found.append((codes.cpu(), pictures[:, 0].cpu()))
+    codes, pictures = (torch.stack(part) for part in zip(*found, strict=True))
+    return codes, pictures
 
 
 def save_picture(drawn: Tensor, path: Path) -> None:
@@ -169,22 +171,25 @@ def main() -> None:
     trainer.train()
     seconds = time.perf_counter() - start
     after = trainer.evaluate()["eval_loss"]
-    drawn = draw_all(trainer.model, tokenizer, script.drawings)
+    chosen, drawn = draw_all(trainer.model, tokenizer, script.drawings)
     if trainer.is_world_process_zero():
         real = scans[HELD_OUT:].flatten(1).numpy(), found.target[HELD_OUT:]
         judge = LogisticRegression(max_iter=2000).fit(*real)
         asked = torch.arange(10).repeat_interleave(script.drawings)
         recognised = float(judge.score(drawn.flatten(0, 1).flatten(1).numpy(), asked.numpy()))
         on_real = float(judge.score(scans[:HELD_OUT].flatten(1).numpy(), found.target[:HELD_OUT]))
+        known = {tuple(sample["image_codes"][0].tolist()) for sample in learnt}
+        repeated = sum(tuple(code) in known for code in chosen.flatten(0, 1).tolist())
         different = len(drawn.flatten(0, 1).flatten(1).unique(dim=0))
         metrics = {"vq_error": error, "loss_before": before, "loss_after": after, "train_seconds": seconds}
-        metrics |= {"recognised": recognised, "recognised_real": on_real, "different": different}
+        metrics |= {"recognised": recognised, "recognised_real": on_real, "different": different, "repeated": repeated}
         save_metrics(args, metrics)
         path = Path(args.output_dir) / "draw.png"
         save_picture(drawn, path)
         print(f"\nmean square error of the VQ model's copies: {error:.3f} (pictures are between -1 and 1)")
         print(f"loss of held-out codes: {before:.3f} -> {after:.3f}, {seconds:.0f} s of training")
-        print(f"drawings recognised: {recognised:.0%} of {len(asked)} ({different} different ones); chance is 10 %,")
+        print(f"drawings recognised: {recognised:.0%} of {len(asked)}; chance is 10 %")
+        print(f"  {different} of them are different, {repeated} repeat a scan of the training")
         print(f"  the classifier recognises {on_real:.0%} of held-out scans")
         print(f"drawings: {path}")
     trainer.accelerator.wait_for_everyone()

@@ -1,15 +1,14 @@
-"""What the examples of composed models share: arguments, the score of answers, the collator of features."""
+"""What the examples of composed models share: arguments, the trainer, the score of answers."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from torch import Tensor
 from transformers import EvalPrediction, HfArgumentParser, set_seed
@@ -17,7 +16,6 @@ from transformers import EvalPrediction, HfArgumentParser, set_seed
 from hf_veomni import OmniDataCollatorWithPacking, OmniTrainer, OmniTrainingArguments
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-FEATURES = ("pixel_values", "input_features", "image_codes")
 IGNORED = -100
 
 # What differs from the defaults of TrainingArguments in all of the examples.
@@ -44,22 +42,6 @@ def parse_arguments(script: type, description: str, **defaults: Any) -> tuple[An
     return options, args
 
 
-class PackFeatures:
-    """`OmniDataCollatorWithPacking` for the tokens; the features of the samples behind each other, in order."""
-
-    def __init__(self) -> None:
-        self.tokens = OmniDataCollatorWithPacking()
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        texts = [{key: value for key, value in sample.items() if key not in FEATURES} for sample in samples]
-        batch = self.tokens(texts)
-        for name in FEATURES:
-            found = [torch.as_tensor(sample[name]) for sample in samples if name in sample]
-            if found:
-                batch[name] = torch.cat(found)
-        return batch
-
-
 def likeliest(logits: Any, labels: Tensor) -> Tensor:
     """[B, S, V] -> the likeliest next tokens [B, S]: all that the score needs of the logits."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
@@ -79,7 +61,7 @@ def make_trainer(model: Any, args: OmniTrainingArguments, train: Any, held_out: 
         args=args,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=PackFeatures(),
+        data_collator=OmniDataCollatorWithPacking(item_columns=("image_codes",)),
         compute_metrics=share_right,
         preprocess_logits_for_metrics=likeliest,
         **options,
