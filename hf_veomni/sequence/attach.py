@@ -28,6 +28,7 @@ from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.bias import attach_bias
 from hf_veomni.sequence.cross import can_cross, cross_attention, is_cross, watch_cross
 from hf_veomni.sequence.documents import Documents, current_documents
+from hf_veomni.sequence.families import attach_patch, has_patch
 from hf_veomni.sequence.generation import attach_generate, detach_generate, is_generating
 from hf_veomni.sequence.layer_inputs import cut_call
 from hf_veomni.sequence.linear import LinearAttachment, check_mixer_heads
@@ -137,6 +138,8 @@ class SequenceAttachment:
     def _install(self) -> None:
         register_varlen_attention()
         replaced = ["sdpa"] if hf.supports_sdpa(self.model) else ["sdpa", "eager"]
+        if any(has_patch(module) for module in self.seam.attentions):
+            replaced = []  # they take masks as tensors
         self._previous = select(self, self._configs, self._option, replaced, VARLEN_NAME)
         _registry.wrap_all(_wrap_attention)
         _attached.add(self)
@@ -154,6 +157,7 @@ class SequenceAttachment:
             decoder.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
         if self.state.sp_size > 1:
+            self._handles += [attach_patch(m, self.state, _is_cut) for m in self.seam.attentions if has_patch(m)]
             self._handles += [attach_bias(m, self.state.sp_size, _is_cut) for m in self.seam.attentions]
             if self.exit is not None and self.exit is not decoder:
                 self._handles.append(self.exit.register_forward_hook(self._gather_output))

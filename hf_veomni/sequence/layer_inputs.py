@@ -48,7 +48,11 @@ def cut_call(layer: nn.Module, args: tuple, kwargs: dict, row: Row, state: Paral
             f"{kind} takes hidden states of shape {tuple(hidden.shape)}, not [rows, {row.padded}, width], so this "
             "model cannot be cut along its sequence: use sp_size=1."
         )
+    looks_up = any(hasattr(module, "embed_positions") for module in layer.modules())  # GPT-J's tables of rope
     changed = {k: v for k, x in inputs.items() if k != name and (v := _cut(k, x, len(hidden), row, state)) is not x}
+    positions = inputs.get("position_ids")
+    if looks_up and isinstance(positions, Tensor) and positions.shape[-1] == row.padded:
+        changed["position_ids"] = shard_sequence(positions, positions.dim() - 1, state)
     if not row.cut or hidden.shape[1] == row.padded:
         changed[name] = shard_sequence(hidden, 1, state)
     row.cut = True

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hf_veomni import hf
 from hf_veomni.sequence.cross import merges_keys
 from hf_veomni.sequence.linear import Mixer, find_mixers, find_unknown
-from hf_veomni.sequence.stack import asks_interface, find_layers, own_names
+from hf_veomni.sequence.stack import asks_interface, attends, find_layers, notes_shape, own_names, views_as_row
 from hf_veomni.sequence.ulysses import head_layout
 
 # Modules that carry a state along the sequence, or pick tokens, outside of the attention interface.
@@ -96,7 +96,7 @@ def _check_layer(
             raise _refuse(model, f"`{name}.{path}` ({kind}) counts positions inside the layer ({sorted(counters)})")
         if module in attentions and merges_keys(module):
             raise _refuse(model, f"`{name}.{path}` ({kind}) attends to its own row and to another one in one call")
-        if module in attentions and hf.reads_attention_mask(module):
+        if module in attentions and asks_interface(module) and hf.reads_attention_mask(module):
             raise _refuse(model, f"`{name}.{path}` ({kind}) makes an attention mask of its own from that of the row")
     if not attentions and not mixers and getattr(layer, "block_type", None) not in ("moe", "mlp"):
         raise _refuse(
@@ -116,14 +116,16 @@ def find_seam(model: PreTrainedModel, gathered: Iterable[str] = ()) -> Seam:
         ValueError: names the rule that the model breaks.
     """
     decoder, holder, layers = _decoder(model)
-    types = set(getattr(decoder.config, "layer_types", None) or ())
+    if notes_shape(decoder) and not views_as_row(decoder):
+        raise _refuse(model, "its stack reshapes what its layers return to the shape of the full row")
+    types = set(getattr(getattr(decoder, "config", None), "layer_types", None) or ())
     if unknown := sorted(types - _LAYER_TYPES - _HYBRID_TYPES):
         raise _refuse(model, f"its `layer_types` hold {unknown}, which are not attention over the row")
     names = {module: name for name, module in model.named_modules()}
     attentions: list[nn.Module] = []
     mixers = find_mixers([(names[layer], layer) for layer in layers], gathered)
     for layer in layers:
-        found = [module for module in layer.modules() if asks_interface(module)]
+        found = [module for module in layer.modules() if attends(module)]
         inside = set(layer.modules())
         _check_layer(model, names[layer], layer, found, [mixer for mixer in mixers if mixer.module in inside])
         attentions.extend(found)

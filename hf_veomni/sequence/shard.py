@@ -107,6 +107,8 @@ def pad_inputs(inputs: dict[str, Any], extra: int, pad_token_id: int) -> dict[st
     for name, value in inputs.items():  # token types, boxes, languages
         if name in _HANDLED or name.startswith(("encoder_", "cross_")) or not isinstance(value, Tensor):
             continue
-        if value.dim() in (2, 3) and value.shape[1] == length and not value.is_floating_point():
+        if name.startswith("per_layer") and value.dim() == 4 and value.shape[1] == length:  # Gemma 4
+            padded[name] = F.pad(value, (0, 0, 0, 0, 0, extra))
+        elif value.dim() in (2, 3) and value.shape[1] == length and not value.is_floating_point():
             padded[name] = F.pad(value, (0, 0) * (value.dim() - 2) + (0, extra))
     return padded

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from hf_veomni.sequence.families import has_patch
+
 # Names of methods that a hook runs at the length of the full row (`bias`).
 BIAS_METHODS: tuple[str, ...] = ("compute_bias",)
 
@@ -17,6 +19,11 @@ BIAS_METHODS: tuple[str, ...] = ("compute_bias",)
 def asks_interface(module: nn.Module) -> bool:
     """Whether the module is an attention that asks transformers' AttentionInterface, itself or in a method of its."""
     return {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= own_names(type(module))
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether the module is an attention that can be exchanged: by the interface or by a patch."""
+    return asks_interface(module) or has_patch(module)
 
 
 @lru_cache(maxsize=1024)
@@ -60,7 +67,7 @@ def find_layers(stack: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
         for child in owner.children():
             if not isinstance(child, nn.ModuleList) or not len(child) or child in inside:
                 continue
-            if all(any(asks_interface(m) for m in item.modules()) for item in child):
+            if all(any(attends(m) for m in item.modules()) for item in child):
                 found.append((owner, child))
                 inside.update(m for m in child.modules() if m is not child)
     return found[0] if len(found) == 1 else None
@@ -82,5 +89,8 @@ def masks_on_demand(stack: nn.Module) -> bool:
 
 def views_as_row(stack: nn.Module) -> bool:
     """Whether a stack ends with `hidden_states.view(output_shape)` after `ln_f`, a shape noted at its top (GPT-2)."""
-    code = inspect.unwrap(type(stack).forward).__code__
-    return "output_shape" in code.co_varnames and isinstance(getattr(stack, "ln_f", None), nn.Module)
+    return notes_shape(stack) and isinstance(getattr(stack, "ln_f", None), nn.Module)
+
+
+def notes_shape(stack: nn.Module) -> bool:
+    return "output_shape" in inspect.unwrap(type(stack).forward).__code__.co_varnames

@@ -162,8 +162,8 @@ def test_more_sp_ranks_than_query_heads(ranks):
 
 
 def test_model_without_a_seam(ranks):
-    match = r"BloomForCausalLM has no seam for sequence parallelism.*Use sp_size=1"
-    ranks(2).raises(_prepare, "bloom", "sp=2", match=match, timeout=30)
+    match = r"MptForCausalLM has no seam for sequence parallelism.*Use sp_size=1"
+    ranks(2).raises(_prepare, "mpt", "sp=2", match=match, timeout=30)
 
 
 def test_unknown_attention_option(ranks):
@@ -305,10 +305,10 @@ def test_three_planes_of_positions_that_restart(ranks):
     ranks(2).raises(_restarting_planes, match=r"pass \[4, rows, tokens\], text positions first", timeout=30)
 
 
-def _packed_rows_of_bloom() -> None:
+def _packed_rows_of_mpt() -> None:
     from hf_veomni import prepare_omni
 
-    model = prepare_omni(build_model("bloom"), "dp_shard=2")
+    model = prepare_omni(build_model("mpt"), "dp_shard=2")
     batch = packed_batch((9, 6))
     positions = batch.pop("position_ids")
     model(**batch).loss.backward()  # one document a row is fine
@@ -316,7 +316,7 @@ def _packed_rows_of_bloom() -> None:
 
 
 def test_packed_rows_of_a_model_that_cannot_tell_documents_apart(ranks):
-    ranks(2).raises(_packed_rows_of_bloom, match="position_ids|Packed rows would not be kept apart", timeout=30)
+    ranks(2).raises(_packed_rows_of_mpt, match="position_ids|Packed rows would not be kept apart", timeout=30)
 
 
 def _twice() -> None:

@@ -1,4 +1,4 @@
-"""Walk all families: `python -m tests.walk [--only NAME ...] [--shard I/N] [--output PATH]`."""
+"""Walk all families: `python -m tests.walk [--only NAME ...] [--shard I/N] [--output PATH] [--commit]`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from tests.ranks.pool import RankPool, RanksFailed  # noqa: E402
 from tests.walk.family import Record, walk_family  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 TIMEOUT = 60.0  # seconds a family may take
 
 
@@ -52,22 +54,48 @@ def walk(names: list[str], plan: str, output: Path | None, known: dict[str, Any]
     return found
 
 
+def commit(found: dict[str, Any], plan: str) -> None:
+    """Write what the package and the documentation show."""
+    import torch
+    import transformers
+
+    from hf_veomni.support.matrix import parse_matrix
+    from hf_veomni.support.render import render_markdown
+
+    content = {
+        "versions": {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]},
+        "date": date.today().isoformat(),
+        "plan": plan,
+        "families": {name: found[name] for name in sorted(found)},
+    }
+    (ROOT / "hf_veomni/support/families.json").write_text(json.dumps(content, indent=1) + "\n")
+    (ROOT / "docs/support.md").write_text(render_markdown(parse_matrix(content)))
+
+
 def main() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", help="model types")
     parser.add_argument("--shard", default="0/1", help="part I of N")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="json to write, and to go on from")
     parser.add_argument("--plan", default="sp=2")
+    parser.add_argument("--merge", type=Path, nargs="*", default=[], help="results of other shards")
+    parser.add_argument("--commit", action="store_true", help="write the package's json and docs/support.md")
     args = parser.parse_args()
     part, parts = map(int, args.shard.split("/"))
-    names = [n for i, n in enumerate(sorted(CONFIG_MAPPING)) if i % parts == part]
-    if args.only:
-        names = args.only
-    known = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
-    found = walk(names, args.plan, args.output, known)
+    known: dict[str, Any] = {}
+    for path in [*args.merge, *([args.output] if args.output and args.output.exists() else [])]:
+        known |= json.loads(path.read_text())
+    names = [n for i, n in enumerate(sorted(CONFIG_MAPPING)) if i % parts == part and n not in known]
+    found = walk(args.only or names, args.plan, args.output, known)
+    if args.commit:
+        if missing := sorted(set(CONFIG_MAPPING) - found.keys()):
+            sys.exit(f"{len(missing)} model types are missing: {', '.join(missing[:5])} ...")
+        commit(found, args.plan)
     print(Counter(r["outcome"] for r in found.values()))
+    if wrong := [name for name, r in found.items() if r["outcome"] == "wrong"]:
+        sys.exit(f"WRONG: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

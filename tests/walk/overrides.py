@@ -19,6 +19,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "vision-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "esm": {"vocab_size": 97, "pad_token_id": 0, "mask_token_id": 90, "token_dropout": False},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "mistral4": {"head_dim": 8, "qk_head_dim": 24},
     "longcat_flash": {"head_dim": 8, "qk_head_dim": 24},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
     "mobilebert": {"embedding_size": 64, "hidden_size": 64, "true_hidden_size": 64, "intra_bottleneck_size": 64},
@@ -29,6 +34,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False},
     "step3p5": {"sliding_window": 8},
 }
+OVERRIDES["deepseek_ocr2"] = {"text_config": OVERRIDES["deepseek_ocr2_text"]}
 OVERRIDES["cohere_compass"] = {"text_config": OVERRIDES["cohere_compass_text"]}
 OVERRIDES["ernie4_5_vl_moe"] = {"text_config": OVERRIDES["ernie4_5_vl_moe_text"]}
 OVERRIDES["step3p7"] = {"text_config": OVERRIDES["step3p5"]}

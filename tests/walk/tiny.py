@@ -211,7 +211,7 @@ def shrink(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedCon
         k: list(v) for k, v in fields.items() if isinstance(v, (list, tuple)) and len(v) == depth and depth > 2
     }
     chosen = _pick(list(per_layer.values())) if per_layer else [0, 1]
-    small: dict[str, Any] = {}
+    small = _customised(config, fields)
     heads = [fields.get(k) for k in ("num_attention_heads", "num_heads", "n_head")]
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
@@ -233,11 +233,22 @@ def shrink(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedCon
                 size = len(chosen)
             if name == "num_key_value_heads" and value in heads:
                 size = min(value, 4)
-            if size != value:
+            if size != value or name in small:
                 small[name] = size
     _set_tokens(fields, small)
     kept = {k: v for k, v in overrides.items() if not isinstance(small.get(k), PreTrainedConfig)}
     return type(config)(**{**small, **kept})
+
+
+def _customised(config: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields in which a config inside of another one differs from the defaults of its class."""
+    try:
+        own = vars(type(config)())
+    except Exception:  # some configs cannot be made without arguments
+        return {}
+    skipped = ("head_dim", "qk_head_dim") if "qk_rope_head_dim" in fields else ()
+    simple = {k: v for k, v in fields.items() if isinstance(v, (bool, int, float, str)) and k not in skipped}
+    return {k: v for k, v in simple.items() if k in own and own[k] != v}
 
 
 def _set_tokens(fields: dict[str, Any], small: dict[str, Any]) -> None:
