@@ -25,7 +25,7 @@ _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _KIMI = {
     "num_key_value_heads": 4,
     "linear_num_heads": 4,
-    "linear_head_dim": 8,
+    "linear_head_dim": 16,
     "kv_lora_rank": 16,
     "q_lora_rank": None,
     "qk_nope_head_dim": 16,
