@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 from transformers import AutoModel
 
 from hf_veomni import OmniConfig, OmniModel, build_omni_model
-from tests.unit.omni.parts import AUDIO_TOKEN, DAC, MIMI, SOUND_TOKEN, build, mixed_row, settings, speaking, text_row
+from tests.unit.omni.parts import AUDIO_TOKEN, DAC, MIMI, SOUND_TOKEN, WHISPER, build, settings, speaking, text_row
 
 CODES = MIMI["codebook_size"]
 
@@ -91,15 +92,26 @@ def test_saved_and_opened(tmp_path: Path) -> None:
         assert torch.equal(value, built.decoders["audio"].vq.state_dict()[name]), name
 
 
-def test_pooled_features_are_means() -> None:
-    config = settings(audio={"pool": 5, "projector": "linear"})
-    model, plain = build(config), build(audio={"projector": "linear"})
-    sounds = mixed_row()["input_features"]
+def test_pooled_features_are_means_of_neighbours() -> None:
+    longer = {"config": {**WHISPER, "max_source_positions": 6}, "projector": "linear"}
+    model, plain = build(audio={**longer, "pool": 2}), build(audio=longer)
+    sounds = torch.randn(2, 8, 12)
+    features = plain.encoders["audio"].lm_encode(sounds)
     pooled = model.encoders["audio"].lm_encode(sounds)
-    torch.testing.assert_close(pooled, plain.encoders["audio"].lm_encode(sounds).mean(1, keepdim=True))
-    assert model.encoders["audio"].count_tokens(sounds) == 1
-    ids = torch.tensor([[3, AUDIO_TOKEN, 4]])
-    assert model(input_ids=ids, input_features=sounds).logits.shape == (1, 3, 97)
+    torch.testing.assert_close(pooled, (features[:, ::2] + features[:, 1::2]) / 2)
+    assert model.encoders["audio"].count_tokens(sounds) == 6
+    ids = torch.tensor([[3, *[AUDIO_TOKEN] * 3, 4]] * 2)
+    assert model(input_ids=ids, input_features=sounds).logits.shape == (2, 5, 97)
+
+
+def test_config_from_yaml(tmp_path: Path) -> None:
+    (tmp_path / "speaks.yaml").write_text(yaml.safe_dump(speaking(DAC)))
+    torch.manual_seed(0)
+    read = build_omni_model(tmp_path / "speaks.yaml")
+    torch.manual_seed(0)
+    given = build_omni_model(speaking(DAC))
+    assert read.config.to_dict() == given.config.to_dict()
+    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), given.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
