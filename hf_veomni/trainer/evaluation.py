@@ -26,8 +26,10 @@ def _gather_outputs(model: nn.Module, output: Any) -> Any:
     """Full-length logits and hidden states in place of this rank's slices; everything else as it is."""
     if not isinstance(output, MutableMapping) or not isinstance(output.get("logits"), Tensor):
         return output
-    logits, local = output["logits"], output["logits"].shape[1]
-    output["logits"] = gather_sequence(logits, model)
+    local = output["logits"].shape[1]
+    for name in [name for name in output if name.endswith("logits") and isinstance(output[name], Tensor)]:
+        if output[name].dim() == 3 and output[name].shape[1] == local:  # of all heads that a model has
+            output[name] = gather_sequence(output[name], model)
     hidden = output.get("hidden_states")
     if isinstance(hidden, tuple):
         output["hidden_states"] = tuple(gather_sequence(h, model) if h.shape[1] == local else h for h in hidden)
