@@ -27,12 +27,13 @@ from hf_veomni import hf
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.bias import attach_bias
 from hf_veomni.sequence.cross import can_cross, cross_attention, is_cross, watch_cross
-from hf_veomni.sequence.documents import Documents, current_documents
+from hf_veomni.sequence.documents import current_documents
 from hf_veomni.sequence.families import attach_patch, has_patch
 from hf_veomni.sequence.generation import attach_generate, detach_generate, is_generating
 from hf_veomni.sequence.layer_inputs import cut_call
 from hf_veomni.sequence.linear import LinearAttachment, check_mixer_heads
 from hf_veomni.sequence.mask import MaskSpec
+from hf_veomni.sequence.row_checks import Traits, check_counted, check_documents, restarts, row_documents
 from hf_veomni.sequence.seam import Seam, check_heads, find_seam
 from hf_veomni.sequence.selection import adopt, release, select
 from hf_veomni.sequence.shard import check_same_rows, gather_rows, pad_inputs, shard_sequence
@@ -94,7 +95,7 @@ def _wrap_attention(inner: hf.AttentionFunction | None) -> hf.AttentionFunction:
             function, module, query, key, value, attention_mask, group=state.sp_group, rank=state.sp_rank, **kwargs
         )
 
-    return wraps(inner)(attention) if inner is not None else attention
+    return wraps(inner)(attention) if inner is not None else attention  # pyright: ignore
 
 
 class SequenceAttachment:
@@ -124,9 +125,14 @@ class SequenceAttachment:
         self._model_signature = list(inspect.signature(self.model.forward).parameters)
         self._views_as_row = views_as_row(self.seam.decoder) and self.exit is not self.seam.decoder
         self._looks_ahead = any(not getattr(m, "is_causal", False) for m in self.seam.attentions)
-        self._makes_masks = makes_masks([self.model, self.model.base_model, self.seam.decoder, self.seam.holder])
+        self._traits = Traits(
+            self.name,
+            self.config,
+            self.seam,
+            makes_masks([self.model, self.model.base_model, self.seam.decoder, self.seam.holder]),
+            hf.masks_follow_positions(self.seam.decoder),
+        )
         self._masks_on_demand = masks_on_demand(self.seam.decoder)
-        self._stock_masks_pack = hf.masks_follow_positions(self.seam.decoder)
         self._install()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -162,14 +168,16 @@ class SequenceAttachment:
             if self.exit is not None and self.exit is not decoder:
                 self._handles.append(self.exit.register_forward_hook(self._gather_output))
             if self._views_as_row:  # the stack reshapes what its last norm returns as if it were whole
-                norm = decoder.get_submodule("ln_f")
-                self._handles.append(norm.register_forward_pre_hook(self._gather_norm, with_kwargs=True))
-            for module in pooling_modules(self.seam, self.exit):
+                pooling = [decoder.get_submodule("ln_f")]
+            else:
+                pooling = pooling_modules(self.seam, self.exit)
+            for module in pooling:
                 self._handles.append(module.register_forward_pre_hook(self._gather_input, with_kwargs=True))
             attach_generate(self.model)
             self._handles += [m.register_forward_hook(self._shard_rope) for m in self.seam.rotary]
             self._handles += [
-                m.register_forward_pre_hook(self._shard_hidden, with_kwargs=True) for m in self.seam.layers
+                m.register_forward_pre_hook(self._shard_hidden, with_kwargs=True)  # pyright: ignore
+                for m in self.seam.layers
             ]
         self._linear = None
         if self.seam.mixers:
@@ -266,22 +274,26 @@ class SequenceAttachment:
         if "use_cache" in self._signature or "use_cache" in inputs:
             inputs["use_cache"] = False
         mask = inputs.get("attention_mask")
-        on_demand = self._masks_on_demand
-        if isinstance(mask, Tensor) and mask.shape == given.shape[:2] and bool(mask.all()) and not on_demand:
+        if (
+            isinstance(mask, Tensor)
+            and mask.shape == given.shape[:2]
+            and bool(mask.all())
+            and not self._masks_on_demand
+        ):
             inputs["attention_mask"] = mask = None  # an all-ones mask would switch stock packing off
         if extra and mask is None and self._looks_ahead and "attention_mask" in self._signature:
-            if on_demand:
+            if self._masks_on_demand:
                 raise ValueError(
                     f"{self.name} attends otherwise with an `attention_mask` than without one, so a row of "
                     f"{row.length} tokens cannot be filled up to a multiple of {self.state.sp_size}: pass a mask."
                 )
-            if not _restarts(positions):
+            if not restarts(positions):
                 inputs["attention_mask"] = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         pad_token = getattr(self.config, "pad_token_id", None)
         inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
-        documents = self._documents(inputs["position_ids"], given.shape[0])
-        self._check_documents(documents, mask, positions, filled=bool(extra))
-        self._check_counted(max(row.padded // self.state.sp_size, documents.max_length))
+        documents = row_documents(inputs["position_ids"], given.shape[0])
+        check_documents(self._traits, documents, mask, positions, filled=bool(extra))
+        check_counted(self.name, self.seam.max_counted, max(row.padded // self.state.sp_size, documents.max_length))
         packed = any(len(row) > 1 + bool(extra) for row in documents.lengths)
         if packed and isinstance(inputs.get("attention_mask"), (dict, MaskSpec)):
             raise ValueError(
@@ -316,50 +328,6 @@ class SequenceAttachment:
                         f"Attention '{name}' is unknown to transformers' AttentionInterface: register it."
                     )
 
-    def _documents(self, positions: Tensor, num_rows: int) -> Documents:
-        if positions.dim() == 3:  # mRoPE: text positions come first where there are four
-            if positions.shape[0] != 4:
-                return Documents.from_lengths(((positions.shape[-1],),) * num_rows, device=positions.device)
-            positions = positions[0]
-        return Documents.from_position_ids(positions.expand(num_rows, -1))
-
-    def _check_documents(self, documents: Documents, mask: Any, positions: Tensor, *, filled: bool) -> None:
-        limit = getattr(self.config, "max_position_embeddings", None)
-        if limit is not None and documents.max_length > limit:
-            raise ValueError(
-                f"A document of {documents.max_length} tokens is longer than the model's context "
-                f"(`max_position_embeddings`, {limit}): split it, or raise the context in the model's config."
-            )
-        name = hf.attention_name(self.seam.decoder.config)
-        # The dummy document that fills a row up comes last, so a causal mask alone keeps the one before it apart.
-        # Without attention there is no mask, and mixers keep documents apart by themselves.
-        if all(len(row) <= 1 + filled for row in documents.lengths) or not self.seam.attentions:
-            return
-        if not self._makes_masks:
-            raise ValueError(
-                f"Packed documents would see each other: {self.name} makes its attention mask without transformers' "
-                "masking functions. Train it on one document a row."
-            )
-        if name == VARLEN_NAME:
-            return
-        if isinstance(mask, Tensor) and mask.dim() == 2 and not _restarts_between_tokens(positions, mask):
-            return  # one document a row, with some positions for its padding
-        if mask is not None or not self._stock_masks_pack:
-            why = "beside an `attention_mask`" if mask is not None else f"by the masks of {self.name}"
-            raise ValueError(
-                f"Packed documents are not kept apart {why} with attention '{name}': leave the mask out, or let "
-                f"`prepare_omni` select '{VARLEN_NAME}' (attention='auto')."
-            )
-
-    def _check_counted(self, longest: int) -> None:
-        limit = self.seam.max_counted
-        if limit is not None and longest > limit:
-            raise ValueError(
-                f"A document or slice of {longest} tokens is too long for {self.name}: from token {limit + 1} on it "
-                "scales queries by their place in the row (`attn_temperature_tuning`), which a layer counts in its "
-                f"slice. Keep documents, and rows / sp_size, to {limit} tokens."
-            )
-
     def _leave(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         row = _current_row.get()
         if row is None or row.owner is not self:
@@ -387,17 +355,12 @@ class SequenceAttachment:
         row.gathered = True
         return map_hidden(output, lambda hidden: gather_rows(hidden, row.length, self.state))
 
-    def _gather_norm(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        row = _current_row.get()
-        if row is None or row.whole or row.owner is not self:
-            return None
-        return (gather_rows(args[0], row.padded, self.state), *args[1:]), kwargs
-
     def _gather_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         row = _current_row.get()
         if row is None or row.whole or row.owner is not self or not args:
             return None
-        return (gather_rows(args[0], row.length, self.state), *args[1:]), kwargs
+        whole = gather_rows(args[0], row.padded if self._views_as_row else row.length, self.state)
+        return (whole, *args[1:]), kwargs
 
     def _shard_rope(self, module: nn.Module, args: tuple, output: Any) -> Any:
         row = _current_row.get()
@@ -418,16 +381,6 @@ class SequenceAttachment:
         if row is None or row.whole or row.owner is not self:
             return None
         return cut_call(layer, args, kwargs, row, self.state)
-
-
-def _restarts(positions: Tensor) -> bool:
-    return bool((positions.diff(dim=-1) < 0).any())
-
-
-def _restarts_between_tokens(positions: Tensor, mask: Tensor) -> bool:
-    """Whether some token's position does not follow that of its left neighbour, both of them not padding."""
-    positions, real = (positions[0] if positions.dim() == 3 else positions), mask.bool()
-    return bool(((positions.diff(dim=-1) != 1) & real[:, 1:] & real[:, :-1]).any())
 
 
 def _is_cut() -> bool:

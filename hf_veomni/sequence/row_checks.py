@@ -1,0 +1,93 @@
+"""The packed documents of a row, and whether a model can keep them apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hf_veomni import hf
+from hf_veomni.sequence.documents import Documents
+from hf_veomni.sequence.seam import Seam
+from hf_veomni.sequence.varlen import VARLEN_NAME
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the checks look at.
+
+    Attributes:
+        makes_masks: with transformers' functions.
+        masks_pack: the stack hands positions to them, so stock masks separate documents.
+    """
+
+    name: str
+    config: Any
+    seam: Seam
+    makes_masks: bool
+    masks_pack: bool
+
+
+def row_documents(positions: Tensor, num_rows: int) -> Documents:
+    """The documents of rows, which begin where positions do not go on; [.., S] or mRoPE's [3 or 4, B, S]."""
+    if positions.dim() == 3:  # mRoPE: text positions come first where there are four
+        if positions.shape[0] != 4:
+            return Documents.from_lengths(((positions.shape[-1],),) * num_rows, device=positions.device)
+        positions = positions[0]
+    return Documents.from_position_ids(positions.expand(num_rows, -1))
+
+
+def check_documents(traits: Traits, documents: Documents, mask: Any, positions: Tensor, *, filled: bool) -> None:
+    """Raises ValueError where documents are too long or would see each other.
+
+    Args:
+        filled: whether the last document is the dummy that fills a row up.
+    """
+    limit = getattr(traits.config, "max_position_embeddings", None)
+    if limit is not None and documents.max_length > limit:
+        raise ValueError(
+            f"A document of {documents.max_length} tokens is longer than the model's context "
+            f"(`max_position_embeddings`, {limit}): split it, or raise the context in the model's config."
+        )
+    # The dummy document that fills a row up comes last, so a causal mask alone keeps the one before it apart.
+    # Without attention there is no mask, and mixers keep documents apart by themselves.
+    if all(len(row) <= 1 + filled for row in documents.lengths) or not traits.seam.attentions:
+        return
+    if not traits.makes_masks:
+        raise ValueError(
+            f"Packed documents would see each other: {traits.name} makes its attention mask without transformers' "
+            "masking functions. Train it on one document a row."
+        )
+    name = hf.attention_name(traits.seam.decoder.config)
+    if name == VARLEN_NAME:
+        return
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not _restarts_between_tokens(positions, mask):
+        return  # one document a row, with some positions for its padding
+    if mask is not None or not traits.masks_pack:
+        why = "beside an `attention_mask`" if mask is not None else f"by the masks of {traits.name}"
+        raise ValueError(
+            f"Packed documents are not kept apart {why} with attention '{name}': leave the mask out, or let "
+            f"`prepare_omni` select '{VARLEN_NAME}' (attention='auto')."
+        )
+
+
+def check_counted(name: str, limit: int | None, longest: int) -> None:
+    """Raises ValueError where a layer that counts positions in its slice would count too far."""
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"A document or slice of {longest} tokens is too long for {name}: from token {limit + 1} on it "
+            "scales queries by their place in the row (`attn_temperature_tuning`), which a layer counts in its "
+            f"slice. Keep documents, and rows / sp_size, to {limit} tokens."
+        )
+
+
+def restarts(positions: Tensor) -> bool:
+    """Whether positions go back within a row: packed documents."""
+    return bool((positions.diff(dim=-1) < 0).any())
+
+
+def _restarts_between_tokens(positions: Tensor, mask: Tensor) -> bool:
+    """Whether some token's position does not follow that of its left neighbour, both of them not padding."""
+    positions, real = (positions[0] if positions.dim() == 3 else positions), mask.bool()
+    return bool(((positions.diff(dim=-1) != 1) & real[:, 1:] & real[:, :-1]).any())
