@@ -200,3 +200,20 @@ def generate(setting: Setting, plan: str) -> dict[str, Tensor]:
     again = base.decoders["image"].lm_encode(pictures)
     found = {"said": said, "codes": codes, "pictures": pictures, "sampled": sampled, "sounds": sounds}
     return found | {"sounding": sounding, "again": again}
+
+
+def evaluate_whole(setting: Setting, plan: str) -> dict[str, Tensor]:
+    """On every rank: the logits of all heads of the first row, as a user's metrics see them."""
+    model: Any = make_model(setting).eval()
+    batch = make_batches(setting)[0][0]
+    with torch.no_grad():
+        if not plan:
+            out = model(**_alone(batch))
+            return {name: out[name] for name in _HEADS}
+        from hf_veomni import prepare_omni
+        from hf_veomni.trainer.evaluation import whole_outputs
+
+        prepare_omni(model, plan)
+        with whole_outputs(model):
+            out = model(**batch)
+    return {name: out[name] for name in _HEADS}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_veomni import ParallelPlan
-from tests.ranks.omni import MIXED, Setting, compare, compute_reference, generate, make_model
+from tests.ranks.omni import MIXED, Setting, compare, compute_reference, evaluate_whole, generate, make_model
 
 TEXT = ("t", "tt")
 FROZEN = {"vision": {"freeze": True}, "image": {"freeze": True}}
@@ -52,6 +52,14 @@ def _generates_as_one_rank(ranks, setting: Setting, plan: str, world_size: int) 
 
 def test_generated_text_pictures_and_sounds_equal_one_rank(ranks) -> None:
     _generates_as_one_rank(ranks, Setting(rows=(MIXED,)), "sp=2", 2)
+
+
+def test_metrics_see_whole_rows_of_all_heads(ranks) -> None:
+    setting = Setting(rows=(MIXED,))
+    wanted = evaluate_whole(setting, "")
+    for found in ranks(2).run(evaluate_whole, setting, "sp=2", timeout=60):
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
 
 
 SETTINGS = {
