@@ -139,11 +139,12 @@ def save_picture(drawn: Tensor, path: Path) -> None:
     """A column for each digit."""
     from matplotlib.figure import Figure
 
-    sheet = drawn.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # [count * 8, 10 * 8]
+    framed = F.pad(drawn.clamp(-1, 1), (1, 1, 1, 1), value=-0.5)
+    sheet = framed.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # [count * 10, 10 * 10]
     figure = Figure(figsize=(6, 6.2), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(sheet.clamp(-1, 1).numpy(), cmap="gray")
-    axis.set_xticks([SIDE * i + 3.5 for i in range(10)], DIGITS, rotation=45)
+    axis.imshow(sheet.numpy(), cmap="gray")
+    axis.set_xticks([(SIDE + 2) * (i + 0.5) for i in range(10)], DIGITS, rotation=45)
     axis.set_yticks([])
     figure.savefig(path, dpi=120)
 
