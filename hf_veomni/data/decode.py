@@ -72,7 +72,8 @@ def open_image(value: Any, name: str) -> Any:
                 raise ValueError(f"arrays of pictures must hold bytes (uint8), not {array.dtype}")
             return Image.fromarray(array).convert("RGB")
         image = value if isinstance(value, Image.Image) else Image.open(_source(value))
-        return ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image) if _orientation(image) else image
+        return upright.convert("RGB")
     except Exception as error:  # decoders raise every kind
         raise BrokenItemError(f"{name} is no picture that can be read: {type(error).__name__}: {error}") from error
 
@@ -100,8 +101,15 @@ def image_size(value: Any, name: str) -> tuple[int, int]:
 
 
 def _upright(image: Any) -> tuple[int, int]:
-    turned = image.getexif().get(_ORIENTATION) in _ROTATED
+    turned = _orientation(image) in _ROTATED
     return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _orientation(image: Any) -> int:
+    """What the header says of turning; a PNG that says so behind its pixels only, Pillow would decode for it."""
+    if getattr(image, "format", None) == "PNG" and "exif" not in image.info:
+        return 0
+    return image.getexif().get(_ORIENTATION, 0)
 
 
 def read_audio(value: Any, rate: int, name: str) -> np.ndarray:
@@ -238,6 +246,8 @@ def _read_header(file: BinaryIO) -> _Wav | None:
             return wav
         if name == b"fmt ":
             data = file.read(size + size % 2)
+            if len(data) < min(size, 16):
+                break
             form = struct.unpack("<HHIIHH", data[:16])
             if form[0] == _EXTENSIBLE:
                 form = (struct.unpack("<H", data[24:26])[0], *form[1:])

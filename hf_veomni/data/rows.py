@@ -204,7 +204,7 @@ def _known(names: Sequence[str], further: Sequence[str]) -> list[str]:
 
 
 def _pack_stream(dataset: IterableDataset, rules: Rules, meter: Meter, size: int, further: Sequence[str]) -> Any:
-    if dataset.features is not None and _decodes(dataset.features):
+    if dataset.features is not None and decodes(dataset.features):
         dataset = dataset.decode(False)
     return dataset.with_format(None).map(
         _pack_buffer,
@@ -234,12 +234,12 @@ def _pack_buffer(
     }
 
 
-def _decodes(feature: Any) -> bool:
+def decodes(feature: Any) -> bool:
     """Whether reading a column of this feature decodes files."""
     if isinstance(feature, Mapping):
-        return any(_decodes(inner) for inner in feature.values())
+        return any(decodes(inner) for inner in feature.values())
     inner = feature[0] if isinstance(feature, list | tuple) else getattr(feature, "feature", None)
-    return getattr(feature, "decode", False) is True or (inner is not None and _decodes(inner))
+    return getattr(feature, "decode", False) is True or (inner is not None and decodes(inner))
 
 
 def column_names(dataset: Dataset | IterableDataset, look_at: int) -> list[str]:
