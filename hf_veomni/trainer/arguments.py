@@ -71,13 +71,14 @@ class OmniTrainingArguments(TrainingArguments):
         check_budgeted(self)
         parsed: Any = plan
         self.plan = parsed
+        loaders: Any = self.accelerator_config
+        if loaders.dispatch_batches is None:
+            # accelerate's default for streams: rank 0 reads, concatenates and cuts. Packed rows do not add up, and
+            # even one rank would cut the patches of a row's pictures to as many as it has rows.
+            loaders.dispatch_batches = False
         if plan.world_size > 1:
             check_sharded(self)
             self.parallelism_config = OmniParallelismConfig(plan)
-            loaders: Any = self.accelerator_config
-            if loaders.dispatch_batches is None:
-                # accelerate's default for streams: rank 0 reads, concatenates and cuts. Packed rows do not add up.
-                loaders.dispatch_batches = False
 
     def to_dict(self) -> dict[str, Any]:
         """As in TrainingArguments: plain values, the plan included. What follows from the plan is left out."""

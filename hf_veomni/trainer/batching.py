@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_veomni import hf
+from hf_veomni.data import OmniDataCollatorWithPacking
 from hf_veomni.mesh import ParallelState, get_parallel_state
 from hf_veomni.trainer.adapt import deferred_reduction
 from hf_veomni.trainer.budget import TokenBudgetSampler, budget_sampler
@@ -92,6 +93,14 @@ class BatchingMixin(_Trainer):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             return EpochSeeded(sampler, seed)
         return sampler
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """What our collator reads beside the model's arguments stays: raw messages, or the samples of a packed row."""
+        made = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if made and isinstance(self.data_collator, OmniDataCollatorWithPacking):
+            known = self._signature_columns
+            self._signature_columns = [*known, *(name for name in self.data_collator.reads if name not in known)]
 
     def get_total_train_batch_size(self, args: Any) -> int:
         if self._budget is None:

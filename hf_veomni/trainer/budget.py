@@ -13,7 +13,7 @@ from transformers.trainer_utils import has_length
 from hf_veomni.data import BalancedBatchSampler, attention_cost
 from hf_veomni.mesh import ParallelState
 
-_DOCUMENT_LENGTHS = "document_lengths"
+_DOCUMENT_LENGTHS, _COST = "document_lengths", "cost"
 _READ_AT_ONCE = 16_384
 
 
@@ -69,8 +69,9 @@ def budget_sampler(arguments: Any, dataset: Any, state: ParallelState, hidden_si
             f"`token_budget` ({arguments.token_budget}) must hold every sample, and sample {index} has "
             f"{lengths[index]} tokens: raise it, or split documents."
         )
+    counted = isinstance(dataset, datasets.Dataset) and _COST in dataset.column_names  # pictures and sounds included
     return TokenBudgetSampler(
-        attention_cost(documents, hidden_size),
+        np.asarray(dataset.with_format(None)[_COST][:]) if counted else attention_cost(documents, hidden_size),
         arguments.token_budget,
         num_ranks=state.dp_size,
         rank=state.dp_rank,

@@ -61,3 +61,52 @@ def test_a_packed_row_equals_its_samples_alone(ranks, family):
     (errors,) = ranks(1).run(_compare, family, "", timeout=120)
     print(family, errors)
     assert max(errors.values()) < 1e-5, errors
+
+
+def _train(folder: str, budget: int | None, streaming: bool) -> tuple[float, int]:
+    from datasets import Dataset
+
+    from hf_veomni import (
+        OmniDataCollatorWithPacking,
+        OmniTrainer,
+        OmniTrainingArguments,
+        pack_dataset,
+    )
+    from hf_veomni.modality import CostModel
+
+    model, processor = build("qwen2_5_vl")
+    samples = [
+        {"text": f"{sample['text']} {i}", "images": [picture.tolist() for picture in sample.get("images", ())]}
+        for i, sample in enumerate(samples_of("qwen2_5_vl") * 3)
+    ]
+    for sample in samples:
+        sample["images"] = [_file(folder, picture) for picture in sample["images"]]
+    source = Dataset.from_list(samples)
+    source = source.to_iterable_dataset() if streaming else source
+    packed = pack_dataset(source, 240, processor=processor, cost=CostModel.from_config(model.config).costs)
+    arguments = OmniTrainingArguments(
+        folder, plan="", max_steps=2, per_device_train_batch_size=1, token_budget=budget, report_to=[], use_cpu=True,
+        gradient_accumulation_steps=2, save_strategy="no", logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    collator = OmniDataCollatorWithPacking(budget or 240, processor, model_config=model.config)
+    trainer = OmniTrainer(model, arguments, train_dataset=packed, data_collator=collator)
+    result = trainer.train()
+    return result.training_loss, trainer.state.global_step
+
+
+def _file(folder: str, picture: Any) -> str:
+    import numpy as np
+    from PIL import Image
+
+    array = np.asarray(picture, dtype=np.uint8)
+    path = f"{folder}/{array.shape[0]}x{array.shape[1]}-{int(array.sum())}.png"
+    Image.fromarray(array).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "budget, streaming", [(None, False), (480, False), (None, True)], ids=["", "budget", "stream"]
+)
+def test_the_trainer_takes_rows_of_samples(ranks, tmp_path, budget, streaming):
+    ((loss, steps),) = ranks(1).run(_train, str(tmp_path), budget, streaming, timeout=120)
+    assert steps == 2 and 0 < loss < 20
