@@ -89,6 +89,8 @@ def _check_layer(
         kind = type(module).__name__
         if module in known:
             continue
+        if hasattr(module, "expert_capacity") and "cumsum" in own_names(type(module)):
+            raise _refuse(model, f"`{name}.{path}` ({kind}) drops tokens by their place in the row (expert capacity)")
         if not any(part in attentions for part in module.modules()):
             continue
         counters = _COUNTERS & own_names(type(module))

@@ -216,14 +216,14 @@ def kernel_applies(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether torch's varlen kernel can take these: it has no mask, dropout, softcap or sinks, so those never ask."""
     width = max(query.shape[-1], value.shape[-1])
     return (
-        _kernel_device(query.device)
+        has_kernel(query.device)
         and query.dtype in _KERNEL_DTYPES
         and query.dtype == key.dtype == value.dtype
         and width <= _KERNEL_MAX_WIDTH
     )
 
 
-def _kernel_device(device: torch.device) -> bool:
+def has_kernel(device: torch.device) -> bool:
     """FlashAttention-2 needs Ampere (compute capability 8.0) or newer."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 

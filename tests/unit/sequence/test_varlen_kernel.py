@@ -57,7 +57,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append(kwargs["window_size"])
         return emulated_kernel(*args, **kwargs)
 
-    monkeypatch.setattr(varlen, "_kernel_device", lambda device: True)
+    monkeypatch.setattr(varlen, "has_kernel", lambda device: True)
     monkeypatch.setattr(varlen, "_KERNEL_DTYPES", (torch.float64,))
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     return calls
@@ -141,7 +141,7 @@ def test_kernel_takes_what_it_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
         return varlen.kernel_applies(x, x, torch.zeros(1, 1, 4, value_width, dtype=dtype))
 
     assert not applies(64, torch.bfloat16)  # on the CPU
-    monkeypatch.setattr(varlen, "_kernel_device", lambda device: True)
+    monkeypatch.setattr(varlen, "has_kernel", lambda device: True)
     assert applies(64, torch.bfloat16) and applies(256, torch.float16)
     assert not applies(64, torch.float32) and not applies(257, torch.bfloat16)
     assert not applies(64, torch.bfloat16, value_width=512)

@@ -1,0 +1,102 @@
+"""`hf-veomni`: what works under sequence parallelism, and what is installed."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = Console()
+
+
+@app.command()
+def support(
+    model: Annotated[str | None, typer.Option(help="Model type, folder with a config.json, or Hub id.")] = None,
+) -> None:
+    """What works under sequence parallelism: of all families, or of one model."""
+    from hf_veomni.support import load_matrix
+
+    matrix = load_matrix()
+    if model is None:
+        table = Table(title=f"transformers {matrix.versions['transformers']}, {matrix.date}, plan {matrix.plan}")
+        for column in ("outcome", "model types"):
+            table.add_column(column)
+        for outcome, count in matrix.counts().most_common():
+            table.add_row(outcome, str(count))
+        console.print(table)
+        for outcome in ("works", "refused"):
+            names = sorted(f.model_type for f in matrix.families.values() if f.outcome == outcome)
+            console.print(f"[bold]{outcome}[/]: {', '.join(names)}\n")
+        return
+    if model not in matrix.families:
+        _live(model)
+        return
+    family = matrix.families[model]
+    for name in ("model_class", "outcome", "reason", "padded", "packed", "loss", "error", "dtype"):
+        console.print(f"{name:12} {getattr(family, name)}", soft_wrap=True)
+
+
+def _live(model: str) -> None:
+    """The row of the model's family, and the test of its seam on a model of this config, on meta."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from hf_veomni.sequence.seam import find_seam
+    from hf_veomni.support import load_matrix
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"'{model}' is no model type of the matrix, and has no config: {error}") from error
+    family = load_matrix().families.get(config.model_type)
+    console.print(f"family       {config.model_type}: {family.outcome if family else 'not in the matrix'}")
+    if family is not None and family.reason:
+        console.print(f"reason       {family.reason}", soft_wrap=True)
+    with torch.device("meta"):
+        try:
+            built = AutoModelForCausalLM.from_config(config)
+        except ValueError:
+            built = AutoModel.from_config(config)
+    try:
+        seam = find_seam(built)
+    except ValueError as error:
+        console.print(f"this model   refused: {error}", soft_wrap=True)
+        raise typer.Exit(1) from error
+    console.print(f"this model   can be cut: {len(seam.layers)} layers, {len(seam.attentions)} attention modules")
+
+
+@app.command()
+def env() -> None:
+    """Versions, devices and kernels."""
+    import torch
+
+    from hf_veomni.sequence.varlen import has_kernel
+
+    for name in ("hf-veomni", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "trl"):
+        console.print(f"{name:14} {_version(name)}")
+    cuda = torch.cuda.is_available()
+    console.print(
+        f"{'device':14} {torch.cuda.get_device_name() if cuda else 'cpu'} x {torch.cuda.device_count() or 1}"
+    )
+    backends = [name for name in ("gloo", "nccl") if getattr(torch.distributed, f"is_{name}_available")()]
+    console.print(f"{'collectives':14} {', '.join(backends)}")
+    kernel = cuda and has_kernel(torch.device("cuda"))
+    console.print(f"{'varlen':14} {'torch.nn.attention.varlen' if kernel else 'one fused call a document'}")
+    for name in ("flash-attn", "flash-linear-attention", "causal-conv1d", "kernels"):
+        console.print(f"{name:14} {_version(name)}")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    """Entry point of the `hf-veomni` script."""
+    app()

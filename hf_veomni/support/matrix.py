@@ -1,0 +1,75 @@
+"""The result of the walk over all model families, read from the json file in this folder."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from typing import Any
+
+OUTCOMES = {
+    "works": "loss, outputs and all gradients are those of one rank",
+    "refused": "`prepare_omni` or the first call says why",
+    "crashes": "stops with an error that is not ours",
+    "not_applicable": "no row of tokens to cut",
+    "unbuildable": "the walk has no tiny model of it",
+    "wrong": "runs and differs: a bug",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model type.
+
+    Attributes:
+        model_type: key of transformers' CONFIG_MAPPING.
+        folder: of transformers/models.
+        kind: causal, multimodal, seq2seq, masked or base.
+        outcome: a key of OUTCOMES.
+        reason: why, where it does not work.
+        loss: "model" where the model's own loss was compared, "walk" where one of its outputs was.
+        dtype: fp64 where the family's own rounding exceeds 1e-5 in fp32.
+        error: the largest, relative to the largest entry.
+        padded, packed: "works", or why not.
+    """
+
+    model_type: str
+    folder: str
+    kind: str
+    model_class: str
+    outcome: str
+    reason: str
+    loss: str
+    dtype: str
+    error: float
+    padded: str
+    packed: str
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """All families, and what they were walked with."""
+
+    versions: dict[str, str]
+    date: str
+    plan: str
+    families: dict[str, Family]
+
+    def counts(self) -> Counter[str]:
+        return Counter(family.outcome for family in self.families.values())
+
+    def folders(self, outcome: str) -> int:
+        """How many folders of transformers/models have a model type with this outcome."""
+        return len({family.folder for family in self.families.values() if family.outcome == outcome})
+
+
+def parse_matrix(content: dict[str, Any]) -> Matrix:
+    names = [field.name for field in fields(Family)]
+    families = {name: Family(**{key: row[key] for key in names}) for name, row in content["families"].items()}
+    return Matrix(content["versions"], content["date"], content["plan"], families)
+
+
+def load_matrix() -> Matrix:
+    """The matrix that was committed with this version of the package."""
+    return parse_matrix(json.loads((files("hf_veomni.support") / "families.json").read_text()))

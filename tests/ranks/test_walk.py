@@ -1,0 +1,41 @@
+"""A sample of the walk over all model families: one for each way in which a family is cut."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.walk.family import walk_family
+
+WORK = (
+    "bert",  # layers in a module of their own, attention that looks ahead, a loss from whole logits
+    "roberta",  # learned positions that begin behind the padding token
+    "gpt2",  # a stack that reshapes its output
+    "t5",  # cross-attention, position biases
+    "whisper",  # an encoder that takes no tokens
+    "albert",  # one layer run many times
+    "bloom",  # ALiBi, a patched attention
+    "gptj",  # rope looked up inside of the layers
+    "gemma3",  # masks made above the stack
+    "gemma4_text",  # inputs of each layer
+    "qwen3_next",  # linear attention
+)
+
+
+@pytest.mark.parametrize("family", WORK)
+def test_family_equals_one_rank(ranks, family):
+    for record in ranks(2).run(walk_family, family, timeout=60):
+        assert (record["outcome"], record["reason"]) == ("works", "")
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "bloom", "gpt2"])
+@pytest.mark.slow
+def test_family_equals_one_rank_on_four(ranks, family):
+    for record in ranks(4).run(walk_family, family, "sp=4", timeout=60):
+        assert (record["outcome"], record["reason"]) == ("works", "")
+
+
+@pytest.mark.parametrize(("family", "reason"), [("xlnet", "has no seam"), ("aimv2_text_model", "pass a mask")])
+def test_refused_family_says_why(ranks, family, reason):
+    for record in ranks(2).run(walk_family, family, timeout=60):
+        assert record["outcome"] == "refused"
+        assert reason in record["reason"]

@@ -1,0 +1,68 @@
+"""The committed matrix is that of the installed libraries, and its page is made from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from typer.testing import CliRunner
+
+from hf_veomni.support import load_matrix, render_markdown
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+def test_matrix_is_of_the_installed_versions():
+    versions = load_matrix().versions
+    assert versions == {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
+
+
+def test_matrix_has_every_model_type():
+    assert set(load_matrix().families) == set(CONFIG_MAPPING)
+
+
+def test_nothing_is_wrong():
+    counts = load_matrix().counts()
+    assert counts["wrong"] == 0
+    assert counts["works"] >= 295
+
+
+def test_every_refusal_has_a_reason():
+    assert [f.model_type for f in load_matrix().families.values() if f.outcome != "works" and not f.reason] == []
+
+
+def test_page_is_the_rendering_of_the_matrix():
+    assert (DOCS / "support.md").read_text() == render_markdown(load_matrix())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["support"], "works"),
+        (["support", "--model", "bert"], "BertForMaskedLM"),
+        (["support", "--model", "xlnet"], "has no seam"),
+        (["env"], torch.__version__),
+    ],
+)
+def test_command_prints(arguments, wanted):
+    from hf_veomni.cli import app
+
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert wanted in result.output
+
+
+def test_live_test_of_a_checkpoint(tmp_path):
+    from hf_veomni.cli import app
+
+    transformers.LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2).save_pretrained(
+        tmp_path / "one"
+    )
+    transformers.XLNetConfig(d_model=32, n_layer=2, n_head=2).save_pretrained(tmp_path / "other")
+    assert "can be cut: 2 layers" in CliRunner().invoke(app, ["support", "--model", str(tmp_path / "one")]).output
+    refused = CliRunner().invoke(app, ["support", "--model", str(tmp_path / "other")])
+    assert refused.exit_code == 1
+    assert "no list of layers" in " ".join(refused.output.split())
