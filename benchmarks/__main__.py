@@ -22,6 +22,7 @@ SCRIPTS = {
     "activation_memory": False,
     "linear_attention": False,
     "packing": False,
+    "collator": False,
     "balance": False,
 }
 

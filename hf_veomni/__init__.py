@@ -1,6 +1,6 @@
 """Train any Hugging Face model under sequence parallelism, FSDP2 and packing, without forking it."""
 
-from hf_veomni.data import BalancedBatchSampler, OmniDataCollatorWithPacking, pack_dataset
+from hf_veomni.data import BalancedBatchSampler, OmniDataCollatorWithPacking, mix_datasets, pack_dataset
 from hf_veomni.fsdp import clip_grad_norm_
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
 from hf_veomni.omni import (
@@ -38,6 +38,7 @@ __all__ = [
     "gather_sequence",
     "get_parallel_state",
     "init_parallel_state",
+    "mix_datasets",
     "pack_dataset",
     "prepare_omni",
 ]

@@ -197,3 +197,11 @@ def test_unknown_name_lists_the_scripts(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_balance_is_near_its_bound(bench: Any) -> None:
     rows = bench("balance", "--items", "24", "--batches", "2")
     assert rows and all(isinstance(row, dict) for row in rows)
+
+
+def test_the_collator_makes_the_same_rows_with_and_without_workers(bench: Any) -> None:
+    pytest.importorskip("espeakng_loader")
+    rows = bench("collator", "--samples", "4", "--repeats", "1", "--workers", "0", "1")
+    assert {(row["corpus"], row.get("workers")) for row in rows} == {
+        (corpus, workers) for corpus in ("pictures", "sounds") for workers in (None, 0, 1)
+    }
