@@ -78,6 +78,12 @@ def uses_attention_interface(module: nn.Module) -> bool:
     return {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code_names(module))
 
 
+def towers(model: Any) -> list[nn.Module]:
+    """The encoders of pictures, videos and sounds that a model has beside its text stack."""
+    found = [model.get_encoder(modality=modality) for modality in ("image", "video", "audio")]
+    return [tower for tower in dict.fromkeys(found) if isinstance(tower, nn.Module) and tower is not model]
+
+
 def decoder_stack(model: PreTrainedModel) -> nn.Module:
     """The module with the decoder's `layers`, as far as transformers tells; Llama 4's `get_decoder` is one off."""
     decoder = model.get_decoder()

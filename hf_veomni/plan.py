@@ -23,7 +23,7 @@ SHORT_NAMES |= {"sp": "sp_size", "ep": "ep_size", "pp": "pp_size"}
 # What a rule in `modules` may say. A key or value that nothing reads would be an option without effect.
 MODULE_RULES: dict[str, tuple[str, ...]] = {
     "fsdp": ("free", "keep"),
-    "sp": ("gather",),
+    "sp": ("gather", "balance", "replicate"),
 }
 
 

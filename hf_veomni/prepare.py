@@ -17,6 +17,7 @@ from hf_veomni.expert import attach_experts, attach_router_loss, check_model
 from hf_veomni.fsdp import RaiseTogether, check_same_value, shard_parameters, synchronize_parameters
 from hf_veomni.loss import attach_lean_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
+from hf_veomni.modality.towers import attach_towers
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.sequence.attach import SequenceAttachment, attach_sequence
 from hf_veomni.sequence.guard import attach_guards
@@ -182,10 +183,13 @@ def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool, un
         if attachment.exit is not None:
             reasons["whole"] = "the head works on the whole row"
     except ValueError as error:
-        named = any("sp" in rules for rules in state.plan.modules.values())  # which would be without effect
+        named = any(
+            rules.get("sp") == "gather" for rules in state.plan.modules.values()
+        )  # which would be without effect
         if state.sp_size > 1 or named or attention not in ("auto", "keep"):
             raise
         reasons["packed"] = str(error)
+    attach_towers(base, state, undo)
     detach = attach_router_loss(base, state)
     if detach is None:
         reasons["router"] = f"{type(base).__name__} computes it inside its forward"

@@ -104,7 +104,7 @@ FAMILIES = {
 }
 
 
-def build(family: str) -> tuple[PreTrainedModel, Any]:
+def build(family: str, **options: Any) -> tuple[PreTrainedModel, Any]:
     """A model with fixed weights in fp32, in training mode, and its processor."""
     kind, config, processor = FAMILIES[family][0]()
     config.use_cache = False

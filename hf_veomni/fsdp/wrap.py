@@ -20,10 +20,15 @@ _STYLES = {"free_full_weight": "free", "keep_full_weight": "keep"}
 
 
 def _stock_units(model: PreTrainedModel) -> dict[str, str]:
-    """Module name -> "free" or "keep", from the family's plan, or one unit for each decoder layer."""
+    """Module name -> "free" or "keep", from the family's plan, or one unit for each decoder layer.
+
+    Towers are no units of their own: they are gathered and reduced with the root.
+    """
     styles = hf.fsdp_styles(model)
     if styles is not None:
-        return {name: _STYLES[style] for name, style in styles.items()}
+        # A rank whose row has no picture does not run their tower, and nobody may wait for it there.
+        skipped = {module for tower in hf.towers(model) for module in tower.modules()}
+        return {n: _STYLES[style] for n, style in styles.items() if model.get_submodule(n) not in skipped}
     layers = getattr(hf.decoder_stack(model), "layers", None)
     names = {module: name for name, module in model.named_modules()}
     return {names[layer]: "free" for layer in layers} if isinstance(layers, nn.ModuleList) else {}

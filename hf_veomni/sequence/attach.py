@@ -27,6 +27,7 @@ from hf_veomni import hf
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.bias import attach_bias
 from hf_veomni.sequence.cross import can_cross, cross_attention, is_cross, watch_cross
+from hf_veomni.sequence.deepstack import cut_deepstack
 from hf_veomni.sequence.documents import current_documents
 from hf_veomni.sequence.families import attach_patch, has_patch
 from hf_veomni.sequence.generation import attach_generate, detach_generate, is_generating
@@ -108,7 +109,7 @@ class SequenceAttachment:
         self.model, self.state = hf.base_model(model), state
         self.name = type(self.model).__name__  # FSDP2 renames the class
         rules = state.plan.match_modules(name for name, _ in self.model.named_modules() if name)
-        self.seam: Seam = find_seam(self.model, [name for name, rule in rules.items() if "sp" in rule])
+        self.seam: Seam = find_seam(self.model, [name for name, rule in rules.items() if rule.get("sp") == "gather"])
         check_heads(self.model, state.sp_size)
         check_mixer_heads(self.seam.mixers, state.sp_size)
         self.config = hf.text_config(self.model)
@@ -290,6 +291,7 @@ class SequenceAttachment:
             if not restarts(positions):
                 inputs["attention_mask"] = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         pad_token = getattr(self.config, "pad_token_id", None)
+        inputs = cut_deepstack(inputs, row.padded, self.state)
         inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
         documents = row_documents(inputs["position_ids"], given.shape[0])
         check_documents(self._traits, documents, mask, positions, filled=bool(extra))

@@ -1,4 +1,4 @@
-"""torch.compile by layer. Exchanges, experts' dispatch and FSDP's hooks break its graphs; what lies between is fused."""
+"""torch.compile by layer. Exchanges, experts' dispatch and FSDP's hooks break its graphs; the rest is fused."""
 
 from __future__ import annotations
 

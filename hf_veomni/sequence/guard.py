@@ -28,15 +28,6 @@ def _is_packed(positions: Any) -> bool:
     return isinstance(positions, Tensor) and positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any())
 
 
-def _check_towers(inputs: Mapping[str, Any]) -> None:
-    for name in ("pixel_values", "pixel_values_videos", "input_features", "input_values"):
-        if inputs.get(name) is not None:
-            raise ValueError(
-                f"`{name}` is not available at sp_size > 1 in this release: image, video and audio features are not "
-                "cut with the row. Use sp_size=1 for rows with other modalities."
-            )
-
-
 def _check_router_loss(model: nn.Module, inputs: Mapping[str, Any], reason: str) -> None:
     wanted = inputs.get("output_router_logits")
     if wanted is None:
@@ -90,9 +81,6 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
             )
         if state.sp_size == 1 or is_generating(module):
             return
-        # Encoders of an encoder-decoder run whole on every rank.
-        if not getattr(module, "merges_whole_features", False) and not hf.is_encoder_decoder(module):
-            _check_towers(inputs)
         if "router" in reasons:
             _check_router_loss(module, inputs, reasons["router"])
         if "labels" in reasons and "whole" not in reasons and inputs.get("labels") is not None:

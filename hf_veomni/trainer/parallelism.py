@@ -117,7 +117,7 @@ class OmniParallelismConfig(ParallelismConfig):
         if dynamo.backend != DynamoBackend.NO:
             raise ValueError(
                 f"`dynamo_plugin` ({dynamo.backend.value}) would put another module around the model of the plan "
-                f"({self.plan}): leave it out (also `dynamo_backend` of the launcher) and call `compile_layers(model)`, "
-                "or give `torch_compile=True` to OmniTrainingArguments."
+                f"({self.plan}): leave it out (also `dynamo_backend` of the launcher) and call "
+                "`compile_layers(model)`, or give `torch_compile=True` to OmniTrainingArguments."
             )
         adapt_accelerator(accelerator, self.plan, self.data_group)

@@ -14,15 +14,21 @@ from tests.ranks.parity import relative_error, whole
 FAMILIES = ["qwen2_5_vl", "qwen3_vl", "qwen2_audio", "idefics3"]
 
 
-def _alone(model: Any, processor: Any, sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
-    """Loss of one sample, summed over its targets, as a user of the stock model and processor has it."""
+def summed_loss(model: Any, processor: Any, sample: dict[str, Any], logits: bool = False) -> Any:
+    """Loss of one sample, summed over its targets, and their number, as a user of the stock model and processor has it.
+
+    `logits`: these instead, [tokens, vocabulary].
+    """
     items = {name.replace("audios", "audio"): [values] for name, values in sample.items() if name != "text"}
     items = {name: values[0] if name == "audio" else values for name, values in items.items()}
     inputs = processor(text=[sample["text"]], return_tensors="pt", **items)
-    special = torch.tensor([getattr(processor, f"{kind}_token_id", -1) or -1 for kind in ("image", "audio")])
+    names = [f"{kind}_token_{ending}" for kind in ("image", "audio") for ending in ("id", "index")]
+    special = torch.tensor([getattr(model.config, name, -1) for name in names])
     labels = inputs["input_ids"].masked_fill(torch.isin(inputs["input_ids"], special), -100)
-    logits = model(**inputs).logits
-    return F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum"), int((labels[0, 1:] != -100).sum())
+    scores = model(**inputs).logits
+    if logits:
+        return scores[0]
+    return F.cross_entropy(scores[0, :-1], labels[0, 1:], reduction="sum"), int((labels[0, 1:] != -100).sum())
 
 
 def _compare(family: str, plan: str) -> dict[str, float]:
@@ -31,7 +37,7 @@ def _compare(family: str, plan: str) -> dict[str, float]:
 
     model, processor = build(family)
     samples = samples_of(family)
-    alone = [_alone(model, processor, sample) for sample in samples]
+    alone = [summed_loss(model, processor, sample) for sample in samples]
     expected = sum(loss for loss, _ in alone) / sum(count for _, count in alone)
     expected.backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

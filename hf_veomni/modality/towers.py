@@ -1,0 +1,240 @@
+"""Towers of stock models under sequence parallelism: whole items over the SP ranks, features to all of them.
+
+    get_image_features (also video, audio) of the model
+        the ranks of an SP group hold the same items; each encodes its share (`assign_items`)
+        one all-gather of features [rows, width]; backward: a reduce-scatter (sum) to the rank that encoded them
+    decoder stack, pre-hook
+        every parameter outside of the stack gets a gradient, of zeros where a row lacks the modality
+
+Why gradients are those of one rank: a rank's loss counts sp times in its backward, and FSDP takes the mean over the SP
+ranks. Of a tower that all ranks run whole, each has the gradient that comes from its slice; the mean of sp times those
+is their sum. Of an item that one rank runs, the reduce-scatter sums first and the mean divides after.
+
+What is moved: each rank gets all features of its rows, since the model's own code scatters them into embeddings of the
+whole row: (sp - 1) / sp * rows * width elements a call, once for all layers. Ulysses moves as much for each layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from hf_veomni import hf
+from hf_veomni.comm.gather import gather_shards
+from hf_veomni.mesh import ParallelState
+from hf_veomni.modality.balance import Assignment, assign_items
+from hf_veomni.modality.items import Items, find_items
+from hf_veomni.sequence.generation import is_generating
+
+_METHODS = {f"get_{modality}_features": modality for modality in ("image", "video", "audio")}
+# A video method may call that of pictures, which has its share already then.
+_sharing: ContextVar[bool] = ContextVar("hf_veomni_sharing", default=False)
+_FEATURES = ("pooler_output", "last_hidden_state")
+
+
+class _Touch(torch.autograd.Function):
+    """Hidden states as they are; in the backward, zeros for parameters that they may not depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like]
+        return grads[0], *zeros
+
+
+def find_methods(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The innermost modules that turn items into features, and the names of their methods."""
+    owners = [(m, name) for m in model.modules() for name in _METHODS if callable(getattr(m, name, None))]
+    return [
+        (owner, name)
+        for owner, name in owners
+        if not any(other is not owner and kind == name and other in set(owner.modules()) for other, kind in owners)
+    ]
+
+
+def attach_towers(model: PreTrainedModel, state: ParallelState, undo: list[Callable[[], Any]]) -> None:
+    """Share the items of each row among its SP ranks, and let rows lack any modality beside rows that have it.
+
+    Args:
+        model: a stock model; one without towers stays as it is.
+        undo: gets how to take it off again.
+
+    Raises:
+        ValueError: a rule of the plan that shards a tower by itself, or asks for balance where items cannot be told
+            apart.
+    """
+    rules = state.plan.match_modules(name for name, _ in model.named_modules() if name)
+    if getattr(model, "merges_whole_features", False):
+        return  # an `OmniModel` runs the same parts whatever a row holds
+    methods = find_methods(model)
+    _check_rules(model, rules, methods)
+    decoder = hf.decoder_stack(model)
+    if state.world_size > 1 and decoder is not model:
+        outside = _names_outside(model, decoder)
+        if outside:
+            undo.append(decoder.register_forward_pre_hook(partial(_touch, model, outside), with_kwargs=True).remove)
+    if state.sp_size == 1:
+        return
+    for owner, name in methods:
+        tower = _tower(owner, name)
+        if rules.get(_name_of(model, tower), {}).get("sp") == "replicate":
+            continue
+        owner.__dict__[name] = _SharedMethod(owner, name, model, state)
+        undo.append(partial(owner.__dict__.pop, name, None))
+
+
+def _tower(owner: Any, method: str) -> nn.Module:
+    return owner.get_encoder(modality=_METHODS[method])
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next((name for name, other in model.named_modules() if other is module), "")
+
+
+def _check_rules(model: nn.Module, rules: Any, methods: Sequence[tuple[nn.Module, str]]) -> None:
+    towers = {_name_of(model, _tower(*method)) for method in methods} - {""}
+    for name, rule in rules.items():
+        kind = rule.get("sp")
+        if kind in ("balance", "replicate") and name not in towers:
+            raise ValueError(
+                f"The rule 'sp: {kind}' names `{name}`, which is no tower whose items can be told apart: name one of "
+                f"{sorted(towers) or 'none (the model has none)'}."
+            )
+        if "fsdp" in rule and any(name == tower or name.startswith(f"{tower}.") for tower in towers):
+            raise ValueError(
+                f"The rule 'fsdp: {rule['fsdp']}' names `{name}`: a tower that is gathered by itself would be "
+                "waited for by rows without its modality. Leave the rule out: it is sharded with all that is no layer."
+            )
+
+
+def _names_outside(model: nn.Module, decoder: nn.Module) -> list[str]:
+    """Trained parameters that a row without pictures or sounds may leave without gradient."""
+    inside = {p for module in (decoder, *_heads(model)) for p in module.parameters()}
+    return [name for name, p in model.named_parameters() if p.requires_grad and p not in inside]
+
+
+def _heads(model: Any) -> list[nn.Module]:
+    found = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [module for module in found if isinstance(module, nn.Module)]
+
+
+def _touch(model: nn.Module, names: Sequence[str], decoder: nn.Module, args: tuple, kwargs: dict) -> Any:
+    hidden = kwargs.get("inputs_embeds")
+    if hidden is None or not torch.is_grad_enabled():
+        return None
+    parameters = [model.get_parameter(name) for name in names]
+    return args, {**kwargs, "inputs_embeds": _Touch.apply(hidden, *parameters)}
+
+
+class _SharedMethod:
+    """In place of a `get_*_features` method: the stock one on this rank's share of the items.
+
+    No closure: a deep copy of the model gets one of its own.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, model: nn.Module, state: ParallelState) -> None:
+        self.owner, self.name, self.model, self.state = owner, name, model, state
+        config = getattr(_tower(owner, name), "config", None)
+        self.width = int(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 1)
+        self.parameters = list(inspect.signature(self._stock).parameters)
+
+    @property
+    def _stock(self) -> Callable[..., Any]:
+        return getattr(type(self.owner), self.name).__get__(self.owner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        items = None if _sharing.get() or is_generating(self.model) else find_items(arguments, self.width)
+        if items is None or len(items.costs) < 2:
+            return self._stock(*args, **kwargs)
+        assignment = assign_items(items.costs, self.state.sp_size)
+        token = _sharing.set(True)
+        try:
+            return _encode(self._stock, items, assignment, self.state)
+        finally:
+            _sharing.reset(token)
+
+
+def _encode(stock: Callable[..., Any], items: Items, assignment: Assignment, state: ParallelState) -> Any:
+    """Features of all items, as the stock method gives them, from this rank's share."""
+    mine = assignment.items(state.sp_rank).tolist()
+    # A rank without an item encodes the cheapest one and hands out nothing of it.
+    chosen = mine or [min(range(len(items.costs)), key=items.costs.__getitem__)]
+    calls = [[i] for i in chosen] if items.one_by_one else [chosen]
+    outputs = [stock(**items.select(call)) for call in calls]
+    blocks = [_blocks(output, len(call)) for output, call in zip(outputs, calls, strict=True)]
+    kinds = [[block for found in blocks for block in found[kind]] for kind in range(len(blocks[0]))]
+    sizes = _sizes([len(block) for block in kinds[0]][: len(mine)], assignment, state)
+    whole = [_exchange(kind, len(mine), sizes, assignment, state) for kind in kinds]
+    return _like(outputs[0], whole, sizes)
+
+
+def _blocks(output: Any, count: int) -> list[list[Tensor]]:
+    """Features of each item, [rows, width]: the features proper, then those of each deep layer."""
+    first = next((output.get(name) for name in _FEATURES if output.get(name) is not None), None)
+    return [_split(kind, count) for kind in (first, *(output.get("deepstack_features") or ()))]
+
+
+def _split(features: Any, count: int) -> list[Tensor]:
+    if isinstance(features, Tensor):
+        features = features if features.dim() == 3 and len(features) == count else features.flatten(0, -2).chunk(count)
+    blocks = [block.flatten(0, -2) for block in features]
+    if len(blocks) != count:
+        raise ValueError(
+            f"A tower gave {len(blocks)} blocks of features for {count} items, so they cannot be shared among the SP "
+            "ranks: run it on all of them, with the rule {'<name of the tower>': {'sp': 'replicate'}} of the plan."
+        )
+    return blocks
+
+
+def _sizes(mine: list[int], assignment: Assignment, state: ParallelState) -> list[int]:
+    """Rows of every item, in the order of the items. Collective: one all-gather of a few integers."""
+    longest = int(assignment.counts.max())
+    local = torch.tensor(mine + [0] * (longest - len(mine)), device=state.device)
+    found = [torch.empty_like(local) for _ in range(state.sp_size)]
+    dist.all_gather(found, local, group=state.sp_group)
+    rows = [size for row, count in zip(found, assignment.counts, strict=True) for size in row[:count].tolist()]
+    return [rows[place] for place in assignment.inverse]
+
+
+def _exchange(
+    blocks: list[Tensor], count: int, sizes: list[int], assignment: Assignment, state: ParallelState
+) -> Tensor:
+    """[rows of all items, width] in their order. Collective: an all-gather; backward: a reduce-scatter (sum)."""
+    assert state.sp_group is not None
+    counts = assignment.num_rows(sizes).tolist()
+    local = torch.cat(blocks)
+    local = local if count else local[:0]
+    padded = F.pad(local, (0, 0, 0, max(counts) - len(local)))
+    whole = gather_shards(padded, state.sp_group, dim=0).unflatten(0, (state.sp_size, -1))
+    order = torch.as_tensor(assignment.restore(sizes), device=local.device)
+    return torch.cat([rows[:length] for rows, length in zip(whole, counts, strict=True)])[order]
+
+
+def _like(output: ModelOutput, whole: list[Tensor], sizes: list[int]) -> ModelOutput:
+    """An output of the stock method's kind with the features of all items in it, and nothing else."""
+    name = next(name for name in _FEATURES if output.get(name) is not None)
+    shape = output[name]
+    found: dict[str, Any] = {name: whole[0]}
+    if not isinstance(shape, Tensor):
+        found[name] = whole[0].split(sizes)
+    elif shape.dim() == 3:
+        found[name] = whole[0].unflatten(0, (len(sizes), -1))
+    if output.get("deepstack_features") is not None:
+        split = not isinstance(output["deepstack_features"][0], Tensor)
+        found["deepstack_features"] = [kind.split(sizes) if split else kind for kind in whole[1:]]
+    return type(output)(**found)
