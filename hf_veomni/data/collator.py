@@ -134,8 +134,11 @@ class OmniDataCollatorWithPacking:
         lengths = np.concatenate([lengths, [padding]]) if padding else lengths
         self._mask_labels(batch, lengths, total)
         row = {name: torch.from_numpy(values).unsqueeze(0) for name, values in batch.items()}
-        row["position_ids"] = self._positions(samples, padding)
         items = [sample for sample in samples if sample.items]
+        if self._compute is None and not items and all(sample.positions is None for sample in samples):
+            row["position_ids"] = torch.from_numpy(ranges_of(lengths)).unsqueeze(0)  # many short texts: at one go
+            return row
+        row["position_ids"] = self._positions(samples, padding)
         return row | join_items([sample.items for sample in items], [sample.where for sample in items])
 
     def _read(self, features: Sequence[Mapping[str, Any]]) -> list[Sample]:

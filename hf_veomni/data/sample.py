@@ -28,6 +28,7 @@ ASSISTANT_MASK = "assistant_masks"
 _OPTIONAL = ("labels", ASSISTANT_MASK, *TOKEN_COLUMNS)
 _MARKS = ("attention_mask", "position_ids")
 READ = ("input_ids", *_OPTIONAL, *_MARKS, DOCUMENT_LENGTHS, *ITEM_COLUMNS)
+_KNOWN = frozenset(READ)
 
 
 @dataclass
@@ -70,15 +71,7 @@ def read_sample(
     positions = None
     if sample.get("position_ids") is not None:
         positions = _positions(where, sample["position_ids"])
-    for name, count in {
-        **{name: len(values) for name, values in tokens.items()},
-        **({"attention_mask": len(mask)} if mask is not None else {}),
-        **({"position_ids": positions.shape[1]} if positions is not None else {}),
-    }.items():
-        if count != length:
-            raise ValueError(
-                f"{where}: `{name}` has {count} elements and `input_ids` has {length}; they must have one each a token"
-            )
+    _check_length(where, length, tokens, mask, positions)
     if mask is not None and not mask.all():
         kept = _without_padding(where, mask)
         tokens = {name: values[kept] for name, values in tokens.items()}
@@ -98,9 +91,20 @@ def read_sample(
     return Sample(where, lengths, tokens, positions, items)
 
 
+def _check_length(
+    where: str, length: int, tokens: Mapping[str, np.ndarray], mask: np.ndarray | None, positions: np.ndarray | None
+) -> None:
+    for name, values in (*tokens.items(), ("attention_mask", mask), ("position_ids", positions)):
+        if values is not None and values.shape[-1] != length:
+            raise ValueError(
+                f"{where}: `{name}` has {values.shape[-1]} elements and `input_ids` has {length}; they must have one "
+                "each a token"
+            )
+
+
 def _check_keys(where: str, sample: Mapping[str, Any], columns: Sequence[str], item_columns: Sequence[str]) -> None:
     for name in sample:
-        if name in READ or name in columns or name in item_columns:
+        if name in _KNOWN or name in columns or name in item_columns:
             continue
         if name in RAW_COLUMNS or (name in TEXT_COLUMNS and "input_ids" not in sample):
             raise ValueError(
@@ -113,9 +117,9 @@ def _check_keys(where: str, sample: Mapping[str, Any], columns: Sequence[str], i
             "if it holds items along its first axis in `item_columns`, else remove it (a Trainer does with "
             "remove_unused_columns=True)"
         )
-    missing = [name for name in ("input_ids", *columns) if name not in sample]
-    if missing:
-        raise ValueError(f"{where}: `{missing[0]}` is missing")
+    for name in ("input_ids", *columns):
+        if name not in sample:
+            raise ValueError(f"{where}: `{name}` is missing")
 
 
 def _numbers(values: Any) -> np.ndarray:
