@@ -1,6 +1,6 @@
 """Towers of stock models under sequence parallelism: whole items over the SP ranks, features to all of them.
 
-    get_image_features (also video, audio) of the model
+    get_image_features (also video, audio) of the model; lm_encode of an OmniModel's encoders
         the ranks of an SP group hold the same items; each encodes its share (`assign_items`)
         one all-gather of features [rows, width]; backward: a reduce-scatter (sum) to the rank that encoded them
     decoder stack, pre-hook
@@ -27,7 +27,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
 from hf_veomni import hf
 from hf_veomni.comm.gather import gather_shards
@@ -58,6 +57,9 @@ class _Touch(torch.autograd.Function):
 
 def find_methods(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """The innermost modules that turn items into features, and the names of their methods."""
+    if _runs_all(model):
+        encoders: Any = model.get_submodule("encoders")
+        return [(encoder, "lm_encode") for encoder in encoders.values()]
     owners = [(m, name) for m in model.modules() for name in _METHODS if callable(getattr(m, name, None))]
     return [
         (owner, name)
@@ -78,12 +80,10 @@ def attach_towers(model: PreTrainedModel, state: ParallelState, undo: list[Calla
             apart.
     """
     rules = state.plan.match_modules(name for name, _ in model.named_modules() if name)
-    if getattr(model, "merges_whole_features", False):
-        return  # an `OmniModel` runs the same parts whatever a row holds
     methods = find_methods(model)
     _check_rules(model, rules, methods)
     decoder = hf.decoder_stack(model)
-    if state.world_size > 1 and decoder is not model:
+    if state.world_size > 1 and decoder is not model and not _runs_all(model):
         outside = _names_outside(model, decoder)
         if outside:
             undo.append(decoder.register_forward_pre_hook(partial(_touch, model, outside), with_kwargs=True).remove)
@@ -97,8 +97,13 @@ def attach_towers(model: PreTrainedModel, state: ParallelState, undo: list[Calla
         undo.append(partial(owner.__dict__.pop, name, None))
 
 
+def _runs_all(model: nn.Module) -> bool:
+    """Whether a model runs the same parts whatever a row holds, as an `OmniModel` does."""
+    return getattr(model, "merges_whole_features", False)
+
+
 def _tower(owner: Any, method: str) -> nn.Module:
-    return owner.get_encoder(modality=_METHODS[method])
+    return owner.get_encoder(modality=_METHODS[method]) if method in _METHODS else owner
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
@@ -114,7 +119,11 @@ def _check_rules(model: nn.Module, rules: Any, methods: Sequence[tuple[nn.Module
                 f"The rule 'sp: {kind}' names `{name}`, which is no tower whose items can be told apart: name one of "
                 f"{sorted(towers) or 'none (the model has none)'}."
             )
-        if "fsdp" in rule and any(name == tower or name.startswith(f"{tower}.") for tower in towers):
+        if (
+            "fsdp" in rule
+            and not _runs_all(model)
+            and any(name == tower or name.startswith(f"{tower}.") for tower in towers)
+        ):
             raise ValueError(
                 f"The rule 'fsdp: {rule['fsdp']}' names `{name}`: a tower that is gathered by itself would be "
                 "waited for by rows without its modality. Leave the rule out: it is sharded with all that is no layer."
@@ -185,6 +194,8 @@ def _encode(stock: Callable[..., Any], items: Items, assignment: Assignment, sta
 
 def _blocks(output: Any, count: int) -> list[list[Tensor]]:
     """Features of each item, [rows, width]: the features proper, then those of each deep layer."""
+    if isinstance(output, Tensor):
+        return [_split(output, count)]
     first = next((output.get(name) for name in _FEATURES if output.get(name) is not None), None)
     return [_split(kind, count) for kind in (first, *(output.get("deepstack_features") or ()))]
 
@@ -225,8 +236,10 @@ def _exchange(
     return torch.cat([rows[:length] for rows, length in zip(whole, counts, strict=True)])[order]
 
 
-def _like(output: ModelOutput, whole: list[Tensor], sizes: list[int]) -> ModelOutput:
+def _like(output: Any, whole: list[Tensor], sizes: list[int]) -> Any:
     """An output of the stock method's kind with the features of all items in it, and nothing else."""
+    if isinstance(output, Tensor):
+        return whole[0].unflatten(0, (len(sizes), -1))
     name = next(name for name in _FEATURES if output.get(name) is not None)
     shape = output[name]
     found: dict[str, Any] = {name: whole[0]}

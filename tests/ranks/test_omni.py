@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_veomni import ParallelPlan
-from tests.ranks.omni import MIXED, Setting, compare, compute_reference, evaluate_whole, generate, make_model
+from tests.ranks.omni import MIXED, Setting, compare, compute_reference, evaluate_whole, generate, make_model, make_row
 
 TEXT = ("t", "tt")
 FROZEN = {"vision": {"freeze": True}, "image": {"freeze": True}}
@@ -41,6 +41,23 @@ def test_mixed_row_at_sp2_equals_one_rank(check) -> None:
 
 def test_data_rank_without_modalities_equals_one_rank(check) -> None:
     check(Setting(rows=(MIXED, TEXT)), {"dp_shard_size": 2, **TOWERS})
+
+
+def _count_encoded(modules: dict) -> int:
+    """Pictures that this rank's vision tower takes of a row with three."""
+    from hf_veomni import prepare_omni
+
+    model = prepare_omni(make_model(Setting(rows=(MIXED,))), ParallelPlan(sp_size=2, modules=modules))
+    seen = []
+    model.encoders["vision"].tower.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    model(**make_row(MIXED, seed=0))
+    return sum(seen)
+
+
+def test_ranks_share_the_pictures_of_a_row(ranks) -> None:
+    assert sorted(ranks(2).run(_count_encoded, {}, timeout=60)) == [1, 2]
+    replicated = {"encoders.vision": {"sp": "replicate"}}
+    assert ranks(2).run(_count_encoded, replicated, timeout=60) == [3, 3]
 
 
 def _generates_as_one_rank(ranks, setting: Setting, plan: str, world_size: int) -> None:
