@@ -32,6 +32,7 @@ class Family:
         dtype: fp64 where the family's own rounding exceeds 1e-5 in fp32.
         error: the largest, relative to the largest entry.
         padded, packed: "works", or why not.
+        fp32_inside: whether, in fp64, the family's own code casts to fp32; else the limit in fp64 is 1e-6.
     """
 
     model_type: str
@@ -45,6 +46,7 @@ class Family:
     error: float
     padded: str
     packed: str
+    fp32_inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Matrix:
     date: str
     plan: str
     families: dict[str, Family]
+    again: tuple[str, ...] = ()  # model types walked later than the rest, by a later version of the package
 
     def counts(self) -> Counter[str]:
         return Counter(family.outcome for family in self.families.values())
@@ -66,8 +69,10 @@ class Matrix:
 
 def parse_matrix(content: dict[str, Any]) -> Matrix:
     names = [field.name for field in fields(Family)]
-    families = {name: Family(**{key: row[key] for key in names}) for name, row in content["families"].items()}
-    return Matrix(content["versions"], content["date"], content["plan"], families)
+    families = {
+        name: Family(**{key: row[key] for key in names if key in row}) for name, row in content["families"].items()
+    }
+    return Matrix(content["versions"], content["date"], content["plan"], families, tuple(content.get("again", ())))
 
 
 def load_matrix() -> Matrix:

@@ -1,4 +1,4 @@
-"""Walk all families: `python -m tests.walk [--only NAME ...] [--shard I/N] [--output PATH] [--commit]`."""
+"""Walk all families: `python -m tests.walk [--only NAME ...] [--shard I/N] [--output PATH] [--update] [--commit]`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def walk_one(pool: RankPool, model_type: str, plan: str = "sp=2") -> dict[str, A
 
     try:
         found = pool.run(walk_family, model_type, plan, timeout=TIMEOUT)
-    except RanksFailed as error:
+    except RanksFailed:
         from tests.walk import tiny
 
         record = Record(model_type, folder=tiny.folder_of(model_type))
@@ -54,8 +54,8 @@ def walk(names: list[str], plan: str, output: Path | None, known: dict[str, Any]
     return found
 
 
-def commit(found: dict[str, Any], plan: str) -> None:
-    """Write what the package and the documentation show."""
+def commit(found: dict[str, Any], plan: str, again: list[str]) -> None:
+    """Write what the package and the documentation show; `again`: walked later than the rest."""
     import torch
     import transformers
 
@@ -66,6 +66,7 @@ def commit(found: dict[str, Any], plan: str) -> None:
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]},
         "date": date.today().isoformat(),
         "plan": plan,
+        "again": again,
         "families": {name: found[name] for name in sorted(found)},
     }
     (ROOT / "hf_veomni/support/families.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -81,18 +82,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="json to write, and to go on from")
     parser.add_argument("--plan", default="sp=2")
     parser.add_argument("--merge", type=Path, nargs="*", default=[], help="results of other shards")
+    parser.add_argument("--update", action="store_true", help="the rest from the package's json, which then says so")
     parser.add_argument("--commit", action="store_true", help="write the package's json and docs/support.md")
     args = parser.parse_args()
+    again: list[str] = []
     part, parts = map(int, args.shard.split("/"))
     known: dict[str, Any] = {}
     for path in [*args.merge, *([args.output] if args.output and args.output.exists() else [])]:
         known |= json.loads(path.read_text())
+    if args.update:
+        package = json.loads((ROOT / "hf_veomni/support/families.json").read_text())
+        again = sorted({*package.get("again", ()), *known, *(args.only or ())})
+        known = package["families"] | known
     names = [n for i, n in enumerate(sorted(CONFIG_MAPPING)) if i % parts == part and n not in known]
     found = walk(args.only or names, args.plan, args.output, known)
     if args.commit:
         if missing := sorted(set(CONFIG_MAPPING) - found.keys()):
             sys.exit(f"{len(missing)} model types are missing: {', '.join(missing[:5])} ...")
-        commit(found, args.plan)
+        commit(found, args.plan, again)
     print(Counter(r["outcome"] for r in found.values()))
     if wrong := [name for name, r in found.items() if r["outcome"] == "wrong"]:
         sys.exit(f"WRONG: {', '.join(wrong)}")

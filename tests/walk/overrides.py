@@ -10,8 +10,10 @@ _MROPE = {**_ROPE, "mrope_section": [4, 2, 2]}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 97},
     "chameleon": {"vocabulary_map": {"<image>": 90}},
+    "clvp_encoder": {"hidden_size": 128},  # its rotary width is at least 32 a head
     "cohere_compass_text": {"rope_parameters": {"full_attention": _MROPE, "sliding_attention": _MROPE}},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]},
         "moe_intermediate_size": [32, 32],
@@ -33,7 +35,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
     "reformer": {"axial_pos_embds": False},
     "step3p5": {"sliding_window": 8},
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}, "dropout_rate": 0.0},
+    "t5gemma2_text": {"dropout_rate": 0.0},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "attention_hidden_size": 128,  # twice the hidden size
+        "attention_head_dim": 32,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+    },
+    "zamba2": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 16,
+    },
 }
+OVERRIDES["diffusion_gemma"] = {"text_config": OVERRIDES["diffusion_gemma_text"]}
 OVERRIDES["deepseek_ocr2"] = {"text_config": OVERRIDES["deepseek_ocr2_text"]}
 OVERRIDES["cohere_compass"] = {"text_config": OVERRIDES["cohere_compass_text"]}
 OVERRIDES["ernie4_5_vl_moe"] = {"text_config": OVERRIDES["ernie4_5_vl_moe_text"]}
