@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -286,12 +284,12 @@ def _without_labels(inputs: Batch) -> Batch:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether hf_veomni raised it: a refusal is a ValueError from the package."""
+    """Whether hf_veomni raised it: a refusal is a ValueError from the package, or what its mask object lacks."""
     trace, last = error.__traceback__, ""
     while trace is not None:
         last = trace.tb_frame.f_code.co_filename
         trace = trace.tb_next
-    return isinstance(error, ValueError) and "hf_veomni" in last
+    return isinstance(error, (ValueError, AttributeError)) and "hf_veomni" in last
 
 
 def _output(out: Any) -> Tensor:
@@ -305,6 +303,3 @@ def _output(out: Any) -> Tensor:
         if isinstance(value, Tensor) and value.dim() == 3:
             return value
     raise TypeError(f"no output with one entry for each token: {type(out).__name__}")
-
-
-_ = (F, dist)
