@@ -242,11 +242,13 @@ def _like(output: Any, whole: list[Tensor], sizes: list[int]) -> Any:
         return whole[0].unflatten(0, (len(sizes), -1))
     name = next(name for name in _FEATURES if output.get(name) is not None)
     shape = output[name]
-    found: dict[str, Any] = {name: whole[0]}
+    features: Any = whole[0]
     if not isinstance(shape, Tensor):
-        found[name] = whole[0].split(sizes)
+        features = whole[0].split(sizes)
     elif shape.dim() == 3:
-        found[name] = whole[0].unflatten(0, (len(sizes), -1))
+        features = whole[0].unflatten(0, (len(sizes), -1))
+    # The Omni thinkers' sounds are the same tensor under both names, and are read under the second.
+    found: dict[str, Any] = {key: features for key in _FEATURES if output.get(key) is shape}
     if output.get("deepstack_features") is not None:
         split = not isinstance(output["deepstack_features"][0], Tensor)
         found["deepstack_features"] = [kind.split(sizes) if split else kind for kind in whole[1:]]

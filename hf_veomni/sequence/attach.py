@@ -33,8 +33,16 @@ from hf_veomni.sequence.families import attach_patch, has_patch
 from hf_veomni.sequence.generation import attach_generate, detach_generate, is_generating
 from hf_veomni.sequence.layer_inputs import cut_call
 from hf_veomni.sequence.linear import LinearAttachment, check_mixer_heads
-from hf_veomni.sequence.mask import MaskSpec
-from hf_veomni.sequence.row_checks import Traits, check_counted, check_documents, restarts, row_documents
+from hf_veomni.sequence.row_checks import (
+    Traits,
+    check_available,
+    check_counted,
+    check_documents,
+    check_masks_above,
+    check_text_positions,
+    restarts,
+    row_documents,
+)
 from hf_veomni.sequence.seam import Seam, check_heads, find_seam
 from hf_veomni.sequence.selection import adopt, release, select
 from hf_veomni.sequence.shard import check_same_rows, gather_rows, pad_inputs, shard_sequence
@@ -264,11 +272,8 @@ class SequenceAttachment:
             positions = call.positions
         if positions is None:
             positions = torch.arange(given.shape[1], device=given.device)[None]
-        elif positions.dim() == 3 and positions.shape[0] != 4 and bool((positions[0].diff(dim=-1) < 0).any()):
-            raise ValueError(
-                f"`position_ids` {tuple(positions.shape)} restart within a row, but without text positions documents "
-                "cannot be told apart: pass [4, rows, tokens], text positions first."
-            )
+        else:
+            check_text_positions(positions, inputs.get("attention_mask"))
         # Tables of learned positions may begin elsewhere than at 0 (RoBERTa): the model makes its own positions then.
         made = inputs.get("position_ids") is None and not (self.seam.rotary and "position_ids" in self._signature)
         inputs = {**inputs, "position_ids": positions}
@@ -295,31 +300,16 @@ class SequenceAttachment:
         inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
         documents = row_documents(inputs["position_ids"], given.shape[0])
         check_documents(self._traits, documents, mask, positions, filled=bool(extra))
+        check_masks_above(self.name, documents, inputs.get("attention_mask"), filled=bool(extra))
         check_counted(self.name, self.seam.max_counted, max(row.padded // self.state.sp_size, documents.max_length))
-        packed = any(len(row) > 1 + bool(extra) for row in documents.lengths)
-        if packed and isinstance(inputs.get("attention_mask"), (dict, MaskSpec)):
-            raise ValueError(
-                f"{self.name} makes its masks above the text stack, where packed documents are not known: train it on "
-                "one document a row, or use its text-only class."
-            )
         row.tokens.append((current_documents, current_documents.set(documents)))
         if made:
             del inputs["position_ids"]
         return inputs
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
-        for name in ("cross_attention_states", "encoder_hidden_states"):
-            crosses = any(can_cross(module) for module in self.seam.attentions)
-            if inputs.get(name) is not None and self.state.sp_size > 1 and not crosses:
-                raise ValueError(
-                    f"`{name}` is not available under sequence parallelism: cross-attention keeps its keys whole, and "
-                    "they would be exchanged as if they were cut. Use sp_size=1."
-                )
-        wanted = inputs.get("output_attentions") or getattr(self.config, "output_attentions", False)
-        if wanted and self.state.sp_size > 1:
-            raise ValueError(
-                "`output_attentions` is not available under sequence parallelism: no rank has all weights."
-            )
+        if self.state.sp_size > 1:
+            check_available(inputs, self.config, crosses=any(can_cross(module) for module in self.seam.attentions))
         for config in self._configs:
             name = hf.attention_name(config)
             if not _registry.is_wrapped(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from hf_veomni import hf
 from hf_veomni.sequence.documents import Documents
+from hf_veomni.sequence.mask import MaskSpec
 from hf_veomni.sequence.seam import Seam
 from hf_veomni.sequence.varlen import VARLEN_NAME
 
@@ -72,6 +74,22 @@ def check_documents(traits: Traits, documents: Documents, mask: Any, positions: 
         )
 
 
+def check_available(inputs: Mapping[str, Any], config: Any, *, crosses: bool) -> None:
+    """Raises ValueError for what a cut row has no answer to: foreign keys without a seam, all attention weights.
+
+    Args:
+        crosses: whether some attention's keys may come from elsewhere, which are cut by head then.
+    """
+    for name in ("cross_attention_states", "encoder_hidden_states"):
+        if inputs.get(name) is not None and not crosses:
+            raise ValueError(
+                f"`{name}` is not available under sequence parallelism: cross-attention keeps its keys whole, and "
+                "they would be exchanged as if they were cut. Use sp_size=1."
+            )
+    if inputs.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise ValueError("`output_attentions` is not available under sequence parallelism: no rank has all weights.")
+
+
 def check_counted(name: str, limit: int | None, longest: int) -> None:
     """Raises ValueError where a layer that counts positions in its slice would count too far."""
     if limit is not None and longest > limit:
@@ -85,6 +103,37 @@ def check_counted(name: str, limit: int | None, longest: int) -> None:
 def restarts(positions: Tensor) -> bool:
     """Whether positions go back within a row: packed documents."""
     return bool((positions.diff(dim=-1) < 0).any())
+
+
+def check_masks_above(name: str, documents: Documents, mask: Any, *, filled: bool) -> None:
+    """Raises ValueError for packed documents where the model has made its masks above the text stack."""
+    packed = any(len(row) > 1 + filled for row in documents.lengths)
+    if packed and isinstance(mask, (dict, MaskSpec)):
+        raise ValueError(
+            f"{name} makes its masks above the text stack, where packed documents are not known: train it on "
+            "one document a row, or use its text-only class."
+        )
+
+
+def check_text_positions(positions: Tensor, mask: Any) -> None:
+    """Raises ValueError for mRoPE's [3, B, S] with several documents in a row, which only [4, B, S] can tell apart."""
+    if positions.dim() == 3 and positions.shape[0] != 4 and begins_again(positions, mask):
+        raise ValueError(
+            f"`position_ids` {tuple(positions.shape)} restart within a row, but without text positions documents "
+            "cannot be told apart: pass [4, rows, tokens], text positions first."
+        )
+
+
+def begins_again(positions: Tensor, mask: Any) -> bool:
+    """Whether mRoPE's [3, B, S] have a second document in a row, which begins at 0 on every axis.
+
+    They go back within a document too: after a video the next words count on from its largest side. Padding, which is
+    0 in the mask [B, S], has positions of its own.
+    """
+    begins = (positions == 0).all(dim=0)[:, 1:]
+    if isinstance(mask, Tensor) and mask.shape == positions.shape[1:]:
+        begins = begins & mask[:, 1:].bool() & mask[:, :-1].bool()
+    return bool(begins.any())
 
 
 def _restarts_between_tokens(positions: Tensor, mask: Tensor) -> bool:

@@ -1,0 +1,144 @@
+"""More stock families that see and hear equal one process on rows of pictures, videos and sounds, some or none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.omni_models import FAMILIES, build
+from tests.ranks.parity import relative_error, whole
+
+# Items of each row, as places in the family's list: everything, nothing, the first, the last two.
+ALL, NONE, FIRST, LAST = slice(None), slice(0), slice(1), slice(-2, None)
+
+
+def _row(family: str, seed: int, part: slice) -> dict[str, Any]:
+    found = FAMILIES[family]
+    return found.row(seed, found.items[part])
+
+
+def _step(model: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
+    """Mean over the rows, each in a backward of its own."""
+    total = torch.zeros(())
+    for row in rows:
+        loss = model(**row).loss / len(rows)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _reverse_assignments() -> Any:
+    """Items go to the SP ranks in the opposite order; a function that puts that right again."""
+    from hf_veomni.modality import towers
+    from hf_veomni.modality.balance import Assignment, assign_items
+
+    def reverse(costs: Any, num_ranks: int) -> Assignment:
+        return Assignment.from_ranks(num_ranks - 1 - assign_items(costs, num_ranks).rank_of, num_ranks)
+
+    towers.assign_items = reverse
+    return lambda: setattr(towers, "assign_items", assign_items)
+
+
+def _gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Of whole parameters. Collective."""
+    from hf_veomni.expert import find_layouts
+
+    layouts = find_layouts(model)
+    found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return {name: layouts[name].to_plain(grad) if name in layouts else grad for name, grad in found.items()}
+
+
+def _compare(family: str, plan: Any, split: Any, options: dict[str, Any]) -> dict[str, float]:
+    """`split`: for each data rank, for each of its rows, which items."""
+    from hf_veomni import gather_sequence, get_parallel_state, prepare_omni
+
+    model = build(family)
+    if options.get("frozen"):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("language_model" in name or "lm_head" in name)
+    if options.get("checkpointing"):
+        model.gradient_checkpointing_enable()
+    data = [[_row(family, 10 * i + j, part) for j, part in enumerate(parts)] for i, parts in enumerate(split)]
+    losses = [_step(model, rows) for rows in data]
+    wanted = {n: p.grad / len(data) for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        logits = [model.eval()(**rows[0]).logits for rows in data]
+    prepare_omni(model, plan)
+    state = get_parallel_state(model)
+    restore = _reverse_assignments() if options.get("reversed") else lambda: None
+    try:
+        with torch.no_grad():
+            found = gather_sequence(model.eval()(**data[state.dp_rank][0]).logits, model)
+        loss = _step(model.train(), data[state.dp_rank])
+    finally:
+        restore()
+    gradients = _gradients(model)
+    wanted = {name: p for name, p in wanted.items() if not name.endswith(("k_proj.bias", "attn.qkv.bias"))}
+    assert wanted.keys() <= gradients.keys() and len(wanted) > 15, wanted.keys() - gradients.keys()
+    errors = {name: relative_error(gradients[name], gradient) for name, gradient in wanted.items()}
+    norms = [
+        torch.stack([g.norm() for g in grads]).norm() for grads in ([gradients[n] for n in wanted], wanted.values())
+    ]
+    worst = max(errors, key=errors.__getitem__)
+    return {
+        "loss": relative_error(loss, losses[state.dp_rank]),
+        "logits": relative_error(found, logits[state.dp_rank]),
+        f"gradients ({worst})": errors[worst],
+        "norm": relative_error(*norms),
+    }
+
+
+def _check(ranks: Any, world: int, family: str, plan: Any, *split: Any, **options: Any) -> None:
+    for errors in ranks(world).run(_compare, family, plan, split, options, timeout=120):
+        print(family, plan, options, errors)
+        assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_of_every_modality(ranks, family):
+    _check(ranks, 2, family, "sp=2", [ALL])
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_omni", "llava_onevision"])
+def test_it_does_not_matter_who_encodes_what(ranks, family):
+    _check(ranks, 2, family, "sp=2", [ALL], reversed=True)
+
+
+# Data rank 0 has something in its first row only, data rank 1 in its second.
+BESIDE = ([ALL, NONE], [NONE, LAST])
+
+
+@pytest.mark.parametrize("options", [{}, {"frozen": True}, {"checkpointing": True}], ids=lambda x: next(iter(x), ""))
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f == "qwen3_omni" else pytest.mark.slow) for f in FAMILIES]
+)
+def test_rows_of_some_modalities_under_accumulation(ranks, family, options):
+    _check(ranks, 2, family, "dp_shard=2", *BESIDE, **options)
+
+
+PLANS = ["sp=2,dp_shard=2", "sp=2,dp_replicate=2", "sp=4", "sp=2,dp_shard=2,ep=2", "sp=4,ep=4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_four_ranks(ranks, family, plan, checkpointing):
+    if "ep" in plan.split(",")[-1] and family not in ("qwen3_vl_moe", "qwen3_omni"):
+        pytest.skip("a dense model")
+    split = BESIDE if "dp" in plan else ([ALL, NONE, FIRST],)
+    _check(ranks, 4, family, plan, *split, checkpointing=checkpointing)
+
+
+def test_a_video_is_no_second_document():
+    """Positions go back after a video, whose frames count in seconds; a document begins at 0 on all axes."""
+    from hf_veomni.sequence.row_checks import begins_again
+
+    video = torch.tensor([[0, 1, 2, 52, 3, 4], [0, 1, 2, 2, 3, 4], [0, 1, 2, 2, 3, 4]])[:, None]
+    assert not begins_again(video, None)
+    two = torch.cat([video, video], dim=-1)
+    assert begins_again(two, None) and begins_again(two, torch.ones(1, 12))
+    assert not begins_again(two, torch.tensor([[1] * 6 + [0] * 6]))
