@@ -1,8 +1,8 @@
 """What a tower is called with, as items that can be encoded one by one: pictures, videos, sounds.
 
     patches and grid    pixel_values [P, D], image_grid_thw [n, 3]     Qwen-VL, Qwen-Omni, GLM-V
-    items first         pixel_values [n, ..], masks and sizes [n, ..]  LLaVA, Gemma 3, InternVL, Voxtral
-    rows of items       pixel_values [B, m, C, H, W], zeros as filler  Idefics, SmolVLM
+    items first         pixel_values [n, ..], masks and sizes [n, ..]  LLaVA (videos too), Gemma 3, InternVL, Voxtral
+    rows of items       pixel_values [B, m, C, H, W], zeros as filler  Idefics 3, SmolVLM
     sounds and masks    input_features [n, bins, T], mask [n, T]       Qwen-Omni, which is called for each sound
 
 A cost is in patches: attention is quadratic in those of one frame, the rest linear.
@@ -55,8 +55,11 @@ def find_items(arguments: Arguments, width: int) -> Items | None:
     grid = next((key for key in tensors if key.endswith("grid_thw")), None)
     if grid is not None:
         return _by_grid(arguments, name, grid, width) if len(tensors) == 1 and values.dim() == 2 else None
-    if values.dim() == 5 and "image_sizes" not in tensors:
-        return _in_rows(arguments, name, width)
+    if values.dim() == 5 and "pixel_attention_mask" in arguments:
+        return _in_rows(arguments, name)
+    pictures = tensors.get("batch_num_images")  # of a sample, which are cut into patches where there is one alone
+    if pictures is not None and bool((pictures != 1).any()):
+        return None
     if any(x.dim() == 0 or x.shape[0] != len(values) for x in tensors.values()):
         return None
     if name == "input_features" and any("mask" in key for key in tensors):
@@ -89,7 +92,7 @@ def _first(arguments: Arguments, names: Sequence[str], values: Tensor) -> Items:
     return Items(costs, select)
 
 
-def _in_rows(arguments: Arguments, name: str, width: int) -> Items | None:
+def _in_rows(arguments: Arguments, name: str) -> Items | None:
     """[B, m, ..] as one row of its real pictures. The features of several rows would come apart at other places."""
     values: Tensor = arguments[name]
     masks = {key: x for key, x in arguments.items() if isinstance(x, Tensor) and key != name}

@@ -57,7 +57,7 @@ def _compare(family: str, plan: Any, split: Any, options: dict[str, Any]) -> dic
     model = build(family)
     if options.get("frozen"):
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("language_model" in name or "lm_head" in name)
+            parameter.requires_grad_(any(part in name for part in ("language_model", "text_model", "lm_head")))
     if options.get("checkpointing"):
         model.gradient_checkpointing_enable()
     data = [[_row(family, 10 * i + j, part) for j, part in enumerate(parts)] for i, parts in enumerate(split)]
