@@ -2,7 +2,8 @@
 
     get_image_features (also video, audio) of the model; lm_encode of an OmniModel's encoders
         the ranks of an SP group hold the same items; each encodes its share (`assign_items`)
-        one all-gather of features [rows, width]; backward: a reduce-scatter (sum) to the rank that encoded them
+        one all-to-all of features to the slices with their tokens (`slices`); backward: the reverse one
+        else, one all-gather [rows, width]; backward: a reduce-scatter (sum) to the rank that encoded them
     decoder stack, pre-hook
         every parameter outside of the stack gets a gradient, of zeros where a row lacks the modality
 
@@ -10,8 +11,9 @@ Why gradients are those of one rank: a rank's loss counts sp times in its backwa
 ranks. Of a tower that all ranks run whole, each has the gradient that comes from its slice; the mean of sp times those
 is their sum. Of an item that one rank runs, the reduce-scatter sums first and the mean divides after.
 
-What is moved: each rank gets all features of its rows, since the model's own code scatters them into embeddings of the
-whole row: (sp - 1) / sp * rows * width elements a call, once for all layers. Ulysses moves as much for each layer.
+What is moved: each rank gets the features of the tokens of its slice, rows * width / sp elements, once for all layers
+and for each deep layer. Where a family is not known to use features for these tokens alone, each rank gets all:
+(sp - 1) / sp * rows * width elements. Ulysses moves about as much for each layer.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from hf_veomni.comm.gather import gather_shards
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment, assign_items
 from hf_veomni.modality.items import Items, find_items
+from hf_veomni.modality.slices import exchange_rows, find_ranks, watch_ids
 from hf_veomni.sequence.generation import is_generating
 
 _METHODS = {f"get_{modality}_features": modality for modality in ("image", "video", "audio")}
@@ -89,6 +92,7 @@ def attach_towers(model: PreTrainedModel, state: ParallelState, undo: list[Calla
             undo.append(decoder.register_forward_pre_hook(partial(_touch, model, outside), with_kwargs=True).remove)
     if state.sp_size == 1:
         return
+    undo.append(watch_ids(model, list(inspect.signature(model.forward).parameters)))
     for owner, name in methods:
         tower = _tower(owner, name)
         if rules.get(_name_of(model, tower), {}).get("sp") == "replicate":
@@ -173,23 +177,25 @@ class _SharedMethod:
         assignment = assign_items(items.costs, self.state.sp_size)
         token = _sharing.set(True)
         try:
-            return _encode(self._stock, items, assignment, self.state)
+            return self._encode(items, assignment)
         finally:
             _sharing.reset(token)
 
-
-def _encode(stock: Callable[..., Any], items: Items, assignment: Assignment, state: ParallelState) -> Any:
-    """Features of all items, as the stock method gives them, from this rank's share."""
-    mine = assignment.items(state.sp_rank).tolist()
-    # A rank without an item encodes the cheapest one and hands out nothing of it.
-    chosen = mine or [min(range(len(items.costs)), key=items.costs.__getitem__)]
-    calls = [[i] for i in chosen] if items.one_by_one else [chosen]
-    outputs = [stock(**items.select(call)) for call in calls]
-    blocks = [_blocks(output, len(call)) for output, call in zip(outputs, calls, strict=True)]
-    kinds = [[block for found in blocks for block in found[kind]] for kind in range(len(blocks[0]))]
-    sizes = _sizes([len(block) for block in kinds[0]][: len(mine)], assignment, state)
-    whole = [_exchange(kind, len(mine), sizes, assignment, state) for kind in kinds]
-    return _like(outputs[0], whole, sizes)
+    def _encode(self, items: Items, assignment: Assignment) -> Any:
+        """Features of all items, as the stock method gives them, from this rank's share."""
+        mine = assignment.items(self.state.sp_rank).tolist()
+        # A rank without an item encodes the cheapest one and hands out nothing of it.
+        chosen = mine or [min(range(len(items.costs)), key=items.costs.__getitem__)]
+        calls = [[i] for i in chosen] if items.one_by_one else [chosen]
+        outputs = [self._stock(**items.select(call)) for call in calls]
+        blocks = [_blocks(output, len(call)) for output, call in zip(outputs, calls, strict=True)]
+        kinds = [[block for found in blocks for block in found[kind]] for kind in range(len(blocks[0]))]
+        sizes = _sizes([len(block) for block in kinds[0]][: len(mine)], assignment, self.state)
+        ranks = None
+        if self.name in _METHODS:
+            ranks = find_ranks(getattr(self.owner, "config", None), _METHODS[self.name], sum(sizes), self.state)
+        whole = [_exchange(torch.cat(kind), len(mine), sizes, assignment, ranks, self.state) for kind in kinds]
+        return _like(outputs[0], whole, sizes)
 
 
 def _blocks(output: Any, count: int) -> list[list[Tensor]]:
@@ -223,13 +229,14 @@ def _sizes(mine: list[int], assignment: Assignment, state: ParallelState) -> lis
 
 
 def _exchange(
-    blocks: list[Tensor], count: int, sizes: list[int], assignment: Assignment, state: ParallelState
+    local: Tensor, count: int, sizes: list[int], assignment: Assignment, ranks: Any, state: ParallelState
 ) -> Tensor:
-    """[rows of all items, width] in their order. Collective: an all-gather; backward: a reduce-scatter (sum)."""
+    """[rows of all items, width] in their order; zeros for rows of other slices where `ranks` tells whose they are."""
     assert state.sp_group is not None
-    counts = assignment.num_rows(sizes).tolist()
-    local = torch.cat(blocks)
     local = local if count else local[:0]
+    if ranks is not None:
+        return exchange_rows(local, sizes, assignment, ranks, state)
+    counts = assignment.num_rows(sizes).tolist()
     padded = F.pad(local, (0, 0, 0, max(counts) - len(local)))
     whole = gather_shards(padded, state.sp_group, dim=0).unflatten(0, (state.sp_size, -1))
     order = torch.as_tensor(assignment.restore(sizes), device=local.device)
