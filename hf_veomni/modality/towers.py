@@ -114,7 +114,7 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
     return next((name for name, other in model.named_modules() if other is module), "")
 
 
-def _check_rules(model: nn.Module, rules: Any, methods: Sequence[tuple[nn.Module, str]]) -> None:
+def _check_rules(model: PreTrainedModel, rules: Any, methods: Sequence[tuple[nn.Module, str]]) -> None:
     towers = {_name_of(model, _tower(*method)) for method in methods} - {""}
     for name, rule in rules.items():
         kind = rule.get("sp")
@@ -123,15 +123,20 @@ def _check_rules(model: nn.Module, rules: Any, methods: Sequence[tuple[nn.Module
                 f"The rule 'sp: {kind}' names `{name}`, which is no tower whose items can be told apart: name one of "
                 f"{sorted(towers) or 'none (the model has none)'}."
             )
-        if (
-            "fsdp" in rule
-            and not _runs_all(model)
-            and any(name == tower or name.startswith(f"{tower}.") for tower in towers)
-        ):
+        if "fsdp" in rule and _may_be_skipped(model, model.get_submodule(name)):
             raise ValueError(
-                f"The rule 'fsdp: {rule['fsdp']}' names `{name}`: a tower that is gathered by itself would be "
-                "waited for by rows without its modality. Leave the rule out: it is sharded with all that is no layer."
+                f"The rule 'fsdp: {rule['fsdp']}' names `{name}`, which only rows with its modality run: gathered by "
+                "itself it would be waited for by the other ranks. Leave the rule out: it is sharded with all that is "
+                "no layer."
             )
+
+
+def _may_be_skipped(model: PreTrainedModel, module: nn.Module) -> bool:
+    """Whether rows without pictures or sounds do not run a module: a tower, a projector, or a part of them."""
+    if _runs_all(model) or not hf.towers(model):
+        return False
+    inside = {p for other in (hf.decoder_stack(model), *_heads(model)) for p in other.parameters()}
+    return inside.isdisjoint(module.parameters())
 
 
 def _names_outside(model: nn.Module, decoder: nn.Module) -> list[str]:

@@ -142,3 +142,32 @@ def test_a_video_is_no_second_document():
     two = torch.cat([video, video], dim=-1)
     assert begins_again(two, None) and begins_again(two, torch.ones(1, 12))
     assert not begins_again(two, torch.tensor([[1] * 6 + [0] * 6]))
+
+
+def _prepare(family: str, modules: dict[str, dict[str, str]]) -> str:
+    from hf_veomni import ParallelPlan, prepare_omni
+
+    with pytest.raises(ValueError) as error:
+        prepare_omni(build(family), ParallelPlan(sp_size=2, modules=modules))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "message"),
+    [
+        ("model.vision_tower", {"fsdp": "free"}, "only rows with its modality run"),
+        ("model.vision_tower.encoder.layer.0", {"fsdp": "free"}, "only rows with its modality run"),
+        ("model.multi_modal_projector", {"fsdp": "keep"}, "only rows with its modality run"),
+        ("model.language_model", {"sp": "balance"}, "no tower whose items can be told apart"),
+    ],
+)
+def test_rules_that_ranks_would_wait_for_are_refused(ranks, name, rule, message):
+    for found in ranks(2).run(_prepare, "internvl", {name: rule}):
+        assert message in found and name in found
+
+
+def test_a_replicated_tower(ranks):
+    from hf_veomni import ParallelPlan
+
+    plan = ParallelPlan(sp_size=2, modules={"*.visual": {"sp": "replicate"}, "lm_head": {"fsdp": "keep"}})
+    _check(ranks, 2, "qwen3_vl", plan, [ALL])
