@@ -19,6 +19,7 @@ and for each deep layer. Where a family is not known to use features for these t
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
@@ -41,6 +42,8 @@ from hf_veomni.sequence.generation import is_generating
 _METHODS = {f"get_{modality}_features": modality for modality in ("image", "video", "audio")}
 # A video method may call that of pictures, which has its share already then.
 _sharing: ContextVar[bool] = ContextVar("hf_veomni_sharing", default=False)
+# PEFT's `modules_to_save` puts a wrapper with two copies in a module's place, whose name users know.
+_COPIES = re.compile(r"\.(original_module|modules_to_save\.[^.]+)$")
 _FEATURES = ("pooler_output", "last_hidden_state")
 
 
@@ -61,9 +64,8 @@ class _Touch(torch.autograd.Function):
 def find_methods(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """The innermost modules that turn items into features, and the names of their methods."""
     if _runs_all(model):
-        encoders: Any = model.get_submodule("encoders")
-        return [(encoder, "lm_encode") for encoder in encoders.values()]
-    owners = [(m, name) for m in model.modules() for name in _METHODS if callable(getattr(m, name, None))]
+        return [(m, "lm_encode") for m in model.get_submodule("encoders").modules() if hasattr(type(m), "lm_encode")]
+    owners = [(m, name) for m in model.modules() for name in _METHODS if callable(getattr(type(m), name, None))]
     return [
         (owner, name)
         for owner, name in owners
@@ -111,7 +113,8 @@ def _tower(owner: Any, method: str) -> nn.Module:
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next((name for name, other in model.named_modules() if other is module), "")
+    name = next((name for name, other in model.named_modules() if other is module), "")
+    return _COPIES.sub("", name)
 
 
 def _check_rules(model: PreTrainedModel, rules: Any, methods: Sequence[tuple[nn.Module, str]]) -> None:
