@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
+    Glm4vForConditionalGeneration,
     InternVLForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
     PreTrainedModel,
@@ -195,6 +196,12 @@ def _by_frame(seed: int, items: Sequence[tuple]) -> dict[str, Tensor]:
     return _qwen_row(seed, items, per_frame=True)
 
 
+def _glm(seed: int, items: Sequence[tuple]) -> dict[str, Tensor]:
+    """Tokens of pictures stand for videos too, so that a row has one kind of the two."""
+    row = _by_frame(seed, items)
+    return {**row, "input_ids": row["input_ids"].masked_fill(row["input_ids"] == VIDEO, IMAGE)}
+
+
 def _omni_2_5(seed: int, items: Sequence[tuple]) -> dict[str, Tensor]:
     return _qwen_row(seed, items, audio="2.5")
 
@@ -248,6 +255,17 @@ FAMILIES: dict[str, Family] = {
         ),
         _omni_3,
         _SIGHTS_AND_SOUNDS,
+    ),
+    "glm4v": Family(
+        Glm4vForConditionalGeneration,
+        _options(
+            {"rope_parameters": _MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}},
+            vision_config=_QWEN_VISION | {"image_size": 32},
+            image_start_token_id=START,
+            image_end_token_id=END,
+        ),
+        _glm,
+        (("image", 4, 6), ("image", 2, 2), ("image", 8, 4)),
     ),
     "internvl": Family(
         InternVLForConditionalGeneration,

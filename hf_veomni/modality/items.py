@@ -1,11 +1,14 @@
 """What a tower is called with, as items that can be encoded one by one: pictures, videos, sounds.
 
-    patches and grid    pixel_values [P, D], image_grid_thw [n, 3]     Qwen-VL, Qwen-Omni, GLM-V
+    patches and grid    pixel_values [P, D], image_grid_thw [n, 3]     Qwen-VL, Qwen-Omni, GLM-V; a long video in runs
     items first         pixel_values [n, ..], masks and sizes [n, ..]  LLaVA (videos too), Gemma 3, InternVL, Voxtral
     rows of items       pixel_values [B, m, C, H, W], zeros as filler  Idefics 3, SmolVLM
     sounds and masks    input_features [n, bins, T], mask [n, T]       Qwen-Omni, which is called for each sound
 
 A cost is in patches: attention is quadratic in those of one frame, the rest linear.
+
+A video of the towers in `FRAMES` is as many pictures as it has temporal patches: attention and windows end with each,
+and positions are those within it. So runs of its frames are items too, which are joined again behind the tower.
 """
 
 from __future__ import annotations
@@ -13,12 +16,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Arguments = dict[str, Any]
+
+# Model types of towers whose temporal patches do not know of each other, as read and tried in transformers 5.23.
+# Others merge frames (Ernie 4.5 VL), attend to the whole clip (Kimi K2.5, MiniMax M3), have no videos (PaddleOCR-VL,
+# HunYuan) or have not been tried (Video-Llama 3, dots3).
+FRAMES = {f"{family}_vision" for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")}
+FRAMES |= {f"{family}_vision" for family in ("qwen3_5_moe", "qwen4_exp", "glm4v", "glm4v_moe", "glm_ocr", "glm5_next")}
+FRAMES |= {f"{family}_vision_encoder" for family in ("qwen2_5_omni", "qwen3_omni_moe")}
+FRAMES |= {"exaone4_5_vision", "cohere_compass_vision"}
+
+# Runs of frames that are worth a rank's share: the more, the nearer the shares, and the more items.
+_RUNS_OF_A_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -29,19 +44,28 @@ class Items:
         costs: of each item, [n], any unit.
         select: arguments of a call for the items of these indices.
         one_by_one: the tower joins what items give, so that only a call for each tells their rows apart.
+        parts: of each thing that the caller counts (a whole video), the items that it was cut into; None for one each.
     """
 
     costs: list[float]
     select: Callable[[Sequence[int]], Arguments]
     one_by_one: bool = False
+    parts: list[int] | None = None
+
+    def join(self, sizes: Sequence[int]) -> list[int]:
+        """Rows of each thing that the caller counts, from the rows of each item."""
+        left = iter(sizes)
+        return list(sizes) if self.parts is None else [sum(islice(left, count)) for count in self.parts]
 
 
-def find_items(arguments: Arguments, width: int) -> Items | None:
+def find_items(arguments: Arguments, width: int, num_ranks: int = 0) -> Items | None:
     """The items in the arguments of a `get_*_features` method, by name; None where they cannot be told apart.
 
     Args:
         arguments: with their names. Shapes as above.
         width: of the tower's hidden states, which says from how many patches on attention outweighs the rest.
+        num_ranks: that share the items, where a long video may be cut into runs of frames (`FRAMES`); 0 leaves each
+            video whole.
     """
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     if any(
@@ -54,7 +78,7 @@ def find_items(arguments: Arguments, width: int) -> Items | None:
         return None
     grid = next((key for key in tensors if key.endswith("grid_thw")), None)
     if grid is not None:
-        return _by_grid(arguments, name, grid, width) if len(tensors) == 1 and values.dim() == 2 else None
+        return _by_grid(arguments, name, grid, width, num_ranks) if len(tensors) == 1 and values.dim() == 2 else None
     if values.dim() == 5 and "pixel_attention_mask" in arguments:
         return _in_rows(arguments, name)
     pictures = tensors.get("batch_num_images")  # of a sample, which are cut into patches where there is one alone
@@ -72,14 +96,32 @@ def _cost(patches: int, frames: int, width: int) -> float:
     return frames * patches * (6.0 * width + patches)
 
 
-def _by_grid(arguments: Arguments, name: str, grid: str, width: int) -> Items:
+def _by_grid(arguments: Arguments, name: str, grid: str, width: int, num_ranks: int) -> Items:
     sizes = arguments[grid].tolist()
+    parts = _count_runs(sizes, width, num_ranks)
+    sizes = [run for size, count in zip(sizes, parts, strict=True) for run in _cut_frames(*size, count)]
     blocks = arguments[name].split([math.prod(size) for size in sizes])
+    rows = arguments[grid].new_tensor(sizes)
 
     def select(indices: Sequence[int]) -> Arguments:
-        return {**arguments, name: torch.cat([blocks[i] for i in indices]), grid: arguments[grid][list(indices)]}
+        return {**arguments, name: torch.cat([blocks[i] for i in indices]), grid: rows[list(indices)]}
 
-    return Items([_cost(h * w, t, width) for t, h, w in sizes], select)
+    return Items([_cost(h * w, t, width) for t, h, w in sizes], select, parts=parts)
+
+
+def _count_runs(sizes: list[list[int]], width: int, num_ranks: int) -> list[int]:
+    """Runs for each video: so many that none costs much more than a fraction of a rank's share, else one."""
+    costs = [_cost(h * w, t, width) for t, h, w in sizes]
+    most = sum(costs) / max(num_ranks, 1) / _RUNS_OF_A_SHARE
+    if not num_ranks or not most:
+        return [1] * len(sizes)
+    return [min(t, math.ceil(cost / most - 1e-6)) for (t, _, _), cost in zip(sizes, costs, strict=True)]
+
+
+def _cut_frames(t: int, h: int, w: int, count: int) -> list[list[int]]:
+    """Grids of `count` runs of consecutive frames, as even as can be."""
+    small, longer = divmod(t, count)
+    return [[small + (i < longer), h, w] for i in range(count)]
 
 
 def _first(arguments: Arguments, names: Sequence[str], values: Tensor) -> Items:

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from tests.omni_models import FAMILIES, build
 from tests.ranks.parity import relative_error, whole
 
-# Items of each row, as places in the family's list: everything, nothing, the first, the last two.
+# Items of each row, as places in the family's list (everything, nothing, the first, the last two), or a list of items.
 ALL, NONE, FIRST, LAST = slice(None), slice(0), slice(1), slice(-2, None)
 
 
 def _row(family: str, seed: int, part: Any) -> dict[str, Any]:
     """One row, or for a tuple of parts a batch of as many, padded on the right."""
     found = FAMILIES[family]
-    if isinstance(part, slice):
-        return found.row(seed, found.items[part])
+    if isinstance(part, (slice, list)):
+        return found.row(seed, part if isinstance(part, list) else found.items[part])
     rows = [found.row(seed + i, found.items[one]) for i, one in enumerate(part)]
     longest = max(row["input_ids"].shape[1] for row in rows)
     for row in rows:
@@ -105,7 +105,7 @@ def _compare(family: str, plan: Any, split: Any, options: dict[str, Any]) -> dic
     }
 
 
-def _check(ranks: Any, world: int, family: str, plan: Any, *split: Any, **options: Any) -> None:
+def check_towers(ranks: Any, world: int, family: str, plan: Any, *split: Any, **options: Any) -> None:
     for errors in ranks(world).run(_compare, family, plan, split, options, timeout=120):
         print(family, plan, options, errors)
         assert max(errors.values()) < 1e-5, errors
@@ -113,18 +113,18 @@ def _check(ranks: Any, world: int, family: str, plan: Any, *split: Any, **option
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_of_every_modality(ranks, family):
-    _check(ranks, 2, family, "sp=2", [ALL])
+    check_towers(ranks, 2, family, "sp=2", [ALL])
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision"])
 def test_a_padded_batch(ranks, family):
     """Features of two rows come one after the other, but the slices of both have tokens of each."""
-    _check(ranks, 2, family, "sp=2", [(ALL, LAST)])
+    check_towers(ranks, 2, family, "sp=2", [(ALL, LAST)])
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_omni", "llava_onevision"])
 def test_it_does_not_matter_who_encodes_what(ranks, family):
-    _check(ranks, 2, family, "sp=2", [ALL], reversed=True)
+    check_towers(ranks, 2, family, "sp=2", [ALL], reversed=True)
 
 
 # Data rank 0 has something in its first row only, data rank 1 in its second.
@@ -136,7 +136,7 @@ BESIDE = ([ALL, NONE], [NONE, LAST])
     "family", [pytest.param(f, marks=[] if f == "qwen3_omni" else pytest.mark.slow) for f in FAMILIES]
 )
 def test_rows_of_some_modalities_under_accumulation(ranks, family, options):
-    _check(ranks, 2, family, "dp_shard=2", *BESIDE, **options)
+    check_towers(ranks, 2, family, "dp_shard=2", *BESIDE, **options)
 
 
 PLANS = ["sp=2,dp_shard=2", "sp=2,dp_replicate=2", "sp=4", "sp=2,dp_shard=2,ep=2", "sp=4,ep=4"]
@@ -150,7 +150,7 @@ def test_four_ranks(ranks, family, plan, checkpointing):
     if "ep" in plan.split(",")[-1] and family not in ("qwen3_vl_moe", "qwen3_omni"):
         pytest.skip("a dense model")
     split = BESIDE if "dp" in plan else ([ALL, NONE, FIRST],)
-    _check(ranks, 4, family, plan, *split, checkpointing=checkpointing)
+    check_towers(ranks, 4, family, plan, *split, checkpointing=checkpointing)
 
 
 def test_a_video_is_no_second_document():
@@ -190,4 +190,4 @@ def test_a_replicated_tower(ranks):
     from hf_veomni import ParallelPlan
 
     plan = ParallelPlan(sp_size=2, modules={"*.visual": {"sp": "replicate"}, "lm_head": {"fsdp": "keep"}})
-    _check(ranks, 2, "qwen3_vl", plan, [ALL])
+    check_towers(ranks, 2, "qwen3_vl", plan, [ALL])
