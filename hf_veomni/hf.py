@@ -34,6 +34,7 @@ from transformers.modeling_utils import (
     _get_resolved_checkpoint_files,
 )
 from transformers.utils import logging
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 AttentionFunction = Callable[..., tuple[Tensor, Any]]
 
@@ -229,6 +230,13 @@ def mark_fsdp_managed(model: PreTrainedModel) -> None:
     setattr(model, "_is_fsdp_managed_module", True)  # noqa: B010 (nn.Module's setter takes no bool)
 
 
+def keep_recorders(model: PreTrainedModel) -> None:
+    """Record hidden states and attentions of the same layers where FSDP2 has given a model's class another name."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+
+
 def replace_loss(model: PreTrainedModel, loss: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
     """Set `model.loss_function`; returns what `restore_loss` needs.
 
@@ -387,9 +395,6 @@ def compute_buffers(model: PreTrainedModel) -> list[str]:
     return [name for name in computed if (b := model.get_buffer(name)).is_floating_point() and bool(b.isnan().any())]
 
 
-__all__ = ["EPImplementation", "ParamWrapper"]
-
-
 def count_multimodal_tokens(processor: Any, modality: str, size: Any) -> tuple[int, int | None] | None:
     """Tokens and patches (or tiles) of an "image" (height, width) or "audio" (samples) by the processor's own formula;
     None if it has none."""
@@ -400,3 +405,6 @@ def count_multimodal_tokens(processor: Any, modality: str, size: Any) -> tuple[i
     found = count(**{name: [size]})
     patches = found.num_image_patches if modality == "image" else None
     return int(getattr(found, f"num_{modality}_tokens")[0]), None if patches is None else int(patches[0])
+
+
+__all__ = ["EPImplementation", "ParamWrapper"]

@@ -22,11 +22,11 @@ _STYLES = {"free_full_weight": "free", "keep_full_weight": "keep"}
 def _stock_units(model: PreTrainedModel) -> dict[str, str]:
     """Module name -> "free" or "keep", from the family's plan, or one unit for each decoder layer.
 
-    Towers are no units of their own: they are gathered and reduced with the root.
+    Towers are no units of their own unless rules of the plan say so: they are gathered and reduced with the root.
     """
     styles = hf.fsdp_styles(model)
     if styles is not None:
-        # A rank whose row has no picture does not run their tower, and nobody may wait for it there.
+        # A rank whose row has no picture does not run their tower, and nobody should have to wait for it there.
         skipped = {module for tower in hf.towers(model) for module in tower.modules()}
         return {n: _STYLES[style] for n, style in styles.items() if model.get_submodule(n) not in skipped}
     layers = getattr(hf.decoder_stack(model), "layers", None)
@@ -160,4 +160,5 @@ def shard_parameters(
     _prefetch_experts(model, experts)
     model.register_forward_hook(_reshard_after_inference)
     hf.mark_fsdp_managed(model)
+    hf.keep_recorders(model)
     return model

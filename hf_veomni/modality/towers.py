@@ -36,6 +36,7 @@ from hf_veomni.comm.gather import gather_shards
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment, assign_items
 from hf_veomni.modality.items import Items, find_items
+from hf_veomni.modality.passes import FEATURES, TowerPasses, units_of, used_features, why_not
 from hf_veomni.modality.slices import exchange_rows, find_ranks, watch_ids
 from hf_veomni.sequence.generation import is_generating
 
@@ -44,7 +45,6 @@ _METHODS = {f"get_{modality}_features": modality for modality in ("image", "vide
 _sharing: ContextVar[bool] = ContextVar("hf_veomni_sharing", default=False)
 # PEFT's `modules_to_save` puts a wrapper with two copies in a module's place, whose name users know.
 _COPIES = re.compile(r"\.(original_module|modules_to_save\.[^.]+)$")
-_FEATURES = ("pooler_output", "last_hidden_state")
 
 
 class _Touch(torch.autograd.Function):
@@ -81,26 +81,40 @@ def attach_towers(model: PreTrainedModel, state: ParallelState, undo: list[Calla
         undo: gets how to take it off again.
 
     Raises:
-        ValueError: a rule of the plan that shards a tower by itself, or asks for balance where items cannot be told
-            apart.
+        ValueError: a rule of the plan that shards what ranks cannot be made to run together, or asks for balance where
+            items cannot be told apart.
     """
     rules = state.plan.match_modules(name for name, _ in model.named_modules() if name)
     methods = find_methods(model)
     _check_rules(model, rules, methods)
     decoder = hf.decoder_stack(model)
+    passes: dict[nn.Module, TowerPasses] = {}
     if state.world_size > 1 and decoder is not model and not _runs_all(model):
         outside = _names_outside(model, decoder)
-        if outside:
-            undo.append(decoder.register_forward_pre_hook(partial(_touch, model, outside), with_kwargs=True).remove)
-    if state.sp_size == 1:
-        return
-    undo.append(watch_ids(model, list(inspect.signature(model.forward).parameters)))
+        passes = _attach_passes(model, state, rules, methods, undo)
+        if outside or passes:
+            hook = partial(_touch, model, _outside_units(outside, rules), passes)
+            undo.append(decoder.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    if state.sp_size > 1:
+        undo.append(watch_ids(model, list(inspect.signature(model.forward).parameters)))
     for owner, name in methods:
-        tower = _tower(owner, name)
-        if rules.get(_name_of(model, tower), {}).get("sp") == "replicate":
+        alone = state.sp_size == 1 or rules.get(_name_of(model, _tower(owner, name)), {}).get("sp") == "replicate"
+        if alone and owner not in passes:
             continue
-        owner.__dict__[name] = _SharedMethod(owner, name, model, state)
+        owner.__dict__[name] = _SharedMethod(owner, name, model, state, not alone, passes.get(owner))
         undo.append(partial(owner.__dict__.pop, name, None))
+
+
+def _attach_passes(
+    model: PreTrainedModel, state: ParallelState, rules: Any, methods: Sequence[tuple[nn.Module, str]], undo: list
+) -> dict[nn.Module, TowerPasses]:
+    """What keeps the ranks in step, for the owners of towers that have FSDP units of their own."""
+    found: dict[nn.Module, TowerPasses] = {}
+    for owner in dict.fromkeys(owner for owner, _ in methods):
+        if any(units_of(owner, _name_of(model, owner), rules)):
+            found[owner] = TowerPasses(owner, state)
+            undo.append(owner.register_forward_pre_hook(found[owner].begin, with_kwargs=True).remove)
+    return found
 
 
 def _runs_all(model: nn.Module) -> bool:
@@ -127,11 +141,14 @@ def _check_rules(model: PreTrainedModel, rules: Any, methods: Sequence[tuple[nn.
                 f"{sorted(towers) or 'none (the model has none)'}."
             )
         if "fsdp" in rule and _may_be_skipped(model, model.get_submodule(name)):
-            raise ValueError(
-                f"The rule 'fsdp: {rule['fsdp']}' names `{name}`, which only rows with its modality run: gathered by "
-                "itself it would be waited for by the other ranks. Leave the rule out: it is sharded with all that is "
-                "no layer."
-            )
+            known = [owner for owner, _ in methods if name in units_of(owner, _name_of(model, owner), rules)]
+            reason = why_not(known[0]) if known else "no `get_*_features` of the model runs it"
+            if reason is not None:
+                raise ValueError(
+                    f"The rule 'fsdp: {rule['fsdp']}' names `{name}`, which only rows with its modality run, and the "
+                    f"other ranks cannot be made to wait for them, since {reason}. Leave the rule out: it is sharded "
+                    "with all that is no layer."
+                )
 
 
 def _may_be_skipped(model: PreTrainedModel, module: nn.Module) -> bool:
@@ -153,22 +170,45 @@ def _heads(model: Any) -> list[nn.Module]:
     return [module for module in found if isinstance(module, nn.Module)]
 
 
-def _touch(model: nn.Module, names: Sequence[str], decoder: nn.Module, args: tuple, kwargs: dict) -> Any:
+def _outside_units(names: Sequence[str], rules: Any) -> list[str]:
+    """Those of the parameters that belong to no FSDP unit of a tower's own, which runs where any rank runs it."""
+    units = tuple(f"{name}." for name, rule in rules.items() if "fsdp" in rule)
+    return [name for name in names if not name.startswith(units)]
+
+
+def _touch(
+    model: nn.Module,
+    names: Sequence[str],
+    passes: dict[nn.Module, TowerPasses],
+    decoder: nn.Module,
+    args: tuple,
+    kwargs: dict,
+) -> Any:
+    loose = [tensor for owner, kept in passes.items() for tensor in kept.finish(owner)]
     hidden = kwargs.get("inputs_embeds")
     if hidden is None or not torch.is_grad_enabled():
         return None
     parameters = [model.get_parameter(name) for name in names]
-    return args, {**kwargs, "inputs_embeds": _Touch.apply(hidden, *parameters)}
+    return args, {**kwargs, "inputs_embeds": _Touch.apply(hidden, *parameters, *loose)}
 
 
 class _SharedMethod:
-    """In place of a `get_*_features` method: the stock one on this rank's share of the items.
+    """In place of a `get_*_features` method: the stock one, on this rank's share of the items where it is shared.
 
     No closure: a deep copy of the model gets one of its own.
     """
 
-    def __init__(self, owner: nn.Module, name: str, model: nn.Module, state: ParallelState) -> None:
+    def __init__(
+        self,
+        owner: nn.Module,
+        name: str,
+        model: nn.Module,
+        state: ParallelState,
+        shared: bool,
+        passes: TowerPasses | None,
+    ) -> None:
         self.owner, self.name, self.model, self.state = owner, name, model, state
+        self.shared, self.passes = shared, passes
         config = getattr(_tower(owner, name), "config", None)
         self.width = int(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 1)
         self.parameters = list(inspect.signature(self._stock).parameters)
@@ -178,24 +218,32 @@ class _SharedMethod:
         return getattr(type(self.owner), self.name).__get__(self.owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        items = None if _sharing.get() or is_generating(self.model) else find_items(arguments, self.width)
-        if items is None or len(items.costs) < 2:
+        if _sharing.get():
             return self._stock(*args, **kwargs)
-        assignment = assign_items(items.costs, self.state.sp_size)
+        arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        items = None if is_generating(self.model) else find_items(arguments, self.width)
         token = _sharing.set(True)
         try:
-            return self._encode(items, assignment)
+            if self.shared and items is not None and len(items.costs) > 1:
+                return self._encode(items, assign_items(items.costs, self.state.sp_size))
+            return self._run([arguments], items)[0]
         finally:
             _sharing.reset(token)
+
+    def _run(self, calls: list[dict[str, Any]], items: Items | None) -> list[Any]:
+        """Outputs of the stock method."""
+        if self.passes is None:
+            return [self._stock(**call) for call in calls]
+        smallest = calls[0] if items is None else items.select([_cheapest(items)])
+        return self.passes.run(self.owner, self.name, calls, smallest)
 
     def _encode(self, items: Items, assignment: Assignment) -> Any:
         """Features of all items, as the stock method gives them, from this rank's share."""
         mine = assignment.items(self.state.sp_rank).tolist()
         # A rank without an item encodes the cheapest one and hands out nothing of it.
-        chosen = mine or [min(range(len(items.costs)), key=items.costs.__getitem__)]
+        chosen = mine or [_cheapest(items)]
         calls = [[i] for i in chosen] if items.one_by_one else [chosen]
-        outputs = [self._stock(**items.select(call)) for call in calls]
+        outputs = self._run([items.select(call) for call in calls], items)
         blocks = [_blocks(output, len(call)) for output, call in zip(outputs, calls, strict=True)]
         kinds = [[block for found in blocks for block in found[kind]] for kind in range(len(blocks[0]))]
         sizes = _sizes([len(block) for block in kinds[0]][: len(mine)], assignment, self.state)
@@ -206,12 +254,13 @@ class _SharedMethod:
         return _like(outputs[0], whole, sizes)
 
 
+def _cheapest(items: Items) -> int:
+    return min(range(len(items.costs)), key=items.costs.__getitem__)
+
+
 def _blocks(output: Any, count: int) -> list[list[Tensor]]:
     """Features of each item, [rows, width]: the features proper, then those of each deep layer."""
-    if isinstance(output, Tensor):
-        return [_split(output, count)]
-    first = next((output.get(name) for name in _FEATURES if output.get(name) is not None), None)
-    return [_split(kind, count) for kind in (first, *(output.get("deepstack_features") or ()))]
+    return [_split(kind, count) for kind in used_features(output)]
 
 
 def _split(features: Any, count: int) -> list[Tensor]:
@@ -255,7 +304,7 @@ def _like(output: Any, whole: list[Tensor], sizes: list[int]) -> Any:
     """An output of the stock method's kind with the features of all items in it, and nothing else."""
     if isinstance(output, Tensor):
         return whole[0].unflatten(0, (len(sizes), -1))
-    name = next(name for name in _FEATURES if output.get(name) is not None)
+    name = next(name for name in FEATURES if output.get(name) is not None)
     shape = output[name]
     features: Any = whole[0]
     if not isinstance(shape, Tensor):
@@ -263,7 +312,7 @@ def _like(output: Any, whole: list[Tensor], sizes: list[int]) -> Any:
     elif shape.dim() == 3:
         features = whole[0].unflatten(0, (len(sizes), -1))
     # The Omni thinkers' sounds are the same tensor under both names, and are read under the second.
-    found: dict[str, Any] = {key: features for key in _FEATURES if output.get(key) is shape}
+    found: dict[str, Any] = {key: features for key in FEATURES if output.get(key) is shape}
     if output.get("deepstack_features") is not None:
         split = not isinstance(output["deepstack_features"][0], Tensor)
         found["deepstack_features"] = [kind.split(sizes) if split else kind for kind in whole[1:]]
