@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from hf_veomni import hf
+from hf_veomni import hf, hf_weights
 from hf_veomni.checkpoint.agree import together
 from hf_veomni.checkpoint.lazy import LazyTensor, open_lazy
 from hf_veomni.expert import find_layouts
@@ -74,7 +74,7 @@ def _names(found: list[str], limit: int = 4) -> str:
     return ", ".join(f"'{name}'" for name in found[:limit]) + more
 
 
-def _check_report(report: hf.LoadReport, model: nn.Module, checkpoint: Checkpoint) -> None:
+def _check_report(report: hf_weights.LoadReport, model: nn.Module, checkpoint: Checkpoint) -> None:
     problems = []
     if report.missing:
         problems.append(f"it lacks {_names(report.missing)}")
@@ -152,8 +152,8 @@ def plan_weights(model: nn.Module, checkpoint: Checkpoint) -> PendingWeights:
     pending = PendingWeights(checkpoint, {}, adapters, initialised, plain)
     with ExitStack() as files:
         lazy = _open(checkpoint, files)
-        _check_report(hf.load_tensors(plain, lazy), base, checkpoint)
-        if uncomputed := hf.compute_buffers(plain):
+        _check_report(hf_weights.load_tensors(plain, lazy), base, checkpoint)
+        if uncomputed := hf_weights.compute_buffers(plain):
             raise ValueError(
                 f"{_names(uncomputed)} of {type(base).__name__} is on the meta device, in no checkpoint, and the "
                 "family has no rule to compute it: build the model with real buffers, or use from_pretrained."
@@ -172,7 +172,7 @@ def plan_weights(model: nn.Module, checkpoint: Checkpoint) -> PendingWeights:
 def _open(checkpoint: Checkpoint, files: ExitStack) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     try:
-        for path in hf.find_weight_files(checkpoint):
+        for path in hf_weights.find_weight_files(checkpoint):
             tensors.update(open_lazy(path, files))
     except (OSError, SafetensorError) as error:
         raise ValueError(
@@ -232,7 +232,7 @@ def materialize_weights(model: nn.Module, pending: PendingWeights, device: torch
         for name, tensor in _tensors(model, duplicates=False):
             value = pending.initialised[name] if name in pending.initialised else pending.values[name]
             _fill(tensor, layouts[name].to_stack(value) if name in layouts else value)
-        hf.copy_conversions(hf.base_model(model), pending.plain)
+        hf_weights.copy_conversions(hf.base_model(model), pending.plain)
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
@@ -278,7 +278,7 @@ def read_converted(model: nn.Module, kind: type[PreTrainedModel], directory: Che
     for name, tensor in plain.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(targets[name].dtype)
     with ExitStack() as files:
-        report = hf.load_tensors(plain, _open(directory, files))
+        report = hf_weights.load_tensors(plain, _open(directory, files))
         _check_report(replace(report, unexpected=[]), model, directory)
         for name, value in plain.state_dict(keep_vars=True).items():
             _fill(targets[name], value)
