@@ -35,7 +35,7 @@ from hf_veomni import hf
 from hf_veomni.comm.gather import gather_shards
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment, assign_items
-from hf_veomni.modality.items import Items, find_items
+from hf_veomni.modality.items import FRAMES, Items, find_items
 from hf_veomni.modality.passes import FEATURES, TowerPasses, units_of, used_features, why_not
 from hf_veomni.modality.slices import exchange_rows, find_ranks, watch_ids
 from hf_veomni.sequence.generation import is_generating
@@ -210,6 +210,7 @@ class _SharedMethod:
         self.owner, self.name, self.model, self.state = owner, name, model, state
         self.shared, self.passes = shared, passes
         config = getattr(_tower(owner, name), "config", None)
+        self.cuts_videos = getattr(config, "model_type", None) in FRAMES
         self.width = int(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 1)
         self.parameters = list(inspect.signature(self._stock).parameters)
 
@@ -221,7 +222,8 @@ class _SharedMethod:
         if _sharing.get():
             return self._stock(*args, **kwargs)
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        items = None if is_generating(self.model) else find_items(arguments, self.width)
+        runs = self.state.sp_size if self.shared and self.cuts_videos else 0
+        items = None if is_generating(self.model) else find_items(arguments, self.width, runs)
         token = _sharing.set(True)
         try:
             if self.shared and items is not None and len(items.costs) > 1:
@@ -251,7 +253,7 @@ class _SharedMethod:
         if self.name in _METHODS:
             ranks = find_ranks(getattr(self.owner, "config", None), _METHODS[self.name], sum(sizes), self.state)
         whole = [_exchange(torch.cat(kind), len(mine), sizes, assignment, ranks, self.state) for kind in kinds]
-        return _like(outputs[0], whole, sizes)
+        return _like(outputs[0], whole, items.join(sizes))
 
 
 def _cheapest(items: Items) -> int:
