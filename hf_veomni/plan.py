@@ -23,7 +23,7 @@ SHORT_NAMES |= {"sp": "sp_size", "ep": "ep_size", "pp": "pp_size"}
 # What a rule in `modules` may say. A key or value that nothing reads would be an option without effect.
 MODULE_RULES: dict[str, tuple[str, ...]] = {
     "fsdp": ("free", "keep"),
-    "sp": ("gather", "balance", "replicate"),
+    "sp": ("gather", "balance", "replicate", "ulysses"),
 }
 
 
@@ -56,7 +56,9 @@ class ParallelPlan:
             `fsdp`: "free" gives the module an FSDP unit of its own that frees its weight after forward; "keep" one
             that keeps it gathered until its backward.
             `sp`: "gather" runs a module that mixes tokens (a state space, a convolution) on whole documents and
-            slices its output: right for any causal one, at up to sp times the compute.
+            slices its output: right for any causal one, at up to sp times the compute. A tower of pictures, videos or
+            sounds: "balance" (the default) deals whole items and runs of frames out to the SP ranks, "ulysses" cuts
+            the patches of each call over them, for a picture too large for one, and "replicate" runs the tower on all.
 
     Raises:
         ValueError: a size that is no positive integer, sizes that do not fit each other, or an unknown rule.

@@ -37,6 +37,7 @@ from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment, assign_items
 from hf_veomni.modality.items import FRAMES, Items, find_items
 from hf_veomni.modality.passes import FEATURES, TowerPasses, units_of, used_features, why_not
+from hf_veomni.modality.patches import TowerCut, check_cut, cutting
 from hf_veomni.modality.slices import exchange_rows, find_ranks, watch_ids
 from hf_veomni.sequence.generation import is_generating
 
@@ -86,7 +87,7 @@ def attach_towers(model: PreTrainedModel, state: ParallelState, undo: list[Calla
     """
     rules = state.plan.match_modules(name for name, _ in model.named_modules() if name)
     methods = find_methods(model)
-    _check_rules(model, rules, methods)
+    _check_rules(model, rules, methods, state.sp_size)
     decoder = hf.decoder_stack(model)
     passes: dict[nn.Module, TowerPasses] = {}
     if state.world_size > 1 and decoder is not model and not _runs_all(model):
@@ -97,12 +98,17 @@ def attach_towers(model: PreTrainedModel, state: ParallelState, undo: list[Calla
             undo.append(decoder.register_forward_pre_hook(hook, with_kwargs=True).remove)
     if state.sp_size > 1:
         undo.append(watch_ids(model, list(inspect.signature(model.forward).parameters)))
+    cut: dict[nn.Module, None] = {}
     for owner, name in methods:
-        alone = state.sp_size == 1 or rules.get(_name_of(model, _tower(owner, name)), {}).get("sp") == "replicate"
-        if alone and owner not in passes:
+        tower = _tower(owner, name)
+        kind = "replicate" if state.sp_size == 1 else rules.get(_name_of(model, tower), {}).get("sp", "balance")
+        if kind == "replicate" and owner not in passes:
             continue
-        owner.__dict__[name] = _SharedMethod(owner, name, model, state, not alone, passes.get(owner))
+        if kind == "ulysses":
+            cut[tower] = None
+        owner.__dict__[name] = _SharedMethod(owner, name, model, state, kind, passes.get(owner))
         undo.append(partial(owner.__dict__.pop, name, None))
+    undo += [TowerCut(tower, state).remove for tower in cut]
 
 
 def _attach_passes(
@@ -131,15 +137,17 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
     return _COPIES.sub("", name)
 
 
-def _check_rules(model: PreTrainedModel, rules: Any, methods: Sequence[tuple[nn.Module, str]]) -> None:
+def _check_rules(model: PreTrainedModel, rules: Any, methods: Sequence[tuple[nn.Module, str]], sp_size: int) -> None:
     towers = {_name_of(model, _tower(*method)) for method in methods} - {""}
     for name, rule in rules.items():
         kind = rule.get("sp")
-        if kind in ("balance", "replicate") and name not in towers:
+        if kind in ("balance", "replicate", "ulysses") and name not in towers:
             raise ValueError(
                 f"The rule 'sp: {kind}' names `{name}`, which is no tower whose items can be told apart: name one of "
                 f"{sorted(towers) or 'none (the model has none)'}."
             )
+        if kind == "ulysses":
+            check_cut(model.get_submodule(name), name, sp_size)
         if "fsdp" in rule and _may_be_skipped(model, model.get_submodule(name)):
             known = [owner for owner, _ in methods if name in units_of(owner, _name_of(model, owner), rules)]
             reason = why_not(known[0]) if known else "no `get_*_features` of the model runs it"
@@ -193,9 +201,9 @@ def _touch(
 
 
 class _SharedMethod:
-    """In place of a `get_*_features` method: the stock one, on this rank's share of the items where it is shared.
+    """In place of a `get_*_features` method: the stock one, on this rank's share of the items or of their patches.
 
-    No closure: a deep copy of the model gets one of its own.
+    `kind` is the rule: "balance", "ulysses" or "replicate". No closure: a deep copy of the model gets one of its own.
     """
 
     def __init__(
@@ -204,11 +212,11 @@ class _SharedMethod:
         name: str,
         model: nn.Module,
         state: ParallelState,
-        shared: bool,
+        kind: str,
         passes: TowerPasses | None,
     ) -> None:
         self.owner, self.name, self.model, self.state = owner, name, model, state
-        self.shared, self.passes = shared, passes
+        self.kind, self.passes = kind, passes
         config = getattr(_tower(owner, name), "config", None)
         self.cuts_videos = getattr(config, "model_type", None) in FRAMES
         self.width = int(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 1)
@@ -222,12 +230,19 @@ class _SharedMethod:
         if _sharing.get():
             return self._stock(*args, **kwargs)
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        runs = self.state.sp_size if self.shared and self.cuts_videos else 0
+        balanced = self.kind == "balance"
+        runs = self.state.sp_size if balanced and self.cuts_videos else 0
         items = None if is_generating(self.model) else find_items(arguments, self.width, runs)
         token = _sharing.set(True)
         try:
-            if self.shared and items is not None and len(items.costs) > 1:
+            if balanced and items is not None and len(items.costs) > 1:
                 return self._encode(items, assign_items(items.costs, self.state.sp_size))
+            if self.kind == "ulysses" and not is_generating(self.model):
+                cut = cutting.set((getattr(self.owner, "config", None), _METHODS[self.name]))
+                try:
+                    return self._run([arguments], items)[0]
+                finally:
+                    cutting.reset(cut)
             return self._run([arguments], items)[0]
         finally:
             _sharing.reset(token)
