@@ -36,6 +36,23 @@ def test_pictures_and_videos(ranks, family):
     check_towers(ranks, 2, family, _plan("sp=2"), [ONE_KIND if family == "glm4v" else ALL])
 
 
+def _patches(family: str) -> list[int]:
+    """Patches that this rank's tower works on for a picture and a video, and those of the row."""
+    from hf_veomni import prepare_omni
+    from tests.omni_models import FAMILIES, build
+
+    model: Any = prepare_omni(build(family), _plan("sp=2"))
+    row, seen = FAMILIES[family].row(0, [("image", 8, 4), ("video", 3, 4, 4)]), []
+    model.model.visual.blocks[1].register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    model(**row)
+    return [*seen, len(row["pixel_values"]), len(row["pixel_values_videos"])]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_rank_sees_its_share_of_the_patches(ranks, family):
+    assert ranks(2).run(_patches, family) == [[16, 24, 32, 48]] * 2
+
+
 def test_beside_a_row_of_words(ranks):
     check_towers(ranks, 4, "qwen3_vl", _plan("sp=2,dp_shard=2"), [NONE, HUGE], [HUGE, NONE], checkpointing=True)
 
@@ -110,7 +127,7 @@ def test_every_tower(ranks, model_type):
 
 
 def _with_a_cache() -> list[Any]:
-    """Logits with a cache, for which every rank needs all features, and the stock model's; then attention as it was."""
+    """Logits of the stock model and those with a cache, for which ranks need all features; is attention as before?"""
     from hf_veomni import detach_omni, prepare_omni
     from tests.omni_models import FAMILIES, build
 
