@@ -17,12 +17,12 @@ ONE_KIND = [("video", 5, 4, 6), ("video", 3, 2, 2)]  # GLM has one token for bot
 GRIDS = ["qwen2_5_vl", "qwen3_vl", "glm4v"]
 
 
-def _plan(plan: str) -> Any:
+def _plan(plan: str, **rules: dict[str, str]) -> Any:
     from dataclasses import replace
 
     from hf_veomni import ParallelPlan
 
-    return replace(ParallelPlan.from_string(plan), modules={"*.visual": {"sp": "ulysses"}})
+    return replace(ParallelPlan.from_string(plan), modules={"*.visual": {"sp": "ulysses"}, **rules})
 
 
 @pytest.mark.parametrize("sp_size", [2, 4])
@@ -63,6 +63,11 @@ def test_fewer_units_than_ranks(ranks):
 
 def test_beside_experts(ranks):
     check_towers(ranks, 4, "qwen3_vl_moe", _plan("sp=2,dp_shard=2,ep=2"), [HUGE], [NONE])
+
+
+def test_with_fsdp_units_of_its_own(ranks):
+    plan = _plan("sp=2,dp_shard=2", **{"*.visual.blocks.*": {"fsdp": "free"}})
+    check_towers(ranks, 4, "qwen3_vl", plan, [ALL, NONE], [NONE, HUGE], checkpointing=True)
 
 
 @pytest.mark.slow
