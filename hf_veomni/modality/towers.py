@@ -1,4 +1,4 @@
-"""Towers of stock models under sequence parallelism: whole items over the SP ranks, features to all of them.
+"""Towers of stock models under sequence parallelism: items over the SP ranks, features to those that need them.
 
     get_image_features (also video, audio) of the model; lm_encode of an OmniModel's encoders
         the ranks of an SP group hold the same items; each encodes its share (`assign_items`)
@@ -13,7 +13,7 @@ is their sum. Of an item that one rank runs, the reduce-scatter sums first and t
 
 What is moved: each rank gets the features of the tokens of its slice, rows * width / sp elements, once for all layers
 and for each deep layer. Where a family is not known to use features for these tokens alone, each rank gets all:
-(sp - 1) / sp * rows * width elements. Ulysses moves about as much for each layer.
+(sp - 1) / sp * rows * width elements. Under the rule `sp: ulysses` patches are cut instead of items (`patches`).
 """
 
 from __future__ import annotations
