@@ -21,6 +21,7 @@ SCRIPTS = {
     "expert_parallel": True,
     "activation_memory": False,
     "linear_attention": False,
+    "towers": False,
     "packing": False,
     "collator": False,
     "balance": False,
