@@ -10,8 +10,8 @@ and take turns. Of the slowest or fullest rank:
 
 With one picture `balance` has nothing to deal out. The bound of both is 1/sp for the tower's part.
 
-Exit status 1 if a gradient of the tower differs from that of the tower whole, or if a rule that shares (frames of the video; Ulysses for both) is not below 0.75 of
-the whole in seconds or in peak.
+Exit status 1 if a gradient of the tower differs from that of the tower whole, or if a rule that shares (frames of the
+video; Ulysses for both) is not below 0.75 of the whole in seconds or in peak.
 """
 
 from __future__ import annotations
