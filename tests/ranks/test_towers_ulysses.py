@@ -65,6 +65,10 @@ def test_beside_experts(ranks):
     check_towers(ranks, 4, "qwen3_vl_moe", _plan("sp=2,dp_shard=2,ep=2"), [HUGE], [NONE])
 
 
+def test_heads_that_the_ranks_do_not_divide(ranks):
+    check_towers(ranks, 3, "qwen2_5_vl", _plan("sp=3"), [HUGE])
+
+
 def test_with_fsdp_units_of_its_own(ranks):
     plan = _plan("sp=2,dp_shard=2", **{"*.visual.blocks.*": {"fsdp": "free"}})
     check_towers(ranks, 4, "qwen3_vl", plan, [ALL, NONE], [NONE, HUGE], checkpointing=True)
