@@ -1,6 +1,7 @@
 """Pictures and sounds from files, bytes and arrays, and their sizes from the header alone.
 
-Pillow reads pictures. Wav files (whole numbers of 8 to 32 bits, floats) are read here; other sounds need `soundfile`.
+Pillow reads pictures. Wav files (whole numbers of 8 to 32 bits, floats) are read here; other sounds, and other codings
+of wav, need `soundfile`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def open_image(value: Any, name: str) -> Any:
 
     Args:
         value: a path, bytes, {"bytes": ..., "path": ...} as `datasets.Image(decode=False)` gives it, a PIL image, or
-            an array or tensor [height, width(, 3)] or [3, height, width] of bytes.
+            an array, tensor or nested list of bytes (0..255): [height, width], with 1, 3 or 4 channels last, or 1 or 3
+            first. Of pictures with 16 bits a channel the upper 8 are taken.
         name: what to call it in messages.
 
     Raises:
@@ -65,14 +67,12 @@ def open_image(value: Any, name: str) -> Any:
 
     try:
         if isinstance(value, np.ndarray | torch.Tensor | list):
-            array = np.asarray(value)
-            if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
-                array = array.transpose(1, 2, 0)
-            if array.dtype != np.uint8:
-                raise ValueError(f"arrays of pictures must hold bytes (uint8), not {array.dtype}")
-            return Image.fromarray(array).convert("RGB")
+            return Image.fromarray(_picture_bytes(value)).convert("RGB")
         image = value if isinstance(value, Image.Image) else Image.open(_source(value))
+        _check_mode(image)
         upright = ImageOps.exif_transpose(image) if _orientation(image) else image
+        if upright.mode.startswith("I;16"):  # Pillow would cut off what is above 255: all white
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
         return upright.convert("RGB")
     except Exception as error:  # decoders raise every kind
         raise BrokenItemError(f"{name} is no picture that can be read: {type(error).__name__}: {error}") from error
@@ -88,19 +88,48 @@ def image_size(value: Any, name: str) -> tuple[int, int]:
 
     try:
         if isinstance(value, np.ndarray | torch.Tensor | list):
-            image = open_image(value, name)
-            return image.height, image.width
+            height, width = _picture_bytes(value).shape[:2]
+            return height, width
         if isinstance(value, Image.Image):
             return _upright(value)
         with Image.open(_source(value)) as image:
             return _upright(image)
-    except BrokenItemError:
-        raise
     except Exception as error:
         raise BrokenItemError(f"{name} is no picture that can be read: {type(error).__name__}: {error}") from error
 
 
+def _picture_bytes(value: Any) -> np.ndarray:
+    """An array of a picture as uint8, [height, width] or [height, width, 3 or 4]."""
+    array = _array(value)
+    if isinstance(value, list) and array.dtype.kind in "iu" and array.size and 0 <= array.min() <= array.max() <= 255:
+        array = array.astype(np.uint8)  # what `datasets` makes of an array
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise ValueError(
+            f"arrays of pictures must hold bytes (uint8) [height, width, 3], not {array.dtype} {list(array.shape)}"
+        )
+    return array
+
+
+def _array(value: Any) -> np.ndarray:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    return np.asarray(value)
+
+
+def _check_mode(image: Any) -> None:
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"mode {image.mode!r} has no known white, and Pillow would cut it off at 255: convert it to 8 or 16 bits"
+        )
+
+
 def _upright(image: Any) -> tuple[int, int]:
+    _check_mode(image)
     turned = _orientation(image) in _ROTATED
     return (image.width, image.height) if turned else (image.height, image.width)
 
@@ -117,7 +146,9 @@ def read_audio(value: Any, rate: int, name: str) -> np.ndarray:
 
     Args:
         value: a path, bytes, {"bytes": ..., "path": ...} as `datasets.Audio(decode=False)` gives it,
-            {"array": ..., "sampling_rate": ...}, or an array or list [samples] that has the rate already.
+            {"array": ..., "sampling_rate": ...}, or an array or list [samples] that has the rate already: floats, or
+            signed integers of up to 32 bits. Of [samples, channels] and [channels, samples] the mean is taken; the
+            shorter axis counts the channels.
         rate: samples a second.
         name: what to call it in messages.
 
@@ -205,17 +236,21 @@ def _opened(value: Any) -> BinaryIO:
 def _given_samples(value: Any) -> tuple[np.ndarray | None, int | None]:
     """Samples and rate of a sound that is decoded already."""
     if isinstance(value, Mapping) and value.get("array") is not None:
-        return np.asarray(value["array"]), int(value["sampling_rate"])
-    if isinstance(value, np.ndarray | torch.Tensor | list):
-        return np.asarray(value), None
-    return None, None
+        array, rate = _array(value["array"]), int(value["sampling_rate"])
+    elif isinstance(value, np.ndarray | torch.Tensor | list):
+        array, rate = _array(value), None
+    else:
+        return None, None
+    if array.size and (array.dtype.kind not in "fi" or (array.dtype.kind == "i" and array.itemsize > 4)):
+        raise ValueError(
+            f"its array holds {array.dtype}, of which the loudest value is not known: give floats in [-1, 1], or int16"
+        )
+    return array.T if array.ndim == 2 and array.shape[0] < array.shape[1] else array, rate
 
 
 def _decode_audio(value: Any) -> tuple[np.ndarray, int | None]:
     array, rate = _given_samples(value)
     if array is not None:
-        if array.dtype.kind not in "fiu":
-            raise ValueError(f"its array holds {array.dtype}")
         scale = 1 if array.dtype.kind == "f" else 2 ** (8 * array.itemsize - 1)
         return array / scale, rate
     with _opened(value) as file:
@@ -227,7 +262,7 @@ def _decode_audio(value: Any) -> tuple[np.ndarray, int | None]:
 
 
 def _read_header(file: BinaryIO) -> _Wav | None:
-    """Where the samples of a wav file lie; None for another format."""
+    """Where the samples of a wav file lie; None for another format, or another coding than `_WAV_TYPES`."""
     riff = file.read(12)
     if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
         return None
@@ -241,9 +276,9 @@ def _read_header(file: BinaryIO) -> _Wav | None:
                 raise ValueError(f"the wav file ends after {there} of {size} bytes of samples")
             size = min(size, there)
             wav = _Wav(form[0], form[1], form[2], form[5], begin, size)
-            if not (wav.channels and wav.rate and (wav.kind, wav.bits) in _WAV_TYPES):
-                raise ValueError(f"wav of format {wav.kind} with {wav.bits} bits is not read here")
-            return wav
+            if not (wav.channels and wav.rate):
+                raise ValueError(f"the wav file tells of {wav.channels} channels and {wav.rate} samples a second")
+            return wav if (wav.kind, wav.bits) in _WAV_TYPES else None
         if name == b"fmt ":
             data = file.read(size + size % 2)
             if len(data) < min(size, 16):
@@ -283,5 +318,7 @@ def _soundfile() -> Any:
     try:
         import soundfile  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError("only wav is read without soundfile: pip install soundfile, or convert it to wav") from error
+        raise ValueError(
+            "only wav (PCM or floats) is read without soundfile: pip install soundfile, or convert it to wav"
+        ) from error
     return soundfile

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -109,12 +111,14 @@ def test_a_turned_picture_has_its_upright_size(orientation):
     assert (image.height > image.width) == (orientation in (6, 8))
 
 
-def test_what_is_broken_is_named():
+def test_what_is_broken_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "soundfile", None)
     wav = riff(1, 1, 16_000, 16, bytes(200))
     for content, why in (
         (wav[:-50], "ends after 150 of 200 bytes"),
         (wav[:30], "ends"),
         (b"OggS", "pip install soundfile"),
+        (riff(7, 1, 8_000, 8, bytes(200)), "pip install soundfile"),
     ):
         for read in (read_audio, audio_samples):
             with pytest.raises(BrokenItemError, match=f"^'a.wav' is no sound that can be read: .*{why}"):
@@ -133,3 +137,47 @@ def test_what_is_broken_is_named():
         for read in (open_image, image_size):
             with pytest.raises(BrokenItemError, match=why):
                 read(value, "it")
+
+
+def test_pictures_of_16_bits_keep_their_upper_8():
+    deep = np.tile(np.linspace(0, 65_535, 64).astype(np.uint16), (40, 1))
+    for form in ("PNG", "TIFF"):
+        found = np.asarray(open_image(saved(Image.fromarray(deep), form), "it"))
+        assert (found == (deep >> 8)[..., None]).all()
+    for unknown in (deep.astype(np.int32), deep.astype(np.float32)):
+        for read in (open_image, image_size):
+            with pytest.raises(BrokenItemError, match="no known white.*convert it to 8 or 16 bits"):
+                read(saved(Image.fromarray(unknown), "TIFF"), "it")
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (1, 4, 5), (4, 5, 3), (3, 4, 5), (4, 5, 4)])
+def test_arrays_of_pictures_of_every_shape(shape):
+    array = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    wanted = np.asarray(open_image(array, "it"))
+    for value in (array, array.tolist(), torch.from_numpy(array)):
+        assert (np.asarray(open_image(value, "it")) == wanted).all() and image_size(value, "it") == (4, 5)
+    for bad in (array.astype(int).tolist() + [256], np.zeros((4, 4, 5), np.uint8)):
+        with pytest.raises(BrokenItemError):
+            open_image(bad, "it")
+
+
+def test_arrays_of_sounds_of_every_shape():
+    both = np.stack([sounds()[0][:100], sounds()[1][:100]])
+    for value in (both, both.T, torch.from_numpy(both).requires_grad_(), {"array": both, "sampling_rate": 16_000}):
+        np.testing.assert_allclose(read_audio(value, 16_000, "it"), both.mean(axis=0), rtol=1e-6)
+        assert audio_samples(value, 16_000, "it") == 100
+    whole = np.array([0, 16_384, -32_768], dtype=np.int16)
+    for value in (whole.tolist(), whole.astype(np.int64), np.array([128, 255], np.uint8)):  # silence, or a step
+        for read in (read_audio, audio_samples):
+            with pytest.raises(BrokenItemError, match="loudest value is not known: give floats"):
+                read(value, 16_000, "it")
+
+
+@pytest.mark.parametrize("form, coding", [("FLAC", None), ("MP3", None), ("WAV", "ULAW"), ("WAV", "MS_ADPCM")])
+@pytest.mark.parametrize("channels, rate", [(1, 16_000), (2, 44_100)])
+def test_sounds_that_soundfile_reads(form, coding, channels, rate):
+    soundfile = pytest.importorskip("soundfile")
+    file = io.BytesIO()
+    soundfile.write(file, np.stack([sounds()[1]] * channels, axis=1), rate, format=form, subtype=coding)
+    found = read_audio(file.getvalue(), 16_000, "it")
+    assert audio_samples(file.getvalue(), 16_000, "it") == len(found) and 0.3 < np.abs(found).max() < 0.6
