@@ -109,7 +109,7 @@ def pack_dataset(
     names = column_names(dataset, _LOOK_AT)
     if holds_samples(names, item_columns, processor):
         reader = None if processor is None else SizeReader(processor, cost, model_config)
-        rules = Rules(max_tokens, strategy, overlong, names)
+        rules = Rules(max_tokens, strategy, overlong, names, can_cut=False)
         further = (*columns, *item_columns)
         return pack_samples(dataset, rules, Meter(reader, cost, on_error), num_proc, buffer_size, further)
     if isinstance(dataset, IterableDataset):

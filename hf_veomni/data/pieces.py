@@ -25,6 +25,7 @@ class Rules:
     strategy: str
     overlong: str
     columns: Any  # Columns of rows of text; names where rows are samples
+    can_cut: bool = True  # False where documents hold pictures or sounds
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def _fit(starts: np.ndarray, lengths: np.ndarray, rules: Rules, names: Sequence[
         if rules.overlong == "error":
             raise ValueError(
                 f"sample {names[worst]} has {lengths[worst]} tokens, more than `max_tokens` ({limit}), and "
-                f"{int(over.sum()) - 1} more are too long: raise `max_tokens`, or choose overlong='split', "
-                "'truncate' or 'drop'"
+                f"{int(over.sum()) - 1} more are too long: raise `max_tokens`, or choose overlong="
+                + ("'split', 'truncate' or 'drop'" if rules.can_cut else "'drop'")
             )
         if rules.overlong == "drop":
             logger.warning("dropped %d documents of more than %d tokens", over.sum(), limit)
