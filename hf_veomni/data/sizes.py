@@ -15,7 +15,7 @@ import numpy as np
 
 from hf_veomni import hf
 from hf_veomni.data.alignment import AUDIO_RULES, TILE_RULES
-from hf_veomni.data.decode import audio_samples, image_size, name_of
+from hf_veomni.data.decode import BrokenItemError, audio_samples, image_size, name_of
 from hf_veomni.data.raw import RawReader, sampling_rate
 
 # (modality of each item, patches of each, parts of each that do not attend to each other) -> cost of each
@@ -50,14 +50,14 @@ class SizeReader:
     def __init__(self, processor: Any, cost: CostFunction | None = None, model_config: Any = None) -> None:
         self.reader, self.processor, self.cost = RawReader(processor), processor, cost
         self.config = getattr(model_config, "thinker_config", None) or model_config
-        self._repeats: dict[str, bool] = {}  # whether a placeholder of the modality becomes itself, so many times
+        self._repeats: dict[str, bool] = {}
         self._replacements: dict[tuple[str, Any], str] = {}
 
     def measure(self, where: str, sample: Mapping[str, Any]) -> Size:
         """Tokens and cost of one raw sample.
 
         Raises:
-            BrokenItemError: a header that cannot be read.
+            BrokenItemError: a header that cannot be read, or a size that the processor refuses.
             ValueError: as `RawReader.prompt`.
         """
         prompt = self.reader.prompt(where, sample)
@@ -66,8 +66,8 @@ class SizeReader:
         for modality, values in prompt.items.items():
             for index, value in enumerate(values):
                 name = name_of(value, f"{modality} {index} of {where}")
-                size, count, parts, tokens = self._item(modality, value, name)
-                replacements.setdefault(modality, []).append(self._replacement(modality, size, tokens))
+                text, count, parts = self._item(modality, value, name)
+                replacements.setdefault(modality, []).append(text)
                 modalities.append(modality)
                 patches.append(count)
                 segments.append(parts)
@@ -79,25 +79,32 @@ class SizeReader:
         patches[0] = length
         return Size(length, float(np.sum(self.cost(modalities, patches, segments))))
 
-    def _item(self, modality: str, value: Any, name: str) -> tuple[Any, int, int, int | None]:
-        """Size of an item, its patches, parts that do not see each other, and its tokens if there is a formula."""
+    def _item(self, modality: str, value: Any, name: str) -> tuple[str, int, int]:
+        """The text that an item becomes, its patches, and its parts that do not see each other."""
         if modality == "image":
             size: Any = image_size(value, name)
         else:
             size = audio_samples(value, sampling_rate(self.processor), name)
-        tokens, patches = self._formula(modality, size)
+        repeats = self._is_repeated(modality)
+        try:
+            tokens, patches = self._formula(modality, size)
+            text = self._token(modality) * tokens if repeats and tokens is not None else self._tried(modality, size)
+        except Exception as error:  # what it takes elsewhere: this item is too thin, too short, ...
+            raise BrokenItemError(
+                f"{name}: {type(self.processor).__name__} refuses an {modality} of size {size}: {error}"
+            ) from error
         if patches is None:
-            patches = tokens or self._replacement(modality, size, tokens).count(self._token(modality))
+            patches = tokens or text.count(self._token(modality))
             if modality == "audio":
                 patches *= _AUDIO_TOWERS.get(self._model_type(), 1)
-            return size, patches, 1, tokens
+            return text, patches, 1
         if hasattr(getattr(self.processor, "image_processor", None), "merge_size"):
-            return size, patches, 1, tokens
+            return text, patches, 1
         rule = TILE_RULES.get(getattr(self.config, "model_type", ""))
         vision: Any = getattr(self.config, "vision_config", None)
         if rule is not None and isinstance(getattr(vision, "patch_size", None), int):
-            return size, patches * (vision.image_size // vision.patch_size) ** 2, patches, tokens
-        return size, tokens or patches, patches, tokens
+            return text, patches * (vision.image_size // vision.patch_size) ** 2, patches
+        return text, tokens or patches, patches
 
     def _model_type(self) -> str:
         """Of the model, or by the name of the processor: Qwen2AudioProcessor -> qwen2_audio."""
@@ -119,15 +126,17 @@ class SizeReader:
             return int(rule(frames)), None
         return counts or (None, None)
 
-    def _replacement(self, modality: str, size: Any, tokens: int | None) -> str:
-        """The text that a placeholder becomes."""
+    def _is_repeated(self, modality: str) -> bool:
+        """Whether a placeholder becomes itself, as often as the formula says."""
         if modality not in self._repeats:
             trials = [(self._formula(modality, trial)[0], self._try(modality, trial)) for trial in _TRIALS[modality]]
             self._repeats[modality] = all(
                 number is not None and text == self._token(modality) * number for number, text in trials
             )
-        if self._repeats[modality] and tokens is not None:
-            return self._token(modality) * tokens
+        return self._repeats[modality]
+
+    def _tried(self, modality: str, size: Any) -> str:
+        """The text that a placeholder becomes, tried once for each size."""
         if (modality, size) not in self._replacements:
             self._replacements[modality, size] = self._try(modality, size)
         return self._replacements[modality, size]
