@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -167,4 +168,5 @@ def _join(name: str, parts: Sequence[tuple[str, Tensor]], fills: bool) -> Tensor
         missing = [want - have for want, have in zip(shape, part.shape[1:], strict=True)]
         around = [size for count in reversed(missing) for size in (0, count)]
         filled.append(F.pad(part, around) if any(missing) else part)
-    return torch.cat([part.to(first.dtype) for part in filled])
+    wide = reduce(torch.promote_types, (part.dtype for part in filled))  # [1] beside [0.5] in a list of numbers
+    return torch.cat([part.to(wide) for part in filled])
