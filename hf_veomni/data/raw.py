@@ -21,6 +21,8 @@ from hf_veomni.data.modalities import RAW_COLUMNS
 TRAIN_ON = ("all", "assistant", "last")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _VALUE_KEYS = ("path", "url", "bytes")
+_KINDS, _KEPT = ("text", "image", "audio", "video"), ("type", "text")  # a template puts in placeholders, no values
+_FOREIGN = {"image_url": "image", "input_image": "image", "input_audio": "audio", "audio_url": "audio"}  # OpenAI's
 
 
 @dataclass
@@ -163,8 +165,9 @@ def _given_items(where: str, sample: Mapping[str, Any]) -> dict[str, list[Any]]:
             continue
         if modality == "video":
             raise ValueError(
-                f"{where}: videos (`{name}`) are not decoded here: run the processor on them first "
-                "(dataset.map) and hand over `pixel_values_videos` and `video_grid_thw`"
+                f"{where}: videos (`{name}`) are not decoded here: run the processor on them first (dataset.map; the "
+                "video processors of transformers need torchvision) and hand over what it makes, such as "
+                "`pixel_values_videos` and `video_grid_thw`, or give some frames as `images`"
             )
         many = isinstance(value, list | tuple) and name.endswith("s")
         given[modality] = [*given.get(modality, []), *(value if many else [value])]
@@ -184,9 +187,16 @@ def _plain_messages(
             parts = [{key: value for key, value in part.items() if value is not None} for part in content]
             for part in parts:
                 kind = part.get("type", "text")
-                if kind in ("image", "audio", "video"):
+                if kind in _KINDS[1:]:
                     items.setdefault(kind, []).append(_value(where, part, kind, waiting))
-            content = [{k: v for k, v in p.items() if k in ("type", "text")} for p in parts]
+                elif kind in _FOREIGN:
+                    raise ValueError(
+                        f"{where}: a part of type '{kind}' in `messages` is not read here: give {{'type': "
+                        f"'{_FOREIGN[kind]}', 'path': ...}}, with a path or bytes"
+                    )
+            content = [
+                {k: v for k, v in p.items() if k in _KEPT or p.get("type", "text") not in _KINDS} for p in parts
+            ]
         kept = {key: value for key, value in message.items() if value is not None and key != "content"}
         plain.append(kept | {"content": content})
     for modality, values in given.items():
