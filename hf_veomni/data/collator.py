@@ -5,7 +5,7 @@ T: tokens of the packed row, global (the model cuts the row for sequence paralle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from hf_veomni.data.modalities import RAW_COLUMNS, TEXT_COLUMNS, TOKEN_COLUMNS, 
 from hf_veomni.data.pieces import ranges_of
 from hf_veomni.data.positions import RopeIndex, document_positions
 from hf_veomni.data.raw import RawReader
-from hf_veomni.data.rows import ROW_COLUMNS, SAMPLES
+from hf_veomni.data.rows import DOCUMENTS, ROW_COLUMNS, SAMPLES
 from hf_veomni.data.sample import ASSISTANT_MASK, READ, Sample, read_sample
 from hf_veomni.data.skips import SkipLog, check_on_error
 
@@ -143,13 +143,13 @@ class OmniDataCollatorWithPacking:
 
     def _read(self, features: Sequence[Mapping[str, Any]]) -> list[Sample]:
         """The samples, those of packed rows among them, broken ones left out if that was chosen."""
-        flat = [sample for given in features for sample in (given[SAMPLES] if SAMPLES in given else (given,))]
-        samples = []
-        for index, given in enumerate(flat):
-            where = f"sample {index} of the batch"
+        samples, labelled = [], set()
+        for where, given in _named(features):
             try:
                 if self.processor is not None and is_raw(given):
                     given = self._reader.encode(where, given)
+                else:
+                    labelled.add("labels" in given)
             except BrokenItemError as error:
                 if self._skips is None:
                     raise
@@ -157,7 +157,7 @@ class OmniDataCollatorWithPacking:
                 continue
             if self.processor is not None:
                 given = {name: value for name, value in given.items() if name not in TEXT_COLUMNS}
-            if samples and ("labels" in given) != ("labels" in samples[0].tokens):
+            if len(labelled) > 1:
                 raise ValueError(f"{where}: `labels` is missing here or elsewhere in the batch")
             sample = read_sample(where, given, self.columns, self.item_columns)
             if sample.items or self._placeholders:
@@ -240,3 +240,16 @@ class OmniDataCollatorWithPacking:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         token = getattr(tokenizer, "pad_token_id", None)
         return 0 if token is None else token
+
+
+def _named(features: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What to call each sample, those of packed rows among them, and its columns but for those that it does not have:
+    a table, and a mixture of sources, give every sample those of all."""
+    index = 0
+    for given in features:
+        row = given[SAMPLES] if SAMPLES in given else (given,)
+        numbers = given[DOCUMENTS] if SAMPLES in given and DOCUMENTS in given else [None] * len(row)
+        for sample, number in zip(row, numbers, strict=True):
+            known = "" if number is None else f" (sample {int(number)} of the dataset)"
+            yield f"sample {index} of the batch{known}", {k: v for k, v in sample.items() if v is not None}
+            index += 1

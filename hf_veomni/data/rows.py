@@ -39,8 +39,10 @@ def holds_samples(names: Sequence[str], item_columns: Sequence[str], processor: 
     """Whether the columns of a dataset ask for rows of samples: items, or text for a processor."""
     items = any(name in ITEM_COLUMNS or name in item_columns for name in names)
     raw = any(name in RAW_COLUMNS for name in names)
+    if "input_ids" in names:  # beside raw columns: some samples are tokenised, others not
+        return items or (raw and processor is not None)
     text = any(name in TEXT_COLUMNS for name in names)
-    return items or ("input_ids" not in names and (raw or (processor is not None and text)))
+    return items or raw or (processor is not None and text)
 
 
 @dataclass
@@ -86,6 +88,8 @@ class Meter:
         )
 
     def _processed(self, where: str, sample: Mapping[str, Any]) -> Size:
+        if "input_ids" not in sample:
+            raise ValueError(f"{where} has no `input_ids`, `messages` or `text` (but {list(sample)}): remove it")
         ids = np.asarray(sample["input_ids"])
         if ids.ndim == 2 and len(ids) == 1:
             ids = ids[0]
@@ -147,7 +151,7 @@ def pack_samples(
     if isinstance(dataset, IterableDataset):
         return _pack_stream(dataset, rules, meter, buffer_size or BUFFER_SIZE, further)
     names = _known(rules.columns, further)
-    raw = "input_ids" not in names
+    raw = "input_ids" not in names or any(name in RAW_COLUMNS for name in names)
     dataset = dataset.select_columns(names)
     heavy = [name for name in names if name in ITEM_COLUMNS and name not in (*_GRIDS.values(), *_AUDIO_MASKS)]
     sizes = dataset.remove_columns(heavy).with_format("arrow")

@@ -266,6 +266,34 @@ def test_labels_are_left_on_chosen_turns(qwen, marked, train_on, expected):
     assert torch.equal(kept, row["input_ids"][0][row["labels"][0] != -100])
 
 
+def test_parts_of_messages_that_are_not_known_are_kept_or_refused(qwen):
+    collator = OmniDataCollatorWithPacking(processor=processors.qwen_vl(), model_config=qwen[0])
+    for kind, read_as in (("image_url", "image"), ("input_audio", "audio")):
+        with pytest.raises(ValueError, match=f"type '{kind}' .* is not read here: give .*'{read_as}', 'path'"):
+            collator([{"messages": [{"role": "user", "content": [{"type": kind, kind: {"url": "a"}}]}]}])
+    processor = processors.qwen_vl()
+    processor.chat_template = "{% for p in messages[0]['content'] %}{{ p['type'] }} {{ p['thinking'] }}{% endfor %}"
+    messages = [{"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "text": None}]}]
+    row = OmniDataCollatorWithPacking(processor=processor)([{"messages": messages}])
+    assert processor.tokenizer.decode(row["input_ids"][0]) == "thinking hm"
+
+
+def test_numbers_of_items_keep_their_fractions():
+    samples = [{"input_ids": [1], "second_per_grid_ts": [1]}, {"input_ids": [2], "second_per_grid_ts": [0.5]}]
+    assert OmniDataCollatorWithPacking()(samples)["second_per_grid_ts"].tolist() == [1, 0.5]
+
+
+def test_columns_of_none_are_columns_that_a_sample_lacks(qwen):
+    config, processor = qwen
+    union = dict.fromkeys(("input_ids", "labels", "text", "images", "pixel_values", "image_grid_thw"))
+    words, seen = {"input_ids": [1, 2], "labels": [-100, 2]}, samples_of("qwen2_5_vl")[0]
+    collator = OmniDataCollatorWithPacking(processor=processor, model_config=config)
+    wanted, found = collator([words, seen]), collator([union | words, union | seen])
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    with pytest.raises(ValueError, match="`labels` is missing here or elsewhere"):
+        collator([words, {"input_ids": [3]}])
+
+
 def test_given_assistant_masks_choose_labels():
     samples = [{"input_ids": [1, 2, 3, 4], "assistant_masks": [0, 0, 1, 1]}, {"input_ids": [5, 6]}]
     row = OmniDataCollatorWithPacking()(samples)

@@ -10,7 +10,7 @@ from PIL import Image as PIL
 from torch.utils.data import DataLoader
 
 from hf_veomni import BalancedBatchSampler
-from hf_veomni.data import OmniDataCollatorWithPacking, mix_datasets, pack_dataset
+from hf_veomni.data import OmniDataCollatorWithPacking, mix_datasets, pack_dataset, unpack
 from hf_veomni.data.raw import RawReader
 from hf_veomni.data.sizes import SizeReader
 from hf_veomni.modality import CostModel
@@ -151,7 +151,9 @@ def test_what_cannot_be_packed_late_is_refused(qwen, picture_files):
         pack_dataset(source, 200)
     with pytest.raises(ValueError, match=r"`overlong` \('split'\) would cut through pictures or sounds"):
         pack_dataset(source, 200, overlong="split", processor=qwen[1])
-    with pytest.raises(ValueError, match="sample 0 has .* tokens, more than `max_tokens`"):
+    with pytest.raises(
+        ValueError, match="sample 0 has .* tokens, more than `max_tokens`.* or choose overlong='drop'$"
+    ):
         pack_dataset(source, 8, processor=qwen[1])
     assert sum(len(r["samples"]) for r in pack_dataset(source, 40, overlong="drop", processor=qwen[1])) < 12
 
@@ -241,3 +243,40 @@ def test_a_mixture_that_makes_no_sense_is_refused():
             mix_datasets(sources, weights)
     with pytest.raises(ValueError, match=r"`stop` \('never'\) must be one of 'first', 'all'"):
         mix_datasets([one], stop="never")
+
+
+def test_a_size_that_the_processor_refuses_is_named_or_skipped(qwen, picture_files):
+    PIL.fromarray(np.zeros((2, 600, 3), np.uint8)).save(picture_files[5])
+    source = Dataset.from_list(text_and_pictures(picture_files))
+    with pytest.raises(ValueError, match=r"05.png': .* refuses an image of size \(2, 600\): .* ratio"):
+        pack_dataset(source, 200, processor=qwen[1])
+    rows = pack_dataset(source, 200, processor=qwen[1], on_error="skip")
+    assert sum(len(row["samples"]) for row in rows) == 11
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("labels", [False, True])
+def test_raw_and_tokenised_samples_share_rows(qwen, picture_files, streaming, labels):
+    config, processor = qwen
+    words = [{"input_ids": [7, 8, 9]} | ({"labels": [-100, 8, -100]} if labels else {}) for _ in range(4)]
+    union = dict.fromkeys(("text", "images", "input_ids", *(["labels"] if labels else [])))
+    source = Dataset.from_list([union | sample for sample in text_and_pictures(picture_files)[:4] + words])
+    source = source.to_iterable_dataset() if streaming else source
+    rows = list(pack_dataset(source, 120, processor=processor))
+    collator = OmniDataCollatorWithPacking(120, processor, model_config=config)
+    batches = [collator([row]) for row in rows]
+    assert sum(len(batch["image_grid_thw"]) for batch in batches if "image_grid_thw" in batch) == 4
+    documents = [document for batch in batches for document in unpack(batch)]
+    short = [d["labels"].tolist() for d in documents if len(d["labels"]) == 3]
+    assert len(documents) == 8 and short == [[-100, 8, -100 if labels else 9]] * 4
+    with pytest.raises(ValueError, match=r"sample 1 has no `input_ids`, `messages` or `text`"):
+        pack_dataset(Dataset.from_list([union | words[0], union]), 120, processor=processor)
+
+
+def test_errors_name_samples_by_their_numbers_in_the_dataset(qwen, picture_files):
+    source = Dataset.from_list(text_and_pictures(picture_files))
+    packed = pack_dataset(source, 120, processor=qwen[1])
+    row = packed[len(packed) - 1]
+    index, number = len(row["samples"]) - 1, row["documents"][-1]
+    with pytest.raises(ValueError, match=rf"^sample {index} of the batch \(sample {number} of the dataset\)"):
+        OmniDataCollatorWithPacking(120, qwen[1])([row | {"samples": [*row["samples"][:-1], {"text": 3}]}])
