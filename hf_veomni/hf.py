@@ -95,9 +95,15 @@ def reads_attention_mask(module: nn.Module) -> bool:
             user = parents[user] if isinstance(user, ast.keyword) else user
             handed = isinstance(user, ast.Call) and isinstance(user.func, ast.Name) and user.func.id != "isinstance"
             handed = handed or isinstance(node.ctx, ast.Store) or _calls_attention(user, parents)
+            # ESM and BERT's kin choose between the row's own mask and that of another sequence.
+            handed = handed or (isinstance(user, ast.IfExp) and node is not user.test and _names_mask(parents[user]))
             if not handed and not (isinstance(user, ast.Compare) and isinstance(user.ops[0], (ast.Is, ast.IsNot))):
                 return True
     return False
+
+
+def _names_mask(node: ast.AST) -> bool:
+    return isinstance(node, ast.Assign) and all(isinstance(t, ast.Name) and "mask" in t.id for t in node.targets)
 
 
 def _calls_attention(call: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:

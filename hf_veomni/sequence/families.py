@@ -1,7 +1,8 @@
 """Attentions that never ask AttentionInterface, patched one by one where a small patch serves.
 
     `_attn(query, key, value, mask)`    a method of GPT-J, GPT-Neo, CodeGen and others: exchanged around it
-    `alibi.baddbmm`                     Bloom: the forward again, with this rank's heads of the bias
+    the forward again, with this rank's heads of the bias or of the mask: BERT's old self-attention, MPNet, Bloom, MPT,
+    Falcon, and that of XGLM and TrOCR
 
 Shapes: B rows; S', s tokens of the filled-up row and of this rank; H, h heads of the model and of this rank; D width.
 """
@@ -31,12 +32,37 @@ _BERT_INPUTS = {
     "output_attentions", "cache_position", "head_mask", "sinusoidal_pos", "kwargs",
 }  # fmt: skip
 
+_BART_INPUTS = {
+    "self", "hidden_states", "key_value_states", "past_key_values", "attention_mask", "output_attentions", "kwargs",
+}  # fmt: skip
+
 
 def has_patch(module: nn.Module) -> bool:
     """Whether an attention that does not ask the interface has a patch here."""
-    if hf.uses_attention_interface(module):
-        return False
-    return _is_core(type(module)) or _is_bert(module) or _is_bloom(module)
+    return not hf.uses_attention_interface(module) and _find_patch(module) is not None
+
+
+def _find_patch(module: nn.Module) -> tuple[str, Callable[..., Any]] | None:
+    """The method that is replaced, and by what."""
+    if _is_core(type(module)):
+        return _CORE, _core
+    forwards: list[tuple[Callable[..., Any], bool]] = [
+        (_bert, _is_bert(module)),
+        (_bloom, _has(module, "inv_norm_factor", "query_key_value", "_reshape")),
+        (_falcon, _has(module, "inv_norm_factor", "query_key_value", "_split_heads", "num_kv_heads")),
+        (_mpt, _has(module, "Wqkv", "softmax_scale", "clip_qkv", "n_heads")),
+        (_mpnet, _is_mpnet(module)),
+        (_bart, _is_bart(module)),
+    ]
+    return next((("forward", patch) for patch, fits in forwards if fits), None)
+
+
+def _has(module: nn.Module, *names: str) -> bool:
+    return all(hasattr(module, name) for name in names)
+
+
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
 
 
 def _is_core(owner: type) -> bool:
@@ -46,15 +72,23 @@ def _is_core(owner: type) -> bool:
 
 def _is_bert(module: nn.Module) -> bool:
     """BERT's old self-attention: three projections, heads of one width, nothing else that weighs."""
-    parts = {name for name, _ in module.named_children()}
     sizes = ("num_attention_heads", "attention_head_size")
     if set(inspect.signature(type(module).forward).parameters) - _BERT_INPUTS:
         return False
-    return parts == {"query", "key", "value", "dropout"} and all(hasattr(module, name) for name in sizes)
+    return _children(module) == {"query", "key", "value", "dropout"} and _has(module, *sizes)
 
 
-def _is_bloom(module: nn.Module) -> bool:
-    return hasattr(module, "inv_norm_factor") and hasattr(module, "query_key_value") and hasattr(module, "_reshape")
+def _is_mpnet(module: nn.Module) -> bool:
+    inputs = inspect.signature(type(module).forward).parameters
+    return _children(module) == {"q", "k", "v", "o", "dropout"} and "position_bias" in inputs
+
+
+def _is_bart(module: nn.Module) -> bool:
+    """BART's attention of old, with scores by `bmm`."""
+    if set(inspect.signature(type(module).forward).parameters) - _BART_INPUTS:
+        return False
+    parts = {"q_proj", "k_proj", "v_proj", "out_proj"}
+    return _children(module) == parts and _has(module, "num_heads", "head_dim", "scaling", "dropout")
 
 
 class PatchHandle:
@@ -70,7 +104,9 @@ class PatchHandle:
 
 def attach_patch(module: nn.Module, state: ParallelState, is_cut: Callable[[], bool]) -> PatchHandle:
     """Have an attention exchange tokens for heads where the running forward is cut; `has_patch` must be true of it."""
-    name, patch = (_CORE, _core) if _is_core(type(module)) else ("forward", _bert if _is_bert(module) else _bloom)
+    found = _find_patch(module)
+    assert found is not None
+    name, patch = found
     vars(module)[name] = partial(patch, module, type(module), state, is_cut)
     return PatchHandle(module, name)
 
@@ -179,3 +215,121 @@ def _bloom(
     query, key, value = module._reshape(module.query_key_value(hidden))
     out = module.dense(_exchanged(state, query, key, value, attend).flatten(2))
     return residual + F.dropout(out, p=module.hidden_dropout, training=module.training), None
+
+
+def _mpt(
+    module: Any,
+    owner: Any,
+    state: ParallelState,
+    is_cut: Callable[[], bool],
+    hidden: Tensor,
+    position_bias: Tensor,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    if not is_cut():
+        return owner.forward(module, hidden, position_bias, past_key_values, attention_mask, **kwargs)
+    mixed = module.Wqkv(hidden)
+    if module.clip_qkv:
+        mixed = mixed.clamp(min=-module.clip_qkv, max=module.clip_qkv)
+    parts = [x.unflatten(-1, (module.n_heads, -1)).transpose(1, 2) for x in mixed.chunk(3, dim=2)]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> Tensor:
+        scores = query @ key.transpose(-1, -2) * module.softmax_scale
+        scores = scores + position_bias[heads, :, position_bias.shape[2] - key.shape[2] :]  # [H, 1, longest row]
+        if attention_mask is not None:  # True where a token must not look
+            scores = scores.masked_fill(attention_mask, torch.finfo(query.dtype).min)
+        weights = scores.float().softmax(-1).to(value.dtype)
+        return F.dropout(weights, p=module.attn_dropout_p, training=module.training) @ value
+
+    return module.out_proj(_exchanged(state, *parts, attend).flatten(2)), None
+
+
+def _falcon(
+    module: Any,
+    owner: Any,
+    state: ParallelState,
+    is_cut: Callable[[], bool],
+    hidden: Tensor,
+    alibi: Tensor | None,
+    attention_mask: Tensor,
+    *args: Any,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> Any:
+    if not is_cut():
+        kwargs["position_embeddings"] = position_embeddings
+        return owner.forward(module, hidden, alibi, attention_mask, *args, **kwargs)
+    rotate = inspect.unwrap(owner.forward).__globals__["apply_rotary_pos_emb"]
+    parts = [x.transpose(1, 2) for x in module._split_heads(module.query_key_value(hidden))]
+    if alibi is None:
+        assert position_embeddings is not None
+        parts[:2] = rotate(*parts[:2], *position_embeddings)
+    fused = module.config._attn_implementation == "sdpa"
+    dropout = module.attention_dropout.p if module.training and alibi is not None else 0.0
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> Tensor:
+        mask = attention_mask if attention_mask.shape[1] == 1 else attention_mask[:, heads]  # ALiBi has one a head
+        if fused:
+            key, value = (x.expand(-1, query.shape[1], -1, -1) if x.shape[1] == 1 else x for x in (key, value))
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        scores = query @ key.transpose(-1, -2)
+        if alibi is not None:
+            scores = scores + alibi.view(len(query), module.num_heads, 1, -1)[:, heads]
+        weights = _masked(scores * module.inv_norm_factor, mask).softmax(-1)
+        return F.dropout(weights, p=dropout) @ value
+
+    return module.dense(_exchanged(state, *parts, attend).flatten(2)), None
+
+
+def _mpnet(
+    module: Any,
+    owner: Any,
+    state: ParallelState,
+    is_cut: Callable[[], bool],
+    hidden: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not is_cut():
+        return owner.forward(module, hidden, attention_mask, position_bias, *args, **kwargs)
+    width = module.attention_head_size
+    parts = [f(hidden).unflatten(-1, (-1, width)).transpose(1, 2) for f in (module.q, module.k, module.v)]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> Tensor:
+        scores = query @ key.transpose(-1, -2) / width**0.5
+        if position_bias is not None:
+            scores = scores + position_bias[:, heads]
+        return module.dropout(_masked(scores, attention_mask).softmax(-1)) @ value
+
+    return (module.o(_exchanged(state, *parts, attend).flatten(2)),)
+
+
+def _bart(
+    module: Any,
+    owner: Any,
+    state: ParallelState,
+    is_cut: Callable[[], bool],
+    hidden_states: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    names = list(inspect.signature(owner.forward).parameters)[2:]
+    inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+    if not is_cut():
+        return owner.forward(module, hidden_states, *args, **kwargs)
+    if any(inputs.get(name) is not None for name in ("key_value_states", "past_key_values")):
+        raise ValueError(f"{type(module).__name__} takes no states of another sequence under sequence parallelism.")
+    query = module.q_proj(hidden_states) * module.scaling
+    parts = [query, module.k_proj(hidden_states), module.v_proj(hidden_states)]
+    parts = [x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in parts]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> Tensor:
+        scores = _masked(query @ key.transpose(-1, -2), inputs.get("attention_mask"))
+        weights = scores.clamp(min=torch.finfo(scores.dtype).min).softmax(-1)
+        return F.dropout(weights, p=module.dropout, training=module.training) @ value
+
+    return module.out_proj(_exchanged(state, *parts, attend).flatten(2)), None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.shard import shard_sequence
+from hf_veomni.sequence.stack import own_names
 
 _WHOLE = re.compile(r"attention_mask|causal_mask|bias|encoder|cross_|key_value|position|past|cache")
 
@@ -48,7 +49,7 @@ def cut_call(layer: nn.Module, args: tuple, kwargs: dict, row: Row, state: Paral
             f"{kind} takes hidden states of shape {tuple(hidden.shape)}, not [rows, {row.padded}, width], so this "
             "model cannot be cut along its sequence: use sp_size=1."
         )
-    looks_up = any(hasattr(module, "embed_positions") for module in layer.modules())  # GPT-J's tables of rope
+    looks_up = any(_reads_positions(module) for module in layer.modules())
     changed = {k: v for k, x in inputs.items() if k != name and (v := _cut(k, x, len(hidden), row, state)) is not x}
     positions = inputs.get("position_ids")
     if looks_up and isinstance(positions, Tensor) and positions.shape[-1] == row.padded:
@@ -71,6 +72,11 @@ def _cut(name: str, value: Any, rows: int, row: Row, state: ParallelState) -> An
     if value.dim() == 4 and value.shape[1] == value.shape[3] == 1 and row.length <= value.shape[2] <= row.padded:
         return shard_sequence(F.pad(value, (0, 0, 0, row.padded - value.shape[2])), 2, state)
     return value
+
+
+def _reads_positions(module: nn.Module) -> bool:
+    """Whether positions are those of the tokens that a layer holds: GPT-J's tables of rope, Ministral's scale."""
+    return hasattr(module, "embed_positions") or "get_llama_4_attn_scale" in own_names(type(module))
 
 
 @lru_cache(maxsize=256)

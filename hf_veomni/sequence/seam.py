@@ -69,9 +69,9 @@ def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.Module, nn.ModuleLis
     return decoder, *found
 
 
-# A layer that counts its tokens itself would count those of its slice: Ministral's query scaling. Llama 4's is known
-# to leave the first `max_counted` tokens as they are.
-_COUNTERS = {"arange", "cumsum", "get_llama_4_attn_scale"}
+# A layer that counts its tokens itself would count those of its slice. Llama 4's query scaling is known to leave the
+# first `max_counted` tokens as they are.
+_COUNTERS = {"arange", "cumsum"}
 
 
 def _check_layer(
