@@ -70,17 +70,21 @@ def cross_attention(
     """Run an attention function on this rank's queries [B, H, s, D] and whole keys [B, K, E, D]."""
     if isinstance(mask, MaskSpec):  # made where both sequences have the same length
         mask = _dense(mask)
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] != 1 and state.sp_size > 1:
-        tokens = query.shape[2]
-        missing = tokens * state.sp_size - mask.shape[-2]
-        if 0 <= missing < state.sp_size:  # a mask made above the stack knows nothing of the padding
-            mask = F.pad(mask, (0, 0, 0, missing)).narrow(-2, tokens * state.sp_rank, tokens)
-        else:
-            raise ValueError(
-                f"The mask of a cross-attention ({type(module).__name__}) has shape {tuple(mask.shape)}, not "
-                f"[.., {tokens * state.sp_size} or 1, keys], so it cannot be cut: use sp_size=1."
-            )
+    mask = cut_queries(module, mask, query.shape[2], state)
     return function(module, query, key, value, mask, **kwargs)
+
+
+def cut_queries(module: nn.Module, mask: Any, tokens: int, state: ParallelState) -> Any:
+    """The rows of a cross-attention's mask that belong to this rank's `tokens`, where it has one for each query."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-2] == 1 or state.sp_size == 1:
+        return mask
+    missing = tokens * state.sp_size - mask.shape[-2]
+    if 0 <= missing < state.sp_size:  # a mask made above the stack knows nothing of the padding
+        return F.pad(mask, (0, 0, 0, missing)).narrow(-2, tokens * state.sp_rank, tokens)
+    raise ValueError(
+        f"The mask of a cross-attention ({type(module).__name__}) has shape {tuple(mask.shape)}, not "
+        f"[.., {tokens * state.sp_size} or 1, keys], so it cannot be cut: use sp_size=1."
+    )
 
 
 def _dense(spec: MaskSpec) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hf_veomni import hf
 from hf_veomni.mesh import ParallelState
+from hf_veomni.sequence.cross import cut_queries
 from hf_veomni.sequence.ulysses import head_layout, heads_to_sequence, sequence_to_heads
 
 _CORE = "_attn"
@@ -33,7 +34,8 @@ _BERT_INPUTS = {
 }  # fmt: skip
 
 _BART_INPUTS = {
-    "self", "hidden_states", "key_value_states", "past_key_values", "attention_mask", "output_attentions", "kwargs",
+    "self", "hidden_states", "key_value_states", "past_key_values", "attention_mask", "output_attentions",
+    "attn_prompt", "kwargs",
 }  # fmt: skip
 
 
@@ -321,14 +323,18 @@ def _bart(
     inputs = {**dict(zip(names, args, strict=False)), **kwargs}
     if not is_cut():
         return owner.forward(module, hidden_states, *args, **kwargs)
-    if any(inputs.get(name) is not None for name in ("key_value_states", "past_key_values")):
-        raise ValueError(f"{type(module).__name__} takes no states of another sequence under sequence parallelism.")
+    if any(inputs.get(name) is not None for name in ("attn_prompt", "past_key_values")):
+        raise ValueError(f"{type(module).__name__} takes no prompts and no cache under sequence parallelism.")
+    mask = inputs.get("attention_mask")
+    if inputs.get("key_value_states") is not None:  # whole, and each token looks at them for itself
+        inputs["attention_mask"] = cut_queries(module, mask, hidden_states.shape[1], state)
+        return owner.forward(module, hidden_states, **inputs)
     query = module.q_proj(hidden_states) * module.scaling
     parts = [query, module.k_proj(hidden_states), module.v_proj(hidden_states)]
     parts = [x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in parts]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> Tensor:
-        scores = _masked(query @ key.transpose(-1, -2), inputs.get("attention_mask"))
+        scores = _masked(query @ key.transpose(-1, -2), mask)
         weights = scores.clamp(min=torch.finfo(scores.dtype).min).softmax(-1)
         return F.dropout(weights, p=module.dropout, training=module.training) @ value
 
