@@ -2,7 +2,8 @@
 
     `_attn(query, key, value, mask)`    a method of GPT-J, GPT-Neo, CodeGen and others: exchanged around it
     the forward again, with this rank's heads of the bias or of the mask: BERT's old self-attention, MPNet, Bloom, MPT,
-    Falcon, and that of XGLM and TrOCR
+    Falcon, and that of XGLM, TrOCR and MVP
+    the forward itself, on an object that has this rank's heads only: DeBERTa 2
 
 Shapes: B rows; S', s tokens of the filled-up row and of this rank; H, h heads of the model and of this rank; D width.
 """
@@ -55,6 +56,7 @@ def _find_patch(module: nn.Module) -> tuple[str, Callable[..., Any]] | None:
         (_mpt, _has(module, "Wqkv", "softmax_scale", "clip_qkv", "n_heads")),
         (_mpnet, _is_mpnet(module)),
         (_bart, _is_bart(module)),
+        (_deberta, _has(module, "disentangled_attention_bias", "query_proj", "key_proj", "value_proj")),
     ]
     return next((("forward", patch) for patch, fits in forwards if fits), None)
 
@@ -115,10 +117,10 @@ def attach_patch(module: nn.Module, state: ParallelState, is_cut: Callable[[], b
 
 def _exchanged(
     state: ParallelState,
+    attend: Callable[[Tensor, Tensor, Tensor, slice], Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attend: Callable[[Tensor, Tensor, Tensor, slice], Tensor],
 ) -> Tensor:
     """`attend` on [B, h, S', D] of this rank's heads, given which; local [B, H, s, D] in, [B, s, H, D] out."""
     group = state.sp_group
@@ -157,7 +159,7 @@ def _core(
         found.append(original(module, query, key.transpose(2, 3) if flipped else key, value, *args, **kwargs))
         return found[0][0]
 
-    out = _exchanged(state, query, key.transpose(2, 3) if flipped else key, value, attend).transpose(1, 2)
+    out = _exchanged(state, attend, query, key.transpose(2, 3) if flipped else key, value).transpose(1, 2)
     return type(found[0])([out, *([None] * (len(found[0]) - 1))])
 
 
@@ -191,7 +193,7 @@ def _bert(
         return module.dropout(_masked(scores, inputs.get("attention_mask")).softmax(-1)) @ value
 
     parts = (split(module.query(hidden)), split(module.key(hidden)), split(module.value(hidden)))
-    return _exchanged(state, *parts, attend).flatten(2), None
+    return _exchanged(state, attend, *parts).flatten(2), None
 
 
 def _bloom(
@@ -215,7 +217,7 @@ def _bloom(
         return module.attention_dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype)) @ value
 
     query, key, value = module._reshape(module.query_key_value(hidden))
-    out = module.dense(_exchanged(state, query, key, value, attend).flatten(2))
+    out = module.dense(_exchanged(state, attend, query, key, value).flatten(2))
     return residual + F.dropout(out, p=module.hidden_dropout, training=module.training), None
 
 
@@ -245,7 +247,7 @@ def _mpt(
         weights = scores.float().softmax(-1).to(value.dtype)
         return F.dropout(weights, p=module.attn_dropout_p, training=module.training) @ value
 
-    return module.out_proj(_exchanged(state, *parts, attend).flatten(2)), None
+    return module.out_proj(_exchanged(state, attend, *parts).flatten(2)), None
 
 
 def _falcon(
@@ -282,7 +284,7 @@ def _falcon(
         weights = _masked(scores * module.inv_norm_factor, mask).softmax(-1)
         return F.dropout(weights, p=dropout) @ value
 
-    return module.dense(_exchanged(state, *parts, attend).flatten(2)), None
+    return module.dense(_exchanged(state, attend, *parts).flatten(2)), None
 
 
 def _mpnet(
@@ -307,7 +309,7 @@ def _mpnet(
             scores = scores + position_bias[:, heads]
         return module.dropout(_masked(scores, attention_mask).softmax(-1)) @ value
 
-    return (module.o(_exchanged(state, *parts, attend).flatten(2)),)
+    return (module.o(_exchanged(state, attend, *parts).flatten(2)),)
 
 
 def _bart(
@@ -338,4 +340,54 @@ def _bart(
         weights = scores.clamp(min=torch.finfo(scores.dtype).min).softmax(-1)
         return F.dropout(weights, p=module.dropout, training=module.training) @ value
 
-    return module.out_proj(_exchanged(state, *parts, attend).flatten(2)), None
+    return module.out_proj(_exchanged(state, attend, *parts).flatten(2)), None
+
+
+class _Heads:
+    """An attention module as its own forward would see it if it had this rank's heads only, and the full row."""
+
+    def __init__(self, module: nn.Module, owner: type, tokens: dict[str, Tensor], heads: slice, width: int) -> None:
+        self._module, self._owner, self._tokens = module, owner, tokens
+        self._columns = slice(heads.start * width, heads.stop * width)
+        self.num_attention_heads = heads.stop - heads.start
+
+    def __getattr__(self, name: str) -> Any:
+        function = inspect.getattr_static(self._owner, name, None)
+        if inspect.isfunction(function):
+            return partial(function, self)
+        found = getattr(self._module, name)
+        return partial(self._project, name, found) if name.endswith("_proj") else found
+
+    def _project(self, name: str, projection: nn.Module, states: Tensor) -> Tensor:
+        """Of the tokens what was exchanged, of relative positions this rank's heads."""
+        if states is self._tokens["states"]:
+            return self._tokens[name]
+        return projection(states)[..., self._columns]
+
+
+def _deberta(
+    module: Any,
+    owner: Any,
+    state: ParallelState,
+    is_cut: Callable[[], bool],
+    hidden_states: Tensor,
+    *args: Any,
+    **kw: Any,
+) -> Any:
+    names = list(inspect.signature(owner.forward).parameters)[2:]
+    inputs = {**dict(zip(names, args, strict=False)), **kw}
+    if not is_cut():
+        return owner.forward(module, hidden_states, *args, **kw)
+    if inputs.get("query_states") is not None:
+        raise ValueError(f"{type(module).__name__} takes no queries of another sequence under sequence parallelism.")
+    width = module.attention_head_size
+    projections = ("query_proj", "key_proj", "value_proj")
+    parts = [getattr(module, name)(hidden_states).unflatten(-1, (-1, width)).transpose(1, 2) for name in projections]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> Tensor:
+        rows = [x.transpose(1, 2).flatten(2) for x in (query, key, value)]
+        tokens = {"states": hidden_states, **dict(zip(projections, rows, strict=True))}
+        out = owner.forward(_Heads(module, owner, tokens, heads, width), hidden_states, **inputs)[0]
+        return out.unflatten(-1, (-1, width)).transpose(1, 2)
+
+    return _exchanged(state, attend, *parts).flatten(2), None

@@ -20,7 +20,7 @@ from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.shard import shard_sequence
 from hf_veomni.sequence.stack import own_names
 
-_WHOLE = re.compile(r"attention_mask|causal_mask|bias|encoder|cross_|key_value|position|past|cache")
+_WHOLE = re.compile(r"attention_mask|causal_mask|bias|encoder|cross_|key_value|position|relative|past|cache")
 
 
 class Row(Protocol):

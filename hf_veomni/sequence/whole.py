@@ -68,5 +68,9 @@ def map_hidden(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
             f"A stack returned {type(output).__name__} without `last_hidden_state`, so its output cannot be put "
             "together again: use sp_size=1."
         )
-    output["last_hidden_state"] = function(hidden)
+    whole = function(hidden)
+    states = output.get("hidden_states")
+    if isinstance(states, tuple) and states and states[-1] is hidden:  # which DeBERTa's model reads instead
+        output["hidden_states"] = (*states[:-1], whole)
+    output["last_hidden_state"] = whole
     return output
