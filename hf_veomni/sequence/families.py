@@ -3,7 +3,7 @@
     `_attn(query, key, value, mask)`    a method of GPT-J, GPT-Neo, CodeGen and others: exchanged around it
     the forward again, with this rank's heads of the bias or of the mask: BERT's old self-attention, MPNet, Bloom, MPT,
     Falcon, and that of XGLM, TrOCR and MVP
-    the forward itself, on an object that has this rank's heads only: DeBERTa 2
+    the forward itself, on this rank's heads: DeBERTa (`deberta`)
 
 Shapes: B rows; S', s tokens of the filled-up row and of this rank; H, h heads of the model and of this rank; D width.
 """
@@ -16,14 +16,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_veomni import hf
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.cross import cut_queries
-from hf_veomni.sequence.ulysses import head_layout, heads_to_sequence, sequence_to_heads
+from hf_veomni.sequence.deberta import deberta_forward, is_deberta
+from hf_veomni.sequence.exchange import exchanged, masked
 
 _CORE = "_attn"
 _CORE_NAMES = (["query", "key", "value"], ["q", "k", "v"])
@@ -56,7 +56,7 @@ def _find_patch(module: nn.Module) -> tuple[str, Callable[..., Any]] | None:
         (_mpt, _has(module, "Wqkv", "softmax_scale", "clip_qkv", "n_heads")),
         (_mpnet, _is_mpnet(module)),
         (_bart, _is_bart(module)),
-        (_deberta, _has(module, "disentangled_attention_bias", "query_proj", "key_proj", "value_proj")),
+        (deberta_forward, is_deberta(module)),
     ]
     return next((("forward", patch) for patch, fits in forwards if fits), None)
 
@@ -115,29 +115,6 @@ def attach_patch(module: nn.Module, state: ParallelState, is_cut: Callable[[], b
     return PatchHandle(module, name)
 
 
-def _exchanged(
-    state: ParallelState,
-    attend: Callable[[Tensor, Tensor, Tensor, slice], Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-) -> Tensor:
-    """`attend` on [B, h, S', D] of this rank's heads, given which; local [B, H, s, D] in, [B, s, H, D] out."""
-    group = state.sp_group
-    assert group is not None
-    layout = head_layout(query.shape[1], key.shape[1], dist.get_world_size(group))
-    first, last = layout.query[state.sp_rank]
-    query, key, value = sequence_to_heads(query, key, value, layout, group, state.sp_rank)
-    out = attend(query, key, value, slice(first, last))
-    return heads_to_sequence(out.transpose(1, 2), layout, group, state.sp_rank)
-
-
-def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return scores
-    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-
-
 def _core(
     module: nn.Module,
     owner: Any,
@@ -159,7 +136,7 @@ def _core(
         found.append(original(module, query, key.transpose(2, 3) if flipped else key, value, *args, **kwargs))
         return found[0][0]
 
-    out = _exchanged(state, attend, query, key.transpose(2, 3) if flipped else key, value).transpose(1, 2)
+    out = exchanged(state, attend, query, key.transpose(2, 3) if flipped else key, value).transpose(1, 2)
     return type(found[0])([out, *([None] * (len(found[0]) - 1))])
 
 
@@ -190,10 +167,10 @@ def _bert(
         elif angles is not None:
             query, key = module.apply_rotary_position_embeddings(angles, query, key)
         scores = query @ key.transpose(-1, -2) / width**0.5
-        return module.dropout(_masked(scores, inputs.get("attention_mask")).softmax(-1)) @ value
+        return module.dropout(masked(scores, inputs.get("attention_mask")).softmax(-1)) @ value
 
     parts = (split(module.query(hidden)), split(module.key(hidden)), split(module.value(hidden)))
-    return _exchanged(state, attend, *parts).flatten(2), None
+    return exchanged(state, attend, *parts).flatten(2), None
 
 
 def _bloom(
@@ -213,11 +190,11 @@ def _bloom(
 
     def attend(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> Tensor:
         scores = bias[:, heads] + query @ key.transpose(-1, -2) * module.inv_norm_factor
-        scores = _masked(scores, attention_mask)
+        scores = masked(scores, attention_mask)
         return module.attention_dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype)) @ value
 
     query, key, value = module._reshape(module.query_key_value(hidden))
-    out = module.dense(_exchanged(state, attend, query, key, value).flatten(2))
+    out = module.dense(exchanged(state, attend, query, key, value).flatten(2))
     return residual + F.dropout(out, p=module.hidden_dropout, training=module.training), None
 
 
@@ -247,7 +224,7 @@ def _mpt(
         weights = scores.float().softmax(-1).to(value.dtype)
         return F.dropout(weights, p=module.attn_dropout_p, training=module.training) @ value
 
-    return module.out_proj(_exchanged(state, attend, *parts).flatten(2)), None
+    return module.out_proj(exchanged(state, attend, *parts).flatten(2)), None
 
 
 def _falcon(
@@ -281,10 +258,10 @@ def _falcon(
         scores = query @ key.transpose(-1, -2)
         if alibi is not None:
             scores = scores + alibi.view(len(query), module.num_heads, 1, -1)[:, heads]
-        weights = _masked(scores * module.inv_norm_factor, mask).softmax(-1)
+        weights = masked(scores * module.inv_norm_factor, mask).softmax(-1)
         return F.dropout(weights, p=dropout) @ value
 
-    return module.dense(_exchanged(state, attend, *parts).flatten(2)), None
+    return module.dense(exchanged(state, attend, *parts).flatten(2)), None
 
 
 def _mpnet(
@@ -307,9 +284,9 @@ def _mpnet(
         scores = query @ key.transpose(-1, -2) / width**0.5
         if position_bias is not None:
             scores = scores + position_bias[:, heads]
-        return module.dropout(_masked(scores, attention_mask).softmax(-1)) @ value
+        return module.dropout(masked(scores, attention_mask).softmax(-1)) @ value
 
-    return (module.o(_exchanged(state, attend, *parts).flatten(2)),)
+    return (module.o(exchanged(state, attend, *parts).flatten(2)),)
 
 
 def _bart(
@@ -336,58 +313,8 @@ def _bart(
     parts = [x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in parts]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> Tensor:
-        scores = _masked(query @ key.transpose(-1, -2), mask)
+        scores = masked(query @ key.transpose(-1, -2), mask)
         weights = scores.clamp(min=torch.finfo(scores.dtype).min).softmax(-1)
         return F.dropout(weights, p=module.dropout, training=module.training) @ value
 
-    return module.out_proj(_exchanged(state, attend, *parts).flatten(2)), None
-
-
-class _Heads:
-    """An attention module as its own forward would see it if it had this rank's heads only, and the full row."""
-
-    def __init__(self, module: nn.Module, owner: type, tokens: dict[str, Tensor], heads: slice, width: int) -> None:
-        self._module, self._owner, self._tokens = module, owner, tokens
-        self._columns = slice(heads.start * width, heads.stop * width)
-        self.num_attention_heads = heads.stop - heads.start
-
-    def __getattr__(self, name: str) -> Any:
-        function = inspect.getattr_static(self._owner, name, None)
-        if inspect.isfunction(function):
-            return partial(function, self)
-        found = getattr(self._module, name)
-        return partial(self._project, name, found) if name.endswith("_proj") else found
-
-    def _project(self, name: str, projection: nn.Module, states: Tensor) -> Tensor:
-        """Of the tokens what was exchanged, of relative positions this rank's heads."""
-        if states is self._tokens["states"]:
-            return self._tokens[name]
-        return projection(states)[..., self._columns]
-
-
-def _deberta(
-    module: Any,
-    owner: Any,
-    state: ParallelState,
-    is_cut: Callable[[], bool],
-    hidden_states: Tensor,
-    *args: Any,
-    **kw: Any,
-) -> Any:
-    names = list(inspect.signature(owner.forward).parameters)[2:]
-    inputs = {**dict(zip(names, args, strict=False)), **kw}
-    if not is_cut():
-        return owner.forward(module, hidden_states, *args, **kw)
-    if inputs.get("query_states") is not None:
-        raise ValueError(f"{type(module).__name__} takes no queries of another sequence under sequence parallelism.")
-    width = module.attention_head_size
-    projections = ("query_proj", "key_proj", "value_proj")
-    parts = [getattr(module, name)(hidden_states).unflatten(-1, (-1, width)).transpose(1, 2) for name in projections]
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> Tensor:
-        rows = [x.transpose(1, 2).flatten(2) for x in (query, key, value)]
-        tokens = {"states": hidden_states, **dict(zip(projections, rows, strict=True))}
-        out = owner.forward(_Heads(module, owner, tokens, heads, width), hidden_states, **inputs)[0]
-        return out.unflatten(-1, (-1, width)).transpose(1, 2)
-
-    return _exchanged(state, attend, *parts).flatten(2), None
+    return module.out_proj(exchanged(state, attend, *parts).flatten(2)), None

@@ -21,6 +21,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mvp": ("mvp", {}),
     "deberta-shared": ("deberta-v2", {**_RELATIVE, "share_att_key": True, "pos_att_type": ["p2c", "c2p"]}),
     "deberta-own": ("deberta-v2", {**_RELATIVE, "share_att_key": False, "pos_att_type": ["p2c", "c2p"]}),
+    "deberta": ("deberta", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
     "ministral3": ("ministral3", {}),
 }
 

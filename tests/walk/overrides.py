@@ -21,6 +21,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "vision-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "esm": {"vocab_size": 97, "pad_token_id": 0, "mask_token_id": 90, "token_dropout": False},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "deberta-v2": {"relative_attention": True, "share_att_key": True, "pos_att_type": ["p2c", "c2p"]},  # as published
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
