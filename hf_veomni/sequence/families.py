@@ -32,7 +32,9 @@ _CORE_NAMES = (["query", "key", "value"], ["q", "k", "v"])
 _BERT_INPUTS = {
     "self", "hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "past_key_values",
     "output_attentions", "cache_position", "head_mask", "sinusoidal_pos", "kwargs",
+    "word_hidden_states", "entity_hidden_states",
 }  # fmt: skip
+_OF_ENTITIES = {"w2e_query", "e2w_query", "e2e_query"}  # LUKE's, of rows with entities, which are refused
 
 _BART_INPUTS = {
     "self", "hidden_states", "key_value_states", "past_key_values", "attention_mask", "output_attentions",
@@ -79,7 +81,7 @@ def _is_bert(module: nn.Module) -> bool:
     sizes = ("num_attention_heads", "attention_head_size")
     if set(inspect.signature(type(module).forward).parameters) - _BERT_INPUTS:
         return False
-    return _children(module) == {"query", "key", "value", "dropout"} and _has(module, *sizes)
+    return _children(module) - _OF_ENTITIES == {"query", "key", "value", "dropout"} and _has(module, *sizes)
 
 
 def _is_mpnet(module: nn.Module) -> bool:
@@ -153,7 +155,8 @@ def _bert(
     inputs = {**dict(zip(names, args, strict=False)), **kwargs}
     if not is_cut():
         return owner.forward(module, hidden, *args, **kwargs)
-    if any(isinstance(inputs.get(n), Tensor) for n in ("encoder_hidden_states", "past_key_values", "head_mask")):
+    others = ("encoder_hidden_states", "entity_hidden_states", "past_key_values", "head_mask")
+    if any(isinstance(inputs.get(name), Tensor) for name in others):
         raise ValueError(f"{type(module).__name__} takes no states of another sequence under sequence parallelism.")
     heads, width = module.num_attention_heads, module.attention_head_size
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_veomni import hf
 from hf_veomni.sequence.documents import Documents
+from hf_veomni.sequence.families import has_patch
 from hf_veomni.sequence.mask import MaskSpec
 from hf_veomni.sequence.seam import Seam
 from hf_veomni.sequence.varlen import VARLEN_NAME
@@ -68,9 +69,11 @@ def check_documents(traits: Traits, documents: Documents, mask: Any, positions: 
         return  # one document a row, with some positions for its padding
     if mask is not None or not traits.masks_pack:
         why = "beside an `attention_mask`" if mask is not None else f"by the masks of {traits.name}"
+        out = f"let `prepare_omni` select '{VARLEN_NAME}' (attention='auto')"
+        if any(has_patch(module) for module in traits.seam.attentions):  # which takes masks as tensors alone
+            out = "train this family on one document a row"
         raise ValueError(
-            f"Packed documents are not kept apart {why} with attention '{name}': leave the mask out, or let "
-            f"`prepare_omni` select '{VARLEN_NAME}' (attention='auto')."
+            f"Packed documents are not kept apart {why} with attention '{name}': leave the mask out, or {out}."
         )
 
 
