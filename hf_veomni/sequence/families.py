@@ -81,7 +81,9 @@ def _is_bert(module: nn.Module) -> bool:
     sizes = ("num_attention_heads", "attention_head_size")
     if set(inspect.signature(type(module).forward).parameters) - _BERT_INPUTS:
         return False
-    return _children(module) - _OF_ENTITIES == {"query", "key", "value", "dropout"} and _has(module, *sizes)
+    # YOSO and MRA look the same, and approximate the softmax.
+    plain = "softmax" in hf.code_names(module)
+    return plain and _children(module) - _OF_ENTITIES == {"query", "key", "value", "dropout"} and _has(module, *sizes)
 
 
 def _is_mpnet(module: nn.Module) -> bool:

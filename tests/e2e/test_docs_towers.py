@@ -15,7 +15,7 @@ def test_the_plan_is_read():
     names: dict[str, Any] = {}
     (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     exec(compile(block, "docs/towers.md", "exec", dont_inherit=True), names)
-    assert names["plan"].modules == {"*.visual": {"sp": "replicate"}}
+    assert names["plan"].modules == {"*.visual": {"sp": "ulysses"}}
 
 
 def test_rules_exist():

@@ -30,7 +30,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mistral4": {"head_dim": 8, "qk_head_dim": 24},
     "longcat_flash": {"head_dim": 8, "qk_head_dim": 24},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
-    "mobilebert": {"embedding_size": 64, "hidden_size": 64, "true_hidden_size": 64, "intra_bottleneck_size": 64},
+    "mobilebert": {"embedding_size": 32, "hidden_size": 64, "true_hidden_size": 64, "intra_bottleneck_size": 64},
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "nemotron": {"num_key_value_heads": 2},
     "pix2struct_text_model": {"initializer_range": 0.02},
