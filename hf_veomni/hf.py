@@ -77,6 +77,14 @@ def towers(model: Any) -> list[nn.Module]:
     return [tower for tower in dict.fromkeys(found) if isinstance(tower, nn.Module) and tower is not model]
 
 
+def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """The embeddings of tokens, or None where transformers does not know them (FLAVA)."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
 def decoder_stack(model: PreTrainedModel) -> nn.Module:
     """The module with the decoder's `layers`, as far as transformers tells; Llama 4's `get_decoder` is one off."""
     decoder = model.get_decoder()

@@ -174,7 +174,7 @@ def _names_outside(model: nn.Module, decoder: nn.Module) -> list[str]:
 
 
 def _heads(model: Any) -> list[nn.Module]:
-    found = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = (hf.input_embeddings(model), model.get_output_embeddings())
     return [module for module in found if isinstance(module, nn.Module)]
 
 

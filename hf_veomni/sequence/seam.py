@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -120,6 +121,10 @@ def find_seam(model: PreTrainedModel, gathered: Iterable[str] = ()) -> Seam:
     decoder, holder, layers = _decoder(model)
     if notes_shape(decoder) and not views_as_row(decoder):
         raise _refuse(model, "its stack reshapes what its layers return to the shape of the full row")
+    if "pooling_mask" in inspect.unwrap(type(decoder).forward).__code__.co_varnames:
+        raise _refuse(model, "its stack pools the tokens of the full row under a mask of its own")
+    if any(getattr(module, "trigram_input", False) for module in decoder.modules()):
+        raise _refuse(model, "its embeddings mix neighbours, so the last token would see the filler behind it")
     types = set(getattr(getattr(decoder, "config", None), "layer_types", None) or ())
     if unknown := sorted(types - _LAYER_TYPES - _HYBRID_TYPES):
         raise _refuse(model, f"its `layer_types` hold {unknown}, which are not attention over the row")
