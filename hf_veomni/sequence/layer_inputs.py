@@ -1,7 +1,7 @@
 """What a layer is given besides hidden states: cut what has an entry for each token.
 
     [B, S', W]       features of its own for each token (Gemma 4's per-layer inputs)
-    [B, 1, S, 1]     a factor for each token (Mllama's rows that see no picture)
+    [B, 1, S, 1]     a factor for each token (Mllama's rows that see no picture; Beam's scale of queries, of one row)
     [B, S']          which tokens are sounds, of those that a layer treats apart (Higgs Audio)
 
 Masks, biases and the states of another sequence stay whole. Shapes: S tokens of a row, S' with padding.
@@ -67,14 +67,16 @@ def cut_call(layer: nn.Module, args: tuple, kwargs: dict, row: Row, state: Paral
 
 
 def _cut(name: str, value: Any, rows: int, row: Row, state: ParallelState) -> Any:
-    if not isinstance(value, Tensor) or _WHOLE.search(name) or not value.dim() or value.shape[0] != rows:
+    if not isinstance(value, Tensor) or _WHOLE.search(name) or not value.dim() or value.shape[0] not in (1, rows):
+        return value
+    if value.dim() == 4 and value.shape[1] == value.shape[3] == 1 and row.length <= value.shape[2] <= row.padded:
+        return shard_sequence(F.pad(value, (0, 0, 0, row.padded - value.shape[2])), 2, state)
+    if value.shape[0] != rows:
         return value
     if value.dim() == 2 and value.dtype == torch.bool and value.shape[1] == row.padded:
         return shard_sequence(value, 1, state)
     if value.dim() == 3 and value.shape[1] == row.padded:
         return shard_sequence(value, 1, state)
-    if value.dim() == 4 and value.shape[1] == value.shape[3] == 1 and row.length <= value.shape[2] <= row.padded:
-        return shard_sequence(F.pad(value, (0, 0, 0, row.padded - value.shape[2])), 2, state)
     return value
 
 
