@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
+from hf_veomni.fsdp.unused import watch_experts
 from hf_veomni.mesh import ParallelState
 
 _STYLES = {"free_full_weight": "free", "keep_full_weight": "keep"}
@@ -158,6 +159,8 @@ def shard_parameters(
         fully_shard(modules if len(modules) > 1 else modules[0], reshard_after_forward=not keep, **arguments)
     fully_shard(model, ignored_params=_outside_forward(model), **arguments)
     _prefetch_experts(model, experts)
+    if not experts:  # those of an expert group have a forward of their own
+        watch_experts(model)
     model.register_forward_hook(_reshard_after_inference)
     hf.mark_fsdp_managed(model)
     hf.keep_recorders(model)

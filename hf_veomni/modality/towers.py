@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 
 from hf_veomni import hf
 from hf_veomni.comm.gather import gather_shards
+from hf_veomni.fsdp.unused import GiveZeros
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment, assign_items
 from hf_veomni.modality.items import FRAMES, Items, find_items
@@ -46,20 +47,6 @@ _METHODS = {f"get_{modality}_features": modality for modality in ("image", "vide
 _sharing: ContextVar[bool] = ContextVar("hf_veomni_sharing", default=False)
 # PEFT's `modules_to_save` puts a wrapper with two copies in a module's place, whose name users know.
 _COPIES = re.compile(r"\.(original_module|modules_to_save\.[^.]+)$")
-
-
-class _Touch(torch.autograd.Function):
-    """Hidden states as they are; in the backward, zeros for parameters that they may not depend on."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like]
-        return grads[0], *zeros
 
 
 def find_methods(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -197,7 +184,7 @@ def _touch(
     if hidden is None or not torch.is_grad_enabled():
         return None
     parameters = [model.get_parameter(name) for name in names]
-    return args, {**kwargs, "inputs_embeds": _Touch.apply(hidden, *parameters, *loose)}
+    return args, {**kwargs, "inputs_embeds": GiveZeros.apply(hidden, *parameters, *loose)}
 
 
 class _SharedMethod:
