@@ -18,6 +18,8 @@ WORK = (
     "gemma3",  # masks made above the stack
     "gemma4_text",  # inputs of each layer
     "qwen3_next",  # linear attention
+    "longcat_flash",  # experts that no token of a rank reaches
+    "beam",  # a scale for each token, the same for all rows
 )
 
 
@@ -34,7 +36,15 @@ def test_family_equals_one_rank_on_four(ranks, family):
         assert (record["outcome"], record["reason"]) == ("works", "")
 
 
-@pytest.mark.parametrize(("family", "reason"), [("xlnet", "has no seam"), ("aimv2_text_model", "pass a mask")])
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("xlnet", "has no seam"),
+        ("aimv2_text_model", "pass a mask"),
+        ("mobilebert", "mix neighbours"),
+        ("yoso", "has no list of layers"),
+    ],
+)
 def test_refused_family_says_why(ranks, family, reason):
     for record in ranks(2).run(walk_family, family, timeout=60):
         assert record["outcome"] == "refused"

@@ -118,6 +118,7 @@ class _Comparison:
 
     def __init__(self, record: Record, model: nn.Module, plan: str) -> None:
         self.record, self.model, self.plan = record, model, plan
+        self.copy = copy.deepcopy(model)  # some keep states of their last row, which cannot be copied
         self.dtype = next(model.parameters()).dtype
         self.limit = TOLERANCE if self.dtype == torch.float32 else EXACT
         self.takes = inspect.signature(type(model).forward).parameters
@@ -159,7 +160,7 @@ class _Comparison:
 
         record = self.record
         try:
-            prepared = prepare_omni(copy.deepcopy(self.model), self.plan)
+            prepared = prepare_omni(self.copy, self.plan)
         except Exception as error:
             return record.end("refused" if isinstance(error, ValueError) else "crashes", error)
         try:
