@@ -66,7 +66,21 @@ def plan_units(model: PreTrainedModel, rules: Mapping[str, Mapping[str, str]]) -
         rest = [module for module in _with_tied(model, modules) if module not in taken]
         taken.update(rest)
         found += [(rest, keep)] if rest else []
+    _check_disjoint(model, found)
     return found
+
+
+def _check_disjoint(model: nn.Module, units: Sequence[tuple[list[nn.Module], bool]]) -> None:
+    claimed: dict[nn.Parameter, nn.Module] = {}
+    for modules, _ in units:
+        inside = {child for module in modules for child in module.modules()}
+        for parameter in [parameter for module in modules for parameter in module.parameters()]:
+            if claimed.setdefault(parameter, modules[0]) not in inside:
+                name = next(n for n, p in model.named_parameters() if p is parameter)
+                raise ValueError(
+                    f"{type(model).__name__} has layers that share parameters (`{name}`), which belong to one FSDP2 "
+                    "unit only, so it cannot be sharded layer by layer: train it in one process."
+                )
 
 
 def _reshard_after_inference(model: nn.Module, args: Any, output: Any) -> None:

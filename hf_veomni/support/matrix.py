@@ -32,6 +32,7 @@ class Family:
         dtype: fp64 where the family's own rounding exceeds 1e-5 in fp32.
         error: the largest, relative to the largest entry.
         padded, packed: "works", or why not.
+        rule: modules that run under the plan's rule "sp: gather" (at up to sp times their compute), or none.
         fp32_inside: whether, in fp64, the family's own code casts to fp32; else the limit in fp64 is 1e-6.
     """
 
@@ -47,6 +48,7 @@ class Family:
     padded: str
     packed: str
     fp32_inside: bool = False
+    rule: str = ""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ The walk builds a tiny random model of every model type of the installed transfo
 it on one rank with the prepared model on two: loss, outputs and the gradient of every parameter, within 1e-5 relative
 in fp32. Where the family's own rounding in fp32 is larger, it is compared in fp64 (column "in"): within 1e-6, or
 within 1e-5 where its own code casts to fp32. Rows have odd lengths.
-{inside}{again}
+{inside}{gathered}{again}
 | outcome | model types | folders | meaning |
 |---|---:|---:|---|
 {counts}
@@ -32,6 +32,11 @@ within 1e-5 where its own code casts to fp32. Rows have odd lengths.
 
 *padded*: a batch with padding. *packed*: one row of several documents. *loss*: the model's own, or, where it has none
 for the walk to compare, one of all its outputs.
+"""
+
+_GATHERED = """
+{count} of those that work do so under a rule of the plan, `sp: gather` on the modules named beside them, which run
+whole documents on every rank at up to sp times their compute. Without it they are refused, and the refusal names it.
 """
 
 
@@ -46,7 +51,9 @@ def render_markdown(matrix: Matrix) -> str:
     counts = matrix.counts()
     lines = [f"| {name} | {counts[name]} | {matrix.folders(name)} | {text} |" for name, text in OUTCOMES.items()]
     inside = [f"{f.model_type} {f.error:.1e}" for f in matrix.families.values() if f.fp32_inside and f.error > 1e-6]
+    gathered = [f for f in matrix.families.values() if f.rule and f.outcome == "works"]
     head = _HEAD.format(
+        gathered=_GATHERED.format(count=len(gathered)) if gathered else "",
         inside=f"\nAbove 1e-6 in fp64: {', '.join(inside)}.\n" if inside else "",
         again=_again(matrix),
         command=COMMAND,
@@ -78,7 +85,8 @@ def _table(families: Iterable[Family]) -> str:
     lines = ["| model type | class | padded | packed | loss | in |", "|---|---|---|---|---|---|"]
     for family in families:
         cells = [_short(family.padded), _short(family.packed), family.loss, family.dtype.replace("float", "fp")]
-        lines.append(f"| {family.model_type} | {family.model_class} | {' | '.join(cells)} |")
+        rule = f" (`sp: gather` on `{family.rule}`)" if family.rule else ""
+        lines.append(f"| {family.model_type} | {family.model_class}{rule} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 TOLERANCE = 1e-5  # relative to the largest entry, fp32
 EXACT = 1e-6  # in fp64, for families whose rounding in fp32 is above that
+_OFFERED = re.compile(r"modules=\{'([^']+)': \{'sp': 'gather'\}\}")
 Batch = dict[str, Tensor]
 
 
@@ -37,6 +39,7 @@ class Record:
     packed: str = ""
     seconds: float = 0.0
     fp32_error: float | None = None
+    rule: str = ""  # names of modules that run under the plan's rule "sp: gather", which the refusal offers
     fp32_inside: bool = False  # its own code casts to fp32, so that an fp64 run is no more exact than TOLERANCE
 
     def end(self, outcome: str, reason: object) -> Record:
@@ -156,11 +159,9 @@ class _Comparison:
         return self.record.end("unbuildable", f"the stock model does not run: {_line(error)}")
 
     def _prepared(self, plain: Rows, others: dict[str, Rows | None]) -> Record:
-        from hf_veomni import prepare_omni
-
         record = self.record
         try:
-            prepared = prepare_omni(self.copy, self.plan)
+            prepared = self._prepare()
         except Exception as error:
             return record.end("refused" if isinstance(error, ValueError) else "crashes", error)
         try:
@@ -188,6 +189,21 @@ class _Comparison:
             setattr(record, name, "works")
             record.error = max(record.error, error)
         return record
+
+    def _prepare(self) -> nn.Module:
+        """The copy, prepared; with the rules of a plan by which a refusal says that it would run, where it does."""
+        from hf_veomni import ParallelPlan, prepare_omni
+
+        plan, rules = ParallelPlan.parse(self.plan), {}
+        while True:
+            try:
+                return prepare_omni(self.copy, replace(plan, modules=rules))
+            except ValueError as error:
+                offered = _OFFERED.search(str(error))
+                if offered is None or offered[1] in rules:
+                    raise
+                rules[offered[1]] = {"sp": "gather"}
+                self.record.rule = ", ".join(rules)
 
     def _stock(self, rows: Rows) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss, output and gradients of the stock model; of a packed row, document by document."""
