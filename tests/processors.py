@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3Processor,
     Idefics3Processor,
+    LlavaOnevisionProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
     Qwen2AudioProcessor,
@@ -13,6 +14,7 @@ from transformers import (
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -92,3 +94,22 @@ def gemma3() -> Gemma3Processor:
         setattr(tokenizer, name, token)
         setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
     return Gemma3Processor(images, tokenizer, image_seq_length=4)
+
+
+class _OneVisionPictures(LlavaOnevisionProcessor):
+    """Video processors need torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        self.num_image_tokens, self.vision_feature_select_strategy = 16, "full"
+        self.vision_aspect_ratio = "anyres_max_9"
+        self.image_token, self.video_token = "<image>", "<video>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+        self.video_token_id = tokenizer.convert_tokens_to_ids("<video>")
+        super(LlavaOnevisionProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
+
+
+def onevision() -> LlavaOnevisionProcessor:
+    """A picture alone in tiles of 32 pixels and 16 tokens, several of them whole."""
+    pinpoints = [[32, 32], [32, 64], [64, 32], [64, 64], [32, 96]]
+    images = LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=pinpoints)
+    return _OneVisionPictures(images, byte_tokenizer("<image>", "<video>"))

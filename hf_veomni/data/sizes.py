@@ -51,7 +51,7 @@ class SizeReader:
         self.reader, self.processor, self.cost = RawReader(processor), processor, cost
         self.config = getattr(model_config, "thinker_config", None) or model_config
         self._repeats: dict[str, bool] = {}
-        self._replacements: dict[tuple[str, Any], str] = {}
+        self._replacements: dict[tuple[str, Any, int], str] = {}
 
     def measure(self, where: str, sample: Mapping[str, Any]) -> Size:
         """Tokens and cost of one raw sample.
@@ -66,7 +66,7 @@ class SizeReader:
         for modality, values in prompt.items.items():
             for index, value in enumerate(values):
                 name = name_of(value, f"{modality} {index} of {where}")
-                text, count, parts = self._item(modality, value, name)
+                text, count, parts = self._item(modality, value, name, alone=len(values) == 1)
                 replacements.setdefault(modality, []).append(text)
                 modalities.append(modality)
                 patches.append(count)
@@ -79,16 +79,25 @@ class SizeReader:
         patches[0] = length
         return Size(length, float(np.sum(self.cost(modalities, patches, segments))))
 
-    def _item(self, modality: str, value: Any, name: str) -> tuple[str, int, int]:
-        """The text that an item becomes, its patches, and its parts that do not see each other."""
+    def _item(self, modality: str, value: Any, name: str, alone: bool) -> tuple[str, int, int]:
+        """The text that an item becomes, its patches, and its parts that do not see each other.
+
+        Args:
+            alone: whether it is the only one of its modality in the sample.
+        """
         if modality == "image":
             size: Any = image_size(value, name)
         else:
             size = audio_samples(value, sampling_rate(self.processor), name)
-        repeats = self._is_repeated(modality)
+        # LLaVA-OneVision tiles a picture only where it is alone in its sample, of which its formula knows nothing.
+        among = not alone and self._counts_pictures(modality)
+        repeats = not among and self._is_repeated(modality)
         try:
-            tokens, patches = self._formula(modality, size)
-            text = self._token(modality) * tokens if repeats and tokens is not None else self._tried(modality, size)
+            tokens, patches = (None, None) if among else self._formula(modality, size)
+            if repeats and tokens is not None:
+                text = self._token(modality) * tokens
+            else:
+                text = self._tried(modality, size, 2 if among else 1)
         except Exception as error:  # what it takes elsewhere: this item is too thin, too short, ...
             raise BrokenItemError(
                 f"{name}: {type(self.processor).__name__} refuses an {modality} of size {size}: {error}"
@@ -135,11 +144,15 @@ class SizeReader:
             )
         return self._repeats[modality]
 
-    def _tried(self, modality: str, size: Any) -> str:
-        """The text that a placeholder becomes, tried once for each size."""
-        if (modality, size) not in self._replacements:
-            self._replacements[modality, size] = self._try(modality, size)
-        return self._replacements[modality, size]
+    def _counts_pictures(self, modality: str) -> bool:
+        maker = getattr(self.processor, "image_processor", None)
+        return modality == "image" and "batch_num_images" in getattr(maker, "model_input_names", ())
+
+    def _tried(self, modality: str, size: Any, count: int = 1) -> str:
+        """The text that the first of `count` placeholders becomes, tried once for each size."""
+        if (modality, size, count) not in self._replacements:
+            self._replacements[modality, size, count] = self._try(modality, size, count)
+        return self._replacements[modality, size, count]
 
     def _token(self, modality: str) -> str:
         token = getattr(self.processor, f"{modality}_token", None)
@@ -147,18 +160,18 @@ class SizeReader:
             raise ValueError(f"{type(self.processor).__name__} has no `{modality}_token`, so it takes no {modality}s")
         return getattr(token, "content", token)
 
-    def _try(self, modality: str, size: Any) -> str:
-        """What the processor makes of an empty item of a size."""
+    def _try(self, modality: str, size: Any, count: int = 1) -> str:
+        """What the processor makes of an empty item of a size, beside others of it."""
         inputs: dict[str, Any] = {}
         if modality == "image":
-            inputs["images"] = [[np.zeros((*size, 3), dtype=np.uint8)]]
+            inputs["images"] = [[np.zeros((*size, 3), dtype=np.uint8)] * count]
         else:
             rate = sampling_rate(self.processor)
             inputs |= {"audio": [np.zeros(size, dtype=np.float32)], "sampling_rate": rate}
-        text = self._token(modality)
+        text = self._token(modality) * count
         output = self.processor(text=[text], return_text_replacement_offsets=True, **inputs)
         replaced = output.get("text_replacement_offsets")
-        if not replaced or len(replaced[0]) != 1:
+        if not replaced or len(replaced[0]) != count:
             raise ValueError(
                 f"{type(self.processor).__name__} does not tell what becomes of its placeholders, so lengths are not "
                 "known before decoding: run it first (dataset.map) and pack its output"

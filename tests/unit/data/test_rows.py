@@ -20,6 +20,7 @@ from tests.multimodal import pictures, qwen2_5_vl, qwen2_audio, sounds, write_wa
 MAKERS = {
     "qwen_vl": (processors.qwen_vl, processors.PICTURE, "images"),
     "idefics": (processors.idefics, "<image>", "images"),
+    "onevision": (processors.onevision, "<image>", "images"),
     "gemma3": (processors.gemma3, "\n<start_of_image>\n", "images"),
     "qwen_audio": (processors.qwen_audio, processors.SOUND, "audios"),
 }
@@ -45,19 +46,20 @@ def text_and_pictures(names):
     return [{"text": f"{processors.PICTURE} is {'x' * (3 * i)}", "images": [name]} for i, name in enumerate(names)]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("name", MAKERS)
-def test_sizes_from_headers_are_those_of_the_processor(name):
+def test_sizes_from_headers_are_those_of_the_processor(name, count):
     make, mark, column = MAKERS[name]
     processor = make()
     random = np.random.default_rng(0)
     reader, sizes = RawReader(processor), SizeReader(processor)
     for index in range(8):
         if column == "images":
-            shapes = random.integers(9, 120, (2, 2))
+            shapes = random.integers(9, 120, (count, 2))
             items = [random.integers(0, 255, (*shape, 3), dtype=np.uint8) for shape in shapes]
         else:
-            items = [random.standard_normal(int(n)).astype(np.float32) for n in random.integers(400, 40_000, 2)]
-        sample = {"text": f"one {mark} and {mark}{'.' * index}", column: items}
+            items = [random.standard_normal(int(n)).astype(np.float32) for n in random.integers(400, 40_000, count)]
+        sample = {"text": " and ".join(["one", *[mark] * count]) + "." * index, column: items}
         assert sizes.measure("it", sample).tokens == reader.encode("it", sample)["input_ids"].shape[1]
 
 
