@@ -195,6 +195,7 @@ class _Comparison:
         from hf_veomni import ParallelPlan, prepare_omni
 
         plan, rules = ParallelPlan.parse(self.plan), {}
+        self.copy.load_state_dict(self.model.state_dict())  # what batch norms have seen
         while True:
             try:
                 return prepare_omni(self.copy, replace(plan, modules=rules))
