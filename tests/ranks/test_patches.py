@@ -10,6 +10,14 @@ from tests.walk.family import walk_family
 from tests.walk.overrides import OVERRIDES
 
 _RELATIVE = {"relative_attention": True, "position_buckets": 4, "max_relative_positions": 16}
+# The scale of queries changes every four tokens, and not after thousands.
+_SCALED = {
+    "rope_type": "default",
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 0.5,
+    "llama_4_scaling_beta": 0.1,
+    "original_max_position_embeddings": 4,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("falcon", {}),
     "falcon-alibi": ("falcon", {"alibi": True}),
@@ -22,7 +30,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deberta-shared": ("deberta-v2", {**_RELATIVE, "share_att_key": True, "pos_att_type": ["p2c", "c2p"]}),
     "deberta-own": ("deberta-v2", {**_RELATIVE, "share_att_key": False, "pos_att_type": ["p2c", "c2p"]}),
     "deberta": ("deberta", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
-    "ministral3": ("ministral3", {}),
+    "ministral3": ("ministral3", {"rope_parameters": _SCALED}),
+    "mistral4": ("mistral4", {}),
 }
 
 

@@ -12,6 +12,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 90}},
     "clvp_encoder": {"hidden_size": 128},  # its rotary width is at least 32 a head
     "cohere_compass_text": {"rope_parameters": {"full_attention": _MROPE, "sliding_attention": _MROPE}},
+    "csm": {"codec_config": {"upsample_groups": 8}},
+    "kyutai_speech_to_text": {"codec_config": {"upsample_groups": 8}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "ernie4_5_vl_moe_text": {
@@ -27,7 +29,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "moonshine_streaming": {"num_key_value_heads": 4},
-    "mistral4": {"head_dim": 8, "qk_head_dim": 24},
+    "mistral4": {"head_dim": 16, "qk_head_dim": 24},
     "longcat_flash": {"head_dim": 8, "qk_head_dim": 24},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
     "mobilebert": {"embedding_size": 32, "hidden_size": 64, "true_hidden_size": 64, "intra_bottleneck_size": 64},
