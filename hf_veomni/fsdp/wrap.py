@@ -47,6 +47,25 @@ def _with_tied(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
     return modules + tied
 
 
+def _joined(groups: list[tuple[list[nn.Module], bool]]) -> list[tuple[list[nn.Module], bool]]:
+    """Layers that share parameters in one unit (the attention of Zamba's hybrid layers); others as they are."""
+    found: list[tuple[list[nn.Module], bool]] = []
+    for modules, keep in groups:
+        kind = type(modules[0])
+        own = {parameter for module in modules for parameter in module.parameters()}
+        partners = [
+            (others, style)
+            for others, style in found
+            if style == keep
+            and type(others[0]) is kind
+            and not own.isdisjoint(parameter for module in others for parameter in module.parameters())
+        ]
+        for partner in partners:
+            found.remove(partner)
+        found.append(([module for others, _ in partners for module in others] + modules, keep))
+    return found
+
+
 def plan_units(model: PreTrainedModel, rules: Mapping[str, Mapping[str, str]]) -> list[tuple[list[nn.Module], bool]]:
     """The FSDP units of a model, innermost first: (modules, keep the full weight between forward and backward).
 
@@ -60,27 +79,14 @@ def plan_units(model: PreTrainedModel, rules: Mapping[str, Mapping[str, str]]) -
     groups = [([model.get_submodule(name)], units[name] == "keep") for name in ordered]
     if stock_keep:
         groups.append(([model.get_submodule(name) for name in stock_keep], True))
+    groups = _joined(groups)
     taken: set[nn.Module] = set()  # an encoder and a decoder share their embedding
     found: list[tuple[list[nn.Module], bool]] = []
     for modules, keep in groups:
         rest = [module for module in _with_tied(model, modules) if module not in taken]
         taken.update(rest)
         found += [(rest, keep)] if rest else []
-    _check_disjoint(model, found)
     return found
-
-
-def _check_disjoint(model: nn.Module, units: Sequence[tuple[list[nn.Module], bool]]) -> None:
-    claimed: dict[nn.Parameter, nn.Module] = {}
-    for modules, _ in units:
-        inside = {child for module in modules for child in module.modules()}
-        for parameter in [parameter for module in modules for parameter in module.parameters()]:
-            if claimed.setdefault(parameter, modules[0]) not in inside:
-                name = next(n for n, p in model.named_parameters() if p is parameter)
-                raise ValueError(
-                    f"{type(model).__name__} has layers that share parameters (`{name}`), which belong to one FSDP2 "
-                    "unit only, so it cannot be sharded layer by layer: train it in one process."
-                )
 
 
 def _reshard_after_inference(model: nn.Module, args: Any, output: Any) -> None:

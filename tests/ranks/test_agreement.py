@@ -62,7 +62,7 @@ def _fail_on_one_rank(name: str) -> None:
     rank = dist.get_rank()
     model = build_model("llama").to("meta") if name == "meta" and rank else build_model("llama")
     if name == "seam" and rank:
-        model = build_model("mpt")
+        model = build_model("openai-gpt")
     try:
         prepare_omni(model, "sp=two" if name == "plan" and rank else "sp=2")
     finally:
@@ -73,7 +73,7 @@ def _fail_on_one_rank(name: str) -> None:
     ("name", "match"),
     [
         ("meta", "Parameter 'model.embed_tokens.weight' is on the meta device"),
-        ("seam", "MptForCausalLM has no seam"),
+        ("seam", "OpenAIGPTLMHeadModel has no seam"),
         ("plan", r"Plan entry 'sp=two'"),
     ],
 )

@@ -162,8 +162,8 @@ def test_more_sp_ranks_than_query_heads(ranks):
 
 
 def test_model_without_a_seam(ranks):
-    match = r"MptForCausalLM has no seam for sequence parallelism.*Use sp_size=1"
-    ranks(2).raises(_prepare, "mpt", "sp=2", match=match, timeout=30)
+    match = r"OpenAIGPTLMHeadModel has no seam for sequence parallelism.*Use sp_size=1"
+    ranks(2).raises(_prepare, "openai-gpt", "sp=2", match=match, timeout=30)
 
 
 def test_unknown_attention_option(ranks):
@@ -231,21 +231,7 @@ def _prepare_family(name: str) -> None:
     model(input_ids=batch["input_ids"], **other)
 
 
-_MLA = {
-    "topk_group": 1,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-}
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "ministral3": ("Ministral3ForCausalLM", "Ministral3Config", {}),
-    "mistral4": (
-        "Mistral4ForCausalLM",
-        "Mistral4Config",
-        {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, **_MLA},
-    ),
     "gemma3n": (
         "Gemma3nForCausalLM",
         "Gemma3nTextConfig",
@@ -265,8 +251,6 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("family", "match"),
     [
-        ("ministral3", r"Ministral3ForCausalLM has no seam .*counts positions inside the layer \(\['get_llama_4_attn"),
-        ("mistral4", r"Mistral4ForCausalLM has no seam .*counts positions inside the layer \(\['get_llama_4_attn"),
         ("gemma3n", r"Gemma3nTextDecoderLayer takes hidden states of shape \(4, 1, 16, 32\), not \[rows, 16, width\]"),
         ("doge", r"DogeForCausalLM has no seam .*makes an attention mask of its own from that of the row"),
     ],
@@ -305,10 +289,10 @@ def test_three_planes_of_positions_that_restart(ranks):
     ranks(2).raises(_restarting_planes, match=r"pass \[4, rows, tokens\], text positions first", timeout=30)
 
 
-def _packed_rows_of_mpt() -> None:
+def _packed_rows_of_gpt() -> None:
     from hf_veomni import prepare_omni
 
-    model = prepare_omni(build_model("mpt"), "dp_shard=2")
+    model = prepare_omni(build_model("openai-gpt"), "dp_shard=2")
     batch = packed_batch((9, 6))
     positions = batch.pop("position_ids")
     model(**batch).loss.backward()  # one document a row is fine
@@ -316,7 +300,7 @@ def _packed_rows_of_mpt() -> None:
 
 
 def test_packed_rows_of_a_model_that_cannot_tell_documents_apart(ranks):
-    ranks(2).raises(_packed_rows_of_mpt, match="position_ids|Packed rows would not be kept apart", timeout=30)
+    ranks(2).raises(_packed_rows_of_gpt, match="position_ids|Packed rows would not be kept apart", timeout=30)
 
 
 def _twice() -> None:

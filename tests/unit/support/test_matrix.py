@@ -44,6 +44,7 @@ def test_page_is_the_rendering_of_the_matrix():
         (["support"], "works"),
         (["support", "--model", "bert"], "BertForMaskedLM"),
         (["support", "--model", "xlnet"], "has no seam"),
+        (["support", "--model", "recurrent_gemma"], "'*.temporal_block': {'sp': 'gather'}"),
         (["env"], torch.__version__),
     ],
 )
