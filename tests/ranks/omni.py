@@ -36,6 +36,7 @@ class Setting:
     changes: dict[str, Any] = field(default_factory=dict)
     moe: bool = False
     lora: bool = False
+    saved: tuple[str, ...] = ("projector",)  # with lora: what is trained and saved whole
     micro_batches: int = 1
 
 
@@ -55,11 +56,11 @@ def make_model(setting: Setting) -> nn.Module:
         LoraConfig(
             r=4,
             target_modules=r"foundation\..*\.(q|v)_proj",
-            modules_to_save=["projector"],
+            modules_to_save=list(setting.saved),
             init_lora_weights=False,
         ),
     )
-    return wrapped.train()
+    return freeze_noise(wrapped).train()  # PEFT trains all of the copies that it saves
 
 
 def freeze_noise(model: nn.Module) -> nn.Module:

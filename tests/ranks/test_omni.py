@@ -39,6 +39,11 @@ def test_mixed_row_at_sp2_equals_one_rank(check) -> None:
     check(Setting(rows=(MIXED,)), "sp=2")
 
 
+def test_encoders_that_peft_saves_whole_equal_one_rank(check) -> None:
+    """PEFT puts a wrapper with two copies in the place of an encoder."""
+    check(Setting(rows=(MIXED,), lora=True, saved=("encoders.vision", "encoders.audio")), "sp=2")
+
+
 def test_data_rank_without_modalities_equals_one_rank(check) -> None:
     check(Setting(rows=(MIXED, TEXT)), {"dp_shard_size": 2, **TOWERS})
 
@@ -83,6 +88,7 @@ SETTINGS = {
     "mixed": Setting(rows=(MIXED,)),
     "frozen": Setting(rows=(MIXED,), changes=FROZEN),
     "lora": Setting(rows=(MIXED,), lora=True),
+    "saved": Setting(rows=(MIXED,), lora=True, saved=("encoders.vision", "encoders.audio")),
     "text": Setting(rows=(TEXT,)),
     "accumulated": Setting(rows=(MIXED,), micro_batches=2),
     "moe": Setting(rows=(MIXED,), moe=True),
