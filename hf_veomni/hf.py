@@ -23,6 +23,7 @@ from transformers.distributed.expert_parallel import (
     EPImplementationInterface,
     apply_expert_parallelism,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import (
     ALL_ATTENTION_FUNCTIONS,
 )
@@ -229,6 +230,11 @@ def fsdp_styles(model: PreTrainedModel) -> dict[str, str] | None:
         return None
     _, _, plan = model._resolve_parallel_plans(DistributedConfig(fsdp_size=2))
     return plan
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is what activation checkpointing runs again as one: a layer of some stack."""
+    return isinstance(module, GradientCheckpointingLayer)
 
 
 def mark_fsdp_managed(model: PreTrainedModel) -> None:
