@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
@@ -21,18 +21,34 @@ _STYLES = {"free_full_weight": "free", "keep_full_weight": "keep"}
 
 
 def _stock_units(model: PreTrainedModel) -> dict[str, str]:
-    """Module name -> "free" or "keep", from the family's plan, or one unit for each decoder layer.
+    """Module name -> "free" or "keep", from the family's plan, and one unit for each layer that it misses.
 
     Towers are no units of their own unless rules of the plan say so: they are gathered and reduced with the root.
     """
-    styles = hf.fsdp_styles(model)
-    if styles is not None:
-        # A rank whose row has no picture does not run their tower, and nobody should have to wait for it there.
-        skipped = {module for tower in hf.towers(model) for module in tower.modules()}
-        return {n: _STYLES[style] for n, style in styles.items() if model.get_submodule(n) not in skipped}
-    layers = getattr(hf.decoder_stack(model), "layers", None)
+    # A rank whose row has no picture does not run their tower, and nobody should have to wait for it there.
+    skipped = {module for tower in hf.towers(model) for module in tower.modules()}
+    styles = hf.fsdp_styles(model) or {}
+    units = {n: _STYLES[style] for n, style in styles.items() if model.get_submodule(n) not in skipped}
     names = {module: name for name, module in model.named_modules()}
-    return {names[layer]: "free" for layer in layers} if isinstance(layers, nn.ModuleList) else {}
+    layers = getattr(hf.decoder_stack(model), "layers", None)
+    if getattr(model.config, "sub_configs", None):  # parts that not every row runs
+        blocks = list(layers) if isinstance(layers, nn.ModuleList) else []
+    else:
+        blocks = _blocks(model)
+    planned = {module for name in units for module in model.get_submodule(name).modules()}
+    for block in blocks:
+        if block not in skipped and planned.isdisjoint(block.modules()):
+            units[names[block]] = "free"
+    return units
+
+
+def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a model, by what they are: the plan goes by names, and misses `h` and `block`."""
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = [x for items in lists for x in items if hf.is_layer(x) or type(x).__name__ in kinds]
+    inside = {child for block in blocks for child in block.modules() if child is not block}
+    return [block for block in blocks if block not in inside]
 
 
 def _with_tied(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
@@ -182,6 +198,8 @@ def shard_parameters(
     if not experts:  # those of an expert group have a forward of their own
         watch_experts(model)
     model.register_forward_hook(_reshard_after_inference)
+    if hasattr(model, "generate"):  # of an encoder-decoder it calls the encoder before the model
+        register_fsdp_forward_method(model, "generate")
     hf.mark_fsdp_managed(model)
     hf.keep_recorders(model)
     return model

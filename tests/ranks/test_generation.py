@@ -52,6 +52,51 @@ def test_generate_equals_the_stock_model(ranks, options, lora):
     assert ranks(2).run(_generate, lora, options, timeout=60) == [[True] * 3] * 2
 
 
+_SMALL = {"vocab_size": 97, "d_model": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+_HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+
+
+def _encoder_decoder(family: str) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    options = {**_SMALL, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+    if family == "T5":
+        options |= {"num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 64}
+    else:
+        options |= {**_HEADS, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    if family == "Whisper":
+        options |= {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 40}
+    config = getattr(transformers, f"{family}Config")(**options)
+    return getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+
+
+def _generate_from_encoder(family: str, plan: str, options: dict[str, Any]) -> list[bool]:
+    from hf_veomni import prepare_omni
+
+    model = _encoder_decoder(family)
+    ids = packed_batch((7,))["input_ids"].repeat(2, 1)
+    mask = torch.ones_like(ids)
+    ids[1, 5:], mask[1, 5:] = 0, 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if family == "Whisper":
+        inputs = {"input_features": torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(0))}
+    wanted = model.generate(**inputs, max_new_tokens=5, do_sample=False, **options)
+    prepare_omni(model, plan)
+    got = model.generate(**inputs, max_new_tokens=5, do_sample=False, **options)  # before any other forward
+    with torch.no_grad():
+        model(**inputs, decoder_input_ids=wanted[:, :3])
+    again = model.generate(**inputs, max_new_tokens=5, do_sample=False, **options)
+    return [torch.equal(got, wanted), torch.equal(again, wanted)]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["", "beams"])
+@pytest.mark.parametrize("plan", ["sp=2", "dp_shard=2"])
+@pytest.mark.parametrize("family", ["Bart", "T5", "MBart", "Mvp", "Whisper"])
+def test_encoder_decoders_generate_as_the_stock_model(ranks, family, plan, options):
+    assert ranks(2).run(_generate_from_encoder, family, plan, options, timeout=60) == [[True] * 2] * 2
+
+
 def _call_inside() -> list[tuple[int, ...]]:
     """A bare stack and a model are called inside of a cached call of another, before its stack and in a layer."""
     from hf_veomni import prepare_omni
