@@ -48,6 +48,16 @@ def _check_unchanged(model: nn.Module, known: set[str]) -> None:
         )
 
 
+def _check_layerdrop(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(drop := getattr(module, "layerdrop", 0), float) and drop > 0:
+            raise ValueError(
+                f"`layerdrop` ({drop}) of `{name}` lets every rank skip other layers, and then they wait for each "
+                "other for ever: set this attribute to 0, or load the model with the config's `layerdrop`, "
+                "`encoder_layerdrop` and `decoder_layerdrop` at 0."
+            )
+
+
 def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping[str, str]) -> Callable[[], None]:
     """Refuse calls that the prepared model would answer wrongly.
 
@@ -68,6 +78,8 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
             _check_labels(inputs)
         if state.world_size > 1 and module.training not in checked:
             _check_unchanged(module, known)
+            if module.training:
+                _check_layerdrop(module)
             checked.add(module.training)
         if "packed" in reasons and inputs.get("attention_mask") is None and _is_packed(inputs.get("position_ids")):
             raise ValueError(f"Packed rows would not be kept apart: {reasons['packed']}")

@@ -156,6 +156,23 @@ def test_adapters_that_come_after_sharding(ranks, model, plan):
     )
 
 
+def _layers_left_out(plan: str, training: bool) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from hf_veomni import prepare_omni
+
+    config = OPTConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4)
+    config.layerdrop, config.word_embed_proj_dim = 0.5, 32
+    model = prepare_omni(OPTForCausalLM(config), plan).train(training)
+    model(packed_batch((9,))["input_ids"])
+
+
+@pytest.mark.parametrize("plan", ["sp=2", "dp_shard=2"])
+def test_layers_that_each_rank_leaves_out_at_random(ranks, plan):
+    ranks(2).raises(_layers_left_out, plan, True, match=r"`layerdrop` \(0.5\) of `model.decoder` lets", timeout=30)
+    ranks(2).run(_layers_left_out, plan, False)
+
+
 def test_more_sp_ranks_than_query_heads(ranks):
     match = r"`sp_size` \(4\) must not exceed the number of query heads \(2\): use at most 2"
     ranks(4).raises(_prepare, "llama", "sp=4", {"num_attention_heads": 2}, match=match, timeout=30)
