@@ -14,8 +14,6 @@ nothing here runs a second time in the backward; what the recomputation needs tr
 from __future__ import annotations
 
 import inspect
-from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 from weakref import WeakSet
@@ -32,7 +30,7 @@ from hf_veomni.sequence.documents import current_documents
 from hf_veomni.sequence.families import attach_patch, has_patch
 from hf_veomni.sequence.generation import attach_generate, detach_generate, is_generating
 from hf_veomni.sequence.layer_inputs import cut_call
-from hf_veomni.sequence.linear import LinearAttachment, check_mixer_heads
+from hf_veomni.sequence.linear import Gathered, LinearAttachment, check_mixer_heads
 from hf_veomni.sequence.row_checks import (
     Traits,
     check_available,
@@ -43,6 +41,7 @@ from hf_veomni.sequence.row_checks import (
     restarts,
     row_documents,
 )
+from hf_veomni.sequence.running import Call, Row, current_call, current_row, is_cut
 from hf_veomni.sequence.seam import Seam, check_heads, find_seam
 from hf_veomni.sequence.selection import adopt, release, select
 from hf_veomni.sequence.shard import check_same_rows, gather_rows, pad_inputs, shard_sequence
@@ -56,38 +55,6 @@ _registry = hf.AttentionRegistry()
 _attached: WeakSet[SequenceAttachment] = WeakSet()
 
 
-@dataclass
-class _Row:
-    """What one forward of one stack works on. `whole`: no slicing, every rank of the SP group runs the full row."""
-
-    owner: SequenceAttachment
-    length: int
-    padded: int
-    whole: bool
-    cut: bool = False  # whether a layer has got its slice
-    gathered: bool = False  # whether the layers' output has been put together again
-    tokens: list[tuple[ContextVar, Token]] = field(default_factory=list)
-
-
-# Set while a stack runs its forward; in a recomputation during backward it is None, and slicing is the rule.
-_current_row: ContextVar[_Row | None] = ContextVar("hf_veomni_row", default=None)
-
-
-@dataclass
-class _Call:
-    """One call of a prepared model, around that of its stack."""
-
-    owner: SequenceAttachment
-    cached: bool
-    positions: Tensor | None  # Mamba's model does not hand them on to its stack
-    token: Token | None = None
-
-
-# Whether the caller of the model asked for a cache. The stack alone cannot tell: some families hand it the default of
-# their config.
-_current_call: ContextVar[_Call | None] = ContextVar("hf_veomni_call", default=None)
-
-
 def _wrap_attention(inner: hf.AttentionFunction | None) -> hf.AttentionFunction:
     """`inner` for unmarked modules, Ulysses around it for marked ones; None stands for the family's eager function."""
 
@@ -95,7 +62,7 @@ def _wrap_attention(inner: hf.AttentionFunction | None) -> hf.AttentionFunction:
     def attention(module, query, key, value, attention_mask, **kwargs):
         function = inner or hf.eager_attention(module)
         state: ParallelState | None = getattr(module, _MARK, None)
-        row = _current_row.get()
+        row = current_row.get()
         if state is not None and is_cross(module) and not (row is not None and row.whole and state.sp_size > 1):
             return cross_attention(function, module, query, key, value, attention_mask, state, **kwargs)
         if state is None or state.sp_group is None or (row is not None and row.whole):
@@ -111,25 +78,34 @@ class SequenceAttachment:
     """Sequence parallelism and packing on one model; `detach` takes all of it off again."""
 
     def __init__(
-        self, model: nn.Module, state: ParallelState, attention: str = "auto", whole_output: bool = False
+        self,
+        model: nn.Module,
+        state: ParallelState,
+        attention: str = "auto",
+        whole_output: bool = False,
+        gathered: Gathered | None = None,
     ) -> None:
-        """Check the model and install. See `attach_sequence`."""
+        """Check the model and install. See `attach_sequence`. `gathered`: of an encoder, what the rules name."""
         self.model, self.state = hf.base_model(model), state
         self.name = type(self.model).__name__  # FSDP2 renames the class
-        rules = state.plan.match_modules(name for name, _ in self.model.named_modules() if name)
-        self.seam: Seam = find_seam(self.model, [name for name, rule in rules.items() if rule.get("sp") == "gather"])
-        check_heads(self.model, state.sp_size)
+        rules = Gathered.of(self.model, state.plan) if gathered is None else gathered
+        self.seam: Seam = find_seam(self.model, rules.modules, rules.names)
+        if self.seam.attentions:
+            check_heads(self.model, state.sp_size)
         check_mixer_heads(self.seam.mixers, state.sp_size)
         self.config = hf.text_config(self.model)
         self.exit = find_exit(self.model, self.seam, whole_output)
         self.encoder: SequenceAttachment | None = None
         encoder = text_encoder(self.model, self.seam)
         if encoder is not None:
-            self.encoder = SequenceAttachment(encoder, state, attention, whole_output=True)
+            self.encoder = SequenceAttachment(encoder, state, attention, whole_output=True, gathered=rules)
+        if gathered is None:
+            rules.check([*self.seam.mixers, *(self.encoder.seam.mixers if self.encoder else ())])
         self.last_length: int | None = None
         self._handles: list[Any] = []
         self._configs = hf.iterate_configs(self.seam.decoder, iter(self.seam.attentions))
         self._option = attention
+        self._masks_as_tensors = any(map(has_patch, self.seam.attentions)) or rules.attend
         self._signature = list(inspect.signature(self.seam.decoder.forward).parameters)
         self._model_signature = list(inspect.signature(self.model.forward).parameters)
         self._views_as_row = views_as_row(self.seam.decoder) and self.exit is not self.seam.decoder
@@ -140,6 +116,7 @@ class SequenceAttachment:
             self.seam,
             makes_masks([self.model, self.model.base_model, self.seam.decoder, self.seam.holder]),
             hf.masks_follow_positions(self.seam.decoder),
+            self._masks_as_tensors,
         )
         self._masks_on_demand = masks_on_demand(self.seam.decoder)
         self._install()
@@ -153,8 +130,7 @@ class SequenceAttachment:
     def _install(self) -> None:
         register_varlen_attention()
         replaced = ["sdpa"] if hf.supports_sdpa(self.model) else ["sdpa", "eager"]
-        if any(has_patch(module) for module in self.seam.attentions):
-            replaced = []  # they take masks as tensors
+        replaced = [] if self._masks_as_tensors else replaced
         self._previous = select(self, self._configs, self._option, replaced, VARLEN_NAME)
         _registry.wrap_all(_wrap_attention)
         _attached.add(self)
@@ -172,8 +148,8 @@ class SequenceAttachment:
             decoder.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
         if self.state.sp_size > 1:
-            self._handles += [attach_patch(m, self.state, _is_cut) for m in self.seam.attentions if has_patch(m)]
-            self._handles += [attach_bias(m, self.state.sp_size, _is_cut) for m in self.seam.attentions]
+            self._handles += [attach_patch(m, self.state, is_cut) for m in self.seam.attentions if has_patch(m)]
+            self._handles += [attach_bias(m, self.state.sp_size, is_cut) for m in self.seam.attentions]
             if self.exit is not None and self.exit is not decoder:
                 self._handles.append(self.exit.register_forward_hook(self._gather_output))
             if self._views_as_row:  # the stack reshapes what its last norm returns as if it were whole
@@ -231,29 +207,29 @@ class SequenceAttachment:
         length = given.shape[1]
         whole = self._runs_whole(inputs)
         extra = 0 if whole else -length % self.state.sp_size
-        row = _Row(self, length, length + extra, whole)
+        row = Row(self, length, length + extra, whole)
         if not whole:
             if self.last_length is None and self.state.sp_size > 1:  # once: a loader that deals wrongly always does
                 check_same_rows(given, self.state)
             inputs = self._prepare(inputs, given, extra, row)
             self.last_length = length
-        row.tokens.append((_current_row, _current_row.set(row)))
+        row.tokens.append((current_row, current_row.set(row)))
         return (), inputs
 
     def _note_cache(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         kwargs = {**dict(zip(self._model_signature, args, strict=False)), **kwargs}
         cached = kwargs.get("past_key_values") is not None or bool(kwargs.get("use_cache"))
-        call = _Call(self, cached, kwargs.get("position_ids"))
-        call.token = _current_call.set(call)
+        call = Call(self, cached, kwargs.get("position_ids"))
+        call.token = current_call.set(call)
 
     def _forget_cache(self, model: nn.Module, args: tuple, output: Any) -> None:
-        call = _current_call.get()
+        call = current_call.get()
         if call is not None and call.owner is self and call.token is not None:  # else `_note_cache` did not run
-            _current_call.reset(call.token)
+            current_call.reset(call.token)
 
     def _runs_whole(self, inputs: dict[str, Any]) -> bool:
         """With a cache and in `generate` every rank of the SP group runs the full row."""
-        call = _current_call.get()
+        call = current_call.get()
         if call is not None and call.owner is self:
             requested = call.cached
         else:
@@ -265,9 +241,9 @@ class SequenceAttachment:
             )
         return requested or is_generating(self.model)
 
-    def _prepare(self, inputs: dict[str, Any], given: Tensor, extra: int, row: _Row) -> dict[str, Any]:
+    def _prepare(self, inputs: dict[str, Any], given: Tensor, extra: int, row: Row) -> dict[str, Any]:
         self._check_inputs(inputs)
-        positions, call = inputs.get("position_ids"), _current_call.get()
+        positions, call = inputs.get("position_ids"), current_call.get()
         if positions is None and call is not None and call.owner is self:
             positions = call.positions
         if positions is None:
@@ -298,7 +274,7 @@ class SequenceAttachment:
         pad_token = getattr(self.config, "pad_token_id", None)
         inputs = cut_deepstack(inputs, row.padded, self.state)
         inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
-        documents = row_documents(inputs["position_ids"], given.shape[0])
+        documents = row_documents(inputs["position_ids"], given.shape[0], extra)
         check_documents(self._traits, documents, mask, positions, filled=bool(extra))
         check_masks_above(self.name, documents, inputs.get("attention_mask"), filled=bool(extra))
         check_counted(self.name, self.seam.max_counted, max(row.padded // self.state.sp_size, documents.max_length))
@@ -309,7 +285,8 @@ class SequenceAttachment:
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
         if self.state.sp_size > 1:
-            check_available(inputs, self.config, crosses=any(can_cross(module) for module in self.seam.attentions))
+            crosses = any(map(can_cross, self.seam.attentions)) or any(m.scheme == "gather" for m in self.seam.mixers)
+            check_available(inputs, self.config, crosses=crosses)
         for config in self._configs:
             name = hf.attention_name(config)
             if not _registry.is_wrapped(name):
@@ -321,7 +298,7 @@ class SequenceAttachment:
                     )
 
     def _leave(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        row = _current_row.get()
+        row = current_row.get()
         if row is None or row.owner is not self:
             return None  # `_enter` raised
         for variable, token in reversed(row.tokens):
@@ -341,21 +318,21 @@ class SequenceAttachment:
         return None
 
     def _gather_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        row = _current_row.get()
+        row = current_row.get()
         if row is None or row.whole or row.owner is not self:
             return output
         row.gathered = True
         return map_hidden(output, lambda hidden: gather_rows(hidden, row.length, self.state))
 
     def _gather_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        row = _current_row.get()
+        row = current_row.get()
         if row is None or row.whole or row.owner is not self or not args:
             return None
         whole = gather_rows(args[0], row.padded if self._views_as_row else row.length, self.state)
         return (whole, *args[1:]), kwargs
 
     def _shard_rope(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        row = _current_row.get()
+        row = current_row.get()
         if row is None or row.whole or row.owner is not self:
             return output
         tables = output if isinstance(output, tuple) else (output,)
@@ -369,15 +346,10 @@ class SequenceAttachment:
 
     @torch.compiler.disable
     def _shard_hidden(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        row = _current_row.get()
+        row = current_row.get()
         if row is None or row.whole or row.owner is not self:
             return None
         return cut_call(layer, args, kwargs, row, self.state)
-
-
-def _is_cut() -> bool:
-    row = _current_row.get()
-    return row is None or not row.whole
 
 
 def attach_sequence(

@@ -23,11 +23,13 @@ class Documents:
         lengths: tokens of every document, per row; each row sums to S.
         cu_seqlens: int32 [N + 1], where the documents begin in the flattened B*S tokens, and B*S.
         max_length: tokens of the longest document.
+        filler: tokens at the end of every row that only fill it up.
     """
 
     lengths: tuple[tuple[int, ...], ...]
     cu_seqlens: Tensor
     max_length: int
+    filler: int = 0
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[Sequence[int]], *, device: torch.device | str | None = None) -> Documents:

@@ -45,11 +45,11 @@ def cut_call(layer: nn.Module, args: tuple, kwargs: dict, row: Row, state: Paral
     inputs = {**dict(zip(_parameters(type(layer)), args, strict=False)), **kwargs}
     name = next(iter(inputs))
     hidden = inputs[name]
-    if not row.cut and (hidden.dim() != 3 or hidden.shape[1] != row.padded):
+    if not row.cut and (hidden.dim() not in (3, 4) or hidden.shape[1] != row.padded):  # 4: streams of each token
         kind = type(layer).__name__.removeprefix("FSDP")
         raise ValueError(
-            f"{kind} takes hidden states of shape {tuple(hidden.shape)}, not [rows, {row.padded}, width], so this "
-            "model cannot be cut along its sequence: use sp_size=1."
+            f"{kind} takes hidden states of shape {tuple(hidden.shape)}, not [rows, {row.padded}, ..., width], so "
+            "this model cannot be cut along its sequence: use sp_size=1."
         )
     looks_up = any(_reads_positions(module) for module in layer.modules())
     changed = {k: v for k, x in inputs.items() if k != name and (v := _cut(k, x, len(hidden), row, state)) is not x}

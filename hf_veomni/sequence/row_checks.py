@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from hf_veomni import hf
 from hf_veomni.sequence.documents import Documents
-from hf_veomni.sequence.families import has_patch
 from hf_veomni.sequence.mask import MaskSpec
 from hf_veomni.sequence.seam import Seam
 from hf_veomni.sequence.varlen import VARLEN_NAME
@@ -23,6 +22,7 @@ class Traits:
     Attributes:
         makes_masks: with transformers' functions.
         masks_pack: the stack hands positions to them, so stock masks separate documents.
+        masks_as_tensors: some attention takes nothing else, so that no other can be selected.
     """
 
     name: str
@@ -30,15 +30,21 @@ class Traits:
     seam: Seam
     makes_masks: bool
     masks_pack: bool
+    masks_as_tensors: bool
 
 
-def row_documents(positions: Tensor, num_rows: int) -> Documents:
-    """The documents of rows, which begin where positions do not go on; [.., S] or mRoPE's [3 or 4, B, S]."""
-    if positions.dim() == 3:  # mRoPE: text positions come first where there are four
-        if positions.shape[0] != 4:
-            return Documents.from_lengths(((positions.shape[-1],),) * num_rows, device=positions.device)
-        positions = positions[0]
-    return Documents.from_position_ids(positions.expand(num_rows, -1))
+def row_documents(positions: Tensor, num_rows: int, filler: int = 0) -> Documents:
+    """The documents of rows, which begin where positions do not go on; [.., S] or mRoPE's [3 or 4, B, S].
+
+    Args:
+        filler: tokens at the end that only fill the rows up.
+    """
+    if positions.dim() == 3 and positions.shape[0] != 4:
+        documents = Documents.from_lengths(((positions.shape[-1],),) * num_rows, device=positions.device)
+    else:  # mRoPE: text positions come first where there are four
+        positions = positions[0] if positions.dim() == 3 else positions
+        documents = Documents.from_position_ids(positions.expand(num_rows, -1))
+    return replace(documents, filler=filler)
 
 
 def check_documents(traits: Traits, documents: Documents, mask: Any, positions: Tensor, *, filled: bool) -> None:
@@ -48,7 +54,7 @@ def check_documents(traits: Traits, documents: Documents, mask: Any, positions: 
         filled: whether the last document is the dummy that fills a row up.
     """
     limit = getattr(traits.config, "max_position_embeddings", None)
-    if limit is not None and documents.max_length > limit:
+    if limit is not None and 0 < limit < documents.max_length:  # XLNet's -1 says that there is none
         raise ValueError(
             f"A document of {documents.max_length} tokens is longer than the model's context "
             f"(`max_position_embeddings`, {limit}): split it, or raise the context in the model's config."
@@ -70,7 +76,7 @@ def check_documents(traits: Traits, documents: Documents, mask: Any, positions: 
     if mask is not None or not traits.masks_pack:
         why = "beside an `attention_mask`" if mask is not None else f"by the masks of {traits.name}"
         out = f"let `prepare_omni` select '{VARLEN_NAME}' (attention='auto')"
-        if any(has_patch(module) for module in traits.seam.attentions):  # which takes masks as tensors alone
+        if traits.masks_as_tensors:
             out = "train this family on one document a row"
         raise ValueError(
             f"Packed documents are not kept apart {why} with attention '{name}': leave the mask out, or {out}."

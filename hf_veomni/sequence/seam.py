@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Mapping, Set
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_veomni import hf
 from hf_veomni.sequence.cross import merges_keys
 from hf_veomni.sequence.linear import Mixer, find_mixers, find_unknown
+from hf_veomni.sequence.offer import attention_paths, offer_rule, stack_paths
 from hf_veomni.sequence.stack import asks_interface, attends, find_layers, notes_shape, own_names, views_as_row
 from hf_veomni.sequence.ulysses import head_layout
 
@@ -56,16 +58,19 @@ def _refuse(model: nn.Module, reason: str) -> ValueError:
     )
 
 
-def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
+def _decoder(
+    model: PreTrainedModel, gathered: Container[nn.Module], names: Mapping[nn.Module, str]
+) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
     decoder = hf.decoder_stack(model)
     # For what is no decoder, transformers' lookup may lead to the head (`decoder` of ModernBERT's).
     stacks = [decoder, model.base_model] if not getattr(model.config, "is_encoder_decoder", False) else [decoder]
-    decoder, found = next(((s, f) for s in stacks if (f := find_layers(s)) is not None), (decoder, None))
+    decoder, found = next(((s, f) for s in stacks if (f := find_layers(s, gathered)) is not None), (decoder, None))
     if found is None:
+        offer = offer_rule(stack_paths(decoder, names))
         raise _refuse(
             model,
             f"its stack ({type(decoder).__name__}) has no list of layers, or several, in which attention asks "
-            "transformers' AttentionInterface",
+            f"transformers' AttentionInterface{offer}",
         )
     return decoder, *found
 
@@ -83,69 +88,108 @@ def _check_layer(
         raise _refuse(
             model,
             f"`{'.'.join(filter(None, (name, path)))}` ({type(layer.get_submodule(path)).__name__}) mixes tokens "
-            "outside of the attention interface, and no adapter knows it (a causal one runs under a rule of the plan, "
-            f"modules={{'*.{path}': {{'sp': 'gather'}}}}, which computes the row up to sp times)",
+            f"outside of the attention interface, and no adapter knows it{offer_rule([f'*.{path}'])}",
         )
-    for path, module in layer.named_modules():
+    for path, module in layer.named_modules(prefix=name):
         kind = type(module).__name__
         if module in known:
             continue
         if hasattr(module, "expert_capacity") and "cumsum" in own_names(type(module)):
-            raise _refuse(model, f"`{name}.{path}` ({kind}) drops tokens by their place in the row (expert capacity)")
-        if not any(part in attentions for part in module.modules()):
+            raise _refuse(model, f"`{path}` ({kind}) drops tokens by their place in the row (expert capacity)")
+        if not any(part in attentions or part in known for part in module.modules()):
             continue
         counters = _COUNTERS & own_names(type(module))
         if counters and not hasattr(module, "attn_temperature_tuning"):
-            raise _refuse(model, f"`{name}.{path}` ({kind}) counts positions inside the layer ({sorted(counters)})")
+            offer = offer_rule([path] if module is not layer else [])
+            raise _refuse(model, f"`{path}` ({kind}) counts positions inside the layer ({sorted(counters)}){offer}")
         if module in attentions and merges_keys(module):
-            raise _refuse(model, f"`{name}.{path}` ({kind}) attends to its own row and to another one in one call")
+            raise _refuse(model, f"`{path}` ({kind}) attends to its own row and to another one in one call")
         if module in attentions and asks_interface(module) and hf.reads_attention_mask(module):
-            raise _refuse(model, f"`{name}.{path}` ({kind}) makes an attention mask of its own from that of the row")
+            raise _refuse(
+                model, f"`{path}` ({kind}) makes an attention mask of its own from that of the row{offer_rule([path])}"
+            )
     if not attentions and not mixers and getattr(layer, "block_type", None) not in ("moe", "mlp"):
         raise _refuse(
             model,
             f"`{name}` ({type(layer).__name__}) has no module that asks transformers' AttentionInterface for its "
-            "attention",
+            f"attention{offer_rule(attention_paths(layer, name))}",
         )
 
 
-def find_seam(model: PreTrainedModel, gathered: Iterable[str] = ()) -> Seam:
-    """The places to cut a transformers model.
-
-    Args:
-        gathered: names of the modules that the plan runs on whole documents.
-
-    Raises:
-        ValueError: names the rule that the model breaks.
-    """
-    decoder, holder, layers = _decoder(model)
+def _check_stack(model: nn.Module, decoder: nn.Module, holder: nn.Module, layers: nn.ModuleList) -> None:
+    """Raises ValueError where the stack does more with whole rows than to run its layers on them."""
     if notes_shape(decoder) and not views_as_row(decoder):
         raise _refuse(model, "its stack reshapes what its layers return to the shape of the full row")
     if "pooling_mask" in inspect.unwrap(type(decoder).forward).__code__.co_varnames:
         raise _refuse(model, "its stack pools the tokens of the full row under a mask of its own")
     if any(getattr(module, "trigram_input", False) for module in decoder.modules()):
         raise _refuse(model, "its embeddings mix neighbours, so the last token would see the filler behind it")
-    types = set(getattr(getattr(decoder, "config", None), "layer_types", None) or ())
-    if unknown := sorted(types - _LAYER_TYPES - _HYBRID_TYPES):
-        raise _refuse(model, f"its `layer_types` hold {unknown}, which are not attention over the row")
-    names = {module: name for name, module in model.named_modules()}
+    if any("Reversible" in name for name in own_names(type(holder))):
+        raise _refuse(model, "its layers are reversible: their backward computes the inputs from the outputs")
+    if any("block_states" in inspect.signature(type(layer).forward).parameters for layer in layers):
+        raise _refuse(model, "its stack collects the states of earlier blocks, at the length of the full row")
+
+
+def _check_types(
+    model: nn.Module, config: Any, layers: Mapping[str, nn.Module], gathered: Container[nn.Module]
+) -> None:
+    """Raises ValueError for layers of an unknown type in which some attention is not on whole documents."""
+    types = getattr(config, "layer_types", None) or ()
+    for (name, layer), kind in zip(layers.items(), types, strict=False):
+        if kind in _LAYER_TYPES | _HYBRID_TYPES:
+            continue
+        open_paths = [p for p in attention_paths(layer, name) if not _is_gathered(p, name, layer, gathered)]
+        if open_paths or not any(module in gathered for module in layer.modules()):
+            raise _refuse(
+                model,
+                f"its `layer_types` hold '{kind}', which is not attention over the row{offer_rule(open_paths)}",
+            )
+
+
+def _is_gathered(path: str, name: str, layer: nn.Module, gathered: Container[nn.Module]) -> bool:
+    module = layer
+    for part in path.removeprefix(f"{name}.").split("."):
+        module = getattr(module, part)
+        if module in gathered:
+            return True
+    return False
+
+
+def find_seam(
+    model: PreTrainedModel, gathered: Set[nn.Module] = frozenset(), names: Mapping[nn.Module, str] | None = None
+) -> Seam:
+    """The places to cut a transformers model.
+
+    Args:
+        gathered: the modules that the plan runs on whole documents.
+        names: of all modules, as the plan knows them; an encoder's are those in the whole model.
+
+    Raises:
+        ValueError: names the rule that the model breaks.
+    """
+    names = {module: name for name, module in model.named_modules()} if names is None else names
+    decoder, holder, layers = _decoder(model, gathered, names)
+    _check_stack(model, decoder, holder, layers)
+    _check_types(model, getattr(decoder, "config", None), {names[layer]: layer for layer in layers}, gathered)
     attentions: list[nn.Module] = []
     mixers = find_mixers([(names[layer], layer) for layer in layers], gathered)
+    whole = {module for mixer in mixers if mixer.scheme == "gather" for module in mixer.module.modules()}
     for layer in layers:
-        found = [module for module in layer.modules() if attends(module)]
+        found = [module for module in layer.modules() if attends(module) and module not in whole]
         inside = set(layer.modules())
         _check_layer(model, names[layer], layer, found, [mixer for mixer in mixers if mixer.module in inside])
         attentions.extend(found)
     inside = {module for layer in layers for module in layer.modules()}
-    rotary = [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
-    if any(module in inside for module in rotary):
-        raise _refuse(model, "its positions enter through rotary embeddings inside of the layers")
+    rotary = [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding") and m not in whole]
+    if (module := next((m for m in rotary if m in inside), None)) is not None:
+        offer = offer_rule([names[module].rpartition(".")[0]])
+        raise _refuse(model, f"its positions enter through rotary embeddings inside of the layers{offer}")
     counted = [limit for module in attentions if (limit := hf.first_scaled_position(module)) is not None]
     return Seam(decoder, layers, tuple(attentions), tuple(rotary), holder, tuple(mixers), min(counted, default=None))
 
 
 def check_heads(model: PreTrainedModel, sp_size: int) -> None:
-    """Raises ValueError where `sp_size` exceeds the number of query heads."""
+    """Raises ValueError where `sp_size` exceeds the number of query heads, for layers that share them out."""
     heads = getattr(hf.text_config(model), "num_attention_heads", None)
     if heads is not None:
         head_layout(heads, heads, sp_size)

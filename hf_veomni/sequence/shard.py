@@ -105,7 +105,7 @@ def pad_inputs(inputs: dict[str, Any], extra: int, pad_token_id: int) -> dict[st
     padded["position_ids"] = pad_positions(inputs["position_ids"], extra)
     length = inputs["position_ids"].shape[-1]
     for name, value in inputs.items():  # token types, boxes, languages
-        if name in _HANDLED or name.startswith(("encoder_", "cross_")) or not isinstance(value, Tensor):
+        if name in _HANDLED or name.startswith(("encoder_", "cross_", "labels")) or not isinstance(value, Tensor):
             continue
         if name.startswith("per_layer") and value.dim() == 4 and value.shape[1] == length:  # Gemma 4
             padded[name] = F.pad(value, (0, 0, 0, 0, 0, extra))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -53,8 +53,12 @@ def _codes(code: Any) -> Iterable[Any]:
             yield from _codes(constant)
 
 
-def find_layers(stack: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
+def find_layers(
+    stack: nn.Module, gathered: Container[nn.Module] = frozenset()
+) -> tuple[nn.Module, nn.ModuleList] | None:
     """(the module that holds them, the layers) of a stack: `layers`, else the one list whose items all attend.
+
+    What the plan has on whole documents (`gathered`) counts as attention.
 
     Lists inside of other such lists are parts of a layer (ALBERT's groups). None if there is no such list, or several.
     """
@@ -67,7 +71,7 @@ def find_layers(stack: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
         for child in owner.children():
             if not isinstance(child, nn.ModuleList) or not len(child) or child in inside:
                 continue
-            if all(any(attends(m) for m in item.modules()) for item in child):
+            if all(any(m in gathered or attends(m) for m in item.modules()) for item in child):
                 found.append((owner, child))
                 inside.update(m for m in child.modules() if m is not child)
     return found[0] if len(found) == 1 else None

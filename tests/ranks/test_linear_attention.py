@@ -6,7 +6,10 @@ The reference runs each document alone, so a state that crosses a document's beg
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from tests.hybrids import HYBRIDS
 from tests.ranks.parity import Run, Setting
@@ -33,5 +36,8 @@ def test_packed_rows_equal_documents_on_one_rank_each(check, model):
 @pytest.mark.parametrize("plan", ["sp=2", "sp=4", "sp=2,dp_shard=2", "dp_shard=2"])
 @pytest.mark.parametrize("model", MODELS)
 def test_product_equals_one_rank(check, model, plan, packed, checkpointing):
-    lengths = LENGTHS * 4 if packed else None
-    check(Setting(model, packed=packed, lengths=lengths, micro_batches=2), Run(plan, checkpointing=checkpointing))
+    setting = Setting(model, packed=packed, lengths=LENGTHS * 4 if packed else None, micro_batches=2)
+    if model == "bailing_hybrid":  # a bias of its gate sums over all tokens, in fp32 to 1.6e-5 without SP as well
+        setting = replace(setting, dtype=torch.float64, overrides={"experts_implementation": "eager"})
+    # The family's own code casts to fp32 inside of fp64, so that it is no more exact than elsewhere.
+    check(setting, Run(plan, checkpointing=checkpointing), tolerance=1e-5)

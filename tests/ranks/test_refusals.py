@@ -268,7 +268,10 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("family", "match"),
     [
-        ("gemma3n", r"Gemma3nTextDecoderLayer takes hidden states of shape \(4, 1, 16, 32\), not \[rows, 16, width\]"),
+        (
+            "gemma3n",
+            r"Gemma3nTextDecoderLayer takes hidden states of shape \(4, 1, 16, 32\), not \[rows, 16, ..., width\]",
+        ),
         ("doge", r"DogeForCausalLM has no seam .*makes an attention mask of its own from that of the row"),
     ],
 )

@@ -20,6 +20,11 @@ WORK = (
     "qwen3_next",  # linear attention
     "longcat_flash",  # experts that no token of a rank reaches
     "beam",  # a scale for each token, the same for all rows
+    # By the rule that their refusal offers, `sp: gather`:
+    "glm_moe_dsa",  # an indexer, whose choice a layer hands on to the next
+    "convbert",  # attention that never asks the interface, which looks ahead
+    "glm5_next",  # several streams of hidden states
+    "zaya",  # masks of several kinds
 )
 
 
@@ -29,20 +34,24 @@ def test_family_equals_one_rank(ranks, family):
         assert (record["outcome"], record["reason"]) == ("works", "")
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "bloom", "gpt2"])
+@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize(
+    "family",
+    ["bert", "t5", "bloom", "gpt2", "glm_moe_dsa", "convbert", "fnet", "glm5_next", "zaya", "minimax_m3_vl", "moshi"],
+)
 @pytest.mark.slow
-def test_family_equals_one_rank_on_four(ranks, family):
-    for record in ranks(4).run(walk_family, family, "sp=4", timeout=60):
+def test_family_equals_one_rank_on_more(ranks, family, size):
+    for record in ranks(size).run(walk_family, family, f"sp={size}", timeout=60):
         assert (record["outcome"], record["reason"]) == ("works", "")
 
 
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("xlnet", "has no seam"),
+        ("xlnet", "takes hidden states of shape"),
         ("aimv2_text_model", "pass a mask"),
         ("mobilebert", "mix neighbours"),
-        ("yoso", "has no list of layers"),
+        ("hrm_text", "has no list of layers"),
     ],
 )
 def test_refused_family_says_why(ranks, family, reason):

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 TOLERANCE = 1e-5  # relative to the largest entry, fp32
 EXACT = 1e-6  # in fp64, for families whose rounding in fp32 is above that
-_OFFERED = re.compile(r"modules=\{'([^']+)': \{'sp': 'gather'\}\}")
+_OFFERED = re.compile(r"'([^']+)': \{'sp': 'gather'\}")
 Batch = dict[str, Tensor]
 
 
@@ -200,10 +200,10 @@ class _Comparison:
             try:
                 return prepare_omni(self.copy, replace(plan, modules=rules))
             except ValueError as error:
-                offered = _OFFERED.search(str(error))
-                if offered is None or offered[1] in rules:
+                offered = [pattern for pattern in _OFFERED.findall(str(error)) if pattern not in rules]
+                if not offered:
                     raise
-                rules[offered[1]] = {"sp": "gather"}
+                rules.update({pattern: {"sp": "gather"} for pattern in offered})
                 self.record.rule = ", ".join(rules)
 
     def _stock(self, rows: Rows) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -85,5 +85,14 @@ class LinearAttachment:
         self._tokens.append(current_row.set(LinearRow(current_documents.get())))
 
     def _leave(self, decoder: nn.Module, args: tuple, output: Any) -> None:
-        if self._tokens:
-            current_row.reset(self._tokens.pop())
+        if not self._tokens:
+            return
+        row = current_row.get()
+        current_row.reset(self._tokens.pop())
+        if output is not None and row is not None and not row.calls:  # None: an error is on its way
+            raise ValueError(
+                f"None of the modules of {type(decoder).__name__} that mix tokens by themselves was called, "
+                f"`{self.mixers[0].name}` among them: the model has put others in their place since `prepare_omni`, "
+                "which would mix the tokens of a slice alone. Load it so that it keeps them (BigBird: with "
+                "attention_type='original_full')."
+            )

@@ -1,15 +1,17 @@
-"""Any mixer under SP, without knowing it: gather the sequence, run the stock module on whole documents, slice.
+"""Any module under SP, without knowing it: gather the sequence, run the stock module on whole documents, slice.
 
-Every rank runs the documents that reach into its slice, and each of them up to the end of the slice: a row of short
-documents costs little more than its share, one document of the whole row up to sp times as much on the last rank.
+Every rank runs the documents that reach into its slice, each to its end, so nothing need be known of who sees whom: a
+row of short documents costs little more than its share, one document of the whole row sp times as much.
 
-Shapes: B rows; S, s tokens of the full row and of this rank.
+Shapes: B rows; S, s tokens of the full row and of this rank, with the filler at the end; n tokens of one document.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,77 +19,158 @@ from torch import Tensor
 from hf_veomni.comm import gather_shards
 from hf_veomni.sequence.linear.functions import MixerCall
 
-Span = tuple[int, int, int]
+# What belongs to another sequence, which every rank has whole; what says which tokens see each other; and tables that
+# are made for the positions of the row, not for those of its documents (CLVP turns values by them too).
+_OTHER = re.compile(r"encoder|cross_|key_value_states")
+_PAIRS = re.compile(r"mask|bias")
+_OF_ROW = re.compile(r"^rotary_pos_emb$|sinusoidal")
+
+
+class _Span(NamedTuple):
+    """Tokens [begin, end) of `height` rows from `row` on."""
+
+    row: int
+    height: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a module returned beside its hidden states, per span: the next module takes it on the same spans (DSA)."""
+
+    parts: tuple[Any, ...]
 
 
 def run_gathered(
-    call: MixerCall, forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
+    call: MixerCall, forward: Callable[..., Any], hidden_states: Tensor, inputs: Mapping[str, Any]
 ) -> Any:
-    """The stock `forward` of a causal mixer on [B, s, *], with the documents of the full row kept apart.
+    """The stock `forward` of a module on [B, s, *], with the documents of the full row kept apart.
 
     Args:
-        args, kwargs: what else the forward takes; 2-D masks and positions [B, S] are cut to each document, tables
-            [B or 1, s, *] (rope) gathered like the hidden states.
+        inputs: what else the forward takes, by name. Masks, biases and positions of the full row are cut to each
+            document, tables [B or 1, s, *] (rope) gathered like the hidden states. With the states of another sequence
+            (cross-attention) rows are run whole.
 
     Returns:
-        What the forward returns; its first tensor [B, s, *] is put together, the rest (weights, states) is None.
+        What the forward returns; its first tensor [B, s, *] is put together, zeros for filler. Of the rest, indices go
+        on to the modules that take them; weights and states are None.
 
     Collective: one all-gather over the SP group for the hidden states and for each table; its backward is a
     reduce-scatter (sum).
+
+    Raises:
+        ValueError: an input of which it is not known how to cut it.
     """
     part, length = hidden_states.shape[1], call.documents.row_length
+    _check(call, hidden_states, inputs)
     low, high = call.rank * part, (call.rank + 1) * part
-    whole = _gather(call, hidden_states)
-    options = {key: _prepare(call, key, value, part, length) for key, value in kwargs.items()}
-    places = [_prepare(call, str(i), value, part, length) for i, value in enumerate(args)]
+    whole = _gather(call, hidden_states, 1)
+    crosses = any(_OTHER.search(name) and isinstance(value, Tensor) for name, value in inputs.items())
+    if crosses:
+        spans = [_Span(0, len(whole), 0, length)]
+    else:
+        spans = _spans(call, low, high)
+        inputs = {name: _prepare(call, name, value, part, whole) for name, value in inputs.items()}
     rows: list[list[Tensor]] = [[] for _ in range(whole.shape[0])]
+    rest: list[tuple[Any, ...]] = []
     template: Any = None
-    for span in _spans(call, low, high):
-        (row, begin, end), height = span
-        cut = slice(begin, end)
-        taken = {key: _cut(value, row, height, cut, length) for key, value in options.items()}
-        others = [_cut(value, row, height, cut, length) for value in places]
-        template = forward(whole[row : row + height, cut], *others, **taken)
-        out = template[0] if isinstance(template, tuple) else template
-        for i in range(height):
-            rows[row + i].append(out[i : i + 1, max(low - begin, 0) :])
-    joined = torch.cat([torch.cat(row, dim=1) for row in rows])
-    return (joined, *(None for _ in template[1:])) if isinstance(template, tuple) else joined
+    for index, span in enumerate(spans):
+        taken = {name: value if crosses else _cut(name, value, span, index, whole) for name, value in inputs.items()}
+        template = forward(whole[span.row : span.row + span.height, span.begin : span.end], **taken)
+        out, *others = template if isinstance(template, tuple) else (template,)
+        if not isinstance(out, Tensor):
+            raise _refuse(f"returns {type(out).__name__} where its tokens' states should be")
+        rest.append(tuple(others))
+        for i in range(span.height):
+            rows[span.row + i].append(out[i : i + 1, max(low - span.begin, 0) : high - span.begin])
+    joined = torch.cat([_filled(row, part) for row in rows])
+    if not isinstance(template, tuple):
+        return joined
+    whole_output = (joined, *map(_keep, zip(*rest, strict=True)))
+    return getattr(template, "_make", tuple)(whole_output)  # of a named tuple
 
 
-def _spans(call: MixerCall, low: int, high: int) -> list[tuple[Span, int]]:
-    """Documents that reach into [low, high), cut at `high`, with the number of rows that share each."""
+def _refuse(reason: str) -> ValueError:
+    return ValueError(f"A module under the rule 'sp: gather' {reason}: use sp_size=1 with one document a row.")
+
+
+def _check(call: MixerCall, hidden_states: Any, inputs: Mapping[str, Any]) -> None:
     documents = call.documents
+    if not isinstance(hidden_states, Tensor) or hidden_states.shape[1:2] != (documents.row_length // call.size,):
+        shape = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else type(hidden_states).__name__
+        raise _refuse(f"takes {shape}, not [rows, {documents.row_length // call.size} tokens of the slice, ...]")
+    packed = any(len(row) > 1 + (documents.filler > 0) for row in documents.lengths)
+    if packed and (name := next((n for n, x in inputs.items() if _OF_ROW.search(n) and x is not None), None)):
+        raise _refuse(f"takes `{name}`, positions of the row, not of the documents that are packed in it")
+
+
+def _spans(call: MixerCall, low: int, high: int) -> list[_Span]:
+    """Documents that reach into [low, high), without the filler; rows that are cut alike go together.
+
+    A rank that holds nothing but filler runs the last document, so that it takes part in what the module does.
+    """
+    documents = call.documents
+    last = documents.row_length - documents.filler
+    low = min(low, last - 1)
     alike = len(set(documents.lengths)) == 1
-    spans = [(row, b, min(e, high)) for row, b, e in documents.spans() if b < high and e > low]
-    return [(span, documents.num_rows if alike else 1) for span in spans if not alike or span[0] == 0]
+    found = [(row, b, min(e, last)) for row, b, e in documents.spans() if b < min(high, last) and min(e, last) > low]
+    return [_Span(row, documents.num_rows if alike else 1, b, e) for row, b, e in found if not alike or row == 0]
 
 
-def _gather(call: MixerCall, x: Tensor) -> Tensor:
-    return x if call.group is None else gather_shards(x, call.group, dim=1)
+def _filled(parts: list[Tensor], size: int) -> Tensor:
+    """[1, size, *] of the pieces of one row, zeros behind them."""
+    missing = size - sum(x.shape[1] for x in parts)
+    return torch.cat([*parts, parts[0].new_zeros(1, missing, *parts[0].shape[2:])], dim=1)
 
 
-def _prepare(call: MixerCall, name: str, value: Any, part: int, length: int) -> Any:
+def _keep(values: tuple[Any, ...]) -> _Kept | None:
+    indices = all(isinstance(x, Tensor) and not x.is_floating_point() for x in values)
+    return _Kept(values) if indices else None
+
+
+def _gather(call: MixerCall, x: Tensor, dim: int) -> Tensor:
+    return x if call.group is None else gather_shards(x, call.group, dim=dim)
+
+
+def _prepare(call: MixerCall, name: str, value: Any, part: int, whole: Tensor) -> Any:
     """Tensors at full length; anything that is not understood is refused."""
     if isinstance(value, tuple):
-        return tuple(_prepare(call, name, x, part, length) for x in value)
-    if not isinstance(value, Tensor) or value.dim() == 0 or (value.dim() == 2 and value.shape[1] == length):
+        return tuple(_prepare(call, name, x, part, whole) for x in value)
+    if isinstance(value, dict):  # one mask for each kind of layer
+        return {key: _prepare(call, name, x, part, whole) for key, x in value.items()}
+    if not isinstance(value, Tensor) or value.dim() == 0:
         return value
-    if value.dim() == 3 and value.shape[1] in (part, length):
-        return _gather(call, value) if value.shape[1] == part else value
-    if value.dim() == 4 and value.shape[-2:] == (length, length):
-        return value
-    raise ValueError(
-        f"A module under the rule 'sp: gather' takes `{name}` of shape {tuple(value.shape)}, of which it is not known "
-        f"how to cut it into documents of rows of {length} tokens: use sp_size=1 with one document a row."
+    num_rows, length = whole.shape[:2]
+    if value.dim() in (2, 3) and value.shape[0] in (1, num_rows) and value.shape[1] in (part, length):
+        return _gather(call, value, 1) if value.shape[1] == part != length else value
+    if value.dim() == 4 and (_PAIRS.search(name) or value.shape[-2:] == (length, length)):
+        if all(size in (1, length) for size in value.shape[-2:]):
+            return value
+    elif value.dim() == 4 and value.shape[0] in (1, num_rows) and value.shape[2] in (part, length):
+        return _gather(call, value, 2) if value.shape[2] == part != length else value
+    raise _refuse(
+        f"takes `{name}` of shape {tuple(value.shape)}, of which it is not known how to cut it into documents of rows "
+        f"of {length} tokens"
     )
 
 
-def _cut(value: Any, row: int, height: int, cut: slice, length: int) -> Any:
-    """The part of `value` that belongs to `height` rows from `row` on and to one document."""
+def _cut(name: str, value: Any, span: _Span, index: int, whole: Tensor) -> Any:
+    """The part of `value` that belongs to one span."""
+    if isinstance(value, _Kept):
+        return value.parts[index]
     if isinstance(value, tuple):
-        return tuple(_cut(x, row, height, cut, length) for x in value)
+        return tuple(_cut(name, x, span, index, whole) for x in value)
+    if isinstance(value, dict):
+        return {key: _cut(name, x, span, index, whole) for key, x in value.items()}
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
-    value = value[row : row + height] if value.shape[0] > 1 else value
-    return value[..., cut, cut] if value.dim() == 4 else value[:, cut]
+    num_rows, length = whole.shape[:2]
+    if value.shape[0] == num_rows > 1:
+        value = value[span.row : span.row + span.height]
+    pairs = bool(_PAIRS.search(name)) or value.shape[-2:] == (length, length)
+    dims = {2: (1,), 3: (1, 2) if pairs else (1,), 4: (2, 3) if pairs else (2,)}[value.dim()]
+    for dim in dims:
+        if value.shape[dim] == length:
+            value = value.narrow(dim, span.begin, span.end - span.begin)
+    return value

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from hf_veomni import hf
 from hf_veomni.mesh import ParallelState
+from hf_veomni.plan import ParallelPlan
 from hf_veomni.sequence.linear.functions import FUNCTIONS, MixerCall
 from hf_veomni.sequence.linear.gather import run_gathered
 from hf_veomni.sequence.linear.lightning import check_lightning, run_lightning
 from hf_veomni.sequence.linear.row import current_row
+from hf_veomni.sequence.offer import attends_by_name
 
 # Classes whose forward does nothing along the sequence but call functions of `FUNCTIONS`: each was read, and is tested
 # against one rank. The number of heads (channels) that a scan deals out, by the attribute that holds it; None for a
@@ -71,38 +73,65 @@ def find_scheme(module: nn.Module) -> str | None:
     return "lightning" if kind == _LIGHTNING and check_lightning(module, names) else None
 
 
-def find_mixers(layers: Sequence[tuple[str, nn.Module]], gathered: Iterable[str] = ()) -> list[Mixer]:
-    """The mixers in `layers`, given with their names; `gathered` names those that the plan has on whole documents.
+def find_mixers(layers: Sequence[tuple[str, nn.Module]], gathered: Set[nn.Module] = frozenset()) -> list[Mixer]:
+    """The mixers in `layers`, given with their names; `gathered` are those that the plan has on whole documents.
 
     Raises:
-        ValueError: a rule names what is no module inside of a layer, or holds attention or experts.
+        ValueError: a gathered module holds experts.
     """
     found: dict[nn.Module, Mixer] = {}
     inside: set[nn.Module] = set()
-    left = set(gathered)
     for prefix, layer in layers:
         for path, module in layer.named_modules(prefix=prefix):
-            scheme = "gather" if path in left else find_scheme(module)
-            if module in inside or module is layer:
-                left -= {path} if module in inside else set()
-            elif scheme is not None:
-                found.setdefault(module, Mixer(module, scheme, path))
-                inside.update(module.modules() if scheme == "gather" else ())
-                left.discard(path)
-    if left:
-        raise ValueError(
-            f"The rule 'sp: gather' names `{min(left)}`, which is no module inside of a decoder layer: name the "
-            "module that mixes tokens, for example '*.linear_attn'."
-        )
+            scheme = "gather" if module in gathered else find_scheme(module)
+            if module in inside or module is layer or scheme is None:
+                continue
+            found.setdefault(module, Mixer(module, scheme, path))
+            inside.update(module.modules() if scheme == "gather" else ())
     for mixer in found.values():
         for name, module in mixer.module.named_modules(prefix=mixer.name):
-            own = hf.uses_attention_interface(module) or hf.is_experts_module(module)
-            if mixer.scheme == "gather" and own:
+            if mixer.scheme == "gather" and hf.is_experts_module(module):
                 raise ValueError(
                     f"The rule 'sp: gather' names `{mixer.name}`, of which `{name}` ({type(module).__name__}) is cut "
                     "in a way of its own: name only the module that mixes tokens."
                 )
     return list(found.values())
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What a plan runs on whole documents.
+
+    Attributes:
+        modules: those that its rules name.
+        names: of all modules of the model.
+    """
+
+    modules: frozenset[nn.Module]
+    names: Mapping[nn.Module, str]
+
+    @property
+    def attend(self) -> bool:
+        """Whether some of them are attentions, which take masks as tensors."""
+        return any(find_scheme(m) is None and any(attends_by_name(part) for part in m.modules()) for m in self.modules)
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: ParallelPlan) -> Gathered:
+        """What the rules of `plan` name in `model`."""
+        names = {module: name for name, module in model.named_modules()}
+        rules = plan.match_modules(filter(None, names.values()))
+        named = (name for name, rule in rules.items() if rule.get("sp") == "gather")
+        return cls(frozenset(map(model.get_submodule, named)), names)
+
+    def check(self, mixers: Iterable[Mixer]) -> None:
+        """Raises ValueError where a rule names a module that is not one of `mixers`, nor a part of one."""
+        used = {module for mixer in mixers for module in mixer.module.modules()}
+        unused = sorted(self.names[module] for module in self.modules - used)
+        if unused:
+            raise ValueError(
+                f"The rule 'sp: gather' names `{unused[0]}`, which is no module inside of a decoder layer: name the "
+                "module that mixes tokens, for example '*.linear_attn'."
+            )
 
 
 # Parts that carry the name of a family, not of what they do.
@@ -196,7 +225,7 @@ class FunctionRegistry:
         self._originals.clear()
 
 
-def run_mixer(module: nn.Module, scheme: str, state: ParallelState, *args: Any, **kwargs: Any) -> Any:
+def run_mixer(module: nn.Module, scheme: str, state: ParallelState, /, *args: Any, **kwargs: Any) -> Any:
     """The forward of a mixer on this rank's tokens; stands in for `module.forward`.
 
     Raises:
@@ -210,6 +239,7 @@ def run_mixer(module: nn.Module, scheme: str, state: ParallelState, *args: Any, 
             f"{type(module).__name__} was called outside of the forward of its prepared model, where packed documents "
             "are not known: call the model; for activation checkpointing use `model.gradient_checkpointing_enable()`."
         )
+    row.calls += 1
     if row.documents is None:
         return forward(*args, **kwargs)
     if any(kwargs.get(name) is not None for name in _CACHES):
@@ -219,10 +249,9 @@ def run_mixer(module: nn.Module, scheme: str, state: ParallelState, *args: Any, 
         )
     call = MixerCall(row, state.sp_group, state.sp_rank, state.sp_size)
     if scheme == "gather":
-        if not args:
-            names = list(inspect.signature(type(module).forward).parameters)
-            args = (kwargs.pop(names[1]),)
-        return run_gathered(call, forward, *args, **kwargs)
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        return run_gathered(call, forward, inputs.pop(names[0]), inputs)
     kwargs = _cut_mask(call, kwargs)
     if scheme == "lightning":
         return run_lightning(call, module, *args, **kwargs)

@@ -17,10 +17,12 @@ class LinearRow:
     Attributes:
         documents: of the full rows; None where every rank runs whole rows as the stock model does (with a cache).
         layouts: index tensors that the layers share, once a forward instead of once a layer.
+        calls: of mixers in the forward so far.
     """
 
     documents: Documents | None
     layouts: dict[Any, Any] = field(default_factory=dict)
+    calls: int = 0
 
 
 # Set around the forward of a decoder stack, and around each recomputation of a layer during the backward.
