@@ -45,19 +45,21 @@ def cut_call(layer: nn.Module, args: tuple, kwargs: dict, row: Row, state: Paral
     inputs = {**dict(zip(_parameters(type(layer)), args, strict=False)), **kwargs}
     name = next(iter(inputs))
     hidden = inputs[name]
-    if not row.cut and (hidden.dim() not in (3, 4) or hidden.shape[1] != row.padded):  # 4: streams of each token
+    dim = 2 if hasattr(layer, "altup") else 1  # Gemma 3n has several streams of rows, others of each token
+    if not row.cut and (hidden.dim() not in (3, 4) or hidden.shape[dim] != row.padded):
         kind = type(layer).__name__.removeprefix("FSDP")
         raise ValueError(
             f"{kind} takes hidden states of shape {tuple(hidden.shape)}, not [rows, {row.padded}, ..., width], so "
             "this model cannot be cut along its sequence: use sp_size=1."
         )
+    num_rows = hidden.shape[dim - 1]
     looks_up = any(_reads_positions(module) for module in layer.modules())
-    changed = {k: v for k, x in inputs.items() if k != name and (v := _cut(k, x, len(hidden), row, state)) is not x}
+    changed = {k: v for k, x in inputs.items() if k != name and (v := _cut(k, x, num_rows, row, state)) is not x}
     positions = inputs.get("position_ids")
     if looks_up and isinstance(positions, Tensor) and positions.shape[-1] == row.padded:
         changed["position_ids"] = shard_sequence(positions, positions.dim() - 1, state)
-    if not row.cut or hidden.shape[1] == row.padded:
-        changed[name] = shard_sequence(hidden, 1, state)
+    if not row.cut or hidden.shape[dim] == row.padded:
+        changed[name] = shard_sequence(hidden, dim, state)
     row.cut = True
     if not changed:
         return None
