@@ -36,6 +36,7 @@ from hf_veomni.sequence.row_checks import (
     check_available,
     check_counted,
     check_documents,
+    check_mask_given,
     check_masks_above,
     check_text_positions,
     restarts,
@@ -45,7 +46,7 @@ from hf_veomni.sequence.running import Call, Row, current_call, current_row, is_
 from hf_veomni.sequence.seam import Seam, check_heads, find_seam
 from hf_veomni.sequence.selection import adopt, release, select
 from hf_veomni.sequence.shard import check_same_rows, gather_rows, pad_inputs, shard_sequence
-from hf_veomni.sequence.stack import makes_masks, masks_on_demand, views_as_row
+from hf_veomni.sequence.stack import looks_ahead_by_kernel, makes_masks, masks_on_demand, views_as_row
 from hf_veomni.sequence.ulysses import ulysses_attention
 from hf_veomni.sequence.varlen import VARLEN_NAME, register_varlen_attention
 from hf_veomni.sequence.whole import find_exit, map_hidden, pooling_modules, text_encoder
@@ -119,6 +120,7 @@ class SequenceAttachment:
             self._masks_as_tensors,
         )
         self._masks_on_demand = masks_on_demand(self.seam.decoder)
+        self._wants_mask = looks_ahead_by_kernel(self.seam.decoder)
         self._install()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -256,6 +258,8 @@ class SequenceAttachment:
         if "use_cache" in self._signature or "use_cache" in inputs:
             inputs["use_cache"] = False
         mask = inputs.get("attention_mask")
+        if self._wants_mask:
+            check_mask_given(self.name, mask)
         if (
             isinstance(mask, Tensor)
             and mask.shape == given.shape[:2]

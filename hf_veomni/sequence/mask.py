@@ -104,6 +104,16 @@ class MaskSpec:
         )
 
     @property
+    def ndim(self) -> int:
+        """That of the mask it stands for: transformers tells a mask that is made already by it."""
+        return len(self.shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, 1, S, S]."""
+        return torch.Size((self.num_rows, 1, self.row_length, self.row_length))
+
+    @property
     def causal(self) -> bool:
         return self.after == 0
 
@@ -235,13 +245,13 @@ def omni_mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: MaskFunction | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | MaskSpec | None = None,
     **kwargs: Any,
 ) -> MaskSpec | Tensor | None:
     """What transformers calls to create a mask for "omni_varlen"; documents are those of `current_documents`.
 
     Args:
-        attention_mask: bool [B, S], True for tokens and False for padding, or None.
+        attention_mask: bool [B, S], True for tokens and False for padding, or None; or a mask made before, to return.
         kwargs: what `masking_utils.sdpa_mask` takes besides.
 
     Returns:
@@ -251,6 +261,8 @@ def omni_mask(
     Raises:
         ValueError: packed documents are set for rows of another shape.
     """
+    if isinstance(attention_mask, MaskSpec):  # made above the stack: it counts as it is, as a tensor does
+        return attention_mask
     function: MaskFunction = mask_function or required("causal_mask_function")
     documents = current_documents.get()
     same_tokens = q_length == kv_length and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0

@@ -124,6 +124,16 @@ def check_masks_above(name: str, documents: Documents, mask: Any, *, filled: boo
         )
 
 
+def check_mask_given(name: str, mask: Any) -> None:
+    """Raises ValueError for rows whose mask the attention kernel would choose (`looks_ahead_by_kernel`)."""
+    if mask is None or (isinstance(mask, MaskSpec) and not mask.evaluate) or (mask.ndim == 2):
+        raise ValueError(
+            f"{name} was given no `token_type_ids`: what its tokens see then depends on the attention kernel (stock "
+            "sdpa looks ahead, stock eager does not). Pass them, 0 for the prefix and 1 for what is to be learned, as "
+            "its processor returns them for a text with a suffix."
+        )
+
+
 def check_text_positions(positions: Tensor, mask: Any) -> None:
     """Raises ValueError for mRoPE's [3, B, S] with several documents in a row, which only [4, B, S] can tell apart."""
     if positions.dim() == 3 and positions.shape[0] != 4 and begins_again(positions, mask):

@@ -16,6 +16,8 @@ WORK = (
     "bloom",  # ALiBi, a patched attention
     "gptj",  # rope looked up inside of the layers
     "gemma3",  # masks made above the stack
+    "paligemma",  # a prefix that sees all of itself
+    "gemma3n_text",  # streams of rows
     "gemma4_text",  # inputs of each layer
     "qwen3_next",  # linear attention
     "longcat_flash",  # experts that no token of a rank reaches
@@ -48,6 +50,7 @@ def test_family_equals_one_rank_on_more(ranks, family, size):
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
+        ("colpali", "no `token_type_ids`"),
         ("xlnet", "takes hidden states of shape"),
         ("aimv2_text_model", "pass a mask"),
         ("mobilebert", "mix neighbours"),

@@ -12,6 +12,8 @@ from tests.walk.family import Rows
 
 LENGTH, ENCODED = 23, 19
 DOCUMENTS = (9, 4, 10)
+# Families whose rows begin with a prefix that sees all of itself.
+PREFIXES = {"paligemma"}
 _LOWEST, _HIGHEST = 3, 79  # tokens without a meaning of their own
 
 
@@ -43,6 +45,8 @@ def plain(model: nn.Module, kind: str, takes: Mapping[str, Any]) -> Rows:
         inputs = {**encoded, "decoder_input_ids": ids}
     if "labels" in takes and kind != "base":
         inputs["labels"] = _labels(ids, kind)
+    if getattr(model.config, "model_type", "") in PREFIXES:
+        inputs["token_type_ids"] = (torch.arange(LENGTH) >= LENGTH // 3).long().repeat(2, 1)
     return Rows(inputs, torch.ones(ids.shape, dtype=torch.bool))
 
 

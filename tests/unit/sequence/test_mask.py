@@ -256,8 +256,8 @@ def test_missing_transformers_function_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_use_as_a_tensor_is_explained() -> None:
-    with pytest.raises(AttributeError, match="no `shape`: this model uses its attention mask as a tensor"):
-        _ = make_spec(masking_utils.causal_mask_function).shape
+    with pytest.raises(AttributeError, match="no `dtype`: this model uses its attention mask as a tensor"):
+        _ = make_spec(masking_utils.causal_mask_function).dtype
 
 
 def test_masks_made_by_transformers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
