@@ -24,6 +24,7 @@ from hf_veomni.sequence.linear.functions import MixerCall
 _OTHER = re.compile(r"encoder|cross_|key_value_states")
 _PAIRS = re.compile(r"mask|bias")
 _OF_ROW = re.compile(r"^rotary_pos_emb$|sinusoidal")
+_TABLES = re.compile(r"embed|rope|cos|sin")  # one entry for each token, whatever their width
 
 
 class _Span(NamedTuple):
@@ -144,7 +145,7 @@ def _prepare(call: MixerCall, name: str, value: Any, part: int, whole: Tensor) -
     num_rows, length = whole.shape[:2]
     if value.dim() in (2, 3) and value.shape[0] in (1, num_rows) and value.shape[1] in (part, length):
         return _gather(call, value, 1) if value.shape[1] == part != length else value
-    if value.dim() == 4 and (_PAIRS.search(name) or value.shape[-2:] == (length, length)):
+    if value.dim() == 4 and _of_pairs(name, value, length):
         if all(size in (1, length) for size in value.shape[-2:]):
             return value
     elif value.dim() == 4 and value.shape[0] in (1, num_rows) and value.shape[2] in (part, length):
@@ -153,6 +154,13 @@ def _prepare(call: MixerCall, name: str, value: Any, part: int, whole: Tensor) -
         f"takes `{name}` of shape {tuple(value.shape)}, of which it is not known how to cut it into documents of rows "
         f"of {length} tokens"
     )
+
+
+def _of_pairs(name: str, value: Tensor, length: int) -> bool:
+    """Whether a tensor has entries for pairs of tokens: [.., S or 1, S or 1]."""
+    if _PAIRS.search(name):
+        return True
+    return value.dim() == 4 and value.shape[-2:] == (length, length) and not _TABLES.search(name)
 
 
 def _cut(name: str, value: Any, span: _Span, index: int, whole: Tensor) -> Any:
@@ -168,7 +176,7 @@ def _cut(name: str, value: Any, span: _Span, index: int, whole: Tensor) -> Any:
     num_rows, length = whole.shape[:2]
     if value.shape[0] == num_rows > 1:
         value = value[span.row : span.row + span.height]
-    pairs = bool(_PAIRS.search(name)) or value.shape[-2:] == (length, length)
+    pairs = _of_pairs(name, value, length)
     dims = {2: (1,), 3: (1, 2) if pairs else (1,), 4: (2, 3) if pairs else (2,)}[value.dim()]
     for dim in dims:
         if value.shape[dim] == length:
