@@ -85,8 +85,9 @@ class SequenceAttachment:
         attention: str = "auto",
         whole_output: bool = False,
         gathered: Gathered | None = None,
+        masks_as_tensors: bool = False,
     ) -> None:
-        """Check the model and install. See `attach_sequence`. `gathered`: of an encoder, what the rules name."""
+        """Check the model and install. See `attach_sequence`; the last two are what an encoder is told."""
         self.model, self.state = hf.base_model(model), state
         self.name = type(self.model).__name__  # FSDP2 renames the class
         rules = Gathered.of(self.model, state.plan) if gathered is None else gathered
@@ -96,17 +97,18 @@ class SequenceAttachment:
         check_mixer_heads(self.seam.mixers, state.sp_size)
         self.config = hf.text_config(self.model)
         self.exit = find_exit(self.model, self.seam, whole_output)
+        self._masks_as_tensors = any(map(has_patch, self.seam.attentions)) or rules.attend or masks_as_tensors
         self.encoder: SequenceAttachment | None = None
         encoder = text_encoder(self.model, self.seam)
         if encoder is not None:
-            self.encoder = SequenceAttachment(encoder, state, attention, whole_output=True, gathered=rules)
+            self.encoder = SequenceAttachment(encoder, state, attention, True, rules, self._masks_as_tensors)
+            self._masks_as_tensors |= self.encoder._masks_as_tensors  # they may share a config
         if gathered is None:
             rules.check([*self.seam.mixers, *(self.encoder.seam.mixers if self.encoder else ())])
         self.last_length: int | None = None
         self._handles: list[Any] = []
         self._configs = hf.iterate_configs(self.seam.decoder, iter(self.seam.attentions))
         self._option = attention
-        self._masks_as_tensors = any(map(has_patch, self.seam.attentions)) or rules.attend
         self._signature = list(inspect.signature(self.seam.decoder.forward).parameters)
         self._model_signature = list(inspect.signature(self.model.forward).parameters)
         self._views_as_row = views_as_row(self.seam.decoder) and self.exit is not self.seam.decoder
@@ -120,7 +122,7 @@ class SequenceAttachment:
             self._masks_as_tensors,
         )
         self._masks_on_demand = masks_on_demand(self.seam.decoder)
-        self._wants_mask = looks_ahead_by_kernel(self.seam.decoder)
+        self._wants_mask = looks_ahead_by_kernel(self.seam.decoder, self.seam.attentions)
         self._install()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -126,7 +126,8 @@ def check_masks_above(name: str, documents: Documents, mask: Any, *, filled: boo
 
 def check_mask_given(name: str, mask: Any) -> None:
     """Raises ValueError for rows whose mask the attention kernel would choose (`looks_ahead_by_kernel`)."""
-    if mask is None or (isinstance(mask, MaskSpec) and not mask.evaluate) or (mask.ndim == 2):
+    plain = isinstance(mask, Tensor) and mask.dim() == 2
+    if mask is None or plain or (isinstance(mask, MaskSpec) and not mask.evaluate):
         raise ValueError(
             f"{name} was given no `token_type_ids`: what its tokens see then depends on the attention kernel (stock "
             "sdpa looks ahead, stock eager does not). Pass them, 0 for the prefix and 1 for what is to be learned, as "

@@ -91,14 +91,15 @@ def masks_on_demand(stack: nn.Module) -> bool:
     return re.search(r"if attention_mask is not None:\s+attention_mask = create_causal", source) is not None
 
 
-def looks_ahead_by_kernel(stack: nn.Module) -> bool:
-    """Whether a stack makes causal masks for attention that its config says looks ahead (PaliGemma's Gemma).
+def looks_ahead_by_kernel(stack: nn.Module, attentions: Iterable[nn.Module]) -> bool:
+    """Whether a stack makes causal masks for attention that its config has look ahead (PaliGemma's Gemma).
 
     What such a row sees without an explicit mask depends on the kernel: sdpa drops the mask and looks ahead.
     """
     names = own_names(type(stack))
     chosen = getattr(getattr(stack, "config", None), "use_bidirectional_attention", False)
-    return bool(chosen) and "create_causal_mask" in names and not any("bidirectional" in name for name in names)
+    ahead = bool(chosen) and not any(getattr(module, "is_causal", False) for module in attentions)
+    return ahead and "create_causal_mask" in names and not any("bidirectional" in name for name in names)
 
 
 def views_as_row(stack: nn.Module) -> bool:

@@ -55,6 +55,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "mamba_headdim": 16,
     },
 }
+OVERRIDES["big_bird"] = OVERRIDES["bigbird_pegasus"] = {"attention_type": "original_full"}
 OVERRIDES["diffusion_gemma"] = {"text_config": OVERRIDES["diffusion_gemma_text"]}
 OVERRIDES["deepseek_ocr2"] = {"text_config": OVERRIDES["deepseek_ocr2_text"]}
 OVERRIDES["cohere_compass"] = {"text_config": OVERRIDES["cohere_compass_text"]}
