@@ -30,6 +30,10 @@ within 1e-5 where its own code casts to fp32. Rows have odd lengths.
 {counts}
 | all | {total} | {folders} | |
 
+What a rank does not share with its SP group it computes whole, in all families: encoders that take no tokens and are
+no towers (Whisper's, of sounds; docs/towers.md has those that are shared), cross-attention's keys, and heads that need
+whole rows (classification, masked tokens). Rows with a cache, as in `generate`, run whole too.
+
 *padded*: a batch with padding. *packed*: one row of several documents. *loss*: the model's own, or, where it has none
 for the walk to compare, one of all its outputs.
 """
