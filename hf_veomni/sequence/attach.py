@@ -218,6 +218,8 @@ class SequenceAttachment:
             inputs = self._prepare(inputs, given, extra, row)
             self.last_length = length
         row.tokens.append((current_row, current_row.set(row)))
+        if (call := current_call.get()) is not None and call.owner is self:
+            call.entered = True
         return (), inputs
 
     def _note_cache(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -228,8 +230,15 @@ class SequenceAttachment:
 
     def _forget_cache(self, model: nn.Module, args: tuple, output: Any) -> None:
         call = current_call.get()
-        if call is not None and call.owner is self and call.token is not None:  # else `_note_cache` did not run
-            current_call.reset(call.token)
+        if call is None or call.owner is not self or call.token is None:
+            return  # `_note_cache` did not run
+        current_call.reset(call.token)
+        if output is not None and not call.entered and self.state.sp_size > 1:  # None: an error is on its way
+            stack = type(self.seam.decoder).__name__.removeprefix("FSDP")
+            raise ValueError(
+                f"The forward of {self.name} did not call {stack}, which is what shares rows: every rank of the "
+                "SP group has computed all of it. Use sp_size=1."
+            )
 
     def _runs_whole(self, inputs: dict[str, Any]) -> bool:
         """With a cache and in `generate` every rank of the SP group runs the full row."""

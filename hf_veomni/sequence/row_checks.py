@@ -78,9 +78,9 @@ def check_documents(traits: Traits, documents: Documents, mask: Any, positions: 
         out = f"let `prepare_omni` select '{VARLEN_NAME}' (attention='auto')"
         if traits.masks_as_tensors:
             out = "train this family on one document a row"
-        raise ValueError(
-            f"Packed documents are not kept apart {why} with attention '{name}': leave the mask out, or {out}."
-        )
+        if mask is not None and traits.masks_pack:
+            out = f"leave the mask out, or {out}"
+        raise ValueError(f"Packed documents are not kept apart {why} with attention '{name}': {out}.")
 
 
 def check_available(inputs: Mapping[str, Any], config: Any, *, crosses: bool) -> None:
