@@ -261,6 +261,8 @@ class SequenceAttachment:
             positions = call.positions
         if positions is None:
             positions = torch.arange(given.shape[1], device=given.device)[None]
+            if "mrope_section" in str(getattr(self.config, "rope_parameters", None)):  # whose own default has all rows
+                positions = positions.expand(given.shape[0], -1)
         else:
             check_text_positions(positions, inputs.get("attention_mask"))
         # Tables of learned positions may begin elsewhere than at 0 (RoBERTa): the model makes its own positions then.

@@ -2,7 +2,8 @@
 
     [B, S', W]       features of its own for each token (Gemma 4's per-layer inputs)
     [B, 1, S, 1]     a factor for each token (Mllama's rows that see no picture; Beam's scale of queries, of one row)
-    [B, S']          which tokens are sounds, of those that a layer treats apart (Higgs Audio)
+    [B, S']          which tokens are sounds, of those that a layer treats apart (Higgs Audio); ids, by which
+                     experts are chosen (DeepSeek-V4)
 
 Masks, biases and the states of another sequence stay whole. Shapes: S tokens of a row, S' with padding.
 """
@@ -75,7 +76,7 @@ def _cut(name: str, value: Any, rows: int, row: Row, state: ParallelState) -> An
         return shard_sequence(F.pad(value, (0, 0, 0, row.padded - value.shape[2])), 2, state)
     if value.shape[0] != rows:
         return value
-    if value.dim() == 2 and value.dtype == torch.bool and value.shape[1] == row.padded:
+    if value.dim() == 2 and (value.dtype == torch.bool or name == "input_ids") and value.shape[1] == row.padded:
         return shard_sequence(value, 1, state)
     if value.dim() == 3 and value.shape[1] == row.padded:
         return shard_sequence(value, 1, state)

@@ -15,6 +15,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "csm": {"codec_config": {"upsample_groups": 8}},
     "kyutai_speech_to_text": {"codec_config": {"upsample_groups": 8}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v4": {
+        "head_dim": 32,
+        "qk_rope_head_dim": 8,
+        "index_head_dim": 16,
+        "partial_rotary_factor": 0.25,
+        "rope_parameters": {
+            "main": {**_ROPE, "partial_rotary_factor": 0.25},
+            "compress": {**_ROPE, "partial_rotary_factor": 0.25},
+        },
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 8},
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]},
@@ -56,6 +74,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
 }
 OVERRIDES["big_bird"] = OVERRIDES["bigbird_pegasus"] = {"attention_type": "original_full"}
+OVERRIDES["qwen4_exp"] = {"text_config": OVERRIDES["qwen4_exp_text"]}
 OVERRIDES["diffusion_gemma"] = {"text_config": OVERRIDES["diffusion_gemma_text"]}
 OVERRIDES["deepseek_ocr2"] = {"text_config": OVERRIDES["deepseek_ocr2_text"]}
 OVERRIDES["cohere_compass"] = {"text_config": OVERRIDES["cohere_compass_text"]}
