@@ -31,9 +31,10 @@ class Family:
         loss: "model" where the model's own loss was compared, "walk" where one of its outputs was.
         dtype: fp64 where the family's own rounding exceeds 1e-5 in fp32.
         error: the largest, relative to the largest entry.
+        exact_error: the largest in fp64, with the casts to fp32 of the family's own code taken out; None where it does
+            not run so.
         padded, packed: "works", or why not.
         rule: modules that run under the plan's rule "sp: gather" (at up to sp times their compute), or none.
-        fp32_inside: whether, in fp64, the family's own code casts to fp32; else the limit in fp64 is 1e-6.
     """
 
     model_type: str
@@ -47,8 +48,8 @@ class Family:
     error: float
     padded: str
     packed: str
-    fp32_inside: bool = False
     rule: str = ""
+    exact_error: float | None = None
 
 
 @dataclass(frozen=True)
