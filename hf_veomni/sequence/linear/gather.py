@@ -38,9 +38,19 @@ class _Span(NamedTuple):
 
 @dataclass(frozen=True)
 class _Kept:
-    """What a module returned beside its hidden states, per span: the next module takes it on the same spans (DSA)."""
+    """What a module returned beside its hidden states, per span: the next module takes it on the same spans.
+
+    DSA's choice of tokens and T5's position bias go from layer to layer so.
+    """
 
     parts: tuple[Any, ...]
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+        raise ValueError(
+            f"`{getattr(function, '__name__', function)}` was called on what a module under the rule 'sp: gather' "
+            "handed on to one that is not: name all modules of the stack that share it, or none."
+        )
 
 
 def run_gathered(
@@ -54,8 +64,8 @@ def run_gathered(
             (cross-attention) rows are run whole.
 
     Returns:
-        What the forward returns; its first tensor [B, s, *] is put together, zeros for filler. Of the rest, indices go
-        on to the modules that take them; weights and states are None.
+        What the forward returns; its first tensor [B, s, *] is put together, zeros for filler. The rest can only go on
+        to other modules under the rule.
 
     Collective: one all-gather over the SP group for the hidden states and for each table; its backward is a
     reduce-scatter (sum).
@@ -78,7 +88,8 @@ def run_gathered(
     template: Any = None
     for index, span in enumerate(spans):
         taken = {name: value if crosses else _cut(name, value, span, index, whole) for name, value in inputs.items()}
-        template = forward(whole[span.row : span.row + span.height, span.begin : span.end], **taken)
+        rows_of_span = whole[span.row : span.row + span.height, span.begin : span.end].contiguous()
+        template = forward(rows_of_span, **taken)
         out, *others = template if isinstance(template, tuple) else (template,)
         if not isinstance(out, Tensor):
             raise _refuse(f"returns {type(out).__name__} where its tokens' states should be")
@@ -126,8 +137,7 @@ def _filled(parts: list[Tensor], size: int) -> Tensor:
 
 
 def _keep(values: tuple[Any, ...]) -> _Kept | None:
-    indices = all(isinstance(x, Tensor) and not x.is_floating_point() for x in values)
-    return _Kept(values) if indices else None
+    return _Kept(values) if all(isinstance(x, Tensor) for x in values) else None
 
 
 def _gather(call: MixerCall, x: Tensor, dim: int) -> Tensor:
