@@ -39,7 +39,8 @@ def support(
     for name in ("model_class", "outcome", "reason", "padded", "packed", "loss", "error", "dtype"):
         console.print(f"{name:12} {getattr(family, name)}", soft_wrap=True)
     if family.rule:
-        console.print(f"{'rule':12} modules={{'{family.rule}': {{'sp': 'gather'}}}} of the plan", soft_wrap=True)
+        rules = ", ".join(f"'{pattern}': {{'sp': 'gather'}}" for pattern in family.rule.split(", "))
+        console.print(f"{'rule':12} modules={{{rules}}} of the plan", soft_wrap=True)
 
 
 def _live(model: str) -> None:
