@@ -108,12 +108,31 @@ def _check_layer(
             raise _refuse(
                 model, f"`{path}` ({kind}) makes an attention mask of its own from that of the row{offer_rule([path])}"
             )
+    left = _unseen(layer, name, known.union(attentions)) if attentions or mixers else []
+    if left:
+        kind = type(layer.get_submodule(left[0].removeprefix(f"{name}."))).__name__
+        raise _refuse(
+            model,
+            f"`{left[0]}` ({kind}) attends, by its name, without asking transformers' AttentionInterface"
+            f"{offer_rule(left)}",
+        )
     if not attentions and not mixers and getattr(layer, "block_type", None) not in ("moe", "mlp"):
         raise _refuse(
             model,
             f"`{name}` ({type(layer).__name__}) has no module that asks transformers' AttentionInterface for its "
             f"attention{offer_rule(attention_paths(layer, name))}",
         )
+
+
+def _unseen(layer: nn.Module, name: str, known: Set[nn.Module]) -> list[str]:
+    """Names of what attends in a layer and is not in `known`; cross-attention looks at whole keys for each token."""
+    found = []
+    for path in attention_paths(layer, name):
+        module = layer.get_submodule(path.removeprefix(f"{name}."))
+        inside = any(module in other.modules() for other in known)
+        if not inside and known.isdisjoint(module.modules()) and "Cross" not in type(module).__name__:
+            found.append(path)
+    return found
 
 
 def _check_stack(model: nn.Module, decoder: nn.Module, holder: nn.Module, layers: nn.ModuleList) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from tests.models import build_model
 from tests.ranks.parity import Run, Setting
@@ -74,6 +76,39 @@ def test_rule_without_effect_is_refused(ranks, model, plan, message):
 
 def test_rule_without_effect_is_refused_on_one_rank(ranks):
     ranks(1).raises(_prepare, "openai-gpt", gathered("*.mlp"), match="no seam")
+
+
+class HomeMadeAttention(nn.Module):
+    """Mixes tokens and asks nobody."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear(hidden_states).cumsum(1)
+
+
+def _prepare_home_made(rules: dict[str, Any]) -> float:
+    from hf_veomni import gather_sequence, prepare_omni
+
+    torch.manual_seed(0)
+    model = build_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = HomeMadeAttention(model.config.hidden_size)
+    ids = torch.arange(1, 16)[None]
+    wanted = model(input_ids=ids).logits
+    prepare_omni(model, {"sp_size": 2, "modules": rules})
+    return float((gather_sequence(model(input_ids=ids).logits, model) - wanted).abs().max())
+
+
+def test_a_module_that_attends_by_its_name_is_not_overlooked(ranks):
+    match = (
+        r"`model.layers.0.mlp` \(HomeMadeAttention\) attends.*modules=\{'model.layers.\*.mlp': \{'sp': 'gather'\}\}"
+    )
+    ranks(2).raises(_prepare_home_made, {}, match=match)
+    for error in ranks(2).run(_prepare_home_made, {"model.layers.*.mlp": {"sp": "gather"}}):
+        assert error < 1e-5
 
 
 def test_more_ranks_than_heads_are_refused(ranks):
