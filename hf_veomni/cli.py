@@ -38,7 +38,7 @@ def support(
     family = matrix.families[model]
     for name in ("model_class", "outcome", "reason", "padded", "packed", "loss", "error", "dtype"):
         console.print(f"{name:12} {getattr(family, name)}", soft_wrap=True)
-    if family.rule:
+    if family.rule and family.outcome == "works":
         rules = ", ".join(f"'{pattern}': {{'sp': 'gather'}}" for pattern in family.rule.split(", "))
         console.print(f"{'rule':12} modules={{{rules}}} of the plan", soft_wrap=True)
 
