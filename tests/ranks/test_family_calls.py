@@ -21,7 +21,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"*.self_attn": {"sp": "gather"}},
     "convbert": {"*.attention.self": {"sp": "gather"}},
     # Attention that could be cut, on whole documents: T5's first hands a bias on, GPT-2's views what it is given.
-    "t5:whole": {"*.SelfAttention": {"sp": "gather"}},
+    "t5:whole": {"*.SelfAttention": {"sp": "gather"}, "*.EncDecAttention": {"sp": "gather"}},
     "gpt2:whole": {"*.attn": {"sp": "gather"}},
 }
 ADAPTERS: dict[str, list[str]] = {

@@ -73,8 +73,8 @@ def run_gathered(
     Raises:
         ValueError: an input of which it is not known how to cut it.
     """
-    part, length = hidden_states.shape[1], call.documents.row_length
     _check(call, hidden_states, inputs)
+    part, length = hidden_states.shape[1], call.documents.row_length
     low, high = call.rank * part, (call.rank + 1) * part
     whole = _gather(call, hidden_states, 1)
     crosses = any(_OTHER.search(name) and isinstance(value, Tensor) for name, value in inputs.items())
@@ -87,7 +87,7 @@ def run_gathered(
     rest: list[tuple[Any, ...]] = []
     template: Any = None
     for index, span in enumerate(spans):
-        taken = {name: value if crosses else _cut(name, value, span, index, whole) for name, value in inputs.items()}
+        taken = {name: _cut(name, value, None if crosses else span, index, whole) for name, value in inputs.items()}
         rows_of_span = whole[span.row : span.row + span.height, span.begin : span.end].contiguous()
         template = forward(rows_of_span, **taken)
         out, *others = template if isinstance(template, tuple) else (template,)
@@ -173,10 +173,12 @@ def _of_pairs(name: str, value: Tensor, length: int) -> bool:
     return value.dim() == 4 and value.shape[-2:] == (length, length) and not _TABLES.search(name)
 
 
-def _cut(name: str, value: Any, span: _Span, index: int, whole: Tensor) -> Any:
-    """The part of `value` that belongs to one span."""
+def _cut(name: str, value: Any, span: _Span | None, index: int, whole: Tensor) -> Any:
+    """The part of `value` that belongs to one span; None: rows are whole."""
     if isinstance(value, _Kept):
         return value.parts[index]
+    if span is None:
+        return value
     if isinstance(value, tuple):
         return tuple(_cut(name, x, span, index, whole) for x in value)
     if isinstance(value, dict):
