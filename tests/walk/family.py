@@ -265,6 +265,7 @@ class _Comparison:
         worst = (relative(loss.detach(), wanted_loss), "loss")
         worst = max(worst, (relative(hidden.detach()[rows.real], wanted[rows.real]), "output"))
         got = {n: p.grad for n, p in prepared.named_parameters() if p.grad is not None}
+        floor = self._floor(gradients)
         # A gradient of zeros on one side and none on the other is the same training step.
         for name in sorted(got.keys() | gradients.keys()):
             value = got.get(name)
@@ -272,7 +273,7 @@ class _Comparison:
             expected = gradients.get(name)
             value = torch.zeros_like(expected) if value is None else value
             expected = torch.zeros_like(value) if expected is None else expected
-            worst = max(worst, (relative(value, expected, floor=self._floor(gradients)), name))
+            worst = max(worst, (relative(value, expected, floor=floor), name))
         return worst
 
     def _floor(self, gradients: dict[str, Tensor]) -> float:
