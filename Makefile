@@ -83,7 +83,7 @@ test: check  ## all checks and tests but the slow ones
 test-slow: $(STAMP)  ## all tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
-walk: $(STAMP)  ## all model families under sp=2, about 15 minutes; writes docs/support.md and what it is made from
+walk: $(STAMP)  ## all model families under sp=2, about 12 minutes; writes docs/support.md and what it is made from
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.walk --commit $(ARGS)
 
 bench: $(STAMP)  ## the benchmarks, small on a CPU
