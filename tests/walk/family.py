@@ -18,6 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 TOLERANCE = 1e-5  # relative to the largest entry, fp32
 EXACT = 1e-8  # in fp64, without the casts to fp32 of a family's own code
 _OFFERED = re.compile(r"'([^']+)': \{'sp': 'gather'\}")
+# What a stock model says that misses an input beside the tokens.
+_WANTS_MORE = re.compile(
+    r"missing \d+ required|NoneType|specify|pixel_values|input_features|bbox|must be Tensor, not None"
+)
 Batch = dict[str, Tensor]
 
 
@@ -147,7 +151,8 @@ class _Comparison:
         return self._prepared(plain, others)
 
     def _unusable(self, error: Exception) -> Record:
-        if self.record.kind == "base" and {"pixel_values", "input_features", "bbox"} & set(self.takes):
+        others = {"pixel_values", "input_features", "bbox"} & set(self.takes)
+        if self.record.kind == "base" and others and _WANTS_MORE.search(str(error)):
             return self.record.end("not_applicable", "every row needs a picture, audio or boxes beside its tokens")
         return self.record.end("unbuildable", f"the stock model does not run: {_line(error)}")
 
