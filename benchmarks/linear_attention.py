@@ -39,6 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks._record import record
 from benchmarks._rows import packed_row, ragged_lengths
 from hf_veomni import prepare_omni
+from hf_veomni.comm.gather import ALL_GATHER, REDUCE_SCATTER
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, GROUPS, STATE, KERNEL, CHUNK = 512, 128, 2, 8, 4, 16, 4, 64
 WIDTH = 2 * HIDDEN // HEADS  # of a head, where a family doubles the hidden size
@@ -127,12 +128,12 @@ class _Counting:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(dist, name)
-        if name not in ("all_to_all_single", "all_gather_single", "reduce_scatter_single"):
+        if name not in ("all_to_all_single", ALL_GATHER, REDUCE_SCATTER):
             return function
 
         def counting(output: Tensor, given: Tensor, *splits: Any, group: dist.ProcessGroup) -> Any:
             size, mine = dist.get_world_size(group), dist.get_rank(group)
-            if name == "all_gather_single":
+            if name == ALL_GATHER:
                 self.sent += given.nbytes * (size - 1)
             else:
                 own = splits[1][mine] * given[:1].nbytes if splits else output.nbytes

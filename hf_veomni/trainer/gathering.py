@@ -9,6 +9,8 @@ import torch.distributed as dist
 from accelerate.utils.operations import recursively_apply
 from torch import Tensor
 
+from hf_veomni.comm import all_gather
+
 
 def gather_rows(data: Any, group: dist.ProcessGroup | None) -> Any:
     """Concatenate the rows of all data ranks, in data-rank order, for each tensor in a nested structure.
@@ -30,17 +32,13 @@ def _gather_one(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     rows = tensor.detach().clone()[None] if tensor.dim() == 0 else tensor.detach().contiguous()
     if group is None:
         return rows
-    ranks = dist.get_world_size(group)
-    sizes = rows.new_empty(ranks, dtype=torch.long)
-    dist.all_gather_single(sizes, sizes.new_tensor([rows.shape[0]]), group=group)
-    counts: list[int] = sizes.tolist()
+    counts: list[int] = all_gather(rows.new_tensor([rows.shape[0]], dtype=torch.long), group).tolist()
     longest = max(counts)
     if rows.shape[0] < longest:
         rows = torch.cat([rows, rows.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
     as_bytes = rows.dtype == torch.bool  # gloo has no bool
     sent = rows.view(torch.uint8) if as_bytes else rows
-    out = sent.new_empty(ranks * longest, *sent.shape[1:])
-    dist.all_gather_single(out, sent, group=group)
+    out = all_gather(sent, group)
     out = out.view(torch.bool) if as_bytes else out
     if len(set(counts)) == 1:
         return out

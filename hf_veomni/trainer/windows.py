@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import find_batch_size
 from torch import Tensor
 
 from hf_veomni.checkpoint import agree
+from hf_veomni.comm import all_gather
 from hf_veomni.mesh import ParallelState
 from hf_veomni.trainer.loaders import Filler
 
@@ -75,9 +75,7 @@ def exchange_facts(
         int(error is not None),
     )
     sent = torch.stack([torch.as_tensor(fact, dtype=torch.long).to(device) for fact in facts])
-    gathered = sent.new_empty(dist.get_world_size() * len(facts))
-    dist.all_gather_single(gathered, sent)
-    found = gathered.view(-1, len(facts)).cpu()
+    found = all_gather(sent).view(-1, len(facts)).cpu()
     if found[:, FAILED].any():
         agree(error, "Reading a batch")
     _check_rows(found, state)
