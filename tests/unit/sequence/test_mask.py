@@ -88,6 +88,14 @@ UNKNOWN = {
 }
 
 
+def packed(function: Any, positions: Tensor, segments: Tensor) -> Any:
+    """The mask function within each document, as `create_causal_mask` makes it of `position_ids`."""
+    return masking_utils.and_masks(
+        masking_utils.packed_sequence_mask_function(segments),
+        masking_utils.remap_positions_for_packed_sequence(function, positions),
+    )
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_known_functions_are_read(name: str) -> None:
     function, expected = FUNCTIONS[name]
@@ -126,9 +134,7 @@ def test_documents_are_kept_apart(name: str) -> None:
 def test_packing_in_the_function_is_found(name: str, told_too: bool) -> None:
     function = UNKNOWN[name] if name in UNKNOWN else FUNCTIONS[name][0]
     positions = positions_of(LENGTHS)
-    function = masking_utils.packed_sequence_compatibility_function(
-        function, positions, masking_utils.find_packed_sequence_indices(positions)
-    )
+    function = packed(function, positions, masking_utils.find_packed_sequence_indices(positions))
     spec = make_spec(function, Documents.from_lengths(LENGTHS) if told_too else None)
     assert spec.evaluate == (name in UNKNOWN)
     assert [tuple(span) for span in spec.spans] == list(Documents.from_lengths(LENGTHS).spans())
@@ -137,7 +143,7 @@ def test_packing_in_the_function_is_found(name: str, told_too: bool) -> None:
 
 def test_boundaries_of_both_sources_count() -> None:
     positions = positions_of(((8, 16), (24,)))
-    function = masking_utils.packed_sequence_compatibility_function(
+    function = packed(
         masking_utils.causal_mask_function, positions, masking_utils.find_packed_sequence_indices(positions)
     )
     spec = make_spec(function, Documents.from_lengths(((12, 12), (4, 20))))
@@ -152,7 +158,7 @@ def test_packing_of_another_make_is_evaluated(breaks: str) -> None:
     else:
         positions[:, 12:] += 3
     window = masking_utils.sliding_window_causal_mask_function(4)
-    function = masking_utils.packed_sequence_compatibility_function(window, positions, segments)
+    function = packed(window, positions, segments)
     spec = make_spec(function)
     assert spec.evaluate
     assert dense(spec).equal(stock(function))
@@ -171,7 +177,7 @@ def test_chunks_restart_per_document(lengths: tuple[tuple[int, ...], ...], chunk
     segments = masking_utils.find_packed_sequence_indices(positions)
     chunked = masking_utils.chunked_causal_mask_function(chunk, NO_PADDING)
     if segments is not None:
-        function = masking_utils.packed_sequence_compatibility_function(chunked, positions, segments)
+        function = packed(chunked, positions, segments)
         spec = make_spec(function)
         assert not spec.evaluate
         assert dense(spec).equal(stock(function))
