@@ -9,7 +9,8 @@ import ast
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
@@ -24,10 +25,15 @@ from transformers.distributed.expert_parallel import (
     apply_expert_parallelism,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import (
     ALL_ATTENTION_FUNCTIONS,
 )
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+# transformers 5.24 gives all caches one name; 5.23 has one for mambas and one for the rest.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 AttentionFunction = Callable[..., tuple[Tensor, Any]]
 
@@ -56,6 +62,11 @@ def base_model(model: Any) -> PreTrainedModel:
 def text_config(model: Any) -> Any:
     """Configuration of the text stack."""
     return model.config.get_text_config(decoder=True)
+
+
+def uses_cache(inputs: Mapping[str, Any]) -> bool:
+    """Whether the inputs of a forward, by name, hold a cache or ask for one."""
+    return any(inputs.get(name) is not None for name in CACHE_NAMES) or bool(inputs.get("use_cache"))
 
 
 def is_encoder_decoder(model: Any) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_veomni import hf
 from hf_veomni.comm.all_to_all import all_to_all
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment
@@ -45,7 +46,7 @@ class IdsWatch:
 
     def enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        whole = inputs.get("past_key_values") is not None or bool(inputs.get("use_cache"))
+        whole = hf.uses_cache(inputs)
         self.tokens.append(_ids.set(None if whole else inputs.get("input_ids")))
 
     def leave(self, model: nn.Module, args: tuple, output: Any) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from hf_veomni import hf
+
 # Modality -> the keyword of the model's forward that carries it.
 ENCODERS = {"vision": "pixel_values", "audio": "input_features"}
 DECODERS = {"image": "image_codes", "audio": "audio_codes"}
@@ -115,7 +117,7 @@ class OmniConfig(PreTrainedConfig):
 
     model_type = "veomni"
     base_model_fsdp_plan = {}  # the foundation has its own
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [*hf.CACHE_NAMES]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama", optional=True),
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model", optional=True),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
+from hf_veomni import hf
 from hf_veomni.omni.config import DECODERS, ENCODERS
 from hf_veomni.omni.decoders import write_wav
 
@@ -141,7 +142,7 @@ class OmniGenerationMixin(GenerationMixin):
                 codes.append(logits.argmax(-1, keepdim=True))
             if len(codes) == (num_codes or decoder.num_codes):
                 return torch.cat(codes, 1)
-            out = self(input_ids=placeholder, past_key_values=out.past_key_values, **{key: codes[-1]})
+            out = self(input_ids=placeholder, **{hf.CACHE: out[hf.CACHE], key: codes[-1]})
 
 
 __all__ = ["INPUTS", "OmniGenerationMixin"]

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from hf_veomni import hf
 from hf_veomni.omni.config import CONFIG_FIELDS, DECODERS, ENCODERS, OmniConfig
 from hf_veomni.omni.decoders import AudioDecoder, ImageDecoder
 from hf_veomni.omni.generation import OmniGenerationMixin
@@ -57,7 +58,7 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [*hf.CACHE_NAMES]
 
     def __init__(self, config: Any) -> None:
         super().__init__(OmniConfig.parse(config))
@@ -210,6 +211,7 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
         input_features: Tensor | None = None,
         image_codes: Tensor | None = None,
         audio_codes: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> OmniOutput:
         """Logits of the text head, of the heads whose codes are given, and with `labels` the loss.
@@ -223,6 +225,7 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
                 the code".
             pixel_values, input_features: items of the rows in order, [N, ...] as the processors make them.
             image_codes, audio_codes: [N, n] codes of the items in the rows, in order (`lm_encode` of the decoder).
+            cache, past_key_values: the names of the foundation's cache in transformers 5.24 and before; either works.
 
         Raises:
             ValueError: placeholders that do not match the features.
@@ -232,14 +235,15 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
         features |= {"image_codes": image_codes, "audio_codes": audio_codes}
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        begins = past_key_values is None or past_key_values.get_seq_length() == 0
+        cache = past_key_values if cache is None else cache
+        begins = cache is None or cache.get_seq_length() == 0
         if input_ids is not None:
             inputs_embeds = self.embed_inputs(input_ids, features, dummies=begins)
-            if position_ids is None and past_key_values is None:
+            if position_ids is None and cache is None:
                 position_ids = self.get_pos_id(input_ids, attention_mask=attention_mask, **features)
         elif any(value is not None for value in features.values()):
             raise ValueError("Features need `input_ids`, which say where they go: leave `inputs_embeds` out.")
-        stock = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        stock = {"attention_mask": attention_mask, "position_ids": position_ids, hf.CACHE: cache}
         out, hidden = self._run_foundation(
             inputs_embeds=inputs_embeds, use_cache=use_cache, logits_to_keep=logits_to_keep, **stock, **kwargs
         )
@@ -257,12 +261,12 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
         return OmniOutput(
             loss=loss,
             logits=out.logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
             image_logits=logits.get("image"),
             audio_logits=logits.get("audio"),
             aux_loss=aux_loss,
+            **{hf.CACHE: out.get(hf.CACHE)},
         )
 
     def _sum_losses(

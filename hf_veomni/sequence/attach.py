@@ -224,7 +224,7 @@ class SequenceAttachment:
 
     def _note_cache(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         kwargs = {**dict(zip(self._model_signature, args, strict=False)), **kwargs}
-        cached = kwargs.get("past_key_values") is not None or bool(kwargs.get("use_cache"))
+        cached = hf.uses_cache(kwargs)
         call = Call(self, cached, kwargs.get("position_ids"))
         call.token = current_call.set(call)
 
@@ -246,7 +246,7 @@ class SequenceAttachment:
         if call is not None and call.owner is self:
             requested = call.cached
         else:
-            requested = inputs.get("past_key_values") is not None or bool(inputs.get("use_cache"))
+            requested = hf.uses_cache(inputs)
         if requested and torch.is_grad_enabled() and self.state.sp_size > 1:
             raise ValueError(
                 "`use_cache=True` or `past_key_values` cannot be combined with gradients under sequence parallelism: "

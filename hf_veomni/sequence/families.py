@@ -30,14 +30,14 @@ _CORE_NAMES = (["query", "key", "value"], ["q", "k", "v"])
 
 
 _BERT_INPUTS = {
-    "self", "hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "past_key_values",
+    "self", "hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", *hf.CACHE_NAMES,
     "output_attentions", "cache_position", "head_mask", "sinusoidal_pos", "kwargs",
     "word_hidden_states", "entity_hidden_states",
 }  # fmt: skip
 _OF_ENTITIES = {"w2e_query", "e2w_query", "e2e_query"}  # LUKE's, of rows with entities, which are refused
 
 _BART_INPUTS = {
-    "self", "hidden_states", "key_value_states", "past_key_values", "attention_mask", "output_attentions",
+    "self", "hidden_states", "key_value_states", *hf.CACHE_NAMES, "attention_mask", "output_attentions",
     "attn_prompt", "kwargs",
 }  # fmt: skip
 
@@ -157,7 +157,7 @@ def _bert(
     inputs = {**dict(zip(names, args, strict=False)), **kwargs}
     if not is_cut():
         return owner.forward(module, hidden, *args, **kwargs)
-    others = ("encoder_hidden_states", "entity_hidden_states", "past_key_values", "head_mask")
+    others = ("encoder_hidden_states", "entity_hidden_states", *hf.CACHE_NAMES, "head_mask")
     if any(isinstance(inputs.get(name), Tensor) for name in others):
         raise ValueError(f"{type(module).__name__} takes no states of another sequence under sequence parallelism.")
     heads, width = module.num_attention_heads, module.attention_head_size
@@ -210,12 +210,13 @@ def _mpt(
     is_cut: Callable[[], bool],
     hidden: Tensor,
     position_bias: Tensor,
-    past_key_values: Any = None,
-    attention_mask: Tensor | None = None,
+    *args: Any,
     **kwargs: Any,
 ) -> Any:
     if not is_cut():
-        return owner.forward(module, hidden, position_bias, past_key_values, attention_mask, **kwargs)
+        return owner.forward(module, hidden, position_bias, *args, **kwargs)
+    names = list(inspect.signature(owner.forward).parameters)[3:]
+    attention_mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
     mixed = module.Wqkv(hidden)
     if module.clip_qkv:
         mixed = mixed.clamp(min=-module.clip_qkv, max=module.clip_qkv)
@@ -307,7 +308,7 @@ def _bart(
     inputs = {**dict(zip(names, args, strict=False)), **kwargs}
     if not is_cut():
         return owner.forward(module, hidden_states, *args, **kwargs)
-    if any(inputs.get(name) is not None for name in ("attn_prompt", "past_key_values")):
+    if any(inputs.get(name) is not None for name in ("attn_prompt", *hf.CACHE_NAMES)):
         raise ValueError(f"{type(module).__name__} takes no prompts and no cache under sequence parallelism.")
     mask = inputs.get("attention_mask")
     if inputs.get("key_value_states") is not None:  # whole, and each token looks at them for itself

@@ -84,7 +84,7 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
         if "packed" in reasons and inputs.get("attention_mask") is None and _is_packed(inputs.get("position_ids")):
             raise ValueError(f"Packed rows would not be kept apart: {reasons['packed']}")
         mask = inputs.get("attention_mask")
-        cached = inputs.get("past_key_values") is not None or bool(inputs.get("use_cache"))
+        cached = hf.uses_cache(inputs)
         whole = mask is None or (isinstance(mask, Tensor) and bool(mask.all()))
         if cached and whole and _is_packed(inputs.get("position_ids")):
             raise ValueError(

@@ -46,7 +46,6 @@ _BY_FUNCTIONS: dict[str, str | None] = {
     "Lfm2MoeShortConv": None,
     "Lfm3ShortConv": None,
 }
-_CACHES = ("cache_params", "past_key_values")
 _LIGHTNING = "MiniMaxLightningAttention"
 
 
@@ -242,7 +241,7 @@ def run_mixer(module: nn.Module, scheme: str, state: ParallelState, /, *args: An
     row.calls += 1
     if row.documents is None:
         return forward(*args, **kwargs)
-    if any(kwargs.get(name) is not None for name in _CACHES):
+    if any(kwargs.get(name) is not None for name in hf.CACHE_NAMES):
         raise ValueError(
             f"{type(module).__name__} was given a cache, which holds the state of whole rows: call the model without "
             "`cache_params`, or with `use_cache=True` under torch.no_grad()."
