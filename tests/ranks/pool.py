@@ -22,6 +22,7 @@ DEFAULT_TIMEOUT = 60.0  # seconds a case may take
 START_TIMEOUT = 180.0  # seconds until the ranks answer for the first time (they import transformers)
 GRACE = 3.0  # seconds that the other ranks get to answer once one has failed
 MAX_LIVE_RANKS = 7  # over all pools; an idle rank takes about 0.3 GB
+MAX_THREADS = 100  # of a rank; the threads of a group that torch's caches still hold go on polling (2.11 holds many)
 
 
 class RanksFailed(AssertionError):
@@ -95,6 +96,9 @@ class RankPool:
             pipe.close()
         self._processes, self._pipes = [], []
 
+    def _is_crowded(self) -> bool:
+        return any(len(os.listdir(f"/proc/{pid}/task")) > MAX_THREADS for pid in self.pids)
+
     def _start(self) -> None:
         self.close()
         # The fork server imports torch and transformers once; without it every rank would.
@@ -121,7 +125,7 @@ class RankPool:
 
     def _replies(self, function: Callable[..., Any], args: tuple, kwargs: dict, timeout: float) -> dict[int, Reply]:
         """One reply of every rank, or RanksFailed with what is known and no ranks left running."""
-        if not self.alive:
+        if not self.alive or self._is_crowded():
             self._start()
         rendezvous = self._folder / f"store{next(self._numbers)}"
         name = function.__qualname__
