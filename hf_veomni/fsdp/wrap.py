@@ -82,11 +82,26 @@ def _joined(groups: list[tuple[list[nn.Module], bool]]) -> list[tuple[list[nn.Mo
     return found
 
 
+def _check_unruled(model: nn.Module, modules: list[nn.Module], rules: Mapping[str, Mapping[str, str]]) -> None:
+    names = {name for name, module in model.named_modules() if module in modules}
+    for name in sorted(names & rules.keys()):
+        if "fsdp" in rules[name]:
+            raise ValueError(
+                f"The rule `fsdp` for '{name}' has no effect: it shares a parameter with "
+                f"{', '.join(sorted(names - {name}))}, and what encoder and decoder of {type(model).__name__} share is "
+                "gathered with the root. Leave the rule out."
+            )
+
+
 def plan_units(model: PreTrainedModel, rules: Mapping[str, Mapping[str, str]]) -> list[tuple[list[nn.Module], bool]]:
     """The FSDP units of a model, innermost first: (modules, keep the full weight between forward and backward).
 
     Modules that keep their weight (final norm and head, which run back to back) share a unit, and tied modules always
-    do: a parameter can belong to one unit only.
+    do: a parameter can belong to one unit only. An encoder-decoder keeps what it ties in the root: not all of these
+    modules run in each forward, which before torch 2.13 breaks a unit of several.
+
+    Raises:
+        ValueError: a rule for such a module.
     """
     units = _stock_units(model)
     units.update({name: rule["fsdp"] for name, rule in rules.items() if "fsdp" in rule})
@@ -101,7 +116,10 @@ def plan_units(model: PreTrainedModel, rules: Mapping[str, Mapping[str, str]]) -
     for modules, keep in groups:
         rest = [module for module in _with_tied(model, modules) if module not in taken]
         taken.update(rest)
-        found += [(rest, keep)] if rest else []
+        if len(rest) > 1 and hf.is_encoder_decoder(model):
+            _check_unruled(model, rest, rules)
+        elif rest:
+            found.append((rest, keep))
     return found
 
 

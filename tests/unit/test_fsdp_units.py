@@ -65,3 +65,11 @@ def test_each_layer_is_a_unit(family):
     assert len(layers) == 5 and all(len(unit) == 1 for unit in layers), units
     owned = [{p for module in modules for p in module.parameters()} for modules, _ in plan_units(model, {})]
     assert sum(map(len, owned)) == len(set().union(*owned)), "a parameter in two units"
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_what_an_encoder_decoder_ties_stays_in_the_root(family: str) -> None:
+    model = _build(family)
+    assert all(len(modules) == 1 for modules, _ in plan_units(model, {}))
+    with pytest.raises(ValueError, match=r"The rule `fsdp` for 'lm_head' has no effect"):
+        plan_units(model, {"lm_head": {"fsdp": "keep"}})
