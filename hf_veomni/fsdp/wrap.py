@@ -88,8 +88,8 @@ def _check_unruled(model: nn.Module, modules: list[nn.Module], rules: Mapping[st
         if "fsdp" in rules[name]:
             raise ValueError(
                 f"The rule `fsdp` for '{name}' has no effect: it shares a parameter with "
-                f"{', '.join(sorted(names - {name}))}, and what encoder and decoder of {type(model).__name__} share is "
-                "gathered with the root. Leave the rule out."
+                f"{', '.join(sorted(names - {name}))}, and what encoder and decoder of {type(model).__name__} share "
+                "is gathered with the root. Leave the rule out."
             )
 
 
