@@ -1,8 +1,8 @@
 """Attention over packed documents without an S x S mask, under the name "omni_varlen".
 
-    sinks, softcap, dropout, bias, a mask to evaluate    blocks of queries, computed again in the backward
-    CUDA, bf16 or fp16, head width up to 256             torch's varlen kernel, all documents in one call
-    everything else                                      a fused call per document, or per block of a window
+    "kernel"    torch's varlen kernel, all documents in one call: CUDA, bf16 or fp16, head width up to 256, sinks too
+    "fused"     sdpa, a call per document or per block of a window: plain attention without the kernel
+    "blocks"    blocks of queries by the formula, computed again in the backward: everything else
 
 Shapes: B rows; S tokens of a full row; T = B*S; H query heads; K key/value heads; D, E widths of keys and of values.
 Local to this rank, without collectives: under Ulysses, H and K are this rank's heads and S is the full row.
@@ -10,28 +10,27 @@ Local to this rank, without collectives: under Ulysses, H and K are this rank's 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_veomni.sequence.blocks import Block, Formula, attend, attend_recomputed, plan_blocks, take_slices
 from hf_veomni.sequence.documents import current_documents
+from hf_veomni.sequence.kernel import Packing, attend_packed
 from hf_veomni.sequence.mask import MaskSpec, omni_mask
-
-# torch 2.11, which CUDA images still carry, wants equal numbers of heads.
-_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 VARLEN_NAME = "omni_varlen"
 
+Path = Literal["kernel", "fused", "blocks"]
+
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _KERNEL_MAX_WIDTH = 256
+_KERNEL_TAKES_SINKS = torch.version.hip is None  # whose lse has another shape in torch 2.11
 
 
 def register_varlen_attention() -> None:
@@ -91,11 +90,32 @@ def varlen_attention(
         )
     if not spec.spans:
         return query.new_zeros(*shape, query.shape[1], value.shape[-1]), None
-    if spec.evaluate or s_aux is not None or position_bias is not None or not formula.is_stock:
-        return attend_recomputed(query, key, value, spec, formula, sinks=s_aux, bias=position_bias), None
-    if kernel_applies(query, key, value):
-        return _attend_kernel(query, key, value, spec, formula.scaling), None
-    return _attend_fused(query, key, value, spec, formula.scaling), None
+    match choose_path(query, key, value, spec, formula, sinks=s_aux, bias=position_bias):
+        case "kernel":
+            return _attend_kernel(query, key, value, spec, formula.scaling, s_aux), None
+        case "fused":
+            return _attend_fused(query, key, value, spec, formula.scaling), None
+        case "blocks":
+            return attend_recomputed(query, key, value, spec, formula, sinks=s_aux, bias=position_bias), None
+
+
+def choose_path(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spec: MaskSpec,
+    formula: Formula,
+    *,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Path:
+    """Which of the ways at the top of this file attention takes. Same arguments as those ways; reads shapes only."""
+    limited = not spec.evaluate and bias is None and formula.is_stock
+    if limited and kernel_applies(query, key, value) and (sinks is None or _KERNEL_TAKES_SINKS):
+        return "kernel"
+    if limited and sinks is None:
+        return "fused"
+    return "blocks"
 
 
 def _settle_autocast(*tensors: Tensor) -> Sequence[Tensor]:
@@ -213,7 +233,7 @@ def _window_mask(spec: MaskSpec, block: Block, query: Tensor) -> Tensor:
 
 
 def kernel_applies(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether torch's varlen kernel can take these: it has no mask, dropout, softcap or sinks, so those never ask."""
+    """Whether torch's varlen kernel can take these: it has no mask, dropout or softcap, so those never ask."""
     width = max(query.shape[-1], value.shape[-1])
     return (
         has_kernel(query.device)
@@ -228,7 +248,9 @@ def has_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _attend_kernel(query: Tensor, key: Tensor, value: Tensor, spec: MaskSpec, scaling: float) -> Tensor:
+def _attend_kernel(
+    query: Tensor, key: Tensor, value: Tensor, spec: MaskSpec, scaling: float, sinks: Tensor | None
+) -> Tensor:
     """All spans in one call of the varlen kernel. Returns [B, S, H, E]."""
     rows, heads, length, _ = query.shape
     width = -(-max(query.shape[-1], value.shape[-1]) // 8) * 8  # the kernel's widths are multiples of 8
@@ -242,45 +264,8 @@ def _attend_kernel(query: Tensor, key: Tensor, value: Tensor, spec: MaskSpec, sc
 
     reach = layout.max_length - 1
     before, after = (-1 if limit is None or 0 < reach <= limit else limit for limit in (spec.before, spec.after))
-    q, k, v, cu_seqlens = flatten(query), flatten(key), flatten(value), layout.cu_seqlens.to(query.device)
-    out = _kernel(q, k, v, cu_seqlens, layout.max_length, scaling, (before, after))
+    packing = Packing(layout.cu_seqlens.to(query.device), layout.max_length, scaling, (before, after))
+    out = attend_packed(flatten(query), flatten(key), flatten(value), packing, sinks)
     if index is not None:
         out = out.new_zeros(rows * length, heads, width).index_copy(0, index, out)
     return out[..., : value.shape[-1]].reshape(rows, length, heads, value.shape[-1])
-
-
-def _kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    max_length: int,
-    scaling: float,
-    window: tuple[int, int],
-) -> Tensor:
-    """`torch.nn.attention.varlen.varlen_attn` on [T, H, D] and [T, K, D]; the only place that calls it.
-
-    Args:
-        cu_seqlens: int32, on the device.
-        window: tokens to the left and to the right that are seen, -1 for all; (-1, 0) is causal.
-    """
-    grouped: dict[str, Any] = {}
-    if query.shape[1] != key.shape[1]:
-        if _TAKES_GROUPS:
-            grouped = {"enable_gqa": True}
-        else:
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        cu_seqlens,
-        cu_seqlens,
-        max_length,
-        max_length,
-        scale=scaling,
-        window_size=window,
-        **grouped,
-    )
-    assert isinstance(out, Tensor)
-    return out

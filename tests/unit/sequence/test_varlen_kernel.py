@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from transformers import masking_utils
 
-from hf_veomni.sequence import varlen
+from hf_veomni.sequence import kernel, varlen
 from hf_veomni.sequence.varlen import varlen_attention
+from tests.unit.sequence import emulated
 from tests.unit.sequence.dense import (
     FUNCTIONS,
     LENGTHS,
@@ -27,40 +25,10 @@ from tests.unit.sequence.dense import (
 )
 
 
-def emulated_kernel(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What `torch.nn.attention.varlen.varlen_attn` computes, and what it asks of its arguments."""
-    given = inspect.signature(varlen_attn).bind(query, key, value, *args, **kwargs)
-    given.apply_defaults()
-    edges, (left, right) = given.arguments["cu_seq_q"], given.arguments["window_size"]
-    assert edges.dtype == torch.int32 and given.arguments["cu_seq_k"].equal(edges)
-    longest = int(edges.diff().max())
-    assert type(given.arguments["max_q"]) is int and given.arguments["max_q"] == given.arguments["max_k"] == longest
-    assert query.shape[0] == key.shape[0] == value.shape[0] == edges[-1]
-    assert query.shape[-1] == key.shape[-1] == value.shape[-1] and query.shape[-1] % 8 == 0
-    assert all(x.stride(-1) == 1 for x in (query, key, value))
-    assert given.arguments["enable_gqa"] or query.shape[1] == key.shape[1]
-    outputs = []
-    for begin, end in pairwise(edges.tolist()):
-        q, k, v = (x[None, begin:end].transpose(1, 2) for x in (query, key, value))
-        distance = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
-        mask = ((distance <= left) | (left < 0)) & ((-distance <= right) | (right < 0))
-        outputs.append(dense_attention(q, k, v, mask, given.arguments["scale"])[0])
-    return torch.cat(outputs)
-
-
 @pytest.fixture
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Let the kernel path run here, with the kernel emulated in fp64; returns the windows that it is called with."""
-    calls: list[Any] = []
-
-    def kernel(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(kwargs["window_size"])
-        return emulated_kernel(*args, **kwargs)
-
-    monkeypatch.setattr(varlen, "has_kernel", lambda device: True)
-    monkeypatch.setattr(varlen, "_KERNEL_DTYPES", (torch.float64,))
-    monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    return calls
+    return emulated.use(monkeypatch)
 
 
 @pytest.mark.parametrize("shape", [(4, 4, 8, 8), (4, 2, 12, 5), (4, 1, 5, 12)], ids=str)
@@ -81,12 +49,21 @@ def test_kernel_path_equals_dense_mask(name: str, window: Any, shape: tuple[int,
     assert_equal(out, dense_attention(*inputs, dense_mask(FUNCTIONS[name], LENGTHS)), inputs)
 
 
-def test_kernel_without_groups_gets_equal_heads(kernel_calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen, "_TAKES_GROUPS", False)
-    inputs = random_inputs(LENGTHS, 4, 2, 8, 8)
-    out, _ = varlen_attention(SimpleNamespace(), *inputs, make_spec(FUNCTIONS["causal"], LENGTHS))
-    assert kernel_calls == [(-1, 0)]
-    assert_equal(out, dense_attention(*inputs, dense_mask(FUNCTIONS["causal"], LENGTHS)), inputs)
+def test_kernel_of_torch_2_11_takes_groups_without_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated.use(monkeypatch)
+    given: dict[str, Any] = {}
+
+    def without_groups(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given.update(kwargs, heads=(query.shape[1], key.shape[1], value.shape[1]))
+        return query.clone()
+
+    monkeypatch.setattr(kernel, "varlen_attn", without_groups)
+    for takes_groups in (False, True):
+        given.clear()
+        monkeypatch.setattr(kernel, "_TAKES_GROUPS", takes_groups)
+        varlen_attention(SimpleNamespace(), *random_inputs(LENGTHS), make_spec(FUNCTIONS["causal"], LENGTHS))
+        assert given["heads"] == (4, 2, 2)  # nothing is repeated
+        assert given.get("enable_gqa", False) == takes_groups
 
 
 def test_kernel_path_drops_padding_and_windows_that_nothing_feels(kernel_calls: list) -> None:
@@ -123,7 +100,9 @@ def test_kernel_path_cuts_chunks(kernel_calls: list) -> None:
     [
         ("unknown", {}),
         ("causal", {"softcap": 2.0}),
-        ("causal", {"s_aux": torch.zeros(4)}),
+        ("causal", {"s_aux": torch.zeros(4), "dropout": 0.5}),
+        ("causal", {"s_aux": torch.zeros(4), "softcap": 2.0}),
+        ("unknown", {"s_aux": torch.zeros(4)}),
         ("causal", {"dropout": 0.5}),
         ("causal", {"position_bias": torch.zeros(1, 4, 230, 230)}),
     ],
