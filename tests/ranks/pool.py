@@ -22,7 +22,7 @@ DEFAULT_TIMEOUT = 60.0  # seconds a case may take
 START_TIMEOUT = 180.0  # seconds until the ranks answer for the first time (they import transformers)
 GRACE = 3.0  # seconds that the other ranks get to answer once one has failed
 MAX_LIVE_RANKS = 7  # over all pools; an idle rank takes about 0.3 GB
-MAX_THREADS = 100  # of a rank; the threads of a group that torch's caches still hold go on polling (2.11 holds many)
+MAX_THREADS = 60  # of a rank; the threads of a group that torch's caches still hold go on polling (2.11 holds many)
 
 
 class RanksFailed(AssertionError):
