@@ -31,6 +31,7 @@ from hf_veomni.sequence.families import attach_patch, has_patch
 from hf_veomni.sequence.generation import attach_generate, detach_generate, is_generating
 from hf_veomni.sequence.layer_inputs import cut_call
 from hf_veomni.sequence.linear import Gathered, LinearAttachment, check_mixer_heads
+from hf_veomni.sequence.origin import find_origin
 from hf_veomni.sequence.row_checks import (
     Traits,
     check_available,
@@ -39,6 +40,7 @@ from hf_veomni.sequence.row_checks import (
     check_mask_given,
     check_masks_above,
     check_text_positions,
+    context_limit,
     restarts,
     row_documents,
 )
@@ -113,13 +115,15 @@ class SequenceAttachment:
         self._model_signature = list(inspect.signature(self.model.forward).parameters)
         self._views_as_row = views_as_row(self.seam.decoder) and self.exit is not self.seam.decoder
         self._looks_ahead = any(not getattr(m, "is_causal", False) for m in self.seam.attentions)
+        self._origin = find_origin(self.seam.decoder, self.seam.layers)
         self._traits = Traits(
             self.name,
-            self.config,
+            context_limit(self.config, self._origin),
             self.seam,
             makes_masks([self.model, self.model.base_model, self.seam.decoder, self.seam.holder]),
             hf.masks_follow_positions(self.seam.decoder),
             self._masks_as_tensors,
+            any(getattr(module, "token_dropout", False) for module in self.seam.decoder.modules()),
         )
         self._masks_on_demand = masks_on_demand(self.seam.decoder)
         self._wants_mask = looks_ahead_by_kernel(self.seam.decoder, self.seam.attentions)
@@ -298,6 +302,9 @@ class SequenceAttachment:
         row.tokens.append((current_documents, current_documents.set(documents)))
         if made:
             del inputs["position_ids"]
+        elif self._origin is not None:
+            own = self._origin.positions(inputs["position_ids"], inputs.get("input_ids"), inputs.get("attention_mask"))
+            inputs["position_ids"] = own
         return inputs
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_veomni import hf
 from hf_veomni.sequence.documents import Documents
 from hf_veomni.sequence.mask import MaskSpec
+from hf_veomni.sequence.origin import Origin
 from hf_veomni.sequence.seam import Seam
 from hf_veomni.sequence.varlen import VARLEN_NAME
 
@@ -23,14 +24,17 @@ class Traits:
         makes_masks: with transformers' functions.
         masks_pack: the stack hands positions to them, so stock masks separate documents.
         masks_as_tensors: some attention takes nothing else, so that no other can be selected.
+        limit: tokens that a document may have, None for any number.
+        scales_rows: its embeddings depend on the share of masked tokens in a row (ESM's token dropout).
     """
 
     name: str
-    config: Any
+    limit: int | None
     seam: Seam
     makes_masks: bool
     masks_pack: bool
     masks_as_tensors: bool
+    scales_rows: bool = False
 
 
 def row_documents(positions: Tensor, num_rows: int, filler: int = 0) -> Documents:
@@ -47,21 +51,35 @@ def row_documents(positions: Tensor, num_rows: int, filler: int = 0) -> Document
     return replace(documents, filler=filler)
 
 
+def context_limit(config: Any, origin: Origin | None) -> int | None:
+    """Tokens that a document of a model may have, None for any number."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or limit <= 0:  # XLNet's -1 says that there is none
+        return None
+    return limit if origin is None or origin.limit is None else min(limit, origin.limit)
+
+
 def check_documents(traits: Traits, documents: Documents, mask: Any, positions: Tensor, *, filled: bool) -> None:
     """Raises ValueError where documents are too long or would see each other.
 
     Args:
         filled: whether the last document is the dummy that fills a row up.
     """
-    limit = getattr(traits.config, "max_position_embeddings", None)
-    if limit is not None and 0 < limit < documents.max_length:  # XLNet's -1 says that there is none
+    if traits.limit is not None and traits.limit < documents.max_length:
         raise ValueError(
             f"A document of {documents.max_length} tokens is longer than the model's context "
-            f"(`max_position_embeddings`, {limit}): split it, or raise the context in the model's config."
+            f"(`max_position_embeddings`, {traits.limit}): split it, or raise the context in the model's config."
         )
     # The dummy document that fills a row up comes last, so a causal mask alone keeps the one before it apart.
     # Without attention there is no mask, and mixers keep documents apart by themselves.
-    if all(len(row) <= 1 + filled for row in documents.lengths) or not traits.seam.attentions:
+    if all(len(row) <= 1 + filled for row in documents.lengths):
+        return
+    if traits.scales_rows:
+        raise ValueError(
+            f"{traits.name} scales embeddings by the share of masked tokens in a row (`token_dropout`), which is not "
+            "that of each packed document: train it on one document a row, or set `token_dropout` to False."
+        )
+    if not traits.seam.attentions:
         return
     if not traits.makes_masks:
         raise ValueError(

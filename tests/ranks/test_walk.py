@@ -9,6 +9,7 @@ from tests.walk.family import walk_family
 WORK = (
     "bert",  # layers in a module of their own, attention that looks ahead, a loss from whole logits
     "roberta",  # learned positions that begin behind the padding token
+    "esm",
     "gpt2",  # a stack that reshapes its output
     "t5",  # cross-attention, position biases
     "whisper",  # an encoder that takes no tokens
@@ -24,6 +25,7 @@ WORK = (
     "beam",  # a scale for each token, the same for all rows
     # By the rule that their refusal offers, `sp: gather`:
     "glm_moe_dsa",  # an indexer, whose choice a layer hands on to the next
+    "nystromformer",  # learned positions that begin at 2
     "convbert",  # attention that never asks the interface, which looks ahead
     "glm5_next",  # several streams of hidden states
     "zaya",  # masks of several kinds

@@ -218,7 +218,8 @@ class _Comparison:
         else:
             pieces = []
             for first, last in rows.documents:
-                pieces.append(_output(self.model(**{k: v[:, first:last] for k, v in rows.inputs.items()})))
+                alone = {k: v[:, first:last] for k, v in rows.inputs.items() if k != "position_ids"}
+                pieces.append(_output(self.model(**alone)))
             hidden = torch.cat(pieces, dim=1)
             loss = self._walk_loss(hidden, rows)
         loss.backward()
