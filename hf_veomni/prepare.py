@@ -20,6 +20,7 @@ from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_stat
 from hf_veomni.modality.towers import attach_towers
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.sequence.attach import SequenceAttachment, attach_sequence
+from hf_veomni.sequence.boundaries import attach_boundaries
 from hf_veomni.sequence.guard import attach_guards
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -196,6 +197,7 @@ def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool, un
     else:
         undo.append(detach)
     undo.append(attach_guards(base, state, reasons))
+    undo.append(attach_boundaries(base))
 
 
 def detach_omni(model: Model) -> Model:
