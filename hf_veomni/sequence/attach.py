@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hf_veomni import hf
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.bias import attach_bias
+from hf_veomni.sequence.context import Context
 from hf_veomni.sequence.cross import can_cross, cross_attention, is_cross, watch_cross
 from hf_veomni.sequence.deepstack import cut_deepstack
 from hf_veomni.sequence.documents import current_documents
@@ -40,7 +41,6 @@ from hf_veomni.sequence.row_checks import (
     check_mask_given,
     check_masks_above,
     check_text_positions,
-    context_limit,
     restarts,
     row_documents,
 )
@@ -118,7 +118,7 @@ class SequenceAttachment:
         self._origin = find_origin(self.seam.decoder, self.seam.layers)
         self._traits = Traits(
             self.name,
-            context_limit(self.config, self._origin),
+            Context.of(self.config, self._origin),
             self.seam,
             makes_masks([self.model, self.model.base_model, self.seam.decoder, self.seam.holder]),
             hf.masks_follow_positions(self.seam.decoder),

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from hf_veomni import hf
+from hf_veomni.sequence.context import Context
 from hf_veomni.sequence.documents import Documents
 from hf_veomni.sequence.mask import MaskSpec
-from hf_veomni.sequence.origin import Origin
 from hf_veomni.sequence.seam import Seam
 from hf_veomni.sequence.varlen import VARLEN_NAME
 
@@ -24,12 +24,12 @@ class Traits:
         makes_masks: with transformers' functions.
         masks_pack: the stack hands positions to them, so stock masks separate documents.
         masks_as_tensors: some attention takes nothing else, so that no other can be selected.
-        limit: tokens that a document may have, None for any number.
+        context: how long documents may be.
         scales_rows: its embeddings depend on the share of masked tokens in a row (ESM's token dropout).
     """
 
     name: str
-    limit: int | None
+    context: Context
     seam: Seam
     makes_masks: bool
     masks_pack: bool
@@ -51,29 +51,24 @@ def row_documents(positions: Tensor, num_rows: int, filler: int = 0) -> Document
     return replace(documents, filler=filler)
 
 
-def context_limit(config: Any, origin: Origin | None) -> int | None:
-    """Tokens that a document of a model may have, None for any number."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None or limit <= 0:  # XLNet's -1 says that there is none
-        return None
-    return limit if origin is None or origin.limit is None else min(limit, origin.limit)
-
-
 def check_documents(traits: Traits, documents: Documents, mask: Any, positions: Tensor, *, filled: bool) -> None:
     """Raises ValueError where documents are too long or would see each other.
 
     Args:
         filled: whether the last document is the dummy that fills a row up.
     """
-    if traits.limit is not None and traits.limit < documents.max_length:
-        raise ValueError(
-            f"A document of {documents.max_length} tokens is longer than the model's context "
-            f"(`max_position_embeddings`, {traits.limit}): split it, or raise the context in the model's config."
-        )
+    traits.context.check(documents.max_length)
     # The dummy document that fills a row up comes last, so a causal mask alone keeps the one before it apart.
     # Without attention there is no mask, and mixers keep documents apart by themselves.
     if all(len(row) <= 1 + filled for row in documents.lengths):
         return
+    lengths = [length for row in documents.lengths for length in row[: len(row) - filled]]
+    if traits.context.mixes(lengths) and not _only_padded(positions, mask):
+        raise ValueError(
+            f"Packed documents of {min(lengths)} to {max(lengths)} tokens: from more than {traits.context.switch} on "
+            f"the rope of {traits.name} has other frequencies, and a row has one set for all. Give longer documents "
+            "rows of their own."
+        )
     if traits.scales_rows:
         raise ValueError(
             f"{traits.name} scales embeddings by the share of masked tokens in a row (`token_dropout`), which is not "
@@ -89,7 +84,7 @@ def check_documents(traits: Traits, documents: Documents, mask: Any, positions: 
     name = hf.attention_name(traits.seam.decoder.config)
     if name == VARLEN_NAME:
         return
-    if isinstance(mask, Tensor) and mask.dim() == 2 and not _restarts_between_tokens(positions, mask):
+    if _only_padded(positions, mask):
         return  # one document a row, with some positions for its padding
     if mask is not None or not traits.masks_pack:
         why = "beside an `attention_mask`" if mask is not None else f"by the masks of {traits.name}"
@@ -172,6 +167,10 @@ def begins_again(positions: Tensor, mask: Any) -> bool:
     if isinstance(mask, Tensor) and mask.shape == positions.shape[1:]:
         begins = begins & mask[:, 1:].bool() & mask[:, :-1].bool()
     return bool(begins.any())
+
+
+def _only_padded(positions: Tensor, mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2 and not _restarts_between_tokens(positions, mask)
 
 
 def _restarts_between_tokens(positions: Tensor, mask: Tensor) -> bool:
