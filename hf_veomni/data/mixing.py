@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, Features, IterableDataset
 
-from hf_veomni.data.rows import decodes
+from hf_veomni.data.features import common_feature, undecoded
 
 _STOP = {"first": "first_exhausted", "all": "all_exhausted"}
 
@@ -25,7 +25,8 @@ def mix_datasets(
     """One stream from several datasets: each sample is drawn from a source chosen by its weight.
 
     `datasets.interleave_datasets` with what samples of several kinds need: sources may have different columns (those
-    that a sample lacks are None, and `pack_dataset` leaves them out), and files are not decoded. The stream has a
+    that a sample lacks are None, and `pack_dataset` leaves them out) and different structures in a column (content
+    that is a string here and a list of parts there), and files are not decoded. The stream has a
     `state_dict`, through `pack_dataset` too: loaded into a stream that was made alike it goes on with the next row.
 
     Args:
@@ -76,7 +77,7 @@ def _undecoded(name: str, source: Any) -> IterableDataset:
             f"source {name} is a {type(source).__name__}: give a datasets.Dataset or IterableDataset, for example "
             "datasets.Dataset.from_list(samples)"
         )
-    return source.decode(False) if source.features is not None and decodes(source.features) else source
+    return undecoded(source)
 
 
 def _align(streams: Mapping[str, IterableDataset]) -> list[IterableDataset]:
@@ -85,16 +86,22 @@ def _align(streams: Mapping[str, IterableDataset]) -> list[IterableDataset]:
     for name, stream in streams.items():
         for column, feature in (stream.features or {}).items():
             first, known = union.setdefault(column, (name, feature))
-            if known != feature:
+            if known == feature:
+                continue
+            common = common_feature(known, feature)
+            if common is None:
                 raise ValueError(
                     f"column `{column}` is {feature} in source {name} and {known} in source {first}: cast one of them "
                     "(`cast_column`)"
                 )
+            union[column] = first, common
     features = Features({column: feature for column, (_, feature) in union.items()})
     aligned = []
     for stream in streams.values():
-        missing = [column for column in features if column not in (stream.features or features)]
-        aligned.append(stream.map(partial(_fill, names=missing), features=features) if missing else stream)
+        own = stream.features or features
+        missing = [column for column in features if column not in own]
+        changed = any(own[column] != features[column] for column in own)
+        aligned.append(stream.map(partial(_fill, names=missing), features=features) if missing or changed else stream)
     return aligned
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 
 from hf_veomni.data.columns import DOCUMENT_LENGTHS
 from hf_veomni.data.decode import BrokenItemError
+from hf_veomni.data.features import read_json, undecoded
 from hf_veomni.data.modalities import ITEM_COLUMNS, RAW_COLUMNS, TEXT_COLUMNS, is_raw
 from hf_veomni.data.pieces import Pieces, Rules, plan_rows
 from hf_veomni.data.sample import READ
@@ -53,11 +54,13 @@ class Meter:
         reader: of raw samples; None without a processor.
         cost: as `SizeReader` takes it.
         on_error: "raise" or "skip" samples with a broken item.
+        features: of the table that it is called with.
     """
 
     reader: SizeReader | None
     cost: CostFunction | None
     on_error: str
+    features: Mapping[str, Any] = field(default_factory=dict)
 
     def measure(self, where: str, sample: Mapping[str, Any]) -> Size | str:
         """Size of a sample, or why it is skipped."""
@@ -77,7 +80,7 @@ class Meter:
 
     def __call__(self, table: pa.Table, indices: list[int]) -> pa.Table:
         """A batch for `Dataset.map`: tokens, cost and reason to skip of each."""
-        samples = [_plain(sample) for sample in table.to_pylist()]
+        samples = [_plain(read_json(self.features, sample)) for sample in table.to_pylist()]
         found = [self.measure(f"sample {i}", sample) for i, sample in zip(indices, samples, strict=True)]
         return pa.table(
             {
@@ -128,7 +131,7 @@ class _Fetch:
     def _samples(self, documents: list[int]) -> list[dict[str, Any]]:
         if self.raw:
             table: Any = self.source.with_format("arrow")[documents]
-            return [_plain(sample) for sample in table.to_pylist()]
+            return [_plain(read_json(self.source.features, sample)) for sample in table.to_pylist()]
         numbers: Any = self.source.with_format("numpy")
         return [_plain(numbers[int(document)]) for document in documents]
 
@@ -156,7 +159,7 @@ def pack_samples(
     heavy = [name for name in names if name in ITEM_COLUMNS and name not in (*_GRIDS.values(), *_AUDIO_MASKS)]
     sizes = dataset.remove_columns(heavy).with_format("arrow")
     sizes = sizes.map(
-        meter,
+        replace(meter, features=sizes.features),
         with_indices=True,
         batched=True,
         batch_size=_MEASURED_AT_ONCE,
@@ -208,9 +211,7 @@ def _known(names: Sequence[str], further: Sequence[str]) -> list[str]:
 
 
 def _pack_stream(dataset: IterableDataset, rules: Rules, meter: Meter, size: int, further: Sequence[str]) -> Any:
-    if dataset.features is not None and decodes(dataset.features):
-        dataset = dataset.decode(False)
-    return dataset.with_format(None).map(
+    return undecoded(dataset).with_format(None).map(
         _pack_buffer,
         with_indices=True,
         batched=True,
@@ -236,14 +237,6 @@ def _pack_buffer(
         DOCUMENT_LENGTHS: [[int(tokens[number]) for number in row] for row in numbers],
         COST: [sum(costs[number] for number in row) for row in numbers],
     }
-
-
-def decodes(feature: Any) -> bool:
-    """Whether reading a column of this feature decodes files."""
-    if isinstance(feature, Mapping):
-        return any(decodes(inner) for inner in feature.values())
-    inner = feature[0] if isinstance(feature, list | tuple) else getattr(feature, "feature", None)
-    return getattr(feature, "decode", False) is True or (inner is not None and decodes(inner))
 
 
 def column_names(dataset: Dataset | IterableDataset, look_at: int) -> list[str]:
