@@ -334,6 +334,15 @@ def restore_checkpointing(module: nn.Module, wrapper: Callable[[Any], Any]) -> N
         setattr(module, "_gradient_checkpointing_func", vars(function)["inner"])  # noqa: B010
 
 
+def template_variables(template: str) -> frozenset[str]:
+    """Names that a chat template reads and does not set."""
+    from jinja2 import meta
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment = _compile_jinja_template(template).environment
+    return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+
+
 def count_multimodal_tokens(processor: Any, modality: str, size: Any) -> tuple[int, int | None] | None:
     """Tokens and patches (or tiles) of an "image" (height, width) or "audio" (samples) by the processor's own formula;
     None if it has none."""

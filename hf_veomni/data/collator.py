@@ -15,7 +15,7 @@ import torch
 from hf_veomni.data.alignment import Alignment
 from hf_veomni.data.columns import IGNORE_INDEX
 from hf_veomni.data.decode import BrokenItemError
-from hf_veomni.data.modalities import RAW_COLUMNS, TEXT_COLUMNS, TOKEN_COLUMNS, is_raw, join_items
+from hf_veomni.data.modalities import TEXT_COLUMNS, TOKEN_COLUMNS, is_raw, join_items
 from hf_veomni.data.pieces import ranges_of
 from hf_veomni.data.positions import RopeIndex, document_positions
 from hf_veomni.data.raw import RawReader
@@ -36,8 +36,9 @@ class OmniDataCollatorWithPacking:
     - a document: `input_ids`, optional `labels`, and the columns of pictures, videos and sounds as the model's own
       processor makes them of this sample (`pixel_values`, `image_grid_thw`, `input_features`, ...);
     - a row that `pack_dataset` has packed;
-    - with a `processor`, a raw sample: `messages` or `text`, and paths, bytes or arrays in `images` and `audios`. It
-      is decoded and processed here, that is in the workers of a DataLoader with `num_workers`.
+    - with a `processor`, a raw sample: `messages`, `conversations`, `prompt` and `completion`, or `text`, and paths,
+      bytes or arrays in `images` and `audios`; `tools`, `chat_template_kwargs` and what else the chat template reads
+      goes to it. It is decoded and processed here, that is in the workers of a DataLoader with `num_workers`.
 
     The batch holds `input_ids` and `labels`, torch.long [1, T], and `position_ids` [1, T], or [4, 1, T] for a model
     with mRoPE (the axis that counts tokens first), and no attention mask: each document begins where the positions are
@@ -98,7 +99,7 @@ class OmniDataCollatorWithPacking:
             )
         check_on_error(self.on_error)
         self._skips = SkipLog() if self.on_error == "skip" else None
-        self._reader = RawReader(self.processor, self.train_on)
+        self._reader = RawReader(self.processor, self.train_on, (*self.columns, *self.item_columns))
         self._alignment = Alignment(self.model_config, self.processor)
         self._placeholders = [token for ids in self._alignment.placeholders.values() for token in ids]
         rope = None if self.model_config is None else RopeIndex(self.model_config, self._alignment.placeholders)
@@ -112,7 +113,7 @@ class OmniDataCollatorWithPacking:
     @property
     def reads(self) -> tuple[str, ...]:
         """The keys that a sample may have, for those who remove others."""
-        raw = () if self.processor is None else (*TEXT_COLUMNS, *RAW_COLUMNS)
+        raw = () if self.processor is None else self._reader.columns
         return (*READ, *ROW_COLUMNS, *self.columns, *self.item_columns, *raw)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -147,7 +148,8 @@ class OmniDataCollatorWithPacking:
         for where, given in _named(features):
             try:
                 if self.processor is not None and is_raw(given):
-                    given = self._reader.encode(where, given)
+                    further = {name: given[name] for name in self._reader.further if name in given}
+                    given = self._reader.encode(where, given) | further
                 else:
                     labelled.add("labels" in given)
             except BrokenItemError as error:

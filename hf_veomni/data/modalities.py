@@ -64,7 +64,7 @@ RAW_COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(("audio", "audios"), "audio"),
     **dict.fromkeys(("video", "videos"), "video"),
 }
-TEXT_COLUMNS = ("messages", "text")
+TEXT_COLUMNS = ("messages", "text", "conversations", "prompt", "completion")
 
 
 def is_raw(sample: Mapping[str, Any]) -> bool:

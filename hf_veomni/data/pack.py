@@ -108,9 +108,9 @@ def pack_dataset(
     _check_options(dataset, max_tokens, strategy, overlong, num_proc, buffer_size)
     names = column_names(dataset, _LOOK_AT)
     if holds_samples(names, item_columns, processor):
-        reader = None if processor is None else SizeReader(processor, cost, model_config)
+        further = (*((columns,) if isinstance(columns, str) else columns), *item_columns)
+        reader = None if processor is None else SizeReader(processor, cost, model_config, further)
         rules = Rules(max_tokens, strategy, overlong, names, can_cut=False)
-        further = (*columns, *item_columns)
         return pack_samples(dataset, rules, Meter(reader, cost, on_error), num_proc, buffer_size, further)
     if isinstance(dataset, IterableDataset):
         return _pack_stream(dataset, max_tokens, strategy, overlong, columns, buffer_size or BUFFER_SIZE)

@@ -1,12 +1,13 @@
 """Raw samples, text or messages with pictures and sounds, through the model's own processor.
 
-A raw sample holds `messages` (a conversation as chat templates take it) or `text` (with the processor's placeholder
-token for each item), and its items in the parts of the messages, or in order in the columns `images` and `audios` (or
-`image` and `audio`): paths, bytes, `datasets` structs of both, PIL images, arrays.
+A raw sample holds a conversation or `text` (`layouts` names the forms), and its items in the parts of the messages, or
+in order in the columns `images` and `audios` (or `image` and `audio`): paths, bytes, `datasets` structs of both, PIL
+images, arrays, decoders of sounds. Further columns go to the chat template, if it reads them.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_veomni import hf
 from hf_veomni.data.decode import BrokenItemError, name_of, open_image, read_audio
-from hf_veomni.data.modalities import RAW_COLUMNS
+from hf_veomni.data.layouts import Layout, read_layout, template_options, with_parts, without_none
+from hf_veomni.data.modalities import RAW_COLUMNS, TEXT_COLUMNS
 
 TRAIN_ON = ("all", "assistant", "last")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _VALUE_KEYS = ("path", "url", "bytes")
+_SET = frozenset(("messages", "add_generation_prompt", "continue_final_message"))  # by the renderer
+_KWARGS = "chat_template_kwargs"
 _KINDS, _KEPT = ("text", "image", "audio", "video"), ("type", "text")  # a template puts in placeholders, no values
 _FOREIGN = {"image_url": "image", "input_image": "image", "input_audio": "audio", "audio_url": "audio"}  # OpenAI's
 
@@ -45,36 +50,48 @@ class RawReader:
 
     Args:
         processor: the model's processor, or a tokenizer for samples of text alone.
-        train_on: "all" tokens, those of all "assistant" turns, or of the "last" one.
+        train_on: "all" tokens, those of all "assistant" turns, or of the "last" one; of a sample with a `completion`
+            only turns of it count.
+        further: columns that are none of the reader's business.
     """
 
-    def __init__(self, processor: Any, train_on: str = "all") -> None:
+    def __init__(self, processor: Any, train_on: str = "all", further: Sequence[str] = ()) -> None:
         if train_on not in TRAIN_ON:
             raise ValueError(f"`train_on` ({train_on!r}) must be one of {', '.join(map(repr, TRAIN_ON))}")
-        self.processor, self.train_on = processor, train_on
+        self.processor, self.train_on, self.further = processor, train_on, frozenset(further)
         self.tokenizer = getattr(processor, "tokenizer", processor)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of raw samples that are read: those that hold the sample, and those that the template takes."""
+        takes = () if self.processor is None else self._takes(tools=True)
+        return (*TEXT_COLUMNS, *RAW_COLUMNS, _KWARGS, *sorted(takes))
 
     def prompt(self, where: str, sample: Mapping[str, Any]) -> Prompt:
         """Text and undecoded items of a sample.
 
         Raises:
-            ValueError: neither messages nor text, items that no part asks for, videos, or `train_on` with bare text or
-                with a template that does not build a conversation up turn by turn.
+            ValueError: no layout that is known, columns that nobody reads, items that no part asks for, videos, or
+                `train_on` with bare text or with a template that does not build a conversation up turn by turn.
         """
         given = _given_items(where, sample)
-        messages = sample.get("messages")
-        if messages is None:
-            if not isinstance(sample.get("text"), str):
-                raise ValueError(f"{where}: a raw sample needs `messages`, or a string in `text`")
-            if self.train_on != "all":
+        layout = read_layout(where, sample)
+        read = {*TEXT_COLUMNS, *RAW_COLUMNS, *self.further}
+        extra = {name: value for name, value in sample.items() if name not in read}
+        if layout.messages is None:
+            template_options(where, extra, frozenset())
+            if self.train_on != "all" and not layout.completes:
                 raise ValueError(
                     f"{where}: train_on={self.train_on!r} needs the turns of `messages`, and the sample has `text`: "
-                    "give messages, or `input_ids` with `labels`"
+                    "give messages, `prompt` and `completion`, or `input_ids` with `labels`"
                 )
-            return Prompt(sample["text"], given)
-        messages, items = _plain_messages(where, messages, given)
-        text = self._render(messages)
-        return Prompt(text, items, None if self.train_on == "all" else self._spans(where, messages, text))
+            chosen = None if self.train_on == "all" else [(layout.begin, len(layout.text))]
+            return Prompt(layout.text, given, chosen)
+        options = template_options(where, extra, self._takes(tools=extra.get("tools") is not None))
+        messages, items = _plain_messages(where, with_parts(where, layout.messages, given), given)
+        text = self._render(messages, **options)
+        chosen = None if self.train_on == "all" else self._spans(where, messages, text, layout, options)
+        return Prompt(text, items, chosen)
 
     def encode(self, where: str, sample: Mapping[str, Any]) -> dict[str, Any]:
         """A raw sample as the processor's output, columns [1, T] and items; `assistant_masks` if turns are chosen.
@@ -121,29 +138,57 @@ class RawReader:
     def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
         return self.processor.apply_chat_template(messages, tokenize=False, **options)
 
-    def _spans(self, where: str, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
+    def _template(self, tools: bool) -> Any:
+        own = getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+        if isinstance(own, Mapping):
+            return own["tool_use"] if tools and "tool_use" in own else own.get("default")
+        return own
+
+    def _takes(self, tools: bool) -> frozenset[str]:
+        """Names that the chat template reads beside the messages."""
+        template = self._template(tools)
+        if not isinstance(template, str):
+            return frozenset()
+        return hf.template_variables(template) - _SET - set(self.tokenizer.special_tokens_map)
+
+    def _spans(
+        self, where: str, messages: list[dict[str, Any]], text: str, layout: Layout, options: Mapping[str, Any]
+    ) -> list[tuple[int, int]]:
         """Characters of the chosen turns: those that the template marks as generated, or else what a turn adds to the
         conversation before it."""
-        template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [index for index in turns if index >= layout.begin]
+        if not turns:
+            raise ValueError(
+                f"{where}: train_on={self.train_on!r} and no turn of the assistant (roles: "
+                f"{', '.join(sorted({str(message['role']) for message in messages}))}): choose train_on='all', or "
+                "remove the sample"
+            )
+        wanted = turns[-1:] if self.train_on == "last" else turns
+        template = self._template(options.get("tools") is not None)
         if isinstance(template, str) and _GENERATION.search(template):
-            spans = _marked_spans(self.tokenizer, template, messages)
-        else:
-            spans = []
-            for index, message in enumerate(messages):
-                if message["role"] != "assistant":
-                    continue
-                before = self._render(messages[:index], add_generation_prompt=True) if index else ""
-                after = self._render(messages[: index + 1])
-                if not (after.startswith(before) and text.startswith(after)):
-                    raise ValueError(
-                        f"{where}: the chat template does not build turn {index} on the turns before it, so "
-                        f"train_on={self.train_on!r} cannot find it: mark the turns with {{% generation %}} in the "
-                        "template, or give `labels`"
-                    )
-                spans.append((len(before), len(after.rstrip())))
-        if not spans:
-            raise ValueError(f"{where}: train_on={self.train_on!r} and no turn of the assistant: remove the sample")
-        return spans[-1:] if self.train_on == "last" else spans
+            spans = _marked_spans(self.tokenizer, template, messages, options)
+            if not spans:
+                raise ValueError(f"{where}: the template marks no turn as generated: choose train_on='all'")
+            return spans[-len(wanted) :] if self.train_on == "last" or layout.begin else spans
+        return [self._span(where, messages, index, text, options) for index in wanted]
+
+    def _span(
+        self, where: str, messages: list[dict[str, Any]], index: int, text: str, options: Mapping[str, Any]
+    ) -> tuple[int, int]:
+        """Characters of one turn. The generation prompt may say more than the turn has (an opened thought)."""
+        before = self._render(messages[:index], **options) if index else ""
+        prompt = self._render(messages[:index], add_generation_prompt=True, **options) if index else ""
+        after = self._render(messages[: index + 1], **options)
+        begin = len(os.path.commonprefix([prompt, after]))
+        if not (text.startswith(after) and begin >= len(before)):
+            earlier = "" if self.train_on == "last" else "choose train_on='last', whose turn nothing rewrites, "
+            raise ValueError(
+                f"{where}: the chat template does not build turn {index} on the turns before it, or rewrites it for "
+                f"those behind, so train_on={self.train_on!r} cannot find it: {earlier}mark the turns with "
+                "{% generation %} in the template, or give `labels`"
+            )
+        return begin, len(after.rstrip())
 
 
 def sampling_rate(processor: Any) -> int:
@@ -160,8 +205,10 @@ def sampling_rate(processor: Any) -> int:
 def _given_items(where: str, sample: Mapping[str, Any]) -> dict[str, list[Any]]:
     given: dict[str, list[Any]] = {}
     for name, modality in RAW_COLUMNS.items():
-        value = sample.get(name)
-        if value is None or (isinstance(value, list) and not value):
+        value: Any = sample.get(name)
+        many = isinstance(value, list | tuple) and name.endswith("s")
+        values = [one for one in (value if many else [value]) if not _is_nothing(one)]
+        if not values:
             continue
         if modality == "video":
             raise ValueError(
@@ -169,9 +216,13 @@ def _given_items(where: str, sample: Mapping[str, Any]) -> dict[str, list[Any]]:
                 "video processors of transformers need torchvision) and hand over what it makes, such as "
                 "`pixel_values_videos` and `video_grid_thw`, or give some frames as `images`"
             )
-        many = isinstance(value, list | tuple) and name.endswith("s")
-        given[modality] = [*given.get(modality, []), *(value if many else [value])]
+        given[modality] = [*given.get(modality, []), *values]
     return given
+
+
+def _is_nothing(value: Any) -> bool:
+    """None, or what arrow makes of it in a column of files."""
+    return value is None or (isinstance(value, Mapping) and all(inner is None for inner in value.values()))
 
 
 def _plain_messages(
@@ -197,7 +248,7 @@ def _plain_messages(
             content = [
                 {k: v for k, v in p.items() if k in _KEPT or p.get("type", "text") not in _KINDS} for p in parts
             ]
-        kept = {key: value for key, value in message.items() if value is not None and key != "content"}
+        kept = {key: without_none(value) for key, value in message.items() if value is not None and key != "content"}
         plain.append(kept | {"content": content})
     for modality, values in given.items():
         if left := len(list(waiting[modality])):
@@ -222,14 +273,16 @@ def _value(where: str, part: dict[str, Any], kind: str, waiting: dict[str, Any])
     return value
 
 
-def _marked_spans(tokenizer: Any, template: str, messages: list[dict[str, Any]]) -> list[tuple[int, int]]:
+def _marked_spans(
+    tokenizer: Any, template: str, messages: list[dict[str, Any]], options: Mapping[str, Any]
+) -> list[tuple[int, int]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _, spans = render_jinja_template(
         conversations=[messages],
         chat_template=template,
         return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
+        **{**tokenizer.special_tokens_map, **options},
     )
     return [(int(begin), int(end)) for begin, end in spans[0]]
 

@@ -92,7 +92,10 @@ class Meter:
 
     def _processed(self, where: str, sample: Mapping[str, Any]) -> Size:
         if "input_ids" not in sample:
-            raise ValueError(f"{where} has no `input_ids`, `messages` or `text` (but {list(sample)}): remove it")
+            raise ValueError(
+                f"{where} has no `input_ids`, `messages`, `text`, `conversations` or `prompt` (but {list(sample)}): "
+                "convert it with dataset.map, or remove it"
+            )
         ids = np.asarray(sample["input_ids"])
         if ids.ndim == 2 and len(ids) == 1:
             ids = ids[0]
@@ -142,7 +145,7 @@ def pack_samples(
     """Rows of samples; see `pack_dataset`.
 
     Args:
-        rules: its `columns` are the names of the dataset's columns; those that no collator reads are dropped.
+        rules: its `columns` are the names of the dataset's columns; those that no collator reads are refused.
         further: names that the collator is told of.
     """
     check_on_error(meter.on_error)
@@ -153,7 +156,7 @@ def pack_samples(
         )
     if isinstance(dataset, IterableDataset):
         return _pack_stream(dataset, rules, meter, buffer_size or BUFFER_SIZE, further)
-    names = _known(rules.columns, further)
+    names = _known(rules.columns, further, meter)
     raw = "input_ids" not in names or any(name in RAW_COLUMNS for name in names)
     dataset = dataset.select_columns(names)
     heavy = [name for name in names if name in ITEM_COLUMNS and name not in (*_GRIDS.values(), *_AUDIO_MASKS)]
@@ -205,25 +208,43 @@ def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in sample.items() if value is not None}
 
 
-def _known(names: Sequence[str], further: Sequence[str]) -> list[str]:
-    """Those of the columns that a collator reads."""
-    return [name for name in names if name in (*READ, *RAW_COLUMNS, *TEXT_COLUMNS, *further)]
+def _known(names: Sequence[str], further: Sequence[str], meter: Meter) -> list[str]:
+    """The columns, all of which a collator reads.
+
+    Raises:
+        ValueError: one that it does not, which would be lost.
+    """
+    raw = (*RAW_COLUMNS, *TEXT_COLUMNS) if meter.reader is None else meter.reader.reader.columns
+    unknown = [name for name in names if name not in (*READ, *raw, *further)]
+    if unknown:
+        reader = "the collator" if meter.reader is None else "the collator or the chat template"
+        raise ValueError(
+            f"{', '.join(f'`{name}`' for name in unknown)} would be lost, since {reader} reads no such column: drop "
+            f"it with dataset.remove_columns({unknown}), or name in `columns` what holds one number a token, and in "
+            "`item_columns` what holds items along its first axis"
+        )
+    return list(names)
 
 
 def _pack_stream(dataset: IterableDataset, rules: Rules, meter: Meter, size: int, further: Sequence[str]) -> Any:
-    return undecoded(dataset).with_format(None).map(
-        _pack_buffer,
-        with_indices=True,
-        batched=True,
-        batch_size=size,
-        remove_columns=list(rules.columns),
-        fn_kwargs={"rules": rules, "meter": meter, "names": _known(rules.columns, further)},
+    return (
+        undecoded(dataset)
+        .with_format(None)
+        .map(
+            _pack_buffer,
+            with_indices=True,
+            batched=True,
+            batch_size=size,
+            remove_columns=list(rules.columns),
+            fn_kwargs={"rules": rules, "meter": meter, "names": _known(rules.columns, further, meter)},
+        )
     )
 
 
 def _pack_buffer(
     batch: dict[str, list[Any]], indices: list[int], rules: Rules, meter: Meter, names: list[str]
 ) -> dict[str, list[Any]]:
+    _known([name for name in batch if name not in rules.columns], (), meter)  # of a stream without a schema
     columns = [batch.get(name, [None] * len(indices)) for name in names]
     samples = [_plain(dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
     found = [meter.measure(f"sample {i}", sample) for i, sample in zip(indices, samples, strict=True)]

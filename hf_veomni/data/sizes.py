@@ -7,7 +7,7 @@ lengths are exact, not estimates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +45,17 @@ class SizeReader:
         cost: of items and of text, for example `CostModel.from_config(config).costs`: called with the modality of
             each, its patches (tokens of the text) and segments. None: one a token.
         model_config: tells the patches of a tile where the processor does not; without it they count as tokens.
+        further: columns of samples that the processor does not read.
     """
 
-    def __init__(self, processor: Any, cost: CostFunction | None = None, model_config: Any = None) -> None:
-        self.reader, self.processor, self.cost = RawReader(processor), processor, cost
+    def __init__(
+        self,
+        processor: Any,
+        cost: CostFunction | None = None,
+        model_config: Any = None,
+        further: Sequence[str] = (),
+    ) -> None:
+        self.reader, self.processor, self.cost = RawReader(processor, further=further), processor, cost
         self.config = getattr(model_config, "thinker_config", None) or model_config
         self._repeats: dict[str, bool] = {}
         self._replacements: dict[tuple[str, Any, int], str] = {}

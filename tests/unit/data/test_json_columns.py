@@ -38,7 +38,7 @@ def conversations(tmp_path) -> list[dict]:
         }
         for index, name in enumerate(names)
     ]
-    read = [{"role": "user", "content": '{"a": null}'}, {"role": "assistant", "content": "null"}]
+    read = [{"role": "user", "content": "No picture"}, {"role": "assistant", "content": "true"}]
     return [*seen, {"messages": read, "images": []}]
 
 
@@ -109,3 +109,13 @@ def test_mixtures_read_json_and_share_columns_of_different_structure(qwen, tmp_p
     documents, _ = told(rows, **options)
     wanted, _ = told([*samples, *plain, *parts], **options)
     assert {str(document) for document in documents} == {str(document) for document in wanted}
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "1.50", "null", "[1, 2]"])
+def test_strings_that_datasets_takes_for_json_are_refused(qwen, tmp_path, content):
+    samples = [*conversations(tmp_path), {"messages": [{"role": "user", "content": content}], "images": []}]
+    dataset = load_dataset("json", data_files=written(samples, tmp_path), split="train")
+    with pytest.raises(
+        ValueError, match="sample 5: a turn of 'user' has the content .* hand the samples over in a list"
+    ):
+        pack_dataset(dataset, 400, processor=qwen[1])

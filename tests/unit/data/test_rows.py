@@ -271,7 +271,7 @@ def test_raw_and_tokenised_samples_share_rows(qwen, picture_files, streaming, la
     documents = [document for batch in batches for document in unpack(batch)]
     short = [d["labels"].tolist() for d in documents if len(d["labels"]) == 3]
     assert len(documents) == 8 and short == [[-100, 8, -100 if labels else 9]] * 4
-    with pytest.raises(ValueError, match=r"sample 1 has no `input_ids`, `messages` or `text`"):
+    with pytest.raises(ValueError, match=r"sample 1 has no `input_ids`, `messages`, `text`"):
         pack_dataset(Dataset.from_list([union | words[0], union]), 120, processor=processor)
 
 
