@@ -146,9 +146,9 @@ def read_audio(value: Any, rate: int, name: str) -> np.ndarray:
 
     Args:
         value: a path, bytes, {"bytes": ..., "path": ...} as `datasets.Audio(decode=False)` gives it,
-            {"array": ..., "sampling_rate": ...}, or an array or list [samples] that has the rate already: floats, or
-            signed integers of up to 32 bits. Of [samples, channels] and [channels, samples] the mean is taken; the
-            shorter axis counts the channels.
+            {"array": ..., "sampling_rate": ...}, a decoder of torchcodec as `datasets.Audio()` gives it, or an array
+            or list [samples] that has the rate already: floats, or signed integers of up to 32 bits. Of [samples,
+            channels] and [channels, samples] the mean is taken; the shorter axis counts the channels.
         rate: samples a second.
         name: what to call it in messages.
 
@@ -237,6 +237,10 @@ def _given_samples(value: Any) -> tuple[np.ndarray | None, int | None]:
     """Samples and rate of a sound that is decoded already."""
     if isinstance(value, Mapping) and value.get("array") is not None:
         array, rate = _array(value["array"]), int(value["sampling_rate"])
+    elif hasattr(value, "get_all_samples"):
+        decoder: Any = value
+        samples = decoder.get_all_samples()
+        array, rate = _array(samples.data), int(samples.sample_rate)
     elif isinstance(value, np.ndarray | torch.Tensor | list):
         array, rate = _array(value), None
     else:

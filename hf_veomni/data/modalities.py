@@ -58,6 +58,7 @@ ITEM_COLUMNS: Mapping[str, ItemColumn] = {
     "audio_feature_lengths": ItemColumn("audio"),
     "audio_seqlens": ItemColumn("audio"),
 }
+_WIDTHS = {"image_grid_thw": 3, "video_grid_thw": 3, "image_grid_hw": 2, "image_sizes": 2, "spatial_shapes": 2}
 # Columns of raw samples: pictures and sounds that a processor has not seen yet.
 RAW_COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(("image", "images"), "image"),
@@ -78,11 +79,28 @@ def item_tensor(where: str, name: str, values: Any) -> Tensor:
     Raises:
         ValueError: ragged lists, or something else that is no tensor.
     """
+    return _rows_of_items(where, name, _as_tensor(where, name, values))
+
+
+def _rows_of_items(where: str, name: str, values: Tensor) -> Tensor:
+    """The sizes of one item alone are a row of sizes."""
+    width = _WIDTHS.get(name)
+    if width is not None and values.shape == (width,):
+        return values[None]
+    if width is not None and (values.dim() < 2 or values.shape[-1] != width):
+        raise ValueError(
+            f"{where}: `{name}` has shape {list(values.shape)} and must be [items, {width}], one row for each item"
+        )
+    return values
+
+
+def _as_tensor(where: str, name: str, values: Any) -> Tensor:
     if isinstance(values, Tensor):
         return values.detach().cpu()
-    if isinstance(values, Sequence) and len(values) and isinstance(values[0], Tensor):
-        values = [value.detach().cpu().numpy() for value in values]
     try:
+        values = _stacked(values)
+        if isinstance(values, Tensor):
+            return values
         array = np.asarray(values)
     except ValueError:
         array = np.asarray(None)
@@ -94,6 +112,18 @@ def item_tensor(where: str, name: str, values: Any) -> Tensor:
     if array.dtype == np.float64:
         array = array.astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _stacked(values: Any) -> Any:
+    """Lists of tensors as one tensor, of any dtype: numpy has no bf16."""
+    if not isinstance(values, Sequence) or isinstance(values, str) or not len(values):
+        return values
+    inner = [_stacked(value) for value in values] if isinstance(values[0], Tensor | list | tuple) else values
+    if not all(isinstance(value, Tensor) for value in inner):
+        return values
+    if len({value.shape for value in inner}) > 1:
+        raise ValueError("tensors of different shapes")
+    return torch.stack([value.detach().cpu() for value in inner])
 
 
 def without_rows(where: str, items: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from hf_veomni.data.raw import RawReader, sampling_rate
 # (modality of each item, patches of each, parts of each that do not attend to each other) -> cost of each
 CostFunction = Callable[[list[str], list[int], list[int]], Any]
 _TRIALS: Mapping[str, tuple[Any, Any]] = {"image": ((448, 672), (301, 215)), "audio": (8_000, 43_211)}
+_THIN = 4  # pixels that an image processor may take for channels
 _AUDIO_TOWERS = {"qwen2_audio": 2, "qwen2_5_omni": 2, "qwen2_5_omni_thinker": 2}  # patches a token; else 1
 
 
@@ -100,7 +101,8 @@ class SizeReader:
         among = not alone and self._counts_pictures(modality)
         repeats = not among and self._is_repeated(modality)
         try:
-            tokens, patches = (None, None) if among else self._formula(modality, size)
+            thin = modality == "image" and min(size) <= _THIN
+            tokens, patches = (None, None) if among or thin else self._formula(modality, size)
             if repeats and tokens is not None:
                 text = self._token(modality) * tokens
             else:
@@ -171,7 +173,10 @@ class SizeReader:
         """What the processor makes of an empty item of a size, beside others of it."""
         inputs: dict[str, Any] = {}
         if modality == "image":
-            inputs["images"] = [[np.zeros((*size, 3), dtype=np.uint8)] * count]
+            from PIL import Image
+
+            height, width = size
+            inputs["images"] = [[Image.new("RGB", (width, height))] * count]  # as `open_image` makes them
         else:
             rate = sampling_rate(self.processor)
             inputs |= {"audio": [np.zeros(size, dtype=np.float32)], "sampling_rate": rate}
