@@ -111,6 +111,11 @@ class OmniDataCollatorWithPacking:
         return self._skips.counts() if self._skips is not None else {}
 
     @property
+    def tokenizer(self) -> Any:
+        """The processor, under the name by which a Trainer looks for what it saves beside a model."""
+        return self.processor
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """The keys that a sample may have, for those who remove others."""
         raw = () if self.processor is None else self._reader.columns
