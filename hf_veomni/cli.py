@@ -36,7 +36,7 @@ def support(
         _live(model)
         return
     family = matrix.families[model]
-    for name in ("model_class", "outcome", "reason", "padded", "packed", "loss", "error", "dtype"):
+    for name in ("model_class", "outcome", "reason", "padded", "packed", "loss", "trainer", "error", "dtype"):
         console.print(f"{name:12} {getattr(family, name)}", soft_wrap=True)
     if family.rule and family.outcome == "works":
         rules = ", ".join(f"'{pattern}': {{'sp': 'gather'}}" for pattern in family.rule.split(", "))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from hf_veomni.support.matrix import OUTCOMES, Family, Matrix
 
@@ -36,6 +36,13 @@ whole rows (classification, masked tokens). Rows with a cache, as in `generate`,
 
 *padded*: a batch with padding. *packed*: one row of several documents. *loss*: the model's own, or, where it has none
 for the walk to compare, one of all its outputs.
+{trained}"""
+
+# Of a walk that trained, too.
+_TRAINED = """
+Packed rows are compared with the stock model on each document alone. *trainer*: loss and gradient norm that
+OmniTrainer logs in two steps of two accumulated batches, under `sp=2` and under `dp_shard=2`, compared with the stock
+Trainer in one process.
 """
 
 _GATHERED = """
@@ -73,6 +80,7 @@ def render_markdown(matrix: Matrix) -> str:
         exact=_exact(matrix),
         again=_again(matrix),
         command=COMMAND,
+        trained=_TRAINED if _has_trained(matrix.families.values()) else "",
         counts="\n".join(lines),
         total=len(matrix.families),
         folders=len({family.folder for family in matrix.families.values()}),
@@ -84,7 +92,7 @@ def render_markdown(matrix: Matrix) -> str:
     parts = [head, "## What works\n"]
     for kind, title in _KINDS.items():
         found = [family for family in rows if family.outcome == "works" and family.kind == kind]
-        parts.append(f"### {title} ({len(found)})\n\n" + _table(found))
+        parts.append(f"### {title} ({len(found)})\n\n" + _table(found, _has_trained(rows)))
     for outcome, title in (
         ("wrong", "What is wrong"),
         ("refused", "What is refused"),
@@ -97,10 +105,16 @@ def render_markdown(matrix: Matrix) -> str:
     return "\n".join(parts)
 
 
-def _table(families: Iterable[Family]) -> str:
-    lines = ["| model type | class | padded | packed | loss | in |", "|---|---|---|---|---|---|"]
+def _has_trained(families: Iterable[Family]) -> bool:
+    return any(family.trainer for family in families)
+
+
+def _table(families: Sequence[Family], trained: bool) -> str:
+    names = ["model type", "class", "padded", "packed", "loss", *(["trainer"] if trained else []), "in"]
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for family in families:
-        cells = [_short(family.padded), _short(family.packed), family.loss, family.dtype.replace("float", "fp")]
+        cells = [_short(family.padded), _short(family.packed), family.loss]
+        cells += [*([_short(family.trainer)] if trained else []), family.dtype.replace("float", "fp")]
         rule = f" (`sp: gather` on `{family.rule}`)" if family.rule else ""
         lines.append(f"| {family.model_type} | {family.model_class}{rule} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -109,7 +123,7 @@ def _table(families: Iterable[Family]) -> str:
 def _short(text: str) -> str:
     if text == "works":
         return "yes"
-    if text == "does not apply":
+    if text in ("", "does not apply"):
         return "-"
     return (
         "not by the stock model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.walk.family import walk_family
+from tests.walk.training import PLANS, compare_logs, omni_logs, stock_logs
 
 WORK = (
     "bert",  # layers in a module of their own, attention that looks ahead, a loss from whole logits
@@ -36,6 +37,14 @@ WORK = (
 def test_family_equals_one_rank(ranks, family):
     for record in ranks(2).run(walk_family, family, timeout=60):
         assert (record["outcome"], record["reason"]) == ("works", "")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_next"])
+def test_what_omni_trainer_logs_of_a_family_equals_one_process(ranks, family):
+    wanted = stock_logs(family)
+    for plan in PLANS:
+        for found in ranks(2).run(omni_logs, family, plan, timeout=60):
+            assert compare_logs(found, wanted) == "works"
 
 
 @pytest.mark.parametrize("size", [3, 4])

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -17,13 +18,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from tests.ranks.pool import RankPool, RanksFailed  # noqa: E402
 from tests.walk.family import Record, walk_family  # noqa: E402
+from tests.walk.training import PLANS, compare_logs, omni_logs, stock_logs  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 120.0  # seconds a family may take, in fp32 and in fp64
 
 
 def walk_one(pool: RankPool, model_type: str, plan: str = "sp=2") -> dict[str, Any]:
-    """The worst record of all ranks."""
+    """The worst record of all ranks, and what OmniTrainer logs of a family that works and has a loss of its own."""
     from dataclasses import asdict
 
     try:
@@ -34,7 +36,33 @@ def walk_one(pool: RankPool, model_type: str, plan: str = "sp=2") -> dict[str, A
         record = Record(model_type, folder=tiny.folder_of(model_type))
         return asdict(record.end("crashes", "a rank hangs or dies"))
     order = ["wrong", "crashes", "refused", "unbuildable", "not_applicable", "works"]
-    return min(found, key=lambda r: order.index(r["outcome"]))
+    worst = min(found, key=lambda r: order.index(r["outcome"]))
+    if worst["outcome"] == "works":
+        begin = time.monotonic()
+        worst["trainer"] = train_one(pool, worst)
+        worst["seconds"] = round(worst["seconds"] + time.monotonic() - begin, 2)
+        if worst["trainer"].startswith("wrong"):
+            worst["outcome"], worst["reason"] = "wrong", f"OmniTrainer: {worst['trainer']}"
+    return worst
+
+
+def train_one(pool: RankPool, record: dict[str, Any]) -> str:
+    """Works under all plans, or what is wrong or refused under one."""
+    if record["loss"] != "model" or record["kind"] == "base":
+        return "does not apply"
+    name = record["model_type"]
+    try:
+        wanted = stock_logs(name)
+    except Exception as error:
+        return f"the stock Trainer does not take it: {type(error).__name__}: {str(error)[:150]}"
+    for plan in PLANS:
+        try:
+            found = pool.run(omni_logs, name, plan, record["rule"], timeout=TIMEOUT)
+        except RanksFailed as error:
+            return f"wrong: {plan}: a rank fails: {str(error).strip().splitlines()[-1][:150]}"
+        for outcome in {compare_logs(logs, wanted) for logs in found} - {"works"}:
+            return f"wrong: {plan}: {outcome[7:]}" if outcome.startswith("wrong: ") else f"{plan}: {outcome}"
+    return "works"
 
 
 def walk(names: list[str], plan: str, output: Path | None, known: dict[str, Any]) -> dict[str, Any]:

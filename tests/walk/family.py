@@ -41,6 +41,7 @@ class Record:
     where: str = ""
     padded: str = ""  # "works", or why not
     packed: str = ""
+    trainer: str = ""  # what OmniTrainer logs, against the stock Trainer in one process
     seconds: float = 0.0
     fp32_error: float | None = None
     rule: str = ""  # names of modules that run under the plan's rule "sp: gather", which the refusal offers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,17 @@ def test_nothing_is_wrong():
 
 def test_every_refusal_has_a_reason():
     assert [f.model_type for f in load_matrix().families.values() if f.outcome != "works" and not f.reason] == []
+
+
+def test_page_says_what_the_trainer_logs_where_the_walk_has_looked():
+    matrix = load_matrix()
+    families = {name: replace(f, trainer="") for name, f in matrix.families.items()}
+    assert "trainer" not in render_markdown(replace(matrix, families=families))
+    families["llama"] = replace(families["llama"], trainer="works")
+    page = render_markdown(replace(matrix, families=families))
+    assert "| model type | class | padded | packed | loss | trainer | in |\n|---|---|---|---|---|---|---|" in page
+    assert "| llama | LlamaForCausalLM | yes | yes | model | yes | fp32 |" in page
+    assert "| gpt2 | GPT2LMHeadModel | yes | yes | model | - |" in page
 
 
 def test_page_is_the_rendering_of_the_matrix():
