@@ -95,7 +95,7 @@ def _parallelize(
     with RaiseTogether():
         if pending is None:
             model.to(state.device)
-    synchronize_parameters(model)
+    synchronize_parameters(model, state.device)
     if pending is not None:
         adopt_weights(model, pending)
     undo: list[Callable[[], Any]] = []
