@@ -16,7 +16,7 @@ from hf_veomni.checkpoint import PendingWeights, adopt_weights, materialize_weig
 from hf_veomni.expert import attach_experts, attach_router_loss, check_model
 from hf_veomni.fsdp import RaiseTogether, check_same_value, shard_parameters, synchronize_parameters
 from hf_veomni.loss import attach_lean_loss
-from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
+from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state, settle_device
 from hf_veomni.modality.towers import attach_towers
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.sequence.attach import SequenceAttachment, attach_sequence
@@ -142,6 +142,7 @@ def prepare_omni(
         ValueError: a plan that does not fit the world or the model, ranks with different plans or models, or a
             checkpoint that is not the model's. The model is as it was then.
     """
+    settle_device()  # before the first collective
     with RaiseTogether():
         base = hf.base_model(model)
         plan = ParallelPlan.parse(plan)
