@@ -190,7 +190,7 @@ def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool, un
         if state.sp_size > 1 or named or attention not in ("auto", "keep"):
             raise
         reasons["packed"] = str(error)
-    attach_towers(base, state, undo)
+    attach_towers(base, state, undo, attention)
     detach = attach_router_loss(base, state)
     if detach is None:
         reasons["router"] = f"{type(base).__name__} computes it inside its forward"
