@@ -19,6 +19,7 @@ SCRIPTS = {
     "loss_memory": True,
     "packing_vs_padding": True,
     "expert_parallel": True,
+    "syncs": True,
     "activation_memory": False,
     "linear_attention": False,
     "towers": False,

@@ -69,7 +69,7 @@ def build(options: argparse.Namespace, device: str, frozen: bool) -> PreTrainedM
 def make_step(model: PreTrainedModel, variant: str, ids: Tensor) -> Callable[[], Tensor]:
     """A step that leaves the gradients in the model and returns the loss."""
     hidden_bytes = ids.numel() * model.config.hidden_size * model.dtype.itemsize
-    tokens = default_chunk_tokens(model.config.vocab_size, hidden_bytes)  # as many at once as in the lean loss
+    tokens = default_chunk_tokens(model.config.vocab_size, hidden_bytes, ids.device.type)  # as the lean loss
 
     def step() -> Tensor:
         detach = attach_lean_loss(model) if variant == "lean" else None

@@ -72,6 +72,41 @@ class ParallelState:
         return self.plan.world_size
 
 
+def settle_device() -> None:
+    """Make this rank's device the current one, so that no collective of NCCL meets all ranks on the first GPU."""
+    if dist.is_initialized():
+        _find_device()
+
+
+def _find_device() -> torch.device:
+    """This rank's device in the process group that there is, made the current one.
+
+    The CPU where there is no accelerator, where accelerate was told so (`ACCELERATE_USE_CPU`,
+    `Accelerator(cpu=True)`), and where the group reaches nothing else ("cpu:gloo"). Else the accelerator: the one
+    that accelerate or the user has set, or else that of `LOCAL_RANK`, as accelerate counts. With gloo several ranks
+    may share one device.
+    """
+    if PartialState._shared_state:
+        device = PartialState().device
+        if device is not None and (device.type == "cpu" or device.index is not None):
+            return device
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")
+    reached = [pair.partition(":")[0] for pair in dist.get_backend_config().split(",")]
+    if accelerator.type not in reached:
+        return torch.device("cpu")
+    index = torch.accelerator.current_device_index()
+    bound: torch.device | None = getattr(dist.group.WORLD, "bound_device_id", None)
+    if bound is not None and bound.index is not None:
+        index = bound.index
+    elif not index:  # 0 is what it is where nobody has set one
+        local_rank = dist.get_node_local_rank(fallback_rank=dist.get_rank())  # pyright: ignore[reportPrivateImportUsage]
+        index = local_rank % torch.accelerator.device_count()
+    torch.accelerator.set_device_index(index)
+    return torch.device(accelerator.type, index)
+
+
 def _start() -> tuple[torch.device, int]:
     """This rank's device and the world size; joins the process group of a launcher through accelerate if need be."""
     if not dist.is_initialized():
@@ -80,9 +115,7 @@ def _start() -> tuple[torch.device, int]:
         state = PartialState(cpu=no_device or parse_flag_from_env("ACCELERATE_USE_CPU"))
         assert state.device is not None
         return state.device, state.num_processes
-    if "nccl" in dist.get_backend():
-        return torch.device("cuda", torch.cuda.current_device()), dist.get_world_size()
-    return torch.device("cpu"), dist.get_world_size()
+    return _find_device(), dist.get_world_size()
 
 
 def init_parallel_state(plan: ParallelPlan | str | None = None) -> ParallelState:

@@ -16,7 +16,7 @@ from hf_veomni.checkpoint import PendingWeights, adopt_weights, materialize_weig
 from hf_veomni.expert import attach_experts, attach_router_loss, check_model
 from hf_veomni.fsdp import RaiseTogether, check_same_value, shard_parameters, synchronize_parameters
 from hf_veomni.loss import attach_lean_loss
-from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
+from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state, settle_device
 from hf_veomni.modality.towers import attach_towers
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.sequence.attach import SequenceAttachment, attach_sequence
@@ -96,7 +96,7 @@ def _parallelize(
     with RaiseTogether():
         if pending is None:
             model.to(state.device)
-    synchronize_parameters(model)
+    synchronize_parameters(model, state.device)
     if pending is not None:
         adopt_weights(model, pending)
     undo: list[Callable[[], Any]] = []
@@ -143,6 +143,7 @@ def prepare_omni(
         ValueError: a plan that does not fit the world or the model, ranks with different plans or models, or a
             checkpoint that is not the model's. The model is as it was then.
     """
+    settle_device()  # before the first collective
     with RaiseTogether():
         base = hf.base_model(model)
         plan = ParallelPlan.parse(plan)
@@ -190,7 +191,7 @@ def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool, un
         if state.sp_size > 1 or named or attention not in ("auto", "keep"):
             raise
         reasons["packed"] = str(error)
-    attach_towers(base, state, undo)
+    attach_towers(base, state, undo, attention)
     detach = attach_router_loss(base, state)
     if detach is None:
         reasons["router"] = f"{type(base).__name__} computes it inside its forward"

@@ -22,6 +22,7 @@ from hf_veomni.data.raw import RawReader
 from hf_veomni.data.rows import DOCUMENTS, ROW_COLUMNS, SAMPLES
 from hf_veomni.data.sample import ASSISTANT_MASK, READ, Sample, read_sample
 from hf_veomni.data.skips import SkipLog, check_on_error
+from hf_veomni.host import remember
 
 _GRIDS = ("image_grid_thw", "video_grid_thw")
 _OWN = ("input_ids", "labels")
@@ -140,6 +141,12 @@ class OmniDataCollatorWithPacking:
         lengths = np.concatenate([lengths, [padding]]) if padding else lengths
         self._mask_labels(batch, lengths, total)
         row = {name: torch.from_numpy(values).unsqueeze(0) for name, values in batch.items()}
+        return _remembered(self._complete(row, samples, lengths, padding))
+
+    def _complete(
+        self, row: dict[str, torch.Tensor], samples: Sequence[Sample], lengths: np.ndarray, padding: int
+    ) -> dict[str, torch.Tensor]:
+        """The row with its positions and items."""
         items = [sample for sample in samples if sample.items]
         if self._compute is None and not items and all(sample.positions is None for sample in samples):
             row["position_ids"] = torch.from_numpy(ranges_of(lengths)).unsqueeze(0)  # many short texts: at one go
@@ -247,6 +254,11 @@ class OmniDataCollatorWithPacking:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         token = getattr(tokenizer, "pad_token_id", None)
         return 0 if token is None else token
+
+
+def _remembered(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole numbers keep their values on the host as they travel, for models to find boundaries and targets there."""
+    return {name: values if values.is_floating_point() else remember(values) for name, values in batch.items()}
 
 
 def _named(features: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:

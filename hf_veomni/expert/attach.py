@@ -22,6 +22,7 @@ from hf_veomni.expert.families import adopt, is_adoptable
 from hf_veomni.expert.forward import ExpertsForward
 from hf_veomni.expert.layout import ExpertsModule, check_experts, find_experts
 from hf_veomni.expert.lora import attach_adapters, check_adapters, has_adapters, stack_adapters
+from hf_veomni.expert.recompute import KeepRoutes
 from hf_veomni.mesh import ParallelState
 
 
@@ -74,6 +75,10 @@ def attach_experts(
         plan.update({f"{names[module.outer]}.{name}": "grouped_gemm" for name in stacked})
         plan.update({f"{module.name}.{name}": "grouped_gemm" for name in module.parameters})
         plan[module.name] = "ep_dispatch_experts"
+    if found:
+        keep = KeepRoutes(model, [module.name for module in found])
+        if undo is not None and state.world_size == 1:
+            undo.append(keep.remove)
     if state.ep_mesh is not None:
         hf.apply_expert_plan(model, state.ep_mesh, plan, ExpertsForward)
     for module in found:

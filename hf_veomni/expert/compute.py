@@ -35,26 +35,39 @@ class LowRank:
     scaling: float
 
 
+def has_grouped_kernel(device: torch.device) -> bool:
+    """Where `torch.nn.functional.grouped_mm` is one kernel and no loop."""
+    return device.type == "cuda"
+
+
 def _grouped_mm_fits(x: Tensor, weight: Tensor) -> bool:
-    if x.device.type != "cuda" or weight.dtype not in (torch.bfloat16, torch.float16):
+    if not has_grouped_kernel(x.device) or weight.dtype not in (torch.bfloat16, torch.float16):
         return False  # fp32 and fp64, and any CPU: one matmul an expert is exact, and fast where there are few
     return all(size * weight.element_size() % _ALIGNMENT == 0 for size in weight.shape[1:])
 
 
-def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, sizes: Sequence[int]) -> Tensor:
+def _settle_autocast(weight: Tensor) -> Tensor:
+    """Cast as autocast would at a plain matmul: it knows no grouped one."""
+    kind = weight.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return weight.to(torch.get_autocast_dtype(kind)) if enabled and weight.dtype != torch.float64 else weight
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, route: Route) -> Tensor:
     """Each block of rows times its own matrix.
 
     Args:
         x: [R, K], sorted by group.
         weight: [e, K, N].
-        counts: [e] rows of each group, on the device; `sizes` the same on the host.
+        route: rows of each group, of which only the loop over groups asks the host.
 
     Returns:
-        [R, N]. A group without rows gets a gradient of zeros.
+        [R, N], in the dtype of the weight, or of autocast. A group without rows gets a gradient of zeros.
     """
+    weight = _settle_autocast(weight)
     if _grouped_mm_fits(x, weight):
-        return F.grouped_mm(x.to(weight.dtype), weight, offs=counts.cumsum(0).to(torch.int32))
-    parts = [rows.to(weight.dtype) @ matrix for rows, matrix in zip(x.split(list(sizes)), weight, strict=True)]
+        return F.grouped_mm(x.to(weight.dtype), weight, offs=route.counts.cumsum(0).to(torch.int32))
+    parts = [rows.to(weight.dtype) @ matrix for rows, matrix in zip(x.split(route.sizes), weight, strict=True)]
     return torch.cat(parts)
 
 
@@ -62,10 +75,10 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, adapters: Sequence[LowRank], route: Route
 ) -> Tensor:
     """x [R, in] -> [R, out]; `transposed` weights are stored [e, in, out], others [e, out, in]."""
-    out = grouped_matmul(x, weight if transposed else weight.mT, route.counts, route.sizes)
+    out = grouped_matmul(x, weight if transposed else weight.mT, route)
     for adapter in adapters:
-        low = grouped_matmul(x, adapter.a.mT, route.counts, route.sizes)
-        out = out + (grouped_matmul(low, adapter.b.mT, route.counts, route.sizes) * adapter.scaling).to(out.dtype)
+        low = grouped_matmul(x, adapter.a.mT, route)
+        out = out + (grouped_matmul(low, adapter.b.mT, route) * adapter.scaling).to(out.dtype)
     if bias is None:
         return out
     return out + bias.repeat_interleave(route.counts, dim=0, output_size=len(x))
@@ -98,7 +111,7 @@ def compute_experts(
 
 def compute_as_selected(forward: Callable[..., Tensor], x: Tensor, route: Route) -> Tensor:
     """The same through the module's own forward, for the implementation that the user has selected in the config."""
-    ids = torch.arange(len(route.sizes), device=x.device)
+    ids = torch.arange(len(route.counts), device=x.device)
     ids = ids.repeat_interleave(route.counts, output_size=len(x))[:, None]
     return forward(x, ids, x.new_ones(ids.shape))
 
@@ -110,4 +123,4 @@ def keep_connected(x: Tensor, route: Route) -> tuple[Tensor, Route]:
     counts = torch.zeros_like(route.counts)
     counts[0] = 1
     row = x.sum(0, keepdim=True)  # zeros, in the graph of the exchange
-    return row, Route(route.order, route.inverse, counts, [1, *[0] * (len(route.sizes) - 1)])
+    return row, Route(route.order, counts, known_sizes=[1, *[0] * (len(counts) - 1)])

@@ -14,6 +14,7 @@ routing is even, beside one of E counts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,30 +24,49 @@ from torch import Tensor
 from hf_veomni.comm.all_to_all import all_to_all
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Route:
     """Where the pairs of this rank go, and in which order they are computed there.
 
     Attributes:
         order: [P] pairs sorted by expert.
-        inverse: [P] place of each pair in that order.
-        counts: [e] pairs for each local expert, on the host too as `sizes`.
+        counts: [e] pairs for each local expert.
+        arriving: [E] pairs for each local expert from each rank in turn; None without a group.
         send, receive: pairs exchanged with each rank of the group; None without a group.
-        arrival: [R] order that sorts what arrives by local expert; None if it is sorted already.
+        known_sizes: `counts` on the host where they had to be read; None where nobody has asked yet.
     """
 
     order: Tensor
-    inverse: Tensor
     counts: Tensor
-    sizes: list[int]
+    arriving: Tensor | None = None
     send: list[int] | None = None
     receive: list[int] | None = None
-    arrival: Tensor | None = None
+    known_sizes: list[int] | None = None
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """[P] place of each pair in the order."""
+        return _invert(self.order)
+
+    @cached_property
+    def arrival(self) -> Tensor:
+        """[R] order that sorts what arrives by local expert."""
+        assert self.arriving is not None and self.receive is not None
+        ranks = len(self.receive)
+        local = torch.arange(len(self.counts), device=self.counts.device).repeat(ranks)
+        local = local.repeat_interleave(self.arriving, output_size=sum(self.receive))
+        return torch.argsort(local, stable=True)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """`counts` on the host. Without a group the first look waits for the device; the grouped kernel needs none."""
+        return self.counts.tolist() if self.known_sizes is None else self.known_sizes
 
 
-def count_pairs(experts: Tensor, num_experts: int) -> Tensor:
+def count_pairs(experts: Tensor, num_experts: int, weights: Tensor | None = None) -> Tensor:
     """[E] how often each expert was chosen; unlike `torch.bincount` without reading the device."""
-    return experts.new_zeros(num_experts).scatter_add_(0, experts, torch.ones_like(experts))
+    weights = torch.ones_like(experts) if weights is None else weights
+    return weights.new_zeros(num_experts).scatter_add_(0, experts, weights)
 
 
 def _invert(order: Tensor) -> Tensor:
@@ -69,17 +89,14 @@ def make_route(top_k_index: Tensor, num_experts: int, group: dist.ProcessGroup |
     order = torch.argsort(experts, stable=True)
     counts = count_pairs(experts, num_experts)
     if group is None:
-        return Route(order, _invert(order), counts, counts.tolist())
+        return Route(order, counts)
     ranks = dist.get_world_size(group)
     arriving = torch.empty_like(counts)
     dist.all_to_all_single(arriving, counts, group=group)
     sent, came = torch.stack([counts, arriving]).view(2, ranks, -1).tolist()
     send, receive = [sum(row) for row in sent], [sum(row) for row in came]
-    local = torch.arange(num_experts // ranks, device=counts.device).repeat(ranks)
-    local = local.repeat_interleave(arriving, output_size=sum(receive))
-    arrival = torch.argsort(local, stable=True)
     sizes = [sum(column) for column in zip(*came, strict=True)]
-    return Route(order, _invert(order), arriving.view(ranks, -1).sum(0), sizes, send, receive, arrival)
+    return Route(order, arriving.view(ranks, -1).sum(0), arriving, send, receive, sizes)
 
 
 class _Spread(torch.autograd.Function):
@@ -133,7 +150,7 @@ def dispatch(x: Tensor, route: Route, top_k: int, group: dist.ProcessGroup | Non
 
     Collective: one all-to-all over `group`; its backward is the reverse.
     """
-    if route.send is None or route.receive is None or route.arrival is None or group is None:
+    if route.send is None or route.receive is None or group is None:
         return _Spread.apply(x, route, top_k)
     rows = _Spread.apply(_ScaleGradient.apply(x, float(dist.get_world_size(group))), route, top_k)
     rows = all_to_all(rows, group, route.send, route.receive)
@@ -152,7 +169,7 @@ def combine(rows: Tensor, weights: Tensor, route: Route, group: dist.ProcessGrou
 
     Collective: one all-to-all over `group`; its backward is the reverse.
     """
-    if route.send is not None and route.receive is not None and route.arrival is not None and group is not None:
+    if route.send is not None and route.receive is not None and group is not None:
         rows = _Reorder.apply(rows, _invert(route.arrival), route.arrival)
         rows = all_to_all(rows, group, route.receive, route.send)
         rows = _ScaleGradient.apply(rows, 1.0 / dist.get_world_size(group))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from hf_veomni import hf
 from hf_veomni.expert.compute import LowRank, compute_as_selected, compute_experts, keep_connected
 from hf_veomni.expert.dispatch import combine, dispatch, make_route
+from hf_veomni.expert.recompute import recall_route
 
 _ADAPTERS, _ROWS = "_omni_adapters", "_omni_rows"
 
@@ -48,7 +50,7 @@ class ExpertsForward(hf.EPImplementation):
         self.num_experts = int(experts.num_experts) * ranks  # type: ignore[operator]  # the module counts its own
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        route = make_route(top_k_index, self.num_experts, self.group)
+        route = recall_route(partial(make_route, top_k_index, self.num_experts, self.group))
         rows = dispatch(hidden_states, route, top_k_index.shape[-1], self.group)
         count = len(rows)
         if _ROWS in vars(self.experts) and is_training_forward(self.experts):

@@ -99,7 +99,7 @@ class RouterLoss:
         assert num_experts is not None
         chosen, probabilities, count = _sums(gate_logits, num_experts, top_k, self._valid(len(gate_logits[0])))
         device = probabilities.device
-        weight = torch.as_tensor(self._share(), dtype=torch.float64, device=device)
+        weight = torch.as_tensor(self._share(device), dtype=torch.float64).to(device, non_blocking=True)
         both = torch.cat([chosen.double(), probabilities.detach().double(), count.double()[None], weight[None]])
         if self.state.world_size > 1:
             dist.all_reduce(both)
@@ -112,13 +112,13 @@ class RouterLoss:
             probabilities, (value * weight).to(probabilities.dtype), slope.to(probabilities.dtype)
         )
 
-    def _share(self) -> Tensor | float:
+    def _share(self, device: torch.device) -> Tensor | float:
         items, labels = self._inputs.get("num_items_in_batch"), self._inputs.get("labels")
         shifted = self._inputs.get("shift_labels")
         if items is None or (labels is None and shifted is None):
             return 1.0
         targets = shifted if labels is None or shifted is not None else F.pad(labels, (0, 1), value=-100)[..., 1:]
-        count = (targets != -100).sum()
+        count = (targets != -100).sum().to(device)  # where the ranks can add it up
         if shifted is not None and shifted.shape[1] < self._length():
             dist.all_reduce(count, group=self.state.sp_group)
         return count / items
@@ -162,11 +162,10 @@ def _sums(
     for logits in gate_logits:
         weights = logits.to(device).softmax(-1)
         selected = weights.topk(top_k, -1).indices
-        if valid is not None:
-            weights, selected = weights[valid], selected[valid]
-        chosen += count_pairs(selected.flatten(), num_experts)
-        probabilities = probabilities + weights.float().sum(0)
-        count += len(weights)
+        counted = torch.ones(len(weights), device=device) if valid is None else valid.to(device, torch.float32)
+        chosen += count_pairs(selected.flatten(), num_experts, counted.repeat_interleave(top_k))
+        probabilities = probabilities + weights.float().masked_fill(counted[:, None] == 0, 0).sum(0)
+        count += counted.sum()
     return chosen, probabilities, count
 
 

@@ -122,19 +122,23 @@ def check_same_model(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _broadcast(tensor: Tensor) -> None:
-    """Rank 0's values for all ranks, in place."""
-    whole = tensor.detach().contiguous()
+def _broadcast(tensor: Tensor, device: torch.device) -> None:
+    """Rank 0's values for all ranks, in place, by way of `device`."""
+    whole = tensor.detach().to(device).contiguous()
     dist.broadcast(whole, src=0)
     if whole.data_ptr() != tensor.data_ptr():
         tensor.copy_(whole)
 
 
-def synchronize_parameters(model: nn.Module) -> list[str]:
+def synchronize_parameters(model: nn.Module, device: torch.device | str = "cpu") -> list[str]:
     """Give every rank rank 0's value of each parameter and buffer that differs between ranks.
 
     Without it FSDP would cut every rank's shard from its own copy, and a LoRA adapter initialised without a common
     seed would be a silent mixture.
+
+    Args:
+        device: of this rank, on which everything travels: NCCL takes nothing from the CPU, where the buffers of a
+            model from accelerate's `init_empty_weights()` are.
 
     Returns:
         Names of the tensors that differed.
@@ -152,13 +156,14 @@ def synchronize_parameters(model: nn.Module) -> list[str]:
     named = {name: tensor for name, tensor in named.items() if tensor.numel() and not tensor.is_meta}
     if not named:
         return []
-    prints = torch.stack([_fingerprint(tensor) for tensor in named.values()])
+    device = torch.device(device)
+    prints = torch.stack([_fingerprint(tensor).to(device) for tensor in named.values()])
     low, high = prints.clone(), prints
     dist.all_reduce(low, op=dist.ReduceOp.MIN)
     dist.all_reduce(high, op=dist.ReduceOp.MAX)
     different = [name for name, same in zip(named, (low == high).tolist(), strict=True) if not same]
     for name in different:
-        _broadcast(named[name])
+        _broadcast(named[name], device)
     if different and dist.get_rank() == 0:
         logger.warning(
             "%d tensors differed between the ranks (first: %s); rank 0's are used.", len(different), different[0]

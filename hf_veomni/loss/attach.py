@@ -88,6 +88,7 @@ class CausalLMLoss:
             ValueError: targets whose shape does not fit the logits.
         """
         group = self._state.sp_group
+        labels, shift_labels = (x if x is None else x.to(logits.device) for x in (labels, shift_labels))
         targets, divisor = targets_and_count(
             labels, shift_labels, num_items_in_batch, logits.shape[-2], group, ignore_index
         )
@@ -96,7 +97,7 @@ class CausalLMLoss:
                 f"Targets of shape {tuple(targets.shape)} must match logits of shape {tuple(logits.shape)} in all "
                 "but the vocabulary: pass labels with one class index for each input token."
             )
-        total = self._sum(logits, targets.to(logits.device), ignore_index)
+        total = self._sum(logits, targets, ignore_index)
         if isinstance(divisor, Tensor):
             divisor = divisor.to(total.device)
         return sum_over_sequence(total / divisor, group)

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
+from hf_veomni.host import apply, knows, on_host
 from hf_veomni.loss.head import Op, autocast, replay
 from hf_veomni.loss.stand_in import Recipe
 
@@ -243,10 +244,13 @@ def summed_loss(recipe: Recipe, targets: Tensor, ignore_index: int, label_smooth
     """
     call = recipe.call
     call.check_gathered()
-    hidden, targets = call.hidden.flatten(0, -2), targets.flatten()
-    if not (isinstance(targets, FakeTensor) or targets.is_meta):  # a dry run has no values: it counts every token
-        scored = (targets != ignore_index).nonzero().squeeze(1)
+    hidden, targets = call.hidden.flatten(0, -2), apply(Tensor.flatten, targets)
+    dry = isinstance(targets, FakeTensor) or targets.is_meta  # has no values: every token counts
+    if knows(targets) or not dry:
+        # Waits for the device unless the host knows the labels.
+        scored = on_host(apply(Tensor.ne, targets, ignore_index)).nonzero().squeeze(1)
         if len(scored) < len(targets):
+            scored = scored.to(targets.device, non_blocking=True)
             hidden, targets = hidden.index_select(0, scored), targets.index_select(0, scored)
     if call.weight is None:
         return _by_checkpoint(recipe, hidden, targets, label_smoothing)

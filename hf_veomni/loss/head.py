@@ -113,18 +113,24 @@ def record_head_call(
         dtype=dtype,
         autocast=cast,
         vocabulary=vocabulary,
-        chunk_tokens=chunk_tokens or default_chunk_tokens(vocabulary, hidden.numel() * hidden.element_size()),
+        chunk_tokens=chunk_tokens or default_chunk_tokens(vocabulary, hidden.numel() * hidden.element_size(), kind),
         versions=[p._version for p in parameters],
     )
 
 
-def default_chunk_tokens(vocabulary: int, hidden_bytes: int) -> int:
-    """Tokens whose fp32 logits are held at once: as many as take eight times the head's input, at least 64.
+# Bytes of fp32 logits that are held at once at most, and the fewest and the most tokens whose logits these are. The
+# CPU's: 128 MiB were as fast as more. An accelerator's matmul needs some 512 rows to be worth its weight's way through
+# memory and gains nothing beyond 1,024; 512 MiB are 883 tokens at a vocabulary of 152K.
+_CHUNKS = {"cpu": (128 << 20, 64, 1 << 30), "accelerator": (512 << 20, 512, 1024)}
 
-    A decoder layer keeps about that much, so the chunk does not show in the peak at any sequence length or cut. More
-    than 128 MiB would not make the matmuls faster.
+
+def default_chunk_tokens(vocabulary: int, hidden_bytes: int, device_type: str = "cpu") -> int:
+    """Tokens whose fp32 logits are held at once: as many as take eight times the head's input, within `_CHUNKS`.
+
+    A decoder layer keeps about that much, so the chunk does not show in the peak at any sequence length or cut.
     """
-    return max(64, min(128 << 20, 8 * hidden_bytes) // (4 * vocabulary))
+    limit, fewest, most = _CHUNKS["cpu" if device_type in ("cpu", "meta") else "accelerator"]
+    return min(most, max(fewest, min(limit, 8 * hidden_bytes) // (4 * vocabulary)))
 
 
 def replay(ops: tuple[Op, ...], logits: Tensor) -> Tensor:

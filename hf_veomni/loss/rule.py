@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_veomni.host import apply
+
 Count = Tensor | float
 
 
@@ -73,7 +75,7 @@ def targets_and_count(
     if shift_labels is not None:
         name, targets = "shift_labels", shift_labels
     elif labels is not None:
-        name, targets = "labels", F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        name, targets = "labels", apply(_shift, labels, ignore_index)
     else:
         raise ValueError("`labels` (None) or `shift_labels` (None) must be given: the loss needs targets.")
     divisor = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
@@ -106,4 +108,8 @@ def _shard(targets: Tensor, name: str, local_length: int, group: dist.ProcessGro
             f"({local_length} on each of {size} ranks): pass the labels of the same row as `input_ids`."
         )
     start = dist.get_rank(group) * local_length
-    return F.pad(targets, (0, missing), value=ignore_index)[:, start : start + local_length]
+    return apply(lambda x: F.pad(x, (0, missing), value=ignore_index)[:, start : start + local_length], targets)
+
+
+def _shift(labels: Tensor, ignore_index: int) -> Tensor:
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_veomni.host import on_host, remember
+
 Arguments = dict[str, Any]
 
 # Model types of towers whose temporal patches do not know of each other, as read and tried in transformers 5.23.
@@ -44,6 +46,7 @@ class Items:
         costs: of each item, [n], any unit.
         select: arguments of a call for the items of these indices.
         one_by_one: the tower joins what items give, so that only a call for each tells their rows apart.
+        patches: of each item, where a grid tells.
         parts: of each thing that the caller counts (a whole video), the items that it was cut into; None for one each.
     """
 
@@ -51,6 +54,7 @@ class Items:
     select: Callable[[Sequence[int]], Arguments]
     one_by_one: bool = False
     parts: list[int] | None = None
+    patches: list[int] | None = None
 
     def join(self, sizes: Sequence[int]) -> list[int]:
         """Rows of each thing that the caller counts, from the rows of each item."""
@@ -82,7 +86,7 @@ def find_items(arguments: Arguments, width: int, num_ranks: int = 0) -> Items | 
     if values.dim() == 5 and "pixel_attention_mask" in arguments:
         return _in_rows(arguments, name)
     pictures = tensors.get("batch_num_images")  # of a sample, which are cut into patches where there is one alone
-    if pictures is not None and bool((pictures != 1).any()):
+    if pictures is not None and bool((on_host(pictures) != 1).any()):
         return None
     if any(x.dim() == 0 or x.shape[0] != len(values) for x in tensors.values()):
         return None
@@ -97,16 +101,18 @@ def _cost(patches: int, frames: int, width: int) -> float:
 
 
 def _by_grid(arguments: Arguments, name: str, grid: str, width: int, num_ranks: int) -> Items:
-    sizes = arguments[grid].tolist()
+    sizes = on_host(arguments[grid]).tolist()
     parts = _count_runs(sizes, width, num_ranks)
     sizes = [run for size, count in zip(sizes, parts, strict=True) for run in _cut_frames(*size, count)]
     blocks = arguments[name].split([math.prod(size) for size in sizes])
-    rows = arguments[grid].new_tensor(sizes)
+    kind, device = arguments[grid].dtype, arguments[grid].device
 
     def select(indices: Sequence[int]) -> Arguments:
-        return {**arguments, name: torch.cat([blocks[i] for i in indices]), grid: rows[list(indices)]}
+        chosen = remember(torch.tensor([sizes[i] for i in indices], dtype=kind), device)
+        return {**arguments, name: torch.cat([blocks[i] for i in indices]), grid: chosen}
 
-    return Items([_cost(h * w, t, width) for t, h, w in sizes], select, parts=parts)
+    costs = [_cost(h * w, t, width) for t, h, w in sizes]
+    return Items(costs, select, parts=parts, patches=[math.prod(size) for size in sizes])
 
 
 def _count_runs(sizes: list[list[int]], width: int, num_ranks: int) -> list[int]:
@@ -126,7 +132,7 @@ def _cut_frames(t: int, h: int, w: int, count: int) -> list[list[int]]:
 
 def _first(arguments: Arguments, names: Sequence[str], values: Tensor) -> Items:
     sizes = arguments.get("image_sizes")
-    costs = [1.0] * len(values) if sizes is None else sizes.double().prod(-1).tolist()
+    costs = [1.0] * len(values) if sizes is None else on_host(sizes).double().prod(-1).tolist()
 
     def select(indices: Sequence[int]) -> Arguments:
         return {**arguments, **{name: arguments[name][list(indices)] for name in names}}
@@ -140,7 +146,7 @@ def _in_rows(arguments: Arguments, name: str) -> Items | None:
     masks = {key: x for key, x in arguments.items() if isinstance(x, Tensor) and key != name}
     if len(values) != 1 or any(x.shape[:2] != values.shape[:2] for x in masks.values()):
         return None
-    real = (values[0] != 0).flatten(1).any(1).nonzero().flatten().tolist()
+    real = on_host((values[0] != 0).flatten(1).any(1)).nonzero().flatten().tolist()
 
     def select(indices: Sequence[int]) -> Arguments:
         chosen = [real[i] for i in indices]
@@ -150,7 +156,7 @@ def _in_rows(arguments: Arguments, name: str) -> Items | None:
 
 
 def _sounds(arguments: Arguments, name: str, others: dict[str, Tensor]) -> Items:
-    lengths = next(x for key, x in others.items() if "mask" in key).sum(-1).tolist()
+    lengths = on_host(next(x for key, x in others.items() if "mask" in key)).sum(-1).tolist()
 
     def select(indices: Sequence[int]) -> Arguments:
         return {**arguments, **{key: arguments[key][list(indices)] for key in (name, *others)}}

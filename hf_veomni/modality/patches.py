@@ -51,10 +51,10 @@ from hf_veomni.sequence.varlen import varlen_attention
 # transformers hands boundaries to what has "flash" in its name, and cuts queries by them for all others.
 TOWER_NAME = "omni_tower_flash"
 # Model types of towers that take windows, tables of learned positions, or neither from the grid (transformers 5.23).
-_WINDOWS = {"qwen2_5_vl_vision", "qwen2_5_omni_vision_encoder", "exaone4_5_vision"}
+WINDOWS = {"qwen2_5_vl_vision", "qwen2_5_omni_vision_encoder", "exaone4_5_vision"}
 _SCALED = {"glm4v_vision", "glm4v_moe_vision"}  # their `embeddings` count patches from the first one that they see
 _PLAIN = {"qwen2_vl_vision", "glm_ocr_vision", "glm5_next_vision"}
-_TABLES = FRAMES - _WINDOWS - _SCALED - _PLAIN
+TABLES = FRAMES - WINDOWS - _SCALED - _PLAIN
 _BOUNDARIES = "_omni_boundaries"
 
 # Config and modality of the `get_*_features` method that runs; None where the tower runs whole.
@@ -66,9 +66,10 @@ class Boundaries:
     """What is between boundaries of the whole sequence attends to itself; goes through the tower on their tensor."""
 
     spec: MaskSpec
-    state: ParallelState
+    state: ParallelState | None  # None: this rank has all patches
 
 
+@torch.compiler.disable  # the boundaries hang on a tensor
 def tower_attention(
     module: nn.Module,
     query: Tensor,
@@ -92,9 +93,10 @@ def tower_attention(
     found: Boundaries | None = getattr(cu_seq_lens_q, _BOUNDARIES, None)
     options = {"scaling": scaling, "dropout": dropout}
     if found is None:
-        spec = _make_spec(cu_seq_lens_q.diff().tolist(), query.device)
-        return varlen_attention(module, query, key, value, spec, **options)
+        found = Boundaries(_make_spec(cu_seq_lens_q.diff().tolist(), query.device), None)
     state = found.state
+    if state is None:
+        return varlen_attention(module, query, key, value, found.spec, **options)
     assert state.sp_group is not None
     return ulysses_attention(
         varlen_attention,
@@ -113,6 +115,18 @@ def _make_spec(lengths: list[int], device: torch.device) -> MaskSpec:
     lengths = [length for length in lengths if length]
     documents = Documents.from_lengths([lengths])
     return MaskSpec(1, sum(lengths), bidirectional_mask_function, documents=documents, device=device)
+
+
+def mark_boundaries(edges: Tensor, lengths: list[int], device: torch.device) -> Tensor:
+    """`edges` of all patches with the parts of these lengths, which the host knows, for `tower_attention`."""
+    setattr(edges, _BOUNDARIES, Boundaries(_make_spec(lengths, device), None))
+    return edges
+
+
+def register_tower_attention() -> str:
+    """Make "omni_tower_flash" a name that transformers knows. Idempotent."""
+    AttentionInterface.register(TOWER_NAME, tower_attention)
+    return TOWER_NAME
 
 
 class PatchSlices:
@@ -159,7 +173,7 @@ class TowerCut:
         self.slices: PatchSlices | None = None
         self.lengths: list[int] = []
         self.parameters = list(inspect.signature(tower.forward).parameters)
-        AttentionInterface.register(TOWER_NAME, tower_attention)
+        register_tower_attention()
         self.attentions = [m for m in tower.modules() if hf.uses_attention_interface(m)]
         config = copy.copy(self.config)  # of its attention modules alone: other models may share the tower's
         hf.set_attention_name(config, TOWER_NAME)
@@ -193,7 +207,7 @@ class TowerCut:
     def _prepare(self, tower: nn.Module, inputs: dict[str, Any], grid: Tensor, pixels: Tensor) -> PatchSlices:
         """Put into `inputs` what the tower would compute from the grid: of this rank's patches; boundaries of all."""
         order = windows = None
-        if self.kind in _WINDOWS:
+        if self.kind in WINDOWS:
             config = self.config
             order, windows = get_vision_window_index(
                 grid, config.spatial_merge_size, config.window_size, config.patch_size, kwargs=inputs
@@ -208,7 +222,7 @@ class TowerCut:
         if windows is not None:
             inputs["cu_window_seqlens"], inputs["max_window_seqlen"], _ = self._bound(windows, slices, pixels.device)
             inputs["window_index"] = torch.arange(slices.part, device=grid.device)
-        if self.kind in _TABLES:
+        if self.kind in TABLES:
             self._interpolate(tower, inputs, grid, slices)
         return slices
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hf_veomni import hf
 from hf_veomni.comm.all_to_all import all_to_all
+from hf_veomni.host import on_host
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment
 
@@ -72,7 +73,7 @@ def find_ranks(config: Any, modality: str, num_rows: int, state: ParallelState) 
     token = next((found for name in names if isinstance(found := getattr(config, name, None), int)), None)
     if ids is None or token is None or getattr(config, "model_type", None) not in _SCATTER:
         return None
-    columns = (ids == token).nonzero()[:, 1].cpu().numpy()
+    columns = (on_host(ids) == token).nonzero()[:, 1].numpy()
     part = -(-ids.shape[1] // state.sp_size)
     return columns // part if len(columns) == num_rows else None  # else the model's own error names both counts
 
@@ -101,10 +102,14 @@ def exchange_rows(
     me, everyone = state.sp_rank, range(state.sp_size)
     send = [np.flatnonzero((owners == me) & (ranks == rank)) for rank in everyone]
     receive = [np.flatnonzero((owners == rank) & (ranks == me)) for rank in everyone]
-    leaving = local[torch.as_tensor(places[np.concatenate(send)], device=local.device)]
+    leaving = local[_move(places[np.concatenate(send)], local.device)]
     arrived = all_to_all(leaving, state.sp_group, [len(x) for x in send], [len(x) for x in receive])
-    index = torch.as_tensor(np.concatenate(receive), device=local.device)
+    index = _move(np.concatenate(receive), local.device)
     return local.new_zeros(len(owners), *local.shape[1:]).index_copy(0, index, arrived)
+
+
+def _move(index: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(index).to(device, non_blocking=True)
 
 
 def watch_ids(model: nn.Module, parameters: list[str]) -> Callable[[], None]:

@@ -39,6 +39,7 @@ from hf_veomni.modality.balance import Assignment, assign_items
 from hf_veomni.modality.items import FRAMES, Items, find_items
 from hf_veomni.modality.passes import FEATURES, TowerPasses, units_of, used_features, why_not
 from hf_veomni.modality.patches import TowerCut, check_cut, cutting
+from hf_veomni.modality.ready import ReadyTower
 from hf_veomni.modality.slices import exchange_rows, find_ranks, watch_ids
 from hf_veomni.sequence.generation import is_generating
 
@@ -61,12 +62,15 @@ def find_methods(model: nn.Module) -> list[tuple[nn.Module, str]]:
     ]
 
 
-def attach_towers(model: PreTrainedModel, state: ParallelState, undo: list[Callable[[], Any]]) -> None:
+def attach_towers(
+    model: PreTrainedModel, state: ParallelState, undo: list[Callable[[], Any]], attention: str = "auto"
+) -> None:
     """Share the items of each row among its SP ranks, and let rows lack any modality beside rows that have it.
 
     Args:
         model: a stock model; one without towers stays as it is.
         undo: gets how to take it off again.
+        attention: "auto" has towers that run whole items, and whose attention is sdpa, use the varlen attention.
 
     Raises:
         ValueError: a rule of the plan that shards what ranks cannot be made to run together, or asks for balance where
@@ -86,6 +90,7 @@ def attach_towers(model: PreTrainedModel, state: ParallelState, undo: list[Calla
     if state.sp_size > 1:
         undo.append(watch_ids(model, list(inspect.signature(model.forward).parameters)))
     cut: dict[nn.Module, None] = {}
+    ready: dict[nn.Module, None] = {}
     for owner, name in methods:
         tower = _tower(owner, name)
         kind = "replicate" if state.sp_size == 1 else rules.get(_name_of(model, tower), {}).get("sp", "balance")
@@ -93,9 +98,17 @@ def attach_towers(model: PreTrainedModel, state: ParallelState, undo: list[Calla
             continue
         if kind == "ulysses":
             cut[tower] = None
+        elif kind == "balance" and attention == "auto" and _takes_tables(tower):
+            ready[tower] = None
         owner.__dict__[name] = _SharedMethod(owner, name, model, state, kind, passes.get(owner))
         undo.append(partial(owner.__dict__.pop, name, None))
     undo += [TowerCut(tower, state).remove for tower in cut]
+    undo += [ReadyTower(tower).remove for tower in ready if tower not in cut]
+
+
+def _takes_tables(tower: nn.Module) -> bool:
+    config: Any = getattr(tower, "config", None)
+    return getattr(config, "model_type", None) in FRAMES and hf.attention_name(config) == "sdpa"
 
 
 def _attach_passes(
@@ -250,12 +263,22 @@ class _SharedMethod:
         outputs = self._run([items.select(call) for call in calls], items)
         blocks = [_blocks(output, len(call)) for output, call in zip(outputs, calls, strict=True)]
         kinds = [[block for found in blocks for block in found[kind]] for kind in range(len(blocks[0]))]
-        sizes = _sizes([len(block) for block in kinds[0]][: len(mine)], assignment, self.state)
+        lengths, sizes = [len(block) for block in kinds[0]][: len(mine)], self._known_sizes(items)
+        if sizes is None:
+            sizes = _sizes(lengths, assignment, self.state)
+        assert lengths == [sizes[item] for item in mine], (lengths, sizes)
         ranks = None
         if self.name in _METHODS:
             ranks = find_ranks(getattr(self.owner, "config", None), _METHODS[self.name], sum(sizes), self.state)
         whole = [_exchange(torch.cat(kind), len(mine), sizes, assignment, ranks, self.state) for kind in kinds]
         return _like(outputs[0], whole, items.join(sizes))
+
+    def _known_sizes(self, items: Items) -> list[int] | None:
+        """Rows that each item becomes, where its grid tells."""
+        if not self.cuts_videos or items.patches is None:
+            return None
+        unit = int(getattr(_tower(self.owner, self.name), "config", None).spatial_merge_size) ** 2  # pyright: ignore
+        return [patches // unit for patches in items.patches]
 
 
 def _cheapest(items: Items) -> int:
@@ -282,10 +305,11 @@ def _split(features: Any, count: int) -> list[Tensor]:
 def _sizes(mine: list[int], assignment: Assignment, state: ParallelState) -> list[int]:
     """Rows of every item, in the order of the items. Collective: one all-gather of a few integers."""
     longest = int(assignment.counts.max())
-    local = torch.tensor(mine + [0] * (longest - len(mine)), device=state.device)
+    local = torch.tensor(mine + [0] * (longest - len(mine))).to(state.device, non_blocking=True)
     found = [torch.empty_like(local) for _ in range(state.sp_size)]
     dist.all_gather(found, local, group=state.sp_group)
-    rows = [size for row, count in zip(found, assignment.counts, strict=True) for size in row[:count].tolist()]
+    everyone = torch.stack(found).tolist()
+    rows = [size for row, count in zip(everyone, assignment.counts, strict=True) for size in row[:count]]
     return [rows[place] for place in assignment.inverse]
 
 
@@ -300,7 +324,7 @@ def _exchange(
     counts = assignment.num_rows(sizes).tolist()
     padded = F.pad(local, (0, 0, 0, max(counts) - len(local)))
     whole = gather_shards(padded, state.sp_group, dim=0).unflatten(0, (state.sp_size, -1))
-    order = torch.as_tensor(assignment.restore(sizes), device=local.device)
+    order = torch.from_numpy(assignment.restore(sizes)).to(local.device, non_blocking=True)
     return torch.cat([rows[:length] for rows, length in zip(whole, counts, strict=True)])[order]
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_veomni import hf
+from hf_veomni.host import apply, forget, on_host, remember, with_values
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.bias import attach_bias
 from hf_veomni.sequence.context import Context
@@ -33,6 +34,7 @@ from hf_veomni.sequence.generation import attach_generate, detach_generate, is_g
 from hf_veomni.sequence.layer_inputs import cut_call
 from hf_veomni.sequence.linear import Gathered, LinearAttachment, check_mixer_heads
 from hf_veomni.sequence.origin import find_origin
+from hf_veomni.sequence.packing import tell_packing, untell_packing
 from hf_veomni.sequence.row_checks import (
     Traits,
     check_available,
@@ -137,6 +139,7 @@ class SequenceAttachment:
 
     def _install(self) -> None:
         register_varlen_attention()
+        tell_packing()
         replaced = ["sdpa"] if hf.supports_sdpa(self.model) else ["sdpa", "eager"]
         replaced = [] if self._masks_as_tensors else replaced
         self._previous = select(self, self._configs, self._option, replaced, VARLEN_NAME)
@@ -192,6 +195,7 @@ class SequenceAttachment:
         _attached.discard(self)
         if not _attached:
             _registry.restore()
+            untell_packing()
 
     def gather(self, local: Tensor) -> Tensor:
         """[B, s, ...] of this rank to [B, S, ...] without padding, S the length of the last row that ran."""
@@ -264,10 +268,11 @@ class SequenceAttachment:
         if positions is None and call is not None and call.owner is self:
             positions = call.positions
         if positions is None:
-            positions = torch.arange(given.shape[1], device=given.device)[None]
+            positions = remember(torch.arange(given.shape[1])[None], given.device)
             if "mrope_section" in str(getattr(self.config, "rope_parameters", None)):  # whose own default has all rows
-                positions = positions.expand(given.shape[0], -1)
+                positions = apply(Tensor.expand, positions, given.shape[0], -1)
         else:
+            positions = with_values(positions, on_host(positions))  # waits for the device here, or not at all
             check_text_positions(positions, inputs.get("attention_mask"))
         # Tables of learned positions may begin elsewhere than at 0 (RoBERTa): the model makes its own positions then.
         made = inputs.get("position_ids") is None and not (self.seam.rotary and "position_ids" in self._signature)
@@ -277,13 +282,10 @@ class SequenceAttachment:
         mask = inputs.get("attention_mask")
         if self._wants_mask:
             check_mask_given(self.name, mask)
-        if (
-            isinstance(mask, Tensor)
-            and mask.shape == given.shape[:2]
-            and bool(mask.all())
-            and not self._masks_on_demand
-        ):
-            inputs["attention_mask"] = mask = None  # an all-ones mask would switch stock packing off
+        if isinstance(mask, Tensor) and mask.shape == given.shape[:2]:
+            inputs["attention_mask"] = mask = with_values(mask, on_host(mask))
+            if bool(on_host(mask).all()) and not self._masks_on_demand:
+                inputs["attention_mask"] = mask = None  # an all-ones mask would switch stock packing off
         if extra and mask is None and self._looks_ahead and "attention_mask" in self._signature:
             if self._masks_on_demand:
                 raise ValueError(
@@ -291,7 +293,7 @@ class SequenceAttachment:
                     f"{row.length} tokens cannot be filled up to a multiple of {self.state.sp_size}: pass a mask."
                 )
             if not restarts(positions):
-                inputs["attention_mask"] = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+                inputs["attention_mask"] = remember(torch.ones(given.shape[:2], dtype=torch.long), given.device)
         pad_token = getattr(self.config, "pad_token_id", None)
         inputs = cut_deepstack(inputs, row.padded, self.state)
         inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
@@ -300,6 +302,7 @@ class SequenceAttachment:
         check_masks_above(self.name, documents, inputs.get("attention_mask"), filled=bool(extra))
         check_counted(self.name, self.seam.max_counted, max(row.padded // self.state.sp_size, documents.max_length))
         row.tokens.append((current_documents, current_documents.set(documents)))
+        inputs["position_ids"] = forget(inputs["position_ids"])
         if made:
             del inputs["position_ids"]
         elif self._origin is not None:

@@ -14,6 +14,8 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
+from hf_veomni.host import forget, is_same, knows, on_host
+
 
 @dataclass(frozen=True, eq=False)
 class Documents:
@@ -24,12 +26,15 @@ class Documents:
         cu_seqlens: int32 [N + 1], where the documents begin in the flattened B*S tokens, and B*S.
         max_length: tokens of the longest document.
         filler: tokens at the end of every row that only fill it up.
+        positions: [1 or B, S], of which the documents were read, on the device and remembered on the host; None where
+            they came otherwise.
     """
 
     lengths: tuple[tuple[int, ...], ...]
     cu_seqlens: Tensor
     max_length: int
     filler: int = 0
+    positions: Tensor | None = None
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[Sequence[int]], *, device: torch.device | str | None = None) -> Documents:
@@ -53,7 +58,7 @@ class Documents:
         """Documents of packed rows: one begins wherever a position is not its left neighbour's plus one.
 
         Args:
-            position_ids: [B, S] of the full rows. Reads one small tensor back to the host.
+            position_ids: [B, S] of the full rows. Waits for the device unless the host knows them (`host`).
 
         Raises:
             ValueError: not [B, S], or empty.
@@ -64,8 +69,9 @@ class Documents:
                 "hand over the text row alone."
             )
         num_rows, size = position_ids.shape
-        begins = torch.ones_like(position_ids, dtype=torch.bool)
-        begins[:, 1:] = position_ids.diff(dim=1) != 1
+        known = on_host(position_ids)
+        begins = torch.ones_like(known, dtype=torch.bool)
+        begins[:, 1:] = known.diff(dim=1) != 1
         flat: list[int] = begins.flatten().nonzero().flatten().tolist()
         rows: list[list[int]] = [[] for _ in range(num_rows)]
         for first, following in zip(flat, [*flat[1:], num_rows * size], strict=True):
@@ -85,6 +91,20 @@ class Documents:
     def is_packed(self) -> bool:
         """Whether some row holds more than one document."""
         return any(len(row) > 1 for row in self.lengths)
+
+    def told_by(self, position_ids: Tensor) -> bool:
+        """Whether these, [B, S], are the positions that the documents were read of: the same memory, unchanged."""
+        if self.positions is None or position_ids.shape != (self.num_rows, self.row_length):
+            return False
+        return knows(self.positions) and is_same(forget(self.positions).expand(self.num_rows, -1), position_ids)
+
+    @cached_property
+    def segments(self) -> Tensor | None:
+        """[B, S], the document of every token, counted within its row; None if no row is packed."""
+        if not self.is_packed:
+            return None
+        rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in self.lengths]
+        return torch.stack(rows).to(self.cu_seqlens.device, non_blocking=True)
 
     def spans(self) -> Iterator[tuple[int, int, int]]:
         """Every document as (row, begin, end) in tokens of its row, end exclusive, in order."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
+from hf_veomni.host import on_host
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.generation import is_generating
 
@@ -25,7 +26,15 @@ def _check_labels(inputs: Mapping[str, Any]) -> None:
 
 
 def _is_packed(positions: Any) -> bool:
-    return isinstance(positions, Tensor) and positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any())
+    return (
+        isinstance(positions, Tensor)
+        and positions.shape[-1] > 1
+        and bool((on_host(positions).diff(dim=-1) != 1).any())
+    )
+
+
+def _is_whole(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, Tensor) and bool(on_host(mask).all()))
 
 
 def _check_router_loss(model: nn.Module, inputs: Mapping[str, Any], reason: str) -> None:
@@ -85,8 +94,7 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
             raise ValueError(f"Packed rows would not be kept apart: {reasons['packed']}")
         mask = inputs.get("attention_mask")
         cached = hf.uses_cache(inputs)
-        whole = mask is None or (isinstance(mask, Tensor) and bool(mask.all()))
-        if cached and whole and _is_packed(inputs.get("position_ids")):
+        if cached and _is_whole(mask) and _is_packed(inputs.get("position_ids")):
             raise ValueError(
                 "Packed documents would see each other with `use_cache=True` or `past_key_values`: leave the cache "
                 "out, or run the documents one by one."

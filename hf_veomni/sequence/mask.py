@@ -9,14 +9,16 @@ Shapes: B rows; S tokens of a full row; m queries and n keys of one block.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hf_veomni.host import apply, on_host, with_values
 from hf_veomni.sequence.documents import Documents, current_documents
 from hf_veomni.sequence.pattern import MaskFunction, Pattern, holds_absolute_chunks, read_pattern, required
 
@@ -91,7 +93,8 @@ class MaskSpec:
         padding = self.padding
         if padding is None:
             padding = torch.ones(self.num_rows, self.row_length, dtype=torch.bool, device=self.device)
-        padding = torch.nn.functional.pad(padding.bool().expand(self.num_rows, -1), (0, extra))
+        padding = apply(Tensor.expand, apply(Tensor.bool, padding), self.num_rows, -1)
+        padding = apply(torch.nn.functional.pad, padding, (0, extra))
         length = self.row_length + extra
         return MaskSpec(
             self.num_rows, length, self.function, padding=padding, device=self.device, use_vmap=self._use_vmap
@@ -140,8 +143,10 @@ class MaskSpec:
         index = None
         if sum(lengths) != self.num_rows * self.row_length:
             starts = [span.row * self.row_length + span.begin for span in self.spans]
-            index = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)] or [edges[:0]])
-            index = index.long().to(self.device, non_blocking=True)
+            shift = (torch.tensor(starts, dtype=torch.long) - edges[:-1]).to(self.device, non_blocking=True)
+            counts = torch.tensor(lengths, dtype=torch.long).to(self.device, non_blocking=True)
+            index = torch.arange(sum(lengths), device=self.device)
+            index = index + shift.repeat_interleave(counts, output_size=sum(lengths))
         return KernelLayout(edges.to(self.device, non_blocking=True), self.max_length, index)
 
     def block(self, queries: Span, keys: Span) -> Tensor:
@@ -180,11 +185,23 @@ class MaskSpec:
         )[0, 0]
 
     def _settle(self, pattern: Pattern) -> Pattern:
-        """Hold on to packing only as transformers makes it: documents in one piece, positions that count by one."""
+        """Hold on to packing only as transformers makes it: documents in one piece, positions that count by one.
+
+        What `documents` were read of is so, and is on the host already; else the host waits for the device here.
+        """
         if pattern.segments is None and pattern.positions is None:
             return pattern
         if pattern.segments is None:
             return Pattern(evaluate=True)
+        known = self.documents
+        if known is not None and pattern.segments is known.segments:
+            if pattern.positions is None:
+                return replace(pattern, segments=None)
+            if known.positions is not None and known.told_by(pattern.positions.expand(self.num_rows, -1)):
+                return replace(pattern, segments=None, positions=on_host(known.positions))
+        positions = None if pattern.positions is None else on_host(pattern.positions)
+        pattern = replace(pattern, segments=on_host(pattern.segments), positions=positions)
+        assert pattern.segments is not None
         change = pattern.segments.diff(dim=1)
         sound = (change >= 0).all()
         if pattern.positions is not None:
@@ -206,14 +223,12 @@ class MaskSpec:
         """Spans from their first to their last token, and whether there is padding between."""
         if self.padding is None:
             return spans, False
-        tokens: list[list[int]] = [[] for _ in range(self.num_rows)]
-        for row, token in self.padding.nonzero().tolist():
-            tokens[row].append(token)
+        tokens = [np.flatnonzero(row) for row in on_host(self.padding).expand(self.num_rows, -1).numpy()]
         kept, holes = [], False
         for row, begin, end in spans:
-            low, high = bisect_left(tokens[row], begin), bisect_left(tokens[row], end)
+            low, high = np.searchsorted(tokens[row], (begin, end)).tolist()
             if low < high:
-                kept.append(Span(row, tokens[row][low], tokens[row][high - 1] + 1))
+                kept.append(Span(row, int(tokens[row][low]), int(tokens[row][high - 1]) + 1))
                 holes |= kept[-1].end - kept[-1].begin != high - low
         return kept, holes
 
@@ -223,11 +238,11 @@ class MaskSpec:
             return spans, not pattern.evaluate
         origins = [span.begin for span in spans]
         if pattern.positions is not None:
-            where = torch.tensor([span[:2] for span in spans], dtype=torch.long, device=pattern.positions.device)
+            where = torch.tensor([span[:2] for span in spans], dtype=torch.long)
             firsts = pattern.positions.expand(self.num_rows, -1)[where[:, 0], where[:, 1]].tolist()
             origins = [origin - first for origin, first in zip(origins, firsts, strict=True)]
         elif self.documents is None or not self.documents.is_packed:
-            starts = pattern.chunk_start.tolist() if pattern.chunk_start is not None else [0] * self.num_rows
+            starts = on_host(pattern.chunk_start).tolist() if pattern.chunk_start is not None else [0] * self.num_rows
             if any(starts[span.row] != span.begin for span in spans):
                 return spans, False
         chunks = []
@@ -256,7 +271,7 @@ def omni_mask(
 
     Returns:
         A `MaskSpec` where queries and keys are the same tokens; otherwise (a cache that holds earlier tokens) the mask
-        of stock sdpa. On CUDA, reading documents and padding back costs a synchronisation per mask, not per layer.
+        of stock sdpa. Padding that the host does not know (`host`) costs a synchronisation per mask, not per layer.
 
     Raises:
         ValueError: packed documents are set for rows of another shape.
@@ -284,8 +299,9 @@ def omni_mask(
                 f"{documents.num_rows} rows of {documents.row_length}: unpack the rows for this model."
             )
         documents = None
-    if attention_mask is not None and bool(attention_mask.all()):
-        attention_mask = None
+    if attention_mask is not None:
+        known = on_host(attention_mask)
+        attention_mask = None if bool(known.all()) else with_values(attention_mask, known)
     return MaskSpec(
         batch_size,
         q_length,

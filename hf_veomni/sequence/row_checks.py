@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_veomni import hf
+from hf_veomni.host import apply, on_host
 from hf_veomni.sequence.context import Context
 from hf_veomni.sequence.documents import Documents
 from hf_veomni.sequence.mask import MaskSpec
@@ -46,8 +47,9 @@ def row_documents(positions: Tensor, num_rows: int, filler: int = 0) -> Document
     if positions.dim() == 3 and positions.shape[0] != 4:
         documents = Documents.from_lengths(((positions.shape[-1],),) * num_rows, device=positions.device)
     else:  # mRoPE: text positions come first where there are four
-        positions = positions[0] if positions.dim() == 3 else positions
-        documents = Documents.from_position_ids(positions.expand(num_rows, -1))
+        positions = apply(Tensor.__getitem__, positions, 0) if positions.dim() == 3 else positions
+        documents = Documents.from_position_ids(apply(Tensor.expand, positions, num_rows, -1))
+        documents = replace(documents, positions=positions)
     return replace(documents, filler=filler)
 
 
@@ -124,7 +126,7 @@ def check_counted(name: str, limit: int | None, longest: int) -> None:
 
 def restarts(positions: Tensor) -> bool:
     """Whether positions go back within a row: packed documents."""
-    return bool((positions.diff(dim=-1) < 0).any())
+    return bool((on_host(positions).diff(dim=-1) < 0).any())
 
 
 def check_masks_above(name: str, documents: Documents, mask: Any, *, filled: bool) -> None:
@@ -163,8 +165,9 @@ def begins_again(positions: Tensor, mask: Any) -> bool:
     They go back within a document too: after a video the next words count on from its largest side. Padding, which is
     0 in the mask [B, S], has positions of its own.
     """
-    begins = (positions == 0).all(dim=0)[:, 1:]
+    begins = (on_host(positions) == 0).all(dim=0)[:, 1:]
     if isinstance(mask, Tensor) and mask.shape == positions.shape[1:]:
+        mask = on_host(mask)
         begins = begins & mask[:, 1:].bool() & mask[:, :-1].bool()
     return bool(begins.any())
 
@@ -175,5 +178,6 @@ def _only_padded(positions: Tensor, mask: Any) -> bool:
 
 def _restarts_between_tokens(positions: Tensor, mask: Tensor) -> bool:
     """Whether some token's position does not follow that of its left neighbour, both of them not padding."""
-    positions, real = (positions[0] if positions.dim() == 3 else positions), mask.bool()
+    positions, real = on_host(positions), on_host(mask).bool()
+    positions = positions[0] if positions.dim() == 3 else positions
     return bool(((positions.diff(dim=-1) != 1) & real[:, 1:] & real[:, :-1]).any())

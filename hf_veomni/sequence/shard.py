@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_veomni.comm.gather import gather_shards
+from hf_veomni.host import apply
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.mask import MaskSpec
 
@@ -42,7 +43,7 @@ def check_same_rows(given: Tensor, state: ParallelState) -> None:
     """
     weights = torch.arange(1, given.shape[1] + 1, device=given.device)
     content = (given.long() * weights).sum() if given.dim() == 2 else torch.zeros((), dtype=torch.long)
-    mine = torch.tensor([given.shape[0], given.shape[1], 0], device=given.device)
+    mine = torch.tensor([given.shape[0], given.shape[1], 0], device=state.device)
     mine[2] = content
     found = [torch.empty_like(mine) for _ in range(state.sp_size)]
     dist.all_gather(found, mine, group=state.sp_group)
@@ -67,7 +68,7 @@ def gather_rows(x: Tensor, length: int, state: ParallelState) -> Tensor:
 
 def pad_positions(position_ids: Tensor, extra: int) -> Tensor:
     """Lengthen [..., S] by `extra` positions that count from 0: a dummy document of its own."""
-    tail = torch.arange(extra, device=position_ids.device, dtype=position_ids.dtype)
+    tail = position_ids.new_ones(extra).cumsum(0, dtype=position_ids.dtype) - 1
     return torch.cat([position_ids, tail.expand(*position_ids.shape[:-1], extra)], dim=-1)
 
 
@@ -97,12 +98,12 @@ def pad_inputs(inputs: dict[str, Any], extra: int, pad_token_id: int) -> dict[st
                 f"`attention_mask` ({type(mask).__name__}) is expanded already, so it cannot take {extra} more: "
                 "pass a [batch, tokens] mask or none, or make the row a multiple of sp_size."
             )
-        padded["attention_mask"] = F.pad(mask, (0, extra))
+        padded["attention_mask"] = apply(F.pad, mask, (0, extra))
     if inputs.get("input_ids") is not None:
         padded["input_ids"] = F.pad(inputs["input_ids"], (0, extra), value=pad_token_id)
     if inputs.get("inputs_embeds") is not None:
         padded["inputs_embeds"] = F.pad(inputs["inputs_embeds"], (0, 0, 0, extra))
-    padded["position_ids"] = pad_positions(inputs["position_ids"], extra)
+    padded["position_ids"] = apply(pad_positions, inputs["position_ids"], extra)
     length = inputs["position_ids"].shape[-1]
     for name, value in inputs.items():  # token types, boxes, languages
         if name in _HANDLED or name.startswith(("encoder_", "cross_", "labels")) or not isinstance(value, Tensor):

@@ -121,7 +121,8 @@ def choose_path(
 def _settle_autocast(*tensors: Tensor) -> Sequence[Tensor]:
     """Cast as autocast would at sdpa: rotary embeddings leave queries and keys in fp32 beside bf16 values."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or any(tensor.dtype == torch.float64 for tensor in tensors):
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not enabled or any(tensor.dtype == torch.float64 for tensor in tensors):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
 

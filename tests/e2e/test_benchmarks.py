@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import benchmarks.__main__ as entry
-from benchmarks import _record, activation_memory, expert_parallel, packing_vs_padding, step
+from benchmarks import _record, activation_memory, expert_parallel, packing_vs_padding, step, syncs
 from benchmarks._flops import flops_of_step
 from benchmarks._memory import MemoryLog
 from benchmarks._phases import PHASES
+from benchmarks._syncs import READ, UPLOAD, SyncCounter
 
 SHAPE = ["--hidden", "32", "--heads", "4", "--kv-heads", "2", "--layers", "2", "--vocab", "128"]
 TINY_STEP = [*SHAPE, "--intermediate", "48", "--tokens", "96", "--median", "16", "--rounds", "1", "--device", "cpu"]
@@ -147,6 +148,43 @@ def test_expert_benchmark_notices_what_is_off() -> None:
     assert "optimizer at ep=2" in off(held=row(2)["held"] | {"parameters": 16})[0]
 
 
+def test_waits_notice_what_is_off() -> None:
+    def row(**changes: Any) -> dict[str, Any]:
+        good = {"model": "dense", "row": "packed", "contender": "sp=2", "checkpointing": True, "loss_error": 0.0}
+        return good | {"forward": 2, "backward": 0, "goal": 2, "goal_backward": 0} | changes
+
+    assert syncs.check([row(), row(contender="stock", forward=9, goal=None, goal_backward=None)]) == []
+    assert "3 reads, the goal is 2" in syncs.check([row(forward=3)])[0]
+    assert "1 reads in the backward" in syncs.check([row(forward=1, backward=1)])[0]
+    assert "loss differs" in syncs.check([row(loss_error=1e-3)])[0]
+
+
+def test_waits_are_counted_where_values_come_from_the_device() -> None:
+    counter = SyncCounter(torch.device("cpu"))
+    host = torch.arange(6)
+    with counter:
+        there = counter.place({"x": host})["x"]
+        host.tolist(), bool(host.any()), host[host > 2], there[: len(host)] + 1  # ask nobody
+        torch.tensor([1]).to(there.device, non_blocking=True)
+        assert not counter.found
+        mask = there > 2
+        there.tolist(), there.cpu(), there.sum().item(), bool(mask.any()), there[mask], there.nonzero()
+        torch.zeros(6, device=there.device).numpy()
+        assert counter.count(READ) == 7
+        known = there.cpu()
+        known.tolist()
+        assert counter.count(READ) == 8
+        torch.tensor([1], device=there.device), host.to(there.device)
+        assert counter.count(UPLOAD) == 2
+        counter.phase = "backward"
+        weight = torch.ones(6, requires_grad=True)
+        weight.register_hook(lambda grad: grad.tolist() and None)
+        (weight * there).sum().backward()
+        assert counter.count(READ, "backward") == 1
+    there.tolist()
+    assert counter.count() == 11
+
+
 def test_packing_equals_padding(bench: Any) -> None:
     options = ["--every", "60", "--layers", "1", "--longest", "64", "--budget", "256", "--rounds", "1"]
     padded, grouped, packed = bench("packing_vs_padding", *options, "--device", "cpu")
@@ -166,6 +204,7 @@ def test_packing_notices_another_loss() -> None:
     "arguments",
     [
         ("packing", "--documents", "200", "--max-tokens", "512", "--repeats", "1"),
+        pytest.param(("syncs", "--layers", "1", "--device", "cpu"), marks=pytest.mark.slow),
         pytest.param(
             ("loss_memory", "--tokens", "128", "--vocab", "20000", "--hidden", "64", "--repeats", "1"),
             marks=pytest.mark.slow,

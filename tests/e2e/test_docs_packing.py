@@ -38,7 +38,7 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     names: dict[str, Any] = {"paths": sorted(map(str, tmp_path.glob("*.png")))}
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "docs/packing.md", "exec"), names)
     (batch,) = [names["collator"]([row]) for row in names["packed"]]

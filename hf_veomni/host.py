@@ -1,0 +1,109 @@
+"""Tensors whose values the host keeps while they travel to a device, so that nobody has to ask the device for them.
+
+    collator    remember(position_ids)          on the CPU: the tensor is its own copy
+    loader      .to(device), .pin_memory()      the copy on the host comes along
+    model       on_host(position_ids)           the copy, without waiting for the device
+
+Where nothing is known, `on_host` copies, for which the host waits until the device has done all that it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Remembered(Tensor):
+    """A tensor like any other that also has its values on the host.
+
+    `to`, `cuda` and `pin_memory` hand them on; every other operation gives a plain tensor. After a change in place on
+    the device the copy counts no more; on the CPU the tensor is its own copy.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+
+    _host: Tensor | None  # None: the tensor itself
+    _versions: tuple[int, int]
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        return _carry(self, super().to(*args, **kwargs))
+
+    def cuda(self, *args: Any, **kwargs: Any) -> Tensor:
+        return _carry(self, super().cuda(*args, **kwargs))
+
+    def pin_memory(self, *args: Any, **kwargs: Any) -> Tensor:
+        return _carry(self, super().pin_memory(*args, **kwargs))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Between processes (a loader's workers): the values once, not twice."""
+        return remember, (on_host(self), self.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return remember(on_host(self).clone(), self.device)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # of inference mode nothing is counted
+
+
+def _known(tensor: Tensor) -> Tensor | None:
+    if not isinstance(tensor, Remembered):
+        return None
+    if tensor._host is None:
+        return forget(tensor)
+    return tensor._host if tensor._versions == (_version(tensor), _version(tensor._host)) else None
+
+
+def _carry(source: Remembered, moved: Tensor) -> Tensor:
+    if moved is source:
+        return source
+    known = _known(source)
+    return forget(moved) if known is None else with_values(moved, known.to(moved.dtype))
+
+
+def forget(tensor: Tensor) -> Tensor:
+    """The same tensor as a plain one."""
+    return tensor.as_subclass(Tensor) if isinstance(tensor, Remembered) else tensor
+
+
+def with_values(tensor: Tensor, host: Tensor) -> Tensor:
+    """`tensor` with `host`, values that were read from it or that it was made of."""
+    plain, host = forget(tensor), forget(host)
+    made: Any = plain.as_subclass(Remembered)
+    own = host.device == plain.device and is_same(host, plain)
+    made._host, made._versions = None if own else host, (_version(plain), _version(host))
+    return made
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are views of the same elements."""
+    places = [(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype) for x in (one, other)]
+    return places[0] == places[1]
+
+
+def remember(tensor: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """A tensor of the CPU, or its copy on `device`, that keeps its values on the host."""
+    plain = forget(tensor)
+    assert plain.device.type == "cpu", plain.device
+    return with_values(plain if device is None else plain.to(device, non_blocking=True), plain)
+
+
+def knows(tensor: Any) -> bool:
+    """Whether `on_host` of this tensor waits for nothing."""
+    return isinstance(tensor, Tensor) and _known(tensor) is not None
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A tensor's values on the CPU; where they are not known the host waits for the device."""
+    known = _known(tensor)
+    return forget(tensor).cpu() if known is None else known
+
+
+def apply(function: Callable[..., Tensor], tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`function(tensor, ...)`, on the host too where the values are known there."""
+    known = _known(tensor)
+    made = function(forget(tensor), *args, **kwargs)
+    return made if known is None else with_values(made, function(known, *args, **kwargs))

@@ -1,0 +1,74 @@
+"""Tensors whose values the host keeps while they travel. The meta device stands for a real one: it has no values."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader
+
+from hf_veomni.host import apply, forget, knows, on_host, remember, with_values
+
+DEVICE = torch.device("meta")
+
+
+def test_values_travel_along() -> None:
+    values = torch.tensor([[0, 1, 2, 0, 1]])
+    moved = send_to_device({"position_ids": remember(values)}, DEVICE)["position_ids"]
+    assert moved.device == DEVICE and knows(moved)
+    assert torch.equal(on_host(moved), values)
+    assert torch.equal(on_host(moved.to(torch.int32)), values.int())
+    assert torch.equal(on_host(apply(lambda x: x[:, 2:], moved)), values[:, 2:])
+
+
+def test_everything_else_is_a_plain_tensor() -> None:
+    moved = remember(torch.arange(4)).to(DEVICE)
+    assert type(moved + 1) is type(moved[1:]) is type(torch.cat([moved, moved])) is type(forget(moved)) is torch.Tensor
+    assert not knows(moved + 1)
+    assert not knows(torch.arange(4))
+
+
+def test_a_change_on_the_device_makes_the_copy_stale() -> None:
+    moved = remember(torch.arange(4)).to(DEVICE)
+    moved.add_(1)
+    assert not knows(moved)
+    with pytest.raises(NotImplementedError, match="meta"):  # asks the device, which has no values here
+        on_host(moved)
+
+
+def test_a_change_on_the_cpu_counts() -> None:
+    labels = remember(torch.arange(4))
+    labels[0] = -100
+    assert on_host(labels.to(DEVICE)).tolist() == [-100, 1, 2, 3]
+
+
+def test_values_given_later() -> None:
+    made = with_values(torch.arange(3, device=DEVICE), torch.arange(3))
+    assert made.device == DEVICE and on_host(made).tolist() == [0, 1, 2]
+
+
+def _collate(samples: list[int]) -> dict[str, torch.Tensor]:
+    return {"labels": remember(torch.tensor(samples))}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_values_come_out_of_a_loader(workers: int) -> None:
+    batches = list(DataLoader([1, 2], collate_fn=_collate, num_workers=workers))  # type: ignore[arg-type]
+    assert [on_host(batch["labels"].to(DEVICE)).tolist() for batch in batches] == [[1], [2]]
+
+
+def test_copies_are_as_good() -> None:
+    values = remember(torch.arange(3)).to(DEVICE)
+    for copied in (copy.deepcopy(values), pickle.loads(pickle.dumps(values))):
+        assert copied.device == DEVICE and on_host(copied).tolist() == [0, 1, 2]
+
+
+def test_layers_take_them() -> None:
+    ids = remember(torch.tensor([[1, 2]]))
+    layer = torch.nn.Embedding(4, 3)
+    assert torch.equal(layer(ids), layer(forget(ids)))
+    compiled = torch.compile(lambda x: x * 2, backend="eager")
+    assert compiled(ids).tolist() == [[2, 4]]
