@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_veomni import hf
-from hf_veomni.host import apply, forget, on_host, remember, with_values
+from hf_veomni.host import forget
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.bias import attach_bias
 from hf_veomni.sequence.context import Context
@@ -31,6 +31,7 @@ from hf_veomni.sequence.deepstack import cut_deepstack
 from hf_veomni.sequence.documents import current_documents
 from hf_veomni.sequence.families import attach_patch, has_patch
 from hf_veomni.sequence.generation import attach_generate, detach_generate, is_generating
+from hf_veomni.sequence.inputs import find_positions, prepare_mask
 from hf_veomni.sequence.layer_inputs import cut_call
 from hf_veomni.sequence.linear import Gathered, LinearAttachment, check_mixer_heads
 from hf_veomni.sequence.origin import find_origin
@@ -42,8 +43,6 @@ from hf_veomni.sequence.row_checks import (
     check_documents,
     check_mask_given,
     check_masks_above,
-    check_text_positions,
-    restarts,
     row_documents,
 )
 from hf_veomni.sequence.running import Call, Row, current_call, current_row, is_cut
@@ -267,33 +266,23 @@ class SequenceAttachment:
         positions, call = inputs.get("position_ids"), current_call.get()
         if positions is None and call is not None and call.owner is self:
             positions = call.positions
-        if positions is None:
-            positions = remember(torch.arange(given.shape[1])[None], given.device)
-            if "mrope_section" in str(getattr(self.config, "rope_parameters", None)):  # whose own default has all rows
-                positions = apply(Tensor.expand, positions, given.shape[0], -1)
-        else:
-            positions = with_values(positions, on_host(positions))  # waits for the device here, or not at all
-            check_text_positions(positions, inputs.get("attention_mask"))
+        positions = find_positions(positions, given, inputs.get("attention_mask"), self.config)
         # Tables of learned positions may begin elsewhere than at 0 (RoBERTa): the model makes its own positions then.
         made = inputs.get("position_ids") is None and not (self.seam.rotary and "position_ids" in self._signature)
         inputs = {**inputs, "position_ids": positions}
         if "use_cache" in self._signature or "use_cache" in inputs:
             inputs["use_cache"] = False
-        mask = inputs.get("attention_mask")
         if self._wants_mask:
-            check_mask_given(self.name, mask)
-        if isinstance(mask, Tensor) and mask.shape == given.shape[:2]:
-            inputs["attention_mask"] = mask = with_values(mask, on_host(mask))
-            if bool(on_host(mask).all()) and not self._masks_on_demand:
-                inputs["attention_mask"] = mask = None  # an all-ones mask would switch stock packing off
-        if extra and mask is None and self._looks_ahead and "attention_mask" in self._signature:
-            if self._masks_on_demand:
-                raise ValueError(
-                    f"{self.name} attends otherwise with an `attention_mask` than without one, so a row of "
-                    f"{row.length} tokens cannot be filled up to a multiple of {self.state.sp_size}: pass a mask."
-                )
-            if not restarts(positions):
-                inputs["attention_mask"] = remember(torch.ones(given.shape[:2], dtype=torch.long), given.device)
+            check_mask_given(self.name, inputs.get("attention_mask"))
+        mask = prepare_mask(
+            inputs,
+            given,
+            name=self.name,
+            fill=bool(extra) and self._looks_ahead,
+            on_demand=self._masks_on_demand,
+            takes_mask="attention_mask" in self._signature,
+            sp_size=self.state.sp_size,
+        )
         pad_token = getattr(self.config, "pad_token_id", None)
         inputs = cut_deepstack(inputs, row.padded, self.state)
         inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
