@@ -1,6 +1,7 @@
 """Attention over packed documents without an S x S mask, under the name "omni_varlen".
 
     "kernel"    torch's varlen kernel, all documents in one call: CUDA, bf16 or fp16, head width up to 256, sinks too
+    "flex"      FlexAttention, all documents in one call: on CUDA, what the kernel and sdpa have no argument for
     "fused"     sdpa, a call per document or per block of a window: plain attention without the kernel
     "blocks"    blocks of queries by the formula, computed again in the backward: everything else
 
@@ -21,12 +22,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_veomni.sequence.blocks import Block, Formula, attend, attend_recomputed, plan_blocks, take_slices
 from hf_veomni.sequence.documents import current_documents
+from hf_veomni.sequence.flex import attend_flex, flex_applies
 from hf_veomni.sequence.kernel import Packing, attend_packed
 from hf_veomni.sequence.mask import MaskSpec, omni_mask
 
 VARLEN_NAME = "omni_varlen"
 
-Path = Literal["kernel", "fused", "blocks"]
+Path = Literal["kernel", "flex", "fused", "blocks"]
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _KERNEL_MAX_WIDTH = 256
@@ -93,6 +95,8 @@ def varlen_attention(
     match choose_path(query, key, value, spec, formula, sinks=s_aux, bias=position_bias):
         case "kernel":
             return _attend_kernel(query, key, value, spec, formula.scaling, s_aux), None
+        case "flex":
+            return attend_flex(query, key, value, spec, formula, sinks=s_aux), None
         case "fused":
             return _attend_fused(query, key, value, spec, formula.scaling), None
         case "blocks":
@@ -115,6 +119,8 @@ def choose_path(
         return "kernel"
     if limited and sinks is None:
         return "fused"
+    if bias is None and flex_applies(query, key, value, spec, formula, sinks):
+        return "flex"
     return "blocks"
 
 

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
+from transformers.models.gemma2 import modeling_gemma2
 
 from hf_veomni.sequence import kernel, varlen
+from hf_veomni.sequence.blocks import Formula
 from hf_veomni.sequence.varlen import varlen_attention
 from tests.unit.sequence import emulated
 from tests.unit.sequence.dense import (
@@ -23,6 +26,8 @@ from tests.unit.sequence.dense import (
     make_spec,
     random_inputs,
 )
+from tests.unit.sequence.test_flex import GROUPS, exact_softmax, images  # noqa: F401
+from tests.unit.sequence.test_sinks import make_inputs, ours, stock
 
 
 @pytest.fixture
@@ -126,40 +131,152 @@ def test_kernel_takes_what_it_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not applies(64, torch.bfloat16, value_width=512)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("shape", [(8, 2, 64, 64), (4, 4, 128, 128), (4, 4, 192, 128), (6, 1, 20, 12)], ids=str)
+def on_cuda(test: Any) -> Any:
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+
+
+def right_padding(padded: bool) -> Tensor | None:
+    if not padded:
+        return None
+    padding = torch.ones(2, 230, dtype=torch.bool)
+    padding[0, 211:], padding[1, :41] = False, False
+    return padding
+
+
+def to_cuda(exact: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys and values in `dtype`, sinks in fp32."""
+    kinds = (dtype, dtype, dtype, torch.float32)
+    return [x.detach().to("cuda", kind).requires_grad_() for x, kind in zip(exact, kinds, strict=False)]
+
+
+def assert_close(out: Tensor, inputs: list[Tensor], expected: Tensor, exact: list[Tensor], limit: float) -> None:
+    """Outputs and gradients, each relative to its norm in fp64."""
+    pairs = [(out, expected), *zip(gradients(out, inputs), gradients(expected, exact), strict=True)]
+    pairs = [(got.detach().double().cpu(), wanted.detach().double().cpu()) for got, wanted in pairs]
+    errors = [float((got - wanted).norm() / wanted.norm()) for got, wanted in pairs]
+    assert max(errors) < limit, errors
+
+
+def path_on_cuda(inputs: list[Tensor], spec: Any, softcap: float | None = None) -> str:
+    sinks = inputs[3] if len(inputs) > 3 else None
+    return varlen.choose_path(*inputs[:3], spec, Formula(0.1, softcap), sinks=sinks)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8, 2, 64, 64), (4, 4, 128, 128), (4, 4, 192, 128), (6, 1, 20, 12), (4, 2, 256, 256)], ids=str
+)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "unknown"])
-def test_cuda_kernel_equals_fp64_on_cpu(name: str, padded: bool, shape: tuple[int, ...]) -> None:
-    padding = None
-    if padded:
-        padding = torch.ones(2, 230, dtype=torch.bool)
-        padding[0, 211:], padding[1, :41] = False, False
+def test_cuda_kernel_equals_fp64_on_cpu(name: str, padded: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    padding = right_padding(padded)
     exact = random_inputs(LENGTHS, *shape)
     expected = dense_attention(*exact, dense_mask(FUNCTIONS[name], LENGTHS, padding))
-    inputs = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in exact]
-    assert varlen.kernel_applies(*inputs)
-    on_device = None if padding is None else padding.cuda()
-    spec = make_spec(FUNCTIONS[name], LENGTHS, on_device, device="cuda")
+    inputs = to_cuda(exact, dtype)
+    spec = make_spec(FUNCTIONS[name], LENGTHS, None if padding is None else padding.cuda(), device="cuda")
+    assert path_on_cuda(inputs, spec) == "kernel"
     out, _ = varlen_attention(SimpleNamespace(), *inputs, spec)
-    pairs = [(out, expected), *zip(gradients(out, inputs), gradients(expected, exact), strict=True)]
-    for got, wanted in pairs:
-        error = (got.double().cpu() - wanted).norm() / wanted.norm()
-        assert float(error.detach()) < 2e-2
+    assert_close(out, inputs, expected, exact, 2e-2)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(8, 1, 64, 64), (6, 2, 20, 12), (4, 4, 128, 128)], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["causal", "sliding"])
+def test_cuda_sinks_equal_gpt_oss_eager_in_fp64(
+    name: str, padded: bool, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    padding = right_padding(padded)
+    exact = make_inputs(*shape)
+    expected = stock(exact, dense_mask(FUNCTIONS[name], LENGTHS, padding), 0.1)
+    if padding is not None:
+        expected = expected.masked_fill(~padding[..., None, None], 0)
+    inputs = to_cuda(exact, dtype)
+    spec = make_spec(FUNCTIONS[name], LENGTHS, None if padding is None else padding.cuda(), device="cuda")
+    assert path_on_cuda(inputs, spec) == "kernel"
+    assert_close(ours(inputs, spec, 0.1), inputs, expected, exact, 2e-2)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(4, 2, 256, 256), (4, 2, 128, 128)], ids=str)
+@pytest.mark.usefixtures("exact_softmax")
+def test_cuda_softcap_equals_gemma2_eager_in_fp64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    exact, module = random_inputs(LENGTHS, *shape), SimpleNamespace(num_key_value_groups=2, training=True)
+    inputs = to_cuda(exact, dtype)
+    for name, padded in (("causal", False), ("sliding", False), ("sliding", True)):
+        padding = right_padding(padded)
+        allowed = dense_mask(FUNCTIONS[name], LENGTHS, padding)
+        mask = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)
+        expected, _ = modeling_gemma2.eager_attention_forward(module, *exact, mask, scaling=0.1, softcap=3.0)
+        if padding is not None:
+            expected = expected.masked_fill(~padding[..., None, None], 0)
+        spec = make_spec(FUNCTIONS[name], LENGTHS, None if padding is None else padding.cuda(), device="cuda")
+        if dtype == torch.bfloat16:  # in fp32 a width of 256 may be too much for the device, which is exact as well
+            assert path_on_cuda(inputs, spec, 3.0) == "flex"
+        out, _ = varlen_attention(module, *inputs, spec, scaling=0.1, softcap=3.0)
+        assert_close(out, inputs, expected, exact, 2e-2 if dtype == torch.bfloat16 else 1e-3)
+
+
+@on_cuda
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [*FUNCTIONS, "images"])
 def test_cuda_without_kernel_equals_fp64_on_cpu(name: str, softcap: float | None) -> None:
+    function = FUNCTIONS[name] if name in FUNCTIONS else images(GROUPS.cuda())
+    on_host = FUNCTIONS[name] if name in FUNCTIONS else images(GROUPS)
     exact = random_inputs(LENGTHS, 4, 2, 64, 32)
-    expected, _ = varlen_attention(SimpleNamespace(), *exact, make_spec(FUNCTIONS[name], LENGTHS), softcap=softcap)
-    inputs = [x.detach().to("cuda", torch.float32).requires_grad_() for x in exact]
-    spec = make_spec(FUNCTIONS[name], LENGTHS, device="cuda")
+    expected, _ = varlen_attention(SimpleNamespace(), *exact, make_spec(on_host, LENGTHS), softcap=softcap)
+    inputs = to_cuda(exact, torch.float32)
+    spec = make_spec(function, LENGTHS, device="cuda")
+    if name != "unknown" and (softcap is not None or name == "images"):
+        assert path_on_cuda(inputs, spec, softcap) == "flex"
     out, _ = varlen_attention(SimpleNamespace(), *inputs, spec, softcap=softcap)
-    pairs = [(out, expected), *zip(gradients(out, inputs), gradients(expected, exact), strict=True)]
-    for got, wanted in pairs:
-        error = (got.double().cpu() - wanted).norm() / wanted.norm()
-        assert float(error.detach()) < 1e-3
+    assert_close(out, inputs, expected, exact, 1e-3)
+
+
+@on_cuda
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_cuda_recomputation_gives_the_same_gradients(softcap: float | None) -> None:
+    """Of sinks on the kernel and of a softcap on FlexAttention, whose first call comes inside of the checkpoint."""
+    exact = make_inputs(4, 2, 128, 128) if softcap is None else random_inputs(LENGTHS, 4, 2, 128, 128)
+    inputs, spec = to_cuda(exact, torch.bfloat16), make_spec(FUNCTIONS["sliding"], LENGTHS, device="cuda")
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *sinks: Tensor) -> Tensor:
+        options: dict[str, Any] = {"scaling": 0.1, "softcap": softcap, "s_aux": sinks[0] if sinks else None}
+        return varlen_attention(SimpleNamespace(), query, key, value, spec, **options)[0]
+
+    again = checkpoint(attention, *inputs, use_reentrant=False)
+    assert_close(again, inputs, attention(*inputs).double().cpu(), inputs, 1e-2)
+
+
+@on_cuda
+@pytest.mark.parametrize("name", ["causal", "sliding"])
+def test_cuda_sinks_in_fp32_equal_gpt_oss_eager_in_fp64(name: str) -> None:
+    exact = make_inputs(8, 2, 64, 64)
+    inputs, spec = to_cuda(exact, torch.float32), make_spec(FUNCTIONS[name], LENGTHS, device="cuda")
+    assert path_on_cuda(inputs, spec) == "flex"
+    expected = stock(exact, dense_mask(FUNCTIONS[name], LENGTHS), 0.1)
+    assert_close(ours(inputs, spec, 0.1), inputs, expected, exact, 1e-3)
+
+
+@on_cuda
+@pytest.mark.parametrize("softcap", [None, 50.0])
+def test_cuda_64k_tokens_take_one_call_and_no_square(softcap: float | None) -> None:
+    """Sinks on the kernel, a softcap on FlexAttention; the scores of one head alone would be 8 GB."""
+    lengths = ((20000, 1, 30000, 15535),)
+    spec = make_spec(FUNCTIONS["causal"], lengths, device="cuda")
+    query, key, value = (
+        torch.randn(1, n, 65536, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (8, 2, 2)
+    )
+    sinks = torch.zeros(8, device="cuda", requires_grad=True) if softcap is None else None
+    options: dict[str, Any] = {"scaling": 0.1, "softcap": softcap, "s_aux": sinks}
+    inputs = [x for x in (query, key, value, sinks) if x is not None]
+    assert path_on_cuda(inputs, spec, softcap) == ("kernel" if softcap is None else "flex")
+    for _ in range(2):  # the first one compiles
+        torch.cuda.reset_peak_memory_stats()
+        out, _ = varlen_attention(SimpleNamespace(), query, key, value, spec, **options)
+        grads = torch.autograd.grad(out.sum(), inputs)
+    assert all(bool(x.isfinite().all()) for x in (out, *grads))
+    assert torch.cuda.max_memory_allocated() < 2e9
