@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "pyarrow")
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "peft", "numpy", "pyarrow")
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -37,6 +37,17 @@ def measure(function: Callable[[], Any], repeats: int, clock: Callable[[], float
     return seconds
 
 
+def environment(plan: Any = None) -> dict[str, Any]:
+    """What stands beside the measured rows: commit, date, versions, hardware and plan."""
+    return {
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
+        "hardware": _hardware(),
+        "plan": None if plan is None else str(plan),
+    }
+
+
 def record(name: str, rows: Sequence[Mapping[str, Any]], plan: Any = None) -> Path:
     """Write `benchmarks/results/<name>_<device>.json` and print where.
 
@@ -47,15 +58,7 @@ def record(name: str, rows: Sequence[Mapping[str, Any]], plan: Any = None) -> Pa
     """
     device = torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
     path = RESULTS / f"{name}_{device}.json"
-    content = {
-        "benchmark": name,
-        "commit": _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
-        "hardware": _hardware(),
-        "plan": None if plan is None else str(plan),
-        "rows": list(rows),
-    }
+    content = {"benchmark": name, **environment(plan), "rows": list(rows)}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

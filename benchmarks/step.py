@@ -22,9 +22,8 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -39,6 +38,7 @@ from benchmarks._options import device_parser, parse_for_device
 from benchmarks._phases import PhaseClock
 from benchmarks._record import quantiles, record
 from benchmarks._rows import packed_row, ragged_lengths
+from benchmarks._timing import matmul_rate, timed
 from hf_veomni import ParallelPlan, detach_omni, prepare_omni
 
 # Shapes and lengths by device; the CUDA ones are Llama-3-8B's.
@@ -121,12 +121,26 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, torch.device(options.device)
-        self.model = build(options, self.device)
+        self.model = self.build()
         # No weight changes at a learning rate of 0, but all is computed.
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=self.device.type == "cuda")
         layers = self.model.get_decoder().layers
         self.watched = [layers[0].self_attn.q_proj.weight, layers[0].self_attn.v_proj.weight]
-        self.watched += [layers[-1].mlp.down_proj.weight]
+        self.watched += [self.last_of(layers[-1])]
+
+    def build(self) -> PreTrainedModel:
+        return build(self.options, self.device)
+
+    def last_of(self, layer: Any) -> Tensor:
+        """The parameter of the last layer that is compared."""
+        return layer.mlp.down_proj.weight
+
+    def contenders(self) -> list[str]:
+        return contenders(self.options.contenders)
+
+    def installed(self, name: str) -> AbstractContextManager[None]:
+        """The model as this contender has it."""
+        return installed(self.model, name)
 
     def gradients(self, batch: dict[str, Tensor], **kwargs: Any) -> float:
         """Forward and backward; returns the loss. Without a cache, or stock would not see the packed documents."""
@@ -140,15 +154,7 @@ class Bench:
         self.optimizer.zero_grad()
 
     def seconds(self, function: Callable[[], Any]) -> float:
-        begin = self._now()
-        function()
-        return self._now() - begin
-
-    def _now(self) -> float:
-        if self.device.type == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
+        return timed(function, self.device)
 
     def load(self, lengths: list[int]) -> None:
         """Take the row of these documents."""
@@ -166,7 +172,7 @@ class Bench:
         ids, begin, total = self.batch["input_ids"], 0, 0.0
         sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.watched]
         scored = sum(self.lengths) - len(self.lengths)
-        with installed(self.model, "stock sdpa"):
+        with self.installed("stock sdpa"):
             for length in self.lengths:
                 row = ids[:, begin : begin + length]
                 begin += length
@@ -179,7 +185,7 @@ class Bench:
 
     def check(self, name: str, expected: tuple[float, list[Tensor]]) -> dict[str, Any]:
         """Relative errors of this contender, and whether they are within the tolerance."""
-        with installed(self.model, name):
+        with self.installed(name):
             loss = self.gradients(self.batch)
         errors = [
             float((parameter.grad.float() - grad).norm() / grad.norm())
@@ -193,13 +199,13 @@ class Bench:
 
     def block(self, name: str, steps: int) -> list[float]:
         """Seconds of each step, after one that is not counted."""
-        with installed(self.model, name):
+        with self.installed(name):
             self.step()
             return [self.seconds(self.step) for _ in range(steps)]
 
     def peak_bytes(self, name: str) -> int:
         """Peak memory of a step: of the allocator on CUDA, else weights, optimizer and all tensors the step makes."""
-        with installed(self.model, name):
+        with self.installed(name):
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 self.step()
@@ -212,7 +218,7 @@ class Bench:
 
     def phases(self, steps: int) -> dict[str, float]:
         """Seconds of the parts of our step, means over `steps`."""
-        with installed(self.model, "ours"):
+        with self.installed("ours"):
             self.step()
             clock = PhaseClock(self.device)
             clock.attach(self.model)
@@ -229,11 +235,9 @@ class Bench:
         return {phase: seconds / steps for phase, seconds in clock.seconds().items()}
 
     def matmul_rate(self) -> float:
-        """FLOP/s of one large matmul on random numbers, the best of five: what this device reaches."""
+        """FLOP/s of one large matmul: what this device reaches."""
         size = 8192 if self.device.type == "cuda" else 2048
-        a, b = (torch.randn(size, size, device=self.device).to(getattr(torch, self.options.dtype)) for _ in range(2))
-        a @ b
-        return 2 * size**3 / min(self.seconds(lambda: a @ b) for _ in range(5))
+        return matmul_rate(self.device, getattr(torch, self.options.dtype), size)
 
 
 def guarded(function: Callable[[], Any], clean: Callable[[], None]) -> tuple[Any, bool]:
@@ -250,7 +254,7 @@ def check_all(bench: Bench) -> dict[str, dict[str, Any]]:
     """An empty result for every contender, checked where the reference fits into memory."""
     results: dict[str, dict[str, Any]] = {}
     expected, _ = guarded(bench.reference, bench.clean)
-    for name in contenders(bench.options.contenders):
+    for name in bench.contenders():
         check, full = None, False
         if expected is not None:
             check, full = guarded(partial(bench.check, name, expected), bench.clean)

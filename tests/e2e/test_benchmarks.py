@@ -88,6 +88,15 @@ def test_flops_count_the_causal_half_of_each_document() -> None:
     assert whole["loss"] == 3 * 2 * 63 * 8 * 10
 
 
+def test_flops_of_experts_count_those_that_a_token_goes_to() -> None:
+    options = argparse.Namespace(hidden=8, heads=2, kv_heads=1, intermediate=16, layers=3, vocab=10)
+    options.head_dim, options.experts, options.top_k = 6, 5, 2
+    step = flops_of_step(options, [64])
+    assert step["mlp"] == 3 * 2 * 64 * 3 * (2 * 3 * 8 * 16 + 8 * 5)
+    assert step["projections"] == 3 * 2 * 64 * 3 * (2 * 8 * 12 + 2 * 8 * 6)
+    assert step["attention"] == 3 * 3 * 4 * 2 * 6 * 64**2 / 2
+
+
 def test_memory_log_counts_what_is_live() -> None:
     weight = torch.zeros(256, requires_grad=True)
     with MemoryLog() as log:

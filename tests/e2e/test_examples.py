@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import make_checkpoint
 import make_moe_checkpoint
 from pydoc_topics import IGNORED, pydoc_datasets, question, tokenize
-from tests.conftest import CHAT_TEMPLATE
+from tests.checkpoints import CHAT_TEMPLATE
 
 
 def leftovers(folder: Path) -> list[str]:
