@@ -78,6 +78,22 @@ def _groups_with_parameters(optimizer: Optimizer) -> Iterator[None]:
             optimizer.param_groups.insert(place, group)
 
 
+def _get_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """By name. torch fills an empty state by a step of size 0, which optimizers with modes take in training alone."""
+    train: Any = getattr(optimizer, "train", None)
+    if callable(train) and not optimizer.state:
+        train()
+    return get_optimizer_state_dict(model, optimizer, options=_BY_NAME)
+
+
+def _set_groups(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Options of the parameter groups alone, for an optimizer that keeps nothing else (SGD without momentum)."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        prefix = f"param_groups.{names[id(group['params'][0])]}."
+        group.update({name: state[prefix + name] for name in group if prefix + name in state})
+
+
 def save_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLike[str]) -> None:
     """Write the optimizer's state; each rank writes what it owns, by parameter name. Every rank must call it.
 
@@ -88,7 +104,7 @@ def save_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLik
     """
     inner = unwrap_optimizer(optimizer)
     with _groups_with_parameters(inner):
-        state = get_optimizer_state_dict(model, inner, options=_BY_NAME)
+        state = _get_state(model, inner)
     _write({"optimizer": state}, directory)
 
 
@@ -104,9 +120,12 @@ def load_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLik
         _require(Path(directory))
     inner = unwrap_optimizer(optimizer)
     with _groups_with_parameters(inner):
-        state = get_optimizer_state_dict(model, inner, options=_BY_NAME)
+        state = _get_state(model, inner)
         _read({"optimizer": state}, directory)
-        set_optimizer_state_dict(model, inner, state, options=_BY_NAME)
+        if any(inner.state.values()):
+            set_optimizer_state_dict(model, inner, state, options=_BY_NAME)
+        else:
+            _set_groups(model, inner, state)
 
 
 def load_stock_optimizer(model: nn.Module, optimizer: Any, path: str | os.PathLike[str]) -> None:
@@ -122,7 +141,12 @@ def load_stock_optimizer(model: nn.Module, optimizer: Any, path: str | os.PathLi
     with together(f"Reading the optimizer state '{path}'"):
         state = _named_state(model, inner, torch.load(path, map_location="cpu", weights_only=True), path)
     with _groups_with_parameters(inner):
-        set_optimizer_state_dict(model, inner, state, options=StateDictOptions(full_state_dict=True))
+        _get_state(model, inner)
+        if any(inner.state.values()):
+            set_optimizer_state_dict(model, inner, state, options=StateDictOptions(full_state_dict=True))
+            return
+        for group, stored in zip(inner.param_groups, state["param_groups"], strict=True):
+            group.update({name: value for name, value in stored.items() if name != "params"})
 
 
 def _named_state(model: nn.Module, optimizer: Optimizer, stored: dict[str, Any], path: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from functools import wraps
+from importlib import import_module
 from typing import Any
 from weakref import WeakSet
 
@@ -206,14 +207,15 @@ def _module_with_loss(model: nn.Module) -> str | None:
     return None
 
 
-def attach_router_loss(model: nn.Module, state: ParallelState) -> Callable[[], None] | None:
+def attach_router_loss(model: nn.Module, state: ParallelState, module: str | None = None) -> Callable[[], None] | None:
     """Have a model's load-balancing loss count the tokens of all ranks.
 
     Args:
-        model: a transformers model, before it is sharded.
+        model: a transformers model.
+        module: where its forward finds the function, if that is not the module of the model's class.
 
     Returns:
         A function that takes it off, or None if the family has no such loss.
     """
-    name = _module_with_loss(model)
+    name = _module_with_loss(model) if module is None else import_module(module).__name__
     return None if name is None else RouterLoss(model, state, name).detach

@@ -4,7 +4,7 @@ Read in this order: `rule` (which targets this rank scores, and what the sum is 
 returns in place of logits), `chunked` (the sum over tokens, chunk by chunk), `attach` (installs both on a model).
 """
 
-from hf_veomni.loss.attach import CausalLMLoss, attach_lean_loss, lean_evaluation
+from hf_veomni.loss.attach import CausalLMLoss, attach_lean_loss, has_lean_loss, lean_evaluation
 from hf_veomni.loss.stand_in import LeanLogits
 
-__all__ = ["CausalLMLoss", "LeanLogits", "attach_lean_loss", "lean_evaluation"]
+__all__ = ["CausalLMLoss", "LeanLogits", "attach_lean_loss", "has_lean_loss", "lean_evaluation"]

@@ -187,6 +187,11 @@ def _detach(model: PreTrainedModel, state: _State, loss: CausalLMLoss, own: Any,
         head.restore()
 
 
+def has_lean_loss(model: nn.Module) -> bool:
+    """Whether `attach_lean_loss` is in force on `model`; families with a loss of their own keep it."""
+    return isinstance(hf.base_model(model).loss_function, CausalLMLoss)
+
+
 @contextmanager
 def lean_evaluation(model: nn.Module) -> Iterator[None]:
     """Within this context the attached head returns a stand-in in evaluation too: for when only the loss is wanted.

@@ -27,6 +27,7 @@ from hf_veomni.checkpoint import (
 from hf_veomni.mesh import get_parallel_state
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer.gathering import gather_objects, gather_rows
+from hf_veomni.trainer.loaders import deal_to_data_ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -113,7 +114,13 @@ def _adapt_gathering(accelerator: Any, group: dist.ProcessGroup | None) -> None:
 
 def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
     stock_model, stock_clip = accelerator.prepare_model, accelerator.clip_grad_norm_
-    stock_scheduler = accelerator.prepare_scheduler
+    stock_scheduler, stock_loader = accelerator.prepare_scheduler, accelerator.prepare_data_loader
+
+    @wraps(stock_loader)
+    def prepare_data_loader(*args: Any, **kwargs: Any) -> Any:
+        loader = stock_loader(*args, **kwargs)
+        deal_to_data_ranks(loader, plan.dp_size, accelerator.process_index // plan.sp_size)
+        return loader
 
     @wraps(stock_model)
     def prepare_model(
@@ -139,7 +146,7 @@ def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
         return prepared
 
     accelerator.prepare_model, accelerator.clip_grad_norm_ = prepare_model, clip_grad_norm_
-    accelerator.prepare_scheduler = prepare_scheduler
+    accelerator.prepare_scheduler, accelerator.prepare_data_loader = prepare_scheduler, prepare_data_loader
     accelerator.no_sync = lambda model: deferred_reduction(model) if is_prepared(model) else nullcontext()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from inspect import get_annotations
+from typing import Any, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -13,10 +15,15 @@ from hf_veomni.trainer.launcher import release_launcher
 from hf_veomni.trainer.parallelism import OmniParallelismConfig
 from hf_veomni.trainer.refusals import check_budgeted, check_given, check_sharded
 
+_FIELDS = "__dataclass_fields__"
+
 
 @dataclass
 class OmniTrainingArguments(TrainingArguments):
     """TrainingArguments + `plan`.
+
+    With the arguments of another trainer (`@dataclass class Arguments(OmniTrainingArguments, SFTConfig)`, in any
+    order) it adds its own fields alone: the other class keeps its defaults.
 
     Args:
         plan: how the ranks are used: a string ("sp=2,dp_shard=2"), a path to a yaml file, a mapping or a
@@ -33,7 +40,8 @@ class OmniTrainingArguments(TrainingArguments):
             got fewer tokens of all ranks than the mean (DeepSeek-V3 uses 0.001). 0 leaves the bias as it is.
 
     Raises:
-        ValueError: a plan that does not fit the world, or an argument that does not go with a plan.
+        ValueError: a plan that does not fit the world, an argument that does not go with a plan, or a class without
+            `@dataclass` on several classes of arguments.
     """
 
     # A string for HfArgumentParser; `__post_init__` parses it.
@@ -56,7 +64,21 @@ class OmniTrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "Step of the router's balancing bias after each optimizer step. 0: none."}
     )
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """`dataclass` takes a field from the first base that has it, be it inherited. What we inherited from
+        TrainingArguments hides nothing: a field that another base declares is declared again in `cls`."""
+        super().__init_subclass__(**kwargs)
+        declared: dict[str, Any] = {}
+        for name, stock in vars(TrainingArguments)[_FIELDS].items():
+            found = [(base, vars(base).get(_FIELDS, {}).get(name, stock)) for base in cls.__mro__[1:]]
+            owner, own = next(((base, other) for base, other in found if other is not stock), (None, None))
+            if own is not None and name not in get_annotations(cls):
+                declared[name] = get_type_hints(owner)[name] if isinstance(own.type, str) else own.type
+                setattr(cls, name, copy(own))
+        cls.__annotations__ = declared | get_annotations(cls)
+
     def __post_init__(self) -> None:
+        self._check_decorated()
         plan = ParallelPlan.parse(self.plan or None)
         check_given(self)
         given = self.parallelism_config
@@ -79,6 +101,15 @@ class OmniTrainingArguments(TrainingArguments):
         if plan.world_size > 1:
             check_sharded(self)
             self.parallelism_config = OmniParallelismConfig(plan)
+
+    def _check_decorated(self) -> None:
+        made, *rest = [base for base in type(self).__mro__ if _FIELDS in vars(base)]
+        left_out = [base.__name__ for base in rest if not issubclass(made, base)]
+        if left_out:
+            raise ValueError(
+                f"{type(self).__name__} inherits from {made.__name__} and {left_out[0]} without being a dataclass, so "
+                f"the fields of {left_out[0]} would be lost: put `@dataclass` before the class."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As in TrainingArguments: plain values, the plan included. What follows from the plan is left out."""

@@ -7,14 +7,15 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_veomni import hf
 from hf_veomni.data import OmniDataCollatorWithPacking
-from hf_veomni.mesh import ParallelState, get_parallel_state
-from hf_veomni.trainer.adapt import deferred_reduction
+from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
+from hf_veomni.trainer.adapt import deferred_reduction, is_prepared
 from hf_veomni.trainer.budget import TokenBudgetSampler, budget_sampler
 from hf_veomni.trainer.loaders import (
     DataRankView,
@@ -49,7 +50,8 @@ class BatchingMixin(_Trainer):
 
     @property
     def parallel_state(self) -> ParallelState:
-        return get_parallel_state(self.model)
+        # Not prepared: a model that one rank trains as it is.
+        return get_parallel_state(self.model) if is_prepared(self.model) else init_parallel_state(self.args.plan)
 
     def get_tp_size(self) -> int:
         # An evaluated batch is normalised by its own tokens, as one process does it: nothing to scale.
@@ -212,7 +214,17 @@ class BatchingMixin(_Trainer):
             del self.compute_loss
 
     def _defer_fsdp_gradient_reduction(self) -> Any:
-        return deferred_reduction(self.model)
+        return deferred_reduction(self.model) if is_prepared(self.model) else super()._defer_fsdp_gradient_reduction()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with the loss of all ranks since the last log, where Trainer adds this rank's.
+
+        Collective: one all-reduce of a scalar over all ranks.
+        """
+        if self.parallel_state.world_size > 1:
+            dist.all_reduce(self._tr_loss)
+            self._tr_loss /= self.parallel_state.world_size
+        return super()._finalize_training(*args, **kwargs)
 
     def floating_point_ops(self, inputs: Any) -> float:
         """Of this rank: the ranks of an SP group share a row."""

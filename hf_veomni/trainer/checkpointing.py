@@ -26,6 +26,7 @@ from hf_veomni.checkpoint import (
     save_plain,
     together,
 )
+from hf_veomni.trainer.adapt import is_prepared
 
 _Trainer: Any = object
 
@@ -85,6 +86,9 @@ class CheckpointingMixin(_Trainer):
     """
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not is_prepared(self.model):
+            super()._save(output_dir, state_dict)
+            return
         directory = Path(self.args.output_dir if output_dir is None else output_dir)
         save_plain(self.model, directory, write=self.args.should_save, extras=self._save_extras, state=state_dict)
 
@@ -166,9 +170,16 @@ class CheckpointingMixin(_Trainer):
         return found[0]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_plain(self.model if model is None else model, resume_from_checkpoint)
+        model = self.model if model is None else model
+        if is_prepared(model):
+            load_plain(model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        if not is_prepared(self.model):
+            super()._load_best_model()
+            return
         assert self.state.best_model_checkpoint is not None
         load_plain(self.model, self.state.best_model_checkpoint)
 
@@ -183,6 +194,9 @@ class CheckpointingMixin(_Trainer):
                     f"'{checkpoint}' holds no optimizer and scheduler state (`save_only_model`?): it cannot be "
                     "resumed from. To go on from its weights alone, load them with from_pretrained."
                 )
+        if self.parallel_state.world_size == 1 and not sharded.is_dir():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
         if sharded.is_dir():
             load_optimizer(self.model, self.optimizer, sharded)
         else:

@@ -9,14 +9,14 @@ from typing import Any
 
 from accelerate.utils.operations import find_batch_size, recursively_apply
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from hf_veomni.loss import lean_evaluation
+from hf_veomni.loss import has_lean_loss, lean_evaluation
 from hf_veomni.mesh import ParallelState, get_parallel_state
 from hf_veomni.prepare import gather_sequence
+from hf_veomni.trainer.adapt import is_prepared
 from hf_veomni.trainer.loaders import Filler
-from hf_veomni.trainer.trl import computes_model_loss
+from hf_veomni.trainer.trl import is_trl
 from hf_veomni.trainer.windows import InStep
 
 _Trainer: Any = object
@@ -45,8 +45,7 @@ def whole_outputs(model: nn.Module) -> Iterator[None]:
 
     Collective: per forward one all-gather over the SP group; its backward is a reduce-scatter (sum).
     """
-    state: ParallelState = get_parallel_state(model)
-    if state.sp_size == 1:
+    if not is_prepared(model) or get_parallel_state(model).sp_size == 1:
         yield
         return
     handle = model.register_forward_hook(lambda module, args, output: _gather_outputs(model, output))
@@ -95,10 +94,10 @@ class EvaluationMixin(_Trainer):
             ValueError: as `get_batch_samples` does; on every rank.
         """
         state: ParallelState = self.parallel_state
+        self._evaluates_stream = not has_length(getattr(dataloader, "dataset", None))
         if state.world_size == 1:
             return super().evaluation_loop(dataloader, *args, **kwargs)
         loader = InStep(dataloader, state, self.args.device)
-        self._evaluates_stream = not has_length(loader.dataset)
         output = super().evaluation_loop(loader, *args, **kwargs)
         # Of a stream Trainer counts what this rank has read.
         return output._replace(num_samples=loader.num_rows) if self._evaluates_stream else output
@@ -108,18 +107,19 @@ class EvaluationMixin(_Trainer):
     ) -> Any:
         # `compute_loss_func` gets full logits and full labels. Every rank of the SP group computes the whole loss from
         # them; the gather's backward sums the equal gradients, and FSDP's mean over the group takes the sum back.
-        compute_loss = super().compute_loss
-        if self.parallel_state.world_size > 1 and computes_model_loss(self):
-            inputs, compute_loss = {**inputs, "use_cache": False}, partial(Trainer.compute_loss, self)
-        with self._whole(model, self.compute_loss_func is not None):
-            return compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        whole = self.compute_loss_func is not None or (self.label_smoother is not None and is_trl(self))
+        with self._whole(model, whole):
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        if self.parallel_state.world_size > 1:
+        if self.parallel_state.world_size > 1 or self._evaluates_stream:
             self.gather_function = partial(self._gather_results, inputs)
         lean = prediction_loss_only and self.compute_loss_func is None and self.label_smoother is None
+        lean = lean and is_prepared(model) and has_lean_loss(model)
         self._evaluating = True
         try:
             with ExitStack() as stack:

@@ -15,19 +15,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_veomni import hf
+from hf_veomni.expert import attach_router_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state
 from hf_veomni.prepare import gather_sequence
 from hf_veomni.sequence.shard import shard_sequence
+
+_MARK = "_omni_fused_head"
+_ROUTER = "transformers.models.mixtral.modeling_mixtral"
 
 
 def cut_fused_head(model: nn.Module) -> None:
     """Let a prepared model's fused head take and return whole rows; without the head, nothing changes.
 
-    What comes back has the scores of all tokens but the first, [B, S - 1], on every rank of the SP group.
+    What comes back has the scores of all tokens but the first, [B, S - 1], on every rank of the SP group, and the
+    load-balancing loss of the routers, which the head takes from the module `_ROUTER`, over the tokens of all ranks.
+    A second call does nothing.
 
     Collectives: one all-gather over the SP group for each score in a call; the backward is a reduce-scatter (sum).
     """
     base, state = hf.base_model(model), get_parallel_state(model)
+    if hasattr(base, _MARK):
+        return
+    setattr(base, _MARK, True)
+    if getattr(hf.text_config(base), "num_experts_per_tok", None):
+        attach_router_loss(base, state, _ROUTER)
     if state.sp_size == 1:
         return
     base.register_forward_pre_hook(partial(_cut_labels, state), with_kwargs=True)

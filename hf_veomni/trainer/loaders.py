@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
 from torch.utils.data import IterableDataset, Sampler
 
 from hf_veomni.mesh import ParallelState
@@ -80,6 +80,33 @@ def keep_batches_whole(loader: Any) -> WholeBatches | None:
     if type(sampler) is BatchSamplerShard and sampler.num_processes > 1:
         sampler.__class__ = WholeBatches
     return sampler if isinstance(sampler, WholeBatches) else None
+
+
+class _CountingDataRanks:
+    """accelerate's state for a loader that rank 0 reads and deals out: the rows go to data ranks."""
+
+    def __init__(self, state: Any, data_ranks: int) -> None:
+        self._state, self.num_processes = state, data_ranks
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+
+def deal_to_data_ranks(loader: Any, data_ranks: int, data_rank: int) -> None:
+    """Let the ranks of an SP group have the same rows of a stream that rank 0 reads, which is what accelerate does
+    with streams unless `dispatch_batches=False`. Other loaders stay as they are."""
+    if not isinstance(loader, DataLoaderDispatcher):
+        return
+    stock = loader.slice_fn
+
+    def slice_of_data_rank(data: Any, wanted: slice, *args: Any, **kwargs: Any) -> Any:
+        size = wanted.stop - wanted.start
+        # accelerate counts processes; a slice from 0 on is that of rank 0, or the rows that fill up the last batch.
+        return stock(
+            data, slice(data_rank * size, (data_rank + 1) * size) if wanted.start else wanted, *args, **kwargs
+        )
+
+    loader.state, loader.slice_fn = _CountingDataRanks(loader.state, data_ranks), slice_of_data_rank
 
 
 class EpochSeeded(Sampler[int]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_veomni import hf
+from hf_veomni.data import OmniDataCollatorWithPacking
 from hf_veomni.mesh import get_parallel_state
 from hf_veomni.prepare import prepare_omni
 from hf_veomni.sequence.compiling import compile_layers
@@ -21,7 +23,7 @@ from hf_veomni.trainer.budget import check_budget
 from hf_veomni.trainer.checkpointing import CheckpointingMixin
 from hf_veomni.trainer.evaluation import EvaluationMixin
 from hf_veomni.trainer.expert_load import ExpertLoadCallback
-from hf_veomni.trainer.trl import adapted_construction, add_reference_adapter, check_trl, shard_references
+from hf_veomni.trainer.trl import adapt_trl, check_trl, is_trl, trl_name
 
 _LAYERDROP = ("layerdrop", "decoder_layerdrop", "encoder_layerdrop")
 
@@ -45,9 +47,24 @@ def _precision(args: Any) -> MixedPrecisionPolicy | None:
     return MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else None
 
 
-def _prepared(model: nn.Module, args: Any) -> nn.Module:
+def _stays_stock(model: nn.Module, args: Any) -> bool:
+    """Whether one rank trains `model` as it is, since `prepare_omni` takes no such model: a plain module, or one with
+    virtual tokens. Rules of a plan need a prepared one."""
+    if args.plan.world_size > 1 or args.plan.modules:
+        return False
+    try:
+        hf.base_model(model)
+    except ValueError:
+        return True
+    return False
+
+
+def _prepare(model: nn.Module, args: Any) -> None:
+    """`prepare_omni` in place, and the marks that Trainer looks for."""
+    if _stays_stock(model, args):
+        return
     if not is_prepared(model):
-        model = prepare_omni(model, args.plan, mp_policy=_precision(args))
+        prepare_omni(model, args.plan, mp_policy=_precision(args))
     if args.torch_compile:
         compile_layers(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
     state = get_parallel_state(model)
@@ -63,74 +80,88 @@ def _prepared(model: nn.Module, args: Any) -> nn.Module:
                 )
         # Trainer's mark of a model that owns its placement and gradient reduction: no DDP, no second sharding.
         base._is_distributed_loading_by_transformers = True
-    return model
+
+
+def _constructor(trainer: Any) -> tuple[type, list[str]]:
+    """The class behind the mixin whose constructor names its arguments, and their names in order."""
+    classes = type(trainer).__mro__
+    for owner in classes[classes.index(OmniTrainerMixin) + 1 :]:
+        names = list(inspect.signature(vars(owner).get("__init__", object)).parameters)[1:]
+        if "model" in names:
+            return owner, names
+    raise TypeError(f"{type(trainer).__name__} has no Trainer behind OmniTrainerMixin.")
 
 
 class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
     """Put before a Trainer class: `class MySFT(OmniTrainerMixin, SFTTrainer)`.
 
     Args:
-        model: a transformers model, a `PeftModel`, a path or Hub id for AutoModelForCausalLM, or a model that
-            `prepare_omni` has prepared. `model_init` works too; its model is prepared each time.
+        model: a transformers model, a `PeftModel`, or a model that `prepare_omni` has prepared. A path or Hub id is
+            loaded by the trainer behind, as it does it; for a Trainer of transformers, which loads none, by
+            AutoModelForCausalLM. `model_init` works too; its model is prepared each time. In one process any module
+            that the trainer behind takes.
         args: `OmniTrainingArguments` (for another base: `class MyConfig(OmniTrainingArguments, SFTConfig)`).
         peft_config: adapters to add before the model is sharded.
 
-    All else as in the Trainer behind it.
+    All else as in the Trainer behind it. The model is sharded where that trainer has loaded and adapted it, before it
+    reads a parameter.
 
     Raises:
         ValueError: what does not go with a plan, by name and with the way out.
     """
 
-    def __init__(
-        self, model: Any = None, args: Any = None, *rest: Any, peft_config: Any = None, **kwargs: Any
-    ) -> None:
-        args = OmniTrainingArguments(output_dir="tmp_trainer") if args is None else args
-        if not isinstance(args, OmniTrainingArguments):
-            raise ValueError(
-                f"`args` ({type(args).__name__}) must be OmniTrainingArguments, or a class that inherits from it and "
-                "from the arguments of your trainer."
-            )
-        check_trl(self, args)
-        # By name where the caller did: the second argument of TRL's DPOTrainer is its reference model.
-        kwargs, rest = (kwargs, (args, *rest)) if rest else ({**kwargs, "args": args}, ())
-        check_budget(args, rest[2] if len(rest) > 2 else kwargs.get("train_dataset"))
-        self._omni_peft_config = peft_config
-        if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model)
-        if model is not None:
-            model = self._ready(model, args)
+    def __init__(self, model: Any = None, *given: Any, **kwargs: Any) -> None:
+        owner, names = _constructor(self)
+        kwargs |= dict(zip(names, (model, *given), strict=False))
+        args = kwargs["args"] = self._checked_arguments(kwargs.get("args"))
+        check_trl(self, args, model)
+        check_budget(args, kwargs.get("train_dataset"))
+        self._omni_peft_config = None if "peft_config" in names else kwargs.pop("peft_config", None)
+        if owner.__module__.startswith("transformers."):
+            model = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
+            kwargs["model"] = None if model is None else _with_adapters(model, self._omni_peft_config)
         # Trainer refuses resumable checkpoints of a model with that mark; here they are our own job.
         resumable, args.save_only_model = args.save_only_model, True
         try:
-            with adapted_construction(self, model):
-                super().__init__(model, *rest, **kwargs)
+            super().__init__(**kwargs)
         finally:
             args.save_only_model = resumable
-        check_trl(self, args)  # once more: it has read the model's config
         self._check_optimizer()
+        self._check_packing()
         self._take_over_label_smoothing()
         self._expert_load: ExpertLoadCallback | None = None
         if args.log_expert_load or args.router_bias_update_speed:
             self._expert_load = ExpertLoadCallback(self.model, args.router_bias_update_speed, args.log_expert_load)
             self.add_callback(self._expert_load)
 
-    def _ready(self, model: Any, args: Any) -> Any:
-        """Adapters, then `prepare_omni`, and the marks that Trainer looks for."""
-        model = _with_adapters(model, self._omni_peft_config)
-        if args.plan.world_size > 1:
-            add_reference_adapter(self, model)
-        return _prepared(model, args)
+    def _checked_arguments(self, args: Any) -> Any:
+        wanted = "OmniTrainingArguments"
+        if is_trl(self):
+            wanted = f"a dataclass of OmniTrainingArguments and the arguments of {trl_name(self)}"
+        elif args is None:
+            args = OmniTrainingArguments(output_dir="tmp_trainer")
+        if not isinstance(args, OmniTrainingArguments):
+            raise ValueError(
+                f"`args` ({None if args is None else type(args).__name__}) of {type(self).__name__} must be {wanted}: "
+                "`@dataclass class Arguments(OmniTrainingArguments, ...)`, with `...` the class of your trainer."
+            )
+        return args
 
     def call_model_init(self, trial: Any = None) -> Any:
-        return self._ready(super().call_model_init(trial), self.args)
+        model = _with_adapters(super().call_model_init(trial), self._omni_peft_config)
+        _prepare(model, self.args)
+        return model
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Without accelerate's wrapper around the compiled model: the layers are compiled in place."""
         return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": None}
 
     def create_accelerator_and_postprocess(self) -> None:
+        """The first thing that Trainer's constructor does with its model, which whoever comes before has finished."""
         super().create_accelerator_and_postprocess()
-        shard_references(self, self.accelerator, self.args.plan)
+        if self.model is not None:
+            _prepare(self.model, self.args)
+        adapt_trl(self, self.accelerator)
 
     def _check_optimizer(self) -> None:
         """`fully_shard` replaces parameters: an optimizer made before trains tensors that nobody reads."""
@@ -143,8 +174,18 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
                 "first and make the optimizer from the result, or hand over `optimizer_cls_and_kwargs`."
             )
 
+    def _check_packing(self) -> None:
+        if not is_prepared(self.model) and isinstance(self.data_collator, OmniDataCollatorWithPacking):
+            raise ValueError(
+                f"`data_collator` packs rows, whose documents {type(self.model).__name__} would not keep apart: it is "
+                "trained as it is, since `prepare_omni` takes transformers models without virtual tokens. Use a "
+                "collator that pads, or LoRA on a transformers model."
+            )
+
     def _take_over_label_smoothing(self) -> None:
         """Trainer's smoother wants the full logits; our loss smooths while it goes over them in chunks."""
+        if is_trl(self) or not is_prepared(self.model):
+            return  # TRL's losses are its own
         loss: Any = hf.base_model(self.model).loss_function
         if hasattr(loss, "label_smoothing"):
             loss.label_smoothing = float(self.args.label_smoothing_factor)

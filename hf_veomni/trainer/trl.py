@@ -1,13 +1,11 @@
 """TRL's trainers behind the mixin. TRL is not imported: a class is known by its module. Verified against TRL 1.16.
 
-Under a plan SFTTrainer's loss is the model's. DPOTrainer's is its own, computed from the scores of whole rows
-(`fused_head`), and its reference model is sharded like the model that is trained.
+They load and adapt the model, score tokens with a fused head and compute their losses themselves, from the scores of
+whole rows (`fused_head`). Reference models are sharded like the model that is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -15,14 +13,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_veomni.mesh import get_parallel_state
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.prepare import prepare_omni
 from hf_veomni.trainer.adapt import is_prepared
 from hf_veomni.trainer.fused_head import cut_fused_head
 
-_SUPPORTED = ("SFTTrainer", "DPOTrainer")
-_REFERENCE = "ref"  # the frozen copy of an adapter that DPOTrainer compares with
+_SUPPORTED = ("SFTTrainer", "DPOTrainer", "RewardTrainer", "KTOTrainer")
+_WITH_REFERENCE = ("DPOTrainer", "KTOTrainer")
+_SAMPLING = ("GRPOTrainer", "RLOOTrainer", "DistillationTrainer")
 
 
 def _bases(trainer: Any) -> list[str]:
@@ -33,59 +31,18 @@ def is_trl(trainer: Any) -> bool:
     return bool(_bases(trainer))
 
 
-def computes_model_loss(trainer: Any) -> bool:
-    """Whether a trainer of TRL is one whose loss is the model's own: SFTTrainer with its default loss."""
-    return "SFTTrainer" in _bases(trainer)
+def trl_name(trainer: Any) -> str:
+    """The class of TRL behind a trainer, as its documentation calls it."""
+    return f"TRL's {_bases(trainer)[0]}"
 
 
-def add_reference_adapter(trainer: Any, model: Any) -> None:
-    """Make the copy of the adapter that DPOTrainer would make, before the parameters are sharded.
-
-    Raises:
-        ValueError: several adapters, of which none is known to be the trained one.
-    """
-    if "DPOTrainer" not in _bases(trainer) or not isinstance(model, PeftModel) or _REFERENCE in model.peft_config:
-        return
-    if list(model.peft_config) != ["default"]:
-        raise ValueError(
-            f"`model` has the adapters {list(model.peft_config)}, and DPOTrainer trains 'default' against a copy of "
-            "it: hand over a PeftModel with that one adapter, or `peft_config`."
-        )
-    if is_prepared(model):
-        raise ValueError(
-            "`model` is prepared already, but DPOTrainer compares its adapter with a frozen copy, which comes before "
-            "the parameters are sharded: hand over the PeftModel as it was before `prepare_omni`."
-        )
-    model.add_adapter(_REFERENCE, model.peft_config["default"])
-    for name, parameter in list(model.named_parameters()):
-        if ".default." in name:
-            model.get_parameter(name.replace(".default.", f".{_REFERENCE}.")).data.copy_(parameter.data)
-
-
-@contextmanager
-def adapted_construction(trainer: Any, model: Any) -> Iterator[None]:
-    """Inside, DPOTrainer's constructor finds the reference adapter that is there already."""
-    if "DPOTrainer" not in _bases(trainer) or model is None or get_parallel_state(model).world_size == 1:
-        yield
-        return
-    cut_fused_head(model)
-    if not isinstance(model, PeftModel):
-        yield
-        return
-    add_adapter = model.add_adapter
-    model.add_adapter = lambda name, *args, **kwargs: (  # type: ignore[method-assign]
-        None if name == _REFERENCE else add_adapter(name, *args, **kwargs)
-    )
-    try:
-        yield
-    finally:
-        del model.add_adapter
-
-
-def shard_references(trainer: Any, accelerator: Any, plan: ParallelPlan) -> None:
-    """Shard the models that a trainer of TRL hands to accelerate for evaluation: its reference model."""
+def adapt_trl(trainer: Any, accelerator: Any) -> None:
+    """Over several ranks: let the fused head take whole rows, and shard the models that a trainer of TRL hands to
+    accelerate for evaluation, its reference model."""
+    plan: ParallelPlan = trainer.args.plan
     if plan.world_size == 1 or not is_trl(trainer):
         return
+    cut_fused_head(trainer.model)
     prepare_model = accelerator.prepare_model
 
     @wraps(prepare_model)
@@ -97,25 +54,27 @@ def shard_references(trainer: Any, accelerator: Any, plan: ParallelPlan) -> None
     accelerator.prepare_model = prepare
 
 
-def check_trl(trainer: Any, args: Any) -> None:
-    """Refuse, over several ranks, trainers of TRL whose loss reads hidden states or logits of whole rows.
+def check_trl(trainer: Any, args: Any, model: Any) -> None:
+    """Refuse, over several ranks, what reads whole parameters or samples while it trains.
 
     Raises:
-        ValueError: another trainer than SFTTrainer, or a loss of it that is not the model's.
+        ValueError: a trainer that is not known to work, an argument of one that does not, or a prepared `PeftModel`
+            for a trainer that compares it with a copy of its adapter.
     """
     plan: ParallelPlan = args.plan
     if plan.world_size == 1 or not is_trl(trainer):
         return
     names = _bases(trainer)
     if not set(names) & set(_SUPPORTED):
+        reason = "nobody has compared it with one process"
+        if set(names) & set(_SAMPLING):
+            reason = (
+                "it samples answers between its steps, for which each rank would need the whole parameters, and deals "
+                "the prompts out by process, so that the ranks of an SP group would train on different rows"
+            )
         raise ValueError(
-            f"{names[0]} of TRL does not go with the plan ({plan}): its loss reads whole rows, and each rank holds a "
-            f"part. Use {', '.join(_SUPPORTED)}, or one process."
-        )
-    loss_type = getattr(args, "loss_type", "nll")
-    if computes_model_loss(trainer) and loss_type not in (None, "nll"):
-        raise ValueError(
-            f"`loss_type` ({loss_type!r}) of TRL's SFTTrainer does not go with the plan ({plan}): use 'nll'."
+            f"{names[0]} of TRL does not go with the plan ({plan}): {reason}. Use {', '.join(_SUPPORTED)}, or one "
+            "process."
         )
     for name in ("precompute_ref_log_probs", "sync_ref_model"):
         if getattr(args, name, False):
@@ -123,8 +82,8 @@ def check_trl(trainer: Any, args: Any) -> None:
                 f"`{name}` (True) of TRL's {names[0]} does not go with the plan ({plan}): it reads whole parameters, "
                 "and each rank holds a part. Leave it out; the reference model is sharded like the trained one."
             )
-    if getattr(trainer, "aux_loss_enabled", False):
+    if set(names) & set(_WITH_REFERENCE) and isinstance(model, PeftModel) and is_prepared(model):
         raise ValueError(
-            f"The router's auxiliary loss of TRL's {names[0]} does not go with the plan ({plan}): set "
-            "`output_router_logits=False` in the model's config."
+            f"`model` is prepared already, but {trl_name(trainer)} compares its adapter with a frozen copy, which "
+            "comes before the parameters are sharded: hand over the PeftModel as it was before `prepare_omni`."
         )

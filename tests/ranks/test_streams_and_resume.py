@@ -1,0 +1,107 @@
+"""Streams dealt out by accelerate, optimizers without state or with modes, and the loss that `train` returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainingArguments
+
+from tests.ranks.training import Run, assert_same_training, outcome, relative, train_omni, train_stock
+
+
+class Counted(IterableDataset):
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(torch.arange(self.rows))
+
+
+def _dealt(plan: str, rows: int) -> tuple[list[list[int]], list[int]]:
+    """What this rank reads of a stream, and what `gather_for_metrics` makes of it."""
+    from accelerate import Accelerator
+
+    from hf_veomni import OmniParallelismConfig
+
+    accelerator = Accelerator(cpu=True, parallelism_config=OmniParallelismConfig(plan))
+    loader: Any = accelerator.prepare(DataLoader(Counted(rows), batch_size=2))
+    read: list[list[int]] = []
+    gathered: list[int] = []
+    for batch in loader:
+        read.append(batch.tolist())
+        gathered += accelerator.gather_for_metrics(batch).tolist()
+    return read, gathered
+
+
+@pytest.mark.parametrize(("plan", "size"), [("sp=2", 2), ("dp_shard=2", 2), ("sp=2,dp_shard=2", 4)])
+@pytest.mark.parametrize("rows", [5, 8])
+def test_ranks_of_a_group_read_the_same_rows_of_a_stream(ranks, plan, size, rows):
+    found = ranks(size).run(_dealt, plan, rows, timeout=60)
+    for _, gathered in found:
+        assert gathered == list(range(rows))
+    if "sp=2" in plan:
+        assert all(found[rank][0] == found[rank + 1][0] for rank in range(0, size, 2))
+
+
+class Modal(torch.optim.SGD):
+    """As the schedule-free optimizers: momentum, and a step in training mode alone."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            group["train_mode"] = False
+
+    def train(self) -> None:
+        for group in self.param_groups:
+            group["train_mode"] = True
+
+    def eval(self) -> None:
+        for group in self.param_groups:
+            group["train_mode"] = False
+
+    def step(self, closure: Any = None) -> Any:
+        assert all(group["train_mode"] for group in self.param_groups), "not in train mode"
+        return super().step(closure)
+
+
+def _resumed(plan: str, optimizer: dict[str, Any], folder: str) -> Any:
+    from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
+
+    run = Run()
+    values = run.all_arguments(output_dir=folder, save_strategy="steps", save_steps=3, optim="sgd")
+    for start in (None, f"{folder}/checkpoint-3"):
+        arguments = OmniTrainingArguments(**values, plan=plan)
+        trainer = OmniTrainer(model=run.model(), args=arguments, **run.data(), **optimizer)
+        trainer.train(resume_from_checkpoint=start)
+    return outcome(trainer, 0.0)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})},
+        {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})},
+        {"optimizer_cls_and_kwargs": (Modal, {"lr": 0.1, "momentum": 0.9})},
+    ],
+    ids=["no state", "momentum", "modes"],
+)
+def test_resumes_whatever_the_optimizer_keeps(ranks, tmp_path, optimizer):
+    run = Run()
+    trainer = Trainer(
+        model=run.model(), args=TrainingArguments(**run.all_arguments(optim="sgd")), **run.data(), **optimizer
+    )
+    trainer.train()
+    expected = outcome(trainer, 0.0)
+    for found in ranks(2).run(_resumed, "sp=2", optimizer, str(tmp_path), timeout=90):
+        assert_same_training(found, expected)
+
+
+@pytest.mark.parametrize("plan", ["dp_shard=2", "sp=2"])
+def test_the_loss_of_a_run_without_logs(ranks, plan):
+    run = Run(num_rows=10, arguments={"logging_strategy": "no", "max_steps": 2})
+    expected = train_stock(run, data_ranks=2 if plan == "dp_shard=2" else 1)
+    for found in ranks(2).run(train_omni, plan, run, timeout=90):
+        assert relative([found.train_loss], [expected.train_loss]) < 1e-5
