@@ -31,6 +31,7 @@ from hf_veomni.sequence.families import attach_patch, has_patch
 from hf_veomni.sequence.generation import attach_generate, detach_generate, is_generating
 from hf_veomni.sequence.layer_inputs import cut_call
 from hf_veomni.sequence.linear import Gathered, LinearAttachment, check_mixer_heads
+from hf_veomni.sequence.origin import Origins
 from hf_veomni.sequence.row_checks import (
     Traits,
     check_available,
@@ -105,7 +106,7 @@ class SequenceAttachment:
             self._masks_as_tensors |= self.encoder._masks_as_tensors  # they may share a config
         if gathered is None:
             rules.check([*self.seam.mixers, *(self.encoder.seam.mixers if self.encoder else ())])
-        self.last_length: int | None = None
+        self.origins = Origins(state.sp_size)
         self._handles: list[Any] = []
         self._configs = hf.iterate_configs(self.seam.decoder, iter(self.seam.attentions))
         self._option = attention
@@ -189,19 +190,12 @@ class SequenceAttachment:
         if not _attached:
             _registry.restore()
 
-    def gather(self, local: Tensor) -> Tensor:
-        """[B, s, ...] of this rank to [B, S, ...] without padding, S the length of the last row that ran."""
-        if self.last_length is None:
-            raise ValueError("No row has run through the model yet: call the model before `gather_sequence`.")
-        if self.exit is not None and local.dim() >= 2 and local.shape[1] == self.last_length:
+    def gather(self, local: Tensor, length: int | None = None) -> Tensor:
+        """[B, s, ...] of this rank to [B, S, ...] without padding; S is that of the row it comes from, or `length`."""
+        length = self.origins.length_of(local, self.exit is not None, length)
+        if self.origins.is_whole(local) or (self.exit is not None and local.shape[1] == length):
             return local  # the head has worked on the whole row
-        part = -(-self.last_length // self.state.sp_size)
-        if local.dim() < 2 or local.shape[1] != part:
-            raise ValueError(
-                f"`local` has shape {tuple(local.shape)}, but this rank's slice of the last row has {part} tokens on "
-                "dimension 1: hand over an output of the model's last call."
-            )
-        return gather_rows(local, self.last_length, self.state)
+        return gather_rows(local, length, self.state)
 
     def _enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         inputs = {**dict(zip(self._signature, args, strict=False)), **kwargs}
@@ -213,13 +207,13 @@ class SequenceAttachment:
         extra = 0 if whole else -length % self.state.sp_size
         row = Row(self, length, length + extra, whole)
         if not whole:
-            if self.last_length is None and self.state.sp_size > 1:  # once: a loader that deals wrongly always does
+            if self.origins.is_empty and self.state.sp_size > 1:  # once: a loader that deals wrongly always does
                 check_same_rows(given, self.state)
             inputs = self._prepare(inputs, given, extra, row)
-            self.last_length = length
+            self.origins.add(length)
         row.tokens.append((current_row, current_row.set(row)))
         if (call := current_call.get()) is not None and call.owner is self:
-            call.entered = True
+            call.row = row
         return (), inputs
 
     def _note_cache(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -233,7 +227,9 @@ class SequenceAttachment:
         if call is None or call.owner is not self or call.token is None:
             return  # `_note_cache` did not run
         current_call.reset(call.token)
-        if output is not None and not call.entered and self.state.sp_size > 1:  # None: an error is on its way
+        if call.row is not None and not call.row.whole and self.state.sp_size > 1:
+            self.origins.note(output, call.row.length)
+        if output is not None and call.row is None and self.state.sp_size > 1:  # None: an error is on its way
             stack = type(self.seam.decoder).__name__.removeprefix("FSDP")
             raise ValueError(
                 f"The forward of {self.name} did not call {stack}, which is what shares rows: every rank of the "
@@ -323,7 +319,9 @@ class SequenceAttachment:
         if row.whole or row.gathered:
             return None
         if self._views_as_row:
-            return map_hidden(output, lambda hidden: shard_sequence(hidden, 1, self.state))
+            output = map_hidden(output, lambda hidden: shard_sequence(hidden, 1, self.state))
+            self.origins.note(output, row.length)
+            return output
         hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
         if isinstance(hidden, Tensor) and hidden.shape[1] * self.state.sp_size != row.padded:
             raise ValueError(
@@ -332,6 +330,8 @@ class SequenceAttachment:
             )
         if self.exit is decoder:
             return map_hidden(output, lambda hidden: gather_rows(hidden, row.length, self.state))
+        if self.state.sp_size > 1:
+            self.origins.note(output, row.length)
         return None
 
     def _gather_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
