@@ -47,7 +47,13 @@ from hf_veomni.sequence.running import Call, Row, current_call, current_row, is_
 from hf_veomni.sequence.seam import Seam, check_heads, find_seam
 from hf_veomni.sequence.selection import adopt, release, select
 from hf_veomni.sequence.shard import check_same_rows, gather_rows, pad_inputs, shard_sequence
-from hf_veomni.sequence.stack import looks_ahead_by_kernel, makes_masks, masks_on_demand, views_as_row
+from hf_veomni.sequence.stack import (
+    looks_ahead_by_kernel,
+    makes_masks,
+    masks_on_demand,
+    reads_padding,
+    views_as_row,
+)
 from hf_veomni.sequence.ulysses import ulysses_attention
 from hf_veomni.sequence.varlen import VARLEN_NAME, register_varlen_attention
 from hf_veomni.sequence.whole import find_exit, map_hidden, pooling_modules, text_encoder
@@ -99,6 +105,7 @@ class SequenceAttachment:
         self.config = hf.text_config(self.model)
         self.exit = find_exit(self.model, self.seam, whole_output)
         self._masks_as_tensors = any(map(has_patch, self.seam.attentions)) or rules.attend or masks_as_tensors
+        self._masks_as_tensors |= reads_padding(self.model)
         self.encoder: SequenceAttachment | None = None
         encoder = text_encoder(self.model, self.seam)
         if encoder is not None:
