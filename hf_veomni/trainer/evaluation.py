@@ -133,6 +133,8 @@ class EvaluationMixin(_Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if num_items_in_batch is None and self._computes_loss and not model.training:  # TRL's evaluation hands none
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         # `compute_loss_func` gets full logits and full labels. Every rank of the SP group computes the whole loss from
         # them; the gather's backward sums the equal gradients, and FSDP's mean over the group takes the sum back.
         compute_loss = super().compute_loss

@@ -23,7 +23,7 @@ def _model(name: str) -> nn.Module:
 
 def _arguments(**more: Any) -> dict[str, Any]:
     return Run().all_arguments(
-        predict_with_generate=True, generation_max_length=20, per_device_eval_batch_size=1, max_steps=2, **more
+        predict_with_generate=True, generation_max_length=12, per_device_eval_batch_size=1, max_steps=2, **more
     )
 
 
@@ -72,7 +72,7 @@ def test_generated_predictions_equal_one_process(ranks, name, world, plan):
     fresh = Seq2SeqTrainer(args=Seq2SeqTrainingArguments(**_arguments()), **_options(name))
     losses = [fresh.evaluate([row])["eval_loss"] for row in rows.rows]  # type: ignore[arg-type]
     wanted = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
-    for found, tokens, _ in ranks(world).run(_omni, plan, name, timeout=120):
+    for found, tokens, _ in ranks(world).run(_omni, plan, name, timeout=240):
         assert found["eval_rows"] == metrics["eval_rows"] and found["eval_sum"] == metrics["eval_sum"]
         assert np.array_equal(tokens, predicted)
         assert found["eval_loss"] == pytest.approx(wanted, rel=1e-5)

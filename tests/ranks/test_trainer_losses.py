@@ -205,3 +205,38 @@ def test_functions_that_compute_the_loss_equal_one_process(ranks, world, plan, n
     expected = outcome(stock, stock.train().training_loss)
     for found in _on(ranks, world, _function, plan, name):
         _assert_same(found, expected)
+
+
+def _count_in_bf16(plan: str) -> list[float]:
+    """What the loss of the model divides by."""
+    from hf_veomni.loss import CausalLMLoss
+    from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
+
+    seen: list[float] = []
+    stock = CausalLMLoss.__call__
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(float(kwargs["num_items_in_batch"]))
+        return stock(self, *args, **kwargs)
+
+    CausalLMLoss.__call__ = noting
+    try:
+        run = Run(plain=True, num_rows=6)
+        trainer = OmniTrainer(
+            run.model(),
+            OmniTrainingArguments(**_arguments(plan=plan, bf16=True, gradient_accumulation_steps=3)),
+            **run.data(),
+        )
+        trainer.train()
+    finally:
+        CausalLMLoss.__call__ = stock
+    return seen
+
+
+def test_the_count_is_not_rounded_to_bf16(ranks):
+    """FSDP2 casts floating inputs of the model, and this one would be off by up to 0.4 %."""
+    rows = Run(plain=True, num_rows=6).dataset(6, 0)
+    total = sum(len(rows[i]["labels"]) - 1 for i in range(6))
+    assert float(torch.tensor(total / 6).bfloat16()) != total / 6
+    for seen in ranks(2).run(_count_in_bf16, "dp_shard=2", timeout=60):
+        assert seen == pytest.approx([total / 6] * 3, rel=1e-6)
