@@ -244,11 +244,11 @@ def whole_output(output: Tensor, model: nn.Module, lazy: bool = True) -> Tensor:
     Collective: as `gather_sequence`, where `output` is a slice.
     """
     attachment = _attachment(model)
-    if attachment is None or attachment.state.sp_size == 1 or not attachment.origins.is_noted(output):
+    if attachment is None or attachment.state.sp_size == 1 or not attachment.outputs.is_noted(output):
         return output
-    take = partial(attachment.gather, length=attachment.origins.length_of(output, False))
+    take = partial(attachment.gather, length=attachment.outputs.length_of(output, False))
     whole = output.of_tokens(take) if lazy and isinstance(output, LeanLogits) else take(output)
-    attachment.origins.note_whole(whole)
+    attachment.outputs.note_whole(whole)
     return whole
 
 

@@ -31,7 +31,7 @@ from hf_veomni.sequence.families import attach_patch, has_patch
 from hf_veomni.sequence.generation import attach_generate, detach_generate, is_generating
 from hf_veomni.sequence.layer_inputs import cut_call
 from hf_veomni.sequence.linear import Gathered, LinearAttachment, check_mixer_heads
-from hf_veomni.sequence.origin import Origins
+from hf_veomni.sequence.outputs import Outputs
 from hf_veomni.sequence.row_checks import (
     Traits,
     check_available,
@@ -113,7 +113,7 @@ class SequenceAttachment:
             self._masks_as_tensors |= self.encoder._masks_as_tensors  # they may share a config
         if gathered is None:
             rules.check([*self.seam.mixers, *(self.encoder.seam.mixers if self.encoder else ())])
-        self.origins = Origins(state.sp_size)
+        self.outputs = Outputs(state.sp_size)
         self._handles: list[Any] = []
         self._configs = hf.iterate_configs(self.seam.decoder, iter(self.seam.attentions))
         self._option = attention
@@ -199,8 +199,8 @@ class SequenceAttachment:
 
     def gather(self, local: Tensor, length: int | None = None) -> Tensor:
         """[B, s, ...] of this rank to [B, S, ...] without padding; S is that of the row it comes from, or `length`."""
-        length = self.origins.length_of(local, self.exit is not None, length)
-        if self.origins.is_whole(local) or (self.exit is not None and local.shape[1] == length):
+        length = self.outputs.length_of(local, self.exit is not None, length)
+        if self.outputs.is_whole(local) or (self.exit is not None and local.shape[1] == length):
             return local  # the head has worked on the whole row
         return gather_rows(local, length, self.state)
 
@@ -214,10 +214,10 @@ class SequenceAttachment:
         extra = 0 if whole else -length % self.state.sp_size
         row = Row(self, length, length + extra, whole)
         if not whole:
-            if self.origins.is_empty and self.state.sp_size > 1:  # once: a loader that deals wrongly always does
+            if self.outputs.is_empty and self.state.sp_size > 1:  # once: a loader that deals wrongly always does
                 check_same_rows(given, self.state)
             inputs = self._prepare(inputs, given, extra, row)
-            self.origins.add(length)
+            self.outputs.add(length)
         row.tokens.append((current_row, current_row.set(row)))
         if (call := current_call.get()) is not None and call.owner is self:
             call.row = row
@@ -235,7 +235,7 @@ class SequenceAttachment:
             return  # `_note_cache` did not run
         current_call.reset(call.token)
         if call.row is not None and not call.row.whole and self.state.sp_size > 1:
-            self.origins.note(output, call.row.length)
+            self.outputs.note(output, call.row.length)
         if output is not None and call.row is None and self.state.sp_size > 1:  # None: an error is on its way
             stack = type(self.seam.decoder).__name__.removeprefix("FSDP")
             raise ValueError(
@@ -327,7 +327,7 @@ class SequenceAttachment:
             return None
         if self._views_as_row:
             output = map_hidden(output, lambda hidden: shard_sequence(hidden, 1, self.state))
-            self.origins.note(output, row.length)
+            self.outputs.note(output, row.length)
             return output
         hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
         if isinstance(hidden, Tensor) and hidden.shape[1] * self.state.sp_size != row.padded:
@@ -338,7 +338,7 @@ class SequenceAttachment:
         if self.exit is decoder:
             return map_hidden(output, lambda hidden: gather_rows(hidden, row.length, self.state))
         if self.state.sp_size > 1:
-            self.origins.note(output, row.length)
+            self.outputs.note(output, row.length)
         return None
 
     def _gather_output(self, module: nn.Module, args: tuple, output: Any) -> Any:

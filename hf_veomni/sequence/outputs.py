@@ -33,16 +33,16 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(output, field.name))
 
 
-class Origins:
-    """The rows that have run through one model, and which of them its outputs come from."""
+class Outputs:
+    """What one model has returned, and for rows of which lengths."""
 
     def __init__(self, sp_size: int) -> None:
         self._sp_size = sp_size
         self._lengths: dict[int, set[int]] = {}  # s -> S of the rows that ran
         self._outputs = WeakTensorKeyDictionary()  # output -> (S, whether it is whole)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Origins:
-        memo[id(self)] = copied = Origins(self._sp_size)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Outputs:
+        memo[id(self)] = copied = Outputs(self._sp_size)
         copied._lengths = {part: set(lengths) for part, lengths in self._lengths.items()}
         return copied
 
