@@ -169,7 +169,7 @@ def _while_training(plan: str, run: Run):
 
 
 def test_evaluation_between_steps_leaves_training_as_it_is(ranks):
-    arguments = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    arguments = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 3}
     run = Run(plain=True, num_rows=8, eval_rows=3, arguments=arguments)  # evaluated in one batch
     expected = train_stock(run, 2)
     assert len(expected.evaluations) == 5

@@ -276,7 +276,8 @@ def test_a_prepared_model_is_taken_as_it_is(ranks):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_one_process_trains_as_the_stock_trainer(lora):
-    run = Run(lora=lora, plain=True, eval_rows=3, arguments={"eval_strategy": "epoch"})  # evaluated in one batch
+    arguments = {"eval_strategy": "epoch", "per_device_eval_batch_size": 3}  # all rows in one batch
+    run = Run(lora=lora, plain=True, eval_rows=3, arguments=arguments)
     expected = train_stock(run)
     found = train_omni("", replace(run, arguments=run.arguments | {"per_device_eval_batch_size": 1}))
     assert_same_training(found, expected)
