@@ -111,15 +111,17 @@ def _stock(kind: str, run: Run, ranks: int) -> Outcome:
 
 
 def _omni(plan: str, kind: str, run: Run, where: str) -> Outcome:
+    from hf_veomni import prepare_omni
     from hf_veomni.trainer import OmniTrainer, OmniTrainerMixin, OmniTrainingArguments
 
     override = KINDS[kind][0]
-    if where == "before":
+    model = prepare_omni(run.model(), plan, attention="keep") if where == "keep" else run.model()
+    if where != "behind":
         owner = type("Mine", (override, OmniTrainer), {"__module__": __name__})
     else:
         behind = type("Behind", (override, Trainer), {"__module__": __name__})
         owner = type("Mine", (OmniTrainerMixin, behind), {"__module__": __name__})
-    trainer = owner(model=run.model(), args=OmniTrainingArguments(**run.all_arguments(plan=plan)), **run.data())
+    trainer = owner(model=model, args=OmniTrainingArguments(**run.all_arguments(plan=plan)), **run.data())
     return outcome(trainer, trainer.train().training_loss)
 
 
@@ -161,11 +163,10 @@ def test_an_overridden_loss_with_adapters_equals_one_process(ranks):
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_evaluation_with_an_overridden_loss_equals_one_process(ranks, kind):
-    """One batch on one rank: what Trainer logs is its loss."""
-    run = _run(num_train_epochs=1, per_device_eval_batch_size=3)
-    run = Run(plain=True, num_rows=2, eval_rows=3, arguments=run.arguments)
+    """All rows in one batch, padded: some of these losses read what the model's own attention has at padding."""
+    run = Run(plain=True, num_rows=2, eval_rows=3, arguments=_run(per_device_eval_batch_size=3).arguments)
     expected = _stock(kind, run, 1).evaluations[0]["eval_loss"]
-    for found in ranks(2).run(_omni, "sp=2", kind, run, "before", timeout=120):
+    for found in ranks(2).run(_omni, "sp=2", kind, run, "keep", timeout=120):
         assert found.evaluations[0]["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
