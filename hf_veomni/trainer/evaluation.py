@@ -120,7 +120,7 @@ class EvaluationMixin(_Trainer):
         loader = dataloader if state.world_size == 1 else InStep(dataloader, state, self.args.device)
         self._evaluates_stream = state.world_size > 1 and not has_length(loader.dataset)
         self._eval_losses = []
-        if self.args.bf16_full_eval and not self.is_in_train:
+        if state.world_size > 1 and self.args.bf16_full_eval and not self.is_in_train:
             check_dtype_can_change(self.model, torch.bfloat16)
         with self._whole(self.model, overrides(self, *_LOOK_AT_OUTPUTS)):
             output = super().evaluation_loop(loader, *args, **kwargs)
