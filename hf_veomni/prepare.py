@@ -15,7 +15,7 @@ from hf_veomni import hf
 from hf_veomni.checkpoint import PendingWeights, adopt_weights, materialize_weights, plan_weights
 from hf_veomni.expert import attach_experts, attach_router_loss, check_model
 from hf_veomni.fsdp import RaiseTogether, check_same_value, shard_parameters, synchronize_parameters
-from hf_veomni.loss import attach_lean_loss
+from hf_veomni.loss import LeanLogits, attach_lean_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state, settle_device
 from hf_veomni.modality.towers import attach_towers
 from hf_veomni.plan import ParallelPlan
@@ -219,19 +219,45 @@ def detach_omni(model: Model) -> Model:
     return model
 
 
-def gather_sequence(local: Tensor, model: nn.Module) -> Tensor:
-    """[B, s, ...] of this rank, for example logits, to the full [B, S, ...] of the model's last call, without padding.
+def gather_sequence(local: Tensor, model: nn.Module, length: int | None = None) -> Tensor:
+    """[B, s, ...] of this rank, for example logits, to the full [B, S, ...] of the row they are of, without padding.
+
+    Args:
+        local: what a call of the model returned, the last one or an earlier one, or what was computed from it.
+        length: S, where nothing else tells: of what was computed without gradients, if rows ran whose slices are
+            equally long though the rows are not.
 
     Collective: one all-gather over the SP group; its backward is a reduce-scatter (sum), so a loss that every rank
     computes on the full tensor gives gradients that average to those of one rank.
 
     Raises:
-        ValueError: the model was not prepared, or `local` is not of its last call.
+        ValueError: the model was not prepared, `local` is no slice of a row of its calls, or of more than one length.
     """
+    attachment = _attachment(model)
+    return local if attachment is None else attachment.gather(local, length)
+
+
+def whole_output(output: Tensor, model: nn.Module, lazy: bool = True) -> Tensor:
+    """[B, S, ...] of what a call of the model returned as this rank's slice; any other tensor as it is.
+
+    Args:
+        lazy: of logits that were not computed, gather the hidden states, from which each rank computes whole logits
+            where it looks at them; otherwise gather the logits.
+
+    Collective: as `gather_sequence`, where `output` is a slice.
+    """
+    attachment = _attachment(model)
+    if attachment is None or attachment.state.sp_size == 1 or not attachment.outputs.is_noted(output):
+        return output
+    take = partial(attachment.gather, length=attachment.outputs.length_of(output, False))
+    whole = output.of_tokens(take) if lazy and isinstance(output, LeanLogits) else take(output)
+    attachment.outputs.note_whole(whole)
+    return whole
+
+
+def _attachment(model: nn.Module) -> SequenceAttachment | None:
     base = hf.base_model(model)
     attachment: SequenceAttachment | None = getattr(base, _SEQUENCE, None)
-    if attachment is None and hasattr(base, _STATE):
-        return local  # a family that cannot be cut, at sp_size 1: rows are whole
-    if attachment is None:
+    if attachment is None and not hasattr(base, _STATE):
         raise ValueError(f"{type(model).__name__} has no cut sequence: call `prepare_omni(model, plan)` first.")
-    return attachment.gather(local)
+    return attachment  # None: a family that cannot be cut, at sp_size 1, so rows are whole

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_veomni import hf
 from hf_veomni.expert.dispatch import count_pairs
-from hf_veomni.expert.forward import is_training_forward, start_rows, stop_rows
+from hf_veomni.expert.forward import counts_tokens, is_training_forward, start_rows, stop_rows
 from hf_veomni.expert.layout import ExpertsModule, find_experts
 
 BIAS = "e_score_correction_bias"
@@ -25,7 +25,8 @@ BIAS = "e_score_correction_bias"
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """What the experts did since the last look, over all ranks and micro-batches. Padding counts: it is computed too.
+    """What the experts did since the last look, over all ranks and micro-batches. Padding counts: it is computed too;
+    batches that only keep a rank in step do not.
 
     Attributes:
         tokens: [L, E] (token, expert) pairs, on the CPU.
@@ -87,6 +88,7 @@ class ExpertCounter:
         self.num_experts = sizes[0]
         self._model = model
         self._tokens: Tensor | None = None
+        self._uncounted = 0  # pairs of batches that count nowhere
         self._entropy: tuple[Tensor, int] | None = None  # sum over routers and micro-batches, and how many they are
         for module in self.modules:
             start_rows(module.experts)
@@ -109,12 +111,17 @@ class ExpertCounter:
         return is_training_forward(self._model)
 
     def add(self, layer: int, top_k_index: Tensor) -> None:
+        if not counts_tokens():
+            self._uncounted += top_k_index.numel()
+            return
         if self._tokens is None:
             shape = (len(self.modules), self.num_experts)
             self._tokens = torch.zeros(shape, dtype=torch.long, device=top_k_index.device)
         self._tokens[layer] += count_pairs(top_k_index.reshape(-1), self.num_experts)
 
     def note_entropy(self, logits: Tensor) -> None:
+        if not counts_tokens():
+            return
         scores = logits.detach().float().log_softmax(-1)
         mean = -(scores.exp() * scores).sum(-1).mean() / log(logits.shape[-1])
         total, number = self._entropy or (torch.zeros_like(mean), 0)
@@ -132,13 +139,14 @@ class ExpertCounter:
         total, number = self._entropy or (torch.zeros((), device=device), 1)
         entropy = total.double() / number
         spread = self.ep_size > 1
-        computed = sum(start_rows(module.experts) for module in self.modules)
+        computed = sum(start_rows(module.experts) for module in self.modules) - self._uncounted
         extra = torch.tensor([float(self._entropy is not None), float(computed)]).double()
         both = torch.cat([tokens.flatten().double(), entropy[None], extra.to(device)])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(both)
         both = both.cpu()
         self._tokens = self._entropy = None
+        self._uncounted = 0
         counts = both[:-3].round().long().view(shape)
         return ExpertLoad(
             tokens=counts,

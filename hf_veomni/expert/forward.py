@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import torch
@@ -21,6 +23,24 @@ _ADAPTERS, _ROWS = "_omni_adapters", "_omni_rows"
 def is_training_forward(module: nn.Module) -> bool:
     """Whether gradients will come of this forward, and it is not activation checkpointing's second one."""
     return module.training and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+
+
+# Set around a batch that only keeps a rank in step: its tokens are routed and computed, and count nowhere.
+_idle: ContextVar[bool] = ContextVar("hf_veomni_idle", default=False)
+
+
+@contextmanager
+def counting_no_tokens() -> Iterator[None]:
+    """Within this context a model's tokens count neither in its router's loss nor in the load of its experts."""
+    token = _idle.set(True)
+    try:
+        yield
+    finally:
+        _idle.reset(token)
+
+
+def counts_tokens() -> bool:
+    return not _idle.get()
 
 
 def start_rows(experts: nn.Module) -> int:

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_veomni.expert.dispatch import count_pairs
+from hf_veomni.expert.forward import counts_tokens
 from hf_veomni.mesh import ParallelState
 
 _NAME = "load_balancing_loss_func"
@@ -64,6 +65,7 @@ class RouterLoss:
         self.last: Tensor | None = None
         self._signature = list(inspect.signature(model.forward).parameters)
         self._inputs: Mapping[str, Any] = {}
+        self._training = True
         self._tokens: list[Token] = []
         self._handles = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -80,6 +82,7 @@ class RouterLoss:
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         _patches.add(self)  # a deep copy of the model comes here first
         self._inputs = {**dict(zip(self._signature, args, strict=False)), **kwargs}
+        self._training = torch.is_grad_enabled()
         self._tokens.append(_current.set(self))
 
     def _leave(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -92,8 +95,8 @@ class RouterLoss:
     ) -> Tensor | int:
         """The loss of all ranks' tokens, times this micro-batch's share of the step.
 
-        Collective: one all-reduce of 2 E + 2 numbers over all ranks. The backward has none: gradients are those of the
-        sum of all ranks' losses, which FSDP averages.
+        Collective: one all-reduce of 2 E + 2 numbers over all ranks, or over the SP group without gradients. The
+        backward has none: gradients are those of the sum of all ranks' losses, which FSDP averages.
         """
         if not isinstance(gate_logits, tuple) or not gate_logits:
             return 0
@@ -102,16 +105,23 @@ class RouterLoss:
         device = probabilities.device
         weight = torch.as_tensor(self._share(device), dtype=torch.float64).to(device, non_blocking=True)
         both = torch.cat([chosen.double(), probabilities.detach().double(), count.double()[None], weight[None]])
-        if self.state.world_size > 1:
-            dist.all_reduce(both)
+        both = both * counts_tokens()
+        self._reduce(both)
         chosen_all, probable_all = both[:num_experts], both[num_experts : 2 * num_experts]
-        total, weights = both[-2], both[-1]
+        total, weights = both[-2].clamp(min=1), both[-1]  # 0 where no rank has a token that counts
         value = num_experts * (chosen_all * probable_all).sum() / total**2
         self.last = value.detach()
         slope = num_experts * chosen_all / total**2 * weights
         return _OfAllRanks.apply(
             probabilities, (value * weight).to(probabilities.dtype), slope.to(probabilities.dtype)
         )
+
+    def _reduce(self, both: Tensor) -> None:
+        """Without gradients a batch has a loss of its own, as in one process: its tokens are those of the SP group."""
+        if self._training and self.state.world_size > 1:
+            dist.all_reduce(both)
+        elif self.state.sp_size > 1:
+            dist.all_reduce(both, group=self.state.sp_group)
 
     def _share(self, device: torch.device) -> Tensor | float:
         items, labels = self._inputs.get("num_items_in_batch"), self._inputs.get("labels")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -17,6 +18,7 @@ from hf_veomni import hf
 from hf_veomni.fsdp.unused import watch_experts
 from hf_veomni.mesh import ParallelState
 
+_HELD, _RAN = "_omni_held", "_omni_ran"
 _STYLES = {"free_full_weight": "free", "keep_full_weight": "keep"}
 
 
@@ -125,10 +127,44 @@ def plan_units(model: PreTrainedModel, rules: Mapping[str, Mapping[str, str]]) -
 
 def _reshard_after_inference(model: nn.Module, args: Any, output: Any) -> None:
     """Without a backward nothing would free the kept units: parameters would stay whole after an evaluation."""
-    if not torch.is_grad_enabled():
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    setattr(model, _RAN, True)
+    if not torch.is_grad_enabled() and not getattr(model, _HELD, False):
+        _reshard(model)
+
+
+def _reshard(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def held_weights(model: nn.Module) -> Iterator[None]:
+    """Within this context the kept units (the head) stay gathered after a forward without gradients, for logits that
+    somebody looks at later."""
+    base: Any = hf.base_model(model)
+    setattr(base, _HELD, True)
+    try:
+        yield
+    finally:
+        delattr(base, _HELD)
+        _reshard(base)
+
+
+def check_dtype_can_change(model: nn.Module, dtype: torch.dtype) -> None:
+    """Refuse to cast parameters whose dtype FSDP2 has noted, at the first forward.
+
+    Raises:
+        ValueError: the model is sharded, has run, and has parameters of another dtype.
+    """
+    base = hf.base_model(model)
+    other = next((p.dtype for p in base.parameters() if p.is_floating_point() and p.dtype != dtype), None)
+    if other is not None and getattr(base, _RAN, False):
+        raise ValueError(
+            f"`bf16_full_eval` (True) would cast sharded parameters ({other}) to {dtype} after they have been used, "
+            "and FSDP2 goes on with that of the first forward: leave it out (`bf16=True` evaluates in bfloat16 too), "
+            "or evaluate before training, or evaluate the saved model."
+        )
 
 
 def _expert_placement(size: int) -> Callable[[nn.Parameter], Shard | None]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_veomni import hf
+from hf_veomni.comm.gather import gather_shards
 from hf_veomni.loss.chunked import full_precision, summed_loss
 from hf_veomni.loss.head import record_head_call
 from hf_veomni.loss.rule import Count, sum_over_sequence, targets_and_count
@@ -71,7 +72,7 @@ class CausalLMLoss:
         """Token losses of the full rows, summed and divided by `num_items_in_batch` or by the number of targets.
 
         Args:
-            logits: this rank's part [B, s, V], or a stand-in for it.
+            logits: this rank's part [B, s, V], or a stand-in for it; also full rows [B, S, V] beside `labels`.
             labels: full rows [B, S], not shifted, the same on all ranks of the SP group.
             vocab_size: ignored; V is the last dimension of the logits.
             num_items_in_batch: targets over which the caller averages; None means the valid targets of these rows.
@@ -89,6 +90,8 @@ class CausalLMLoss:
         """
         group = self._state.sp_group
         labels, shift_labels = (x if x is None else x.to(logits.device) for x in (labels, shift_labels))
+        if shift_labels is None and labels is not None and labels.shape[-1] == logits.shape[-2] > 1:
+            group = None  # whole rows: every rank computes the loss of all of them
         targets, divisor = targets_and_count(
             labels, shift_labels, num_items_in_batch, logits.shape[-2], group, ignore_index
         )
@@ -113,6 +116,41 @@ class CausalLMLoss:
         if total.requires_grad:
             total.register_hook(logits.recipe.call.before_backward)
         return total
+
+
+class WholeRowLoss:
+    """A loss that somebody has set on a prepared model, which gets the logits of full rows [B, S, V] on every rank.
+
+    Collective: one all-gather of hidden states over the SP group; its backward is a reduce-scatter (sum).
+    """
+
+    def __init__(self, loss: Callable[..., Any], group: dist.ProcessGroup) -> None:
+        self.loss, self.group = loss, group
+
+    def __call__(self, logits: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        given = labels if labels is not None else kwargs.get("shift_labels")
+        if given is None or not 0 <= logits.shape[1] * dist.get_world_size(self.group) - given.shape[1] < (
+            dist.get_world_size(self.group)
+        ):
+            shape = None if given is None else tuple(given.shape)
+            raise ValueError(
+                f"`labels` {shape} of the loss that was set on this model must be those of its full rows, of which "
+                f"this rank has logits {tuple(logits.shape)}: pass labels as long as the rows."
+            )
+        length = given.shape[1]
+
+        def whole(x: Tensor) -> Tensor:
+            return gather_shards(x, self.group, dim=1).narrow(1, 0, length)
+
+        logits = logits.of_tokens(whole) if isinstance(logits, LeanLogits) else whole(logits)
+        return self.loss(logits, labels, *args, **kwargs)
+
+
+def _adopt_loss(state: _State, model: PreTrainedModel, args: Any) -> None:
+    """Before a forward: a loss that came after ours knows no slices."""
+    current = model.loss_function
+    if state.attached and state.sp_group is not None and not isinstance(current, (CausalLMLoss, WholeRowLoss)):
+        model.loss_function = WholeRowLoss(current, state.sp_group)
 
 
 class _HeadForward:
@@ -174,14 +212,21 @@ def attach_lean_loss(
     state = _State(sp_group, chunk_tokens)
     loss = CausalLMLoss(state)
     loss.label_smoothing = label_smoothing
-    return partial(_detach, base, state, loss, hf.replace_loss(base, loss), _replace_head(base, head, state, lean))
+    own = hf.replace_loss(base, loss)
+    handle = base.register_forward_pre_hook(partial(_adopt_loss, state))
+    return partial(_detach, base, state, loss, own, _replace_head(base, head, state, lean), handle)
 
 
-def _detach(model: PreTrainedModel, state: _State, loss: CausalLMLoss, own: Any, head: _HeadForward | None) -> None:
+def _detach(
+    model: PreTrainedModel, state: _State, loss: CausalLMLoss, own: Any, head: _HeadForward | None, handle: Any
+) -> None:
     """Put loss and head back. A plain function of its model, so that a deep copy's `partial` works on the copy."""
     if not state.attached:
         return
     state.attached = False
+    handle.remove()
+    if isinstance(model.loss_function, WholeRowLoss):
+        model.loss_function = model.loss_function.loss
     hf.restore_loss(model, loss, own)
     if head is not None:
         head.restore()

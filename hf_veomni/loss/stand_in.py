@@ -122,6 +122,13 @@ class LeanLogits(Tensor):
             return cls(recipe)
         return _Track.apply(recipe, recipe.call.hidden, *recipe.call.parameters)
 
+    def of_tokens(self, take: Callable[[Tensor], Tensor]) -> Tensor:
+        """The logits of other tokens: `take` maps hidden states [B, s, H] to theirs, and logits [B, s, V] alike."""
+        if self.recipe.real is not None:
+            return take(self.recipe.real)
+        call = self.recipe.call
+        return LeanLogits.make(replace(self.recipe, call=replace(call, hidden=take(call.hidden))))
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         state = "not computed: any look at the values builds them" if self.recipe.real is None else "computed"
         return f"LeanLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {state})"

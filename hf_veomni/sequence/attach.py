@@ -35,6 +35,7 @@ from hf_veomni.sequence.inputs import find_positions, prepare_mask
 from hf_veomni.sequence.layer_inputs import cut_call
 from hf_veomni.sequence.linear import Gathered, LinearAttachment, check_mixer_heads
 from hf_veomni.sequence.origin import find_origin
+from hf_veomni.sequence.outputs import Outputs
 from hf_veomni.sequence.packing import tell_packing, untell_packing
 from hf_veomni.sequence.row_checks import (
     Traits,
@@ -49,7 +50,13 @@ from hf_veomni.sequence.running import Call, Row, current_call, current_row, is_
 from hf_veomni.sequence.seam import Seam, check_heads, find_seam
 from hf_veomni.sequence.selection import adopt, release, select
 from hf_veomni.sequence.shard import check_same_rows, gather_rows, pad_inputs, shard_sequence
-from hf_veomni.sequence.stack import looks_ahead_by_kernel, makes_masks, masks_on_demand, views_as_row
+from hf_veomni.sequence.stack import (
+    looks_ahead_by_kernel,
+    makes_masks,
+    masks_on_demand,
+    reads_padding,
+    views_as_row,
+)
 from hf_veomni.sequence.ulysses import ulysses_attention
 from hf_veomni.sequence.varlen import VARLEN_NAME, register_varlen_attention
 from hf_veomni.sequence.whole import find_exit, map_hidden, pooling_modules, text_encoder
@@ -101,6 +108,7 @@ class SequenceAttachment:
         self.config = hf.text_config(self.model)
         self.exit = find_exit(self.model, self.seam, whole_output)
         self._masks_as_tensors = any(map(has_patch, self.seam.attentions)) or rules.attend or masks_as_tensors
+        self._masks_as_tensors |= reads_padding(self.model)
         self.encoder: SequenceAttachment | None = None
         encoder = text_encoder(self.model, self.seam)
         if encoder is not None:
@@ -108,7 +116,7 @@ class SequenceAttachment:
             self._masks_as_tensors |= self.encoder._masks_as_tensors  # they may share a config
         if gathered is None:
             rules.check([*self.seam.mixers, *(self.encoder.seam.mixers if self.encoder else ())])
-        self.last_length: int | None = None
+        self.outputs = Outputs(state.sp_size)
         self._handles: list[Any] = []
         self._configs = hf.iterate_configs(self.seam.decoder, iter(self.seam.attentions))
         self._option = attention
@@ -196,19 +204,12 @@ class SequenceAttachment:
             _registry.restore()
             untell_packing()
 
-    def gather(self, local: Tensor) -> Tensor:
-        """[B, s, ...] of this rank to [B, S, ...] without padding, S the length of the last row that ran."""
-        if self.last_length is None:
-            raise ValueError("No row has run through the model yet: call the model before `gather_sequence`.")
-        if self.exit is not None and local.dim() >= 2 and local.shape[1] == self.last_length:
+    def gather(self, local: Tensor, length: int | None = None) -> Tensor:
+        """[B, s, ...] of this rank to [B, S, ...] without padding; S is that of the row it comes from, or `length`."""
+        length = self.outputs.length_of(local, self.exit is not None, length)
+        if self.outputs.is_whole(local) or (self.exit is not None and local.shape[1] == length):
             return local  # the head has worked on the whole row
-        part = -(-self.last_length // self.state.sp_size)
-        if local.dim() < 2 or local.shape[1] != part:
-            raise ValueError(
-                f"`local` has shape {tuple(local.shape)}, but this rank's slice of the last row has {part} tokens on "
-                "dimension 1: hand over an output of the model's last call."
-            )
-        return gather_rows(local, self.last_length, self.state)
+        return gather_rows(local, length, self.state)
 
     def _enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         inputs = {**dict(zip(self._signature, args, strict=False)), **kwargs}
@@ -220,13 +221,13 @@ class SequenceAttachment:
         extra = 0 if whole else -length % self.state.sp_size
         row = Row(self, length, length + extra, whole)
         if not whole:
-            if self.last_length is None and self.state.sp_size > 1:  # once: a loader that deals wrongly always does
+            if self.outputs.is_empty and self.state.sp_size > 1:  # once: a loader that deals wrongly always does
                 check_same_rows(given, self.state)
             inputs = self._prepare(inputs, given, extra, row)
-            self.last_length = length
+            self.outputs.add(length)
         row.tokens.append((current_row, current_row.set(row)))
         if (call := current_call.get()) is not None and call.owner is self:
-            call.entered = True
+            call.row = row
         return (), inputs
 
     def _note_cache(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -240,7 +241,9 @@ class SequenceAttachment:
         if call is None or call.owner is not self or call.token is None:
             return  # `_note_cache` did not run
         current_call.reset(call.token)
-        if output is not None and not call.entered and self.state.sp_size > 1:  # None: an error is on its way
+        if call.row is not None and not call.row.whole and self.state.sp_size > 1:
+            self.outputs.note(output, call.row.length)
+        if output is not None and call.row is None and self.state.sp_size > 1:  # None: an error is on its way
             stack = type(self.seam.decoder).__name__.removeprefix("FSDP")
             raise ValueError(
                 f"The forward of {self.name} did not call {stack}, which is what shares rows: every rank of the "
@@ -322,7 +325,9 @@ class SequenceAttachment:
         if row.whole or row.gathered:
             return None
         if self._views_as_row:
-            return map_hidden(output, lambda hidden: shard_sequence(hidden, 1, self.state))
+            output = map_hidden(output, lambda hidden: shard_sequence(hidden, 1, self.state))
+            self.outputs.note(output, row.length)
+            return output
         hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
         if isinstance(hidden, Tensor) and hidden.shape[1] * self.state.sp_size != row.padded:
             raise ValueError(
@@ -331,6 +336,8 @@ class SequenceAttachment:
             )
         if self.exit is decoder:
             return map_hidden(output, lambda hidden: gather_rows(hidden, row.length, self.state))
+        if self.state.sp_size > 1:
+            self.outputs.note(output, row.length)
         return None
 
     def _gather_output(self, module: nn.Module, args: tuple, output: Any) -> Any:

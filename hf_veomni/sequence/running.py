@@ -34,7 +34,7 @@ class Call:
     cached: bool
     positions: Tensor | None  # Mamba's model does not hand them on to its stack
     token: Token | None = None
-    entered: bool = False  # whether its stack has been called
+    row: Row | None = None  # the last one that its stack was called with
 
 
 # Whether the caller of the model asked for a cache. The stack alone cannot tell: some families hand it the default of

@@ -82,6 +82,15 @@ def makes_masks(modules: Iterable[nn.Module]) -> bool:
     return any(name.startswith("create_") and "mask" in name for module in modules for name in own_names(type(module)))
 
 
+def reads_padding(model: nn.Module) -> bool:
+    """Whether a model's own loss reads scores of padding: spans of an answer are softmaxed over the whole row.
+
+    What a token of padding sees is then part of the loss. Stock sdpa and eager let it attend to the tokens of its row,
+    flash attention and the varlen attention give zeros.
+    """
+    return "start_positions" in inspect.signature(model.forward).parameters
+
+
 def masks_on_demand(stack: nn.Module) -> bool:
     """Whether a stack makes a causal mask only where it is given one of tokens (AIMv2)."""
     try:

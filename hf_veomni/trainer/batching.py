@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,24 +26,18 @@ from hf_veomni.trainer.loaders import (
     keep_batches_whole,
     set_epoch,
 )
+from hf_veomni.trainer.losses import LossMixin
 from hf_veomni.trainer.randomness import own_stream
 from hf_veomni.trainer.windows import BATCHES, REAL, TOKENS, exchange_facts, take
 
 _Trainer: Any = object  # the Trainer class behind the mixins; typed as Any, since it may be one from another library
 
 
-class BatchingMixin(_Trainer):
-    """Overrides of Trainer for a world where several ranks read the same rows.
+class BatchingMixin(LossMixin, _Trainer):
+    """Overrides of Trainer for a world where several ranks read the same rows."""
 
-    Trainer asks `get_tp_size()` for the number of ranks that share a batch; here those are the ranks of an SP group.
-    It scales a loss that was divided by all tokens of the window with `num_processes / tp_size`, the number of data
-    ranks: FSDP averages over all ranks, so the sum over the data ranks remains, which is what one rank computes.
-    """
-
-    _evaluating = False
     _micro_step = 0
     _epoch_is_over = False
-    _num_real: float = 0  # batches of the window that are no fillers, a data rank
     _train_batches: WholeBatches | None = None
     _last_batch: Any = None
     _budget: TokenBudgetSampler | None = None
@@ -52,10 +46,6 @@ class BatchingMixin(_Trainer):
     def parallel_state(self) -> ParallelState:
         # Not prepared: a model that one rank trains as it is.
         return get_parallel_state(self.model) if is_prepared(self.model) else init_parallel_state(self.args.plan)
-
-    def get_tp_size(self) -> int:
-        # An evaluated batch is normalised by its own tokens, as one process does it: nothing to scale.
-        return self.parallel_state.world_size if self._evaluating else self.parallel_state.sp_size
 
     def get_cp_size(self) -> int:
         return 1
@@ -192,26 +182,13 @@ class BatchingMixin(_Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         state = self.parallel_state
         self._micro_step += 1
-        if num_items_in_batch is None:
-            # A mean over the batches of the window on all data ranks, of which fillers are none.
-            self.current_gradient_accumulation_steps = self._num_real
-        with self._counting_nothing() if isinstance(inputs, Filler) else nullcontext():
+        with self._averaging(0.0 if isinstance(inputs, Filler) else 1.0):
             if state.world_size == 1:
                 return super().training_step(model, inputs, num_items_in_batch)
             # Not dist.get_rank(): replicas of the same plan on another launcher's numbering draw the same masks.
             place = state.dp_rank * state.sp_size + state.sp_rank
             with own_stream(self.args.device, self.args.seed, self.state.global_step, self._micro_step, place):
                 return super().training_step(model, inputs, num_items_in_batch)
-
-    @contextmanager
-    def _counting_nothing(self) -> Iterator[None]:
-        """Inside, the loss is multiplied by 0, whoever computes it: blank labels would not do for every loss."""
-        compute_loss = self.compute_loss
-        self.compute_loss = lambda *args, **kwargs: compute_loss(*args, **kwargs) * 0.0
-        try:
-            yield
-        finally:
-            del self.compute_loss
 
     def _defer_fsdp_gradient_reduction(self) -> Any:
         return deferred_reduction(self.model) if is_prepared(self.model) else super()._defer_fsdp_gradient_reduction()

@@ -3,52 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from accelerate.utils.operations import find_batch_size, recursively_apply
 from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
+from hf_veomni import hf
+from hf_veomni.fsdp import check_dtype_can_change, held_weights
 from hf_veomni.loss import has_lean_loss, lean_evaluation
 from hf_veomni.mesh import ParallelState, get_parallel_state
-from hf_veomni.prepare import gather_sequence
+from hf_veomni.prepare import whole_output
 from hf_veomni.trainer.adapt import is_prepared
 from hf_veomni.trainer.loaders import Filler
-from hf_veomni.trainer.trl import is_trl
+from hf_veomni.trainer.losses import overrides
 from hf_veomni.trainer.windows import InStep
 
 _Trainer: Any = object
 
+# Methods in which code of the user may look at what the model returns.
+_LOOK_AT_OUTPUTS = ("compute_loss", "training_step", "prediction_step")
 
-def _gather_outputs(model: nn.Module, output: Any) -> Any:
+
+def _is_row(name: str) -> bool:
+    return name.endswith("logits") or name in ("hidden_states", "last_hidden_state")
+
+
+def _put_together(model: nn.Module, output: Any, lazy: bool) -> Any:
     """Full-length logits and hidden states in place of this rank's slices; everything else as it is."""
-    if not isinstance(output, MutableMapping) or not isinstance(output.get("logits"), Tensor):
-        return output
-    local = output["logits"].shape[1]
-    for name in [name for name in output if name.endswith("logits") and isinstance(output[name], Tensor)]:
-        if output[name].dim() == 3 and output[name].shape[1] == local:  # of all heads that a model has
-            output[name] = gather_sequence(output[name], model)
-    hidden = output.get("hidden_states")
-    if isinstance(hidden, tuple):
-        output["hidden_states"] = tuple(gather_sequence(h, model) if h.shape[1] == local else h for h in hidden)
+    if isinstance(output, Tensor):
+        return whole_output(output, model, lazy) if output.dim() == 3 else output
+    if isinstance(output, MutableMapping):
+        for name in [name for name in output if _is_row(name)]:
+            output[name] = _put_together(model, output[name], lazy)
+    elif type(output) is tuple:
+        return tuple(_put_together(model, value, lazy) for value in output)
     return output
 
 
 @contextmanager
-def whole_outputs(model: nn.Module) -> Iterator[None]:
+def whole_outputs(model: nn.Module, lazy: bool = True) -> Iterator[None]:
     """Inside, the model returns full-length logits [B, S, V] on every rank, with gradients.
 
     Every rank of the SP group then holds them, and what is computed from them is computed sp times over: the price of
     a function that wants to see all logits.
+
+    Args:
+        lazy: in training, gather hidden states and make logits where somebody looks at them.
 
     Collective: per forward one all-gather over the SP group; its backward is a reduce-scatter (sum).
     """
     if not is_prepared(model) or get_parallel_state(model).sp_size == 1:
         yield
         return
-    handle = model.register_forward_hook(lambda module, args, output: _gather_outputs(model, output))
+    # On the model inside, which user code may call past its PEFT wrapper.
+    handle = hf.base_model(model).register_forward_hook(lambda _, args, output: _put_together(model, output, lazy))
     try:
         yield
     finally:
@@ -58,25 +71,30 @@ def whole_outputs(model: nn.Module) -> Iterator[None]:
 class EvaluationMixin(_Trainer):
     """Overrides of Trainer around `compute_loss` and `prediction_step`.
 
-    Evaluation runs under SP. Loss: each batch by its own tokens, as in one process. Logits: gathered over the SP group
+    Evaluation runs under SP. Loss: the mean over the label tokens of all batches. Logits: gathered over the SP group
     before `preprocess_logits_for_metrics`, then over the data ranks, in dataset order and without fillers. When nobody
     looks at logits, none are made.
     """
 
     _outputs_are_whole = False
     _evaluates_stream = False
+    _eval_losses: list[tuple[Tensor, Tensor | None]]  # of the batches evaluated so far, and the items in each
 
     @contextmanager
-    def _whole(self, model: nn.Module, wanted: bool) -> Iterator[None]:
+    def _whole(self, model: nn.Module, wanted: bool, lazy: bool = True) -> Iterator[None]:
         if not wanted or self._outputs_are_whole:
             yield
             return
         self._outputs_are_whole = True
         try:
-            with whole_outputs(model):
+            with whole_outputs(model, lazy):
                 yield
         finally:
             self._outputs_are_whole = False
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        with self._whole(self.model, overrides(self, *_LOOK_AT_OUTPUTS)):
+            super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         # Steps a second are those of a data rank; the rest of the view is this process.
@@ -90,25 +108,36 @@ class EvaluationMixin(_Trainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, in step on all ranks, whatever the loader.
 
+        The loss is the mean over all items (label tokens) where the trainer divides by their number, so that it is
+        the same under every plan and batch size; Trainer gives the mean over the batches.
+
         Raises:
             ValueError: as `get_batch_samples` does; on every rank.
         """
         state: ParallelState = self.parallel_state
+        loader = dataloader if state.world_size == 1 else InStep(dataloader, state, self.args.device)
         self._evaluates_stream = not has_length(getattr(dataloader, "dataset", None))
-        if state.world_size == 1:
-            return super().evaluation_loop(dataloader, *args, **kwargs)
-        loader = InStep(dataloader, state, self.args.device)
-        output = super().evaluation_loop(loader, *args, **kwargs)
+        self._eval_losses = []
+        if state.world_size > 1 and self.args.bf16_full_eval and not self.is_in_train:
+            check_dtype_can_change(self.model, torch.bfloat16)
+        with self._whole(self.model, overrides(self, *_LOOK_AT_OUTPUTS)):
+            output = super().evaluation_loop(loader, *args, **kwargs)
+        name, loss = f"{kwargs.get('metric_key_prefix', 'eval')}_loss", self._loss_of_all_items()
+        if loss is not None and name in output.metrics:
+            output.metrics[name] = loss
         # Of a stream Trainer counts what this rank has read.
-        return output._replace(num_samples=loader.num_rows) if self._evaluates_stream else output
+        counted = self._evaluates_stream and isinstance(loader, InStep)
+        return output._replace(num_samples=loader.num_rows) if counted else output
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if num_items_in_batch is None and self._computes_loss and not model.training:  # TRL's evaluation hands none
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         # `compute_loss_func` gets full logits and full labels. Every rank of the SP group computes the whole loss from
         # them; the gather's backward sums the equal gradients, and FSDP's mean over the group takes the sum back.
-        whole = self.compute_loss_func is not None or (self.label_smoother is not None and is_trl(self))
-        with self._whole(model, whole):
+        looks = self.compute_loss_func is not None or self.label_smoother is not None
+        with self._whole(model, looks, lazy=False):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -120,16 +149,43 @@ class EvaluationMixin(_Trainer):
             self.gather_function = partial(self._gather_results, inputs)
         lean = prediction_loss_only and self.compute_loss_func is None and self.label_smoother is None
         lean = lean and is_prepared(model) and has_lean_loss(model)
+        own = overrides(self, *_LOOK_AT_OUTPUTS)
         self._evaluating = True
         try:
-            with ExitStack() as stack:
+            with self._as_one_process(own), ExitStack() as stack:
                 if lean:
                     stack.enter_context(lean_evaluation(model))
+                    stack.enter_context(held_weights(model) if own else nullcontext())
                 else:
                     stack.enter_context(self._whole(model, not prediction_loss_only))
-                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+                found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             self._evaluating = False
+        if found[0] is not None and not isinstance(inputs, Filler):
+            # `predict_with_generate` takes the model's loss as it is, a mean over the same items.
+            counted = self._counted or getattr(self.args, "predict_with_generate", False)
+            items = self._get_num_items_in_batch([inputs], self.args.device) if counted else None
+            self._eval_losses.append((found[0], items))
+        return found
+
+    def _loss_of_all_items(self) -> float | None:
+        """The mean over all items that were evaluated; None where a loss was divided by no number of items.
+
+        Collective: one all-reduce of four numbers over all ranks.
+        """
+        totals = torch.zeros(4, dtype=torch.float64)  # loss and items of the finite batches and of the others
+        for loss, items in self._eval_losses:
+            count = float("nan") if items is None else float(items)
+            if count != 0:  # of no items there is no mean
+                totals[[0, 1] if bool(loss.isfinite()) else [2, 3]] += torch.tensor([float(loss) * count, count])
+        self._eval_losses = []
+        if self.parallel_state.world_size > 1:
+            totals = totals.to(self.args.device)
+            dist.all_reduce(totals)
+        if totals[[1, 3]].isnan().any() or not totals[[1, 3]].any():
+            return None
+        kept = totals[:2] if self.args.logging_nan_inf_filter and totals[1] else totals[:2] + totals[2:]
+        return float(kept[0] / kept[1])
 
     def _gather_results(self, inputs: Any, data: Any) -> Any:
         """Over the data ranks. A filler gives no rows; of a stream, whose end accelerate does not know, a short batch

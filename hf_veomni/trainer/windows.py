@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_veomni.checkpoint import agree
 from hf_veomni.comm import all_gather
 from hf_veomni.mesh import ParallelState
-from hf_veomni.trainer.loaders import Filler
+from hf_veomni.trainer.loaders import Filler, WholeBatches
 
 # Columns of the facts.
 BATCHES, TOKENS, CHECKSUM, REAL, ROWS, HELD, FAILED = range(7)
@@ -117,6 +117,11 @@ class InStep:
     def __len__(self) -> int:
         return len(self._loader)
 
+    def _ends_with_filler(self) -> bool:
+        """Whether the batch that was read last is one that another rank had."""
+        sampler = getattr(self._loader, "batch_sampler", None)
+        return isinstance(sampler, WholeBatches) and sampler.ends_with_filler and self._loader.end_of_dataloader
+
     def __iter__(self) -> Iterator[Any]:
         """Collective: one all-gather over all ranks for each batch. Raises as `exchange_facts` does."""
         last: Any = None
@@ -128,6 +133,8 @@ class InStep:
             )
             if not facts[:, BATCHES].any():
                 return
+            if found and self._ends_with_filler():
+                found = [Filler.of(found[0])]
             self.num_rows += int(facts[:: self._state.sp_size, ROWS].sum())
             last = found[0] if found else last
             yield last if found else Filler.of(last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from tests.ranks.training import Run, collate, full, train_omni, train_stock
+from tests.ranks.training import Run, collate, full, loss_of_all_targets, tiny_mixtral, train_omni, train_stock
 
 PLANS = [(2, "sp=2"), (2, "dp_shard=2"), (4, "sp=2,dp_shard=2"), (4, "dp_replicate=2,sp=2")]
 plans = pytest.mark.parametrize(("world", "plan"), PLANS, ids=[plan for _, plan in PLANS])
@@ -39,7 +40,9 @@ def _stock(run: Run, **options: Any) -> dict[str, Any]:
     trainer = Trainer(
         model=run.model(), args=TrainingArguments(**run.all_arguments()), **run.data(), **run.options, **options
     )
-    return _evaluate_with(trainer, run)
+    found = _evaluate_with(trainer, run)
+    found["metrics"]["eval_loss"] = loss_of_all_targets(trainer, run.dataset(run.eval_rows, 5))
+    return found
 
 
 def _omni(plan: str, run: Run, **options: Any) -> dict[str, Any]:
@@ -166,18 +169,11 @@ def _while_training(plan: str, run: Run):
 
 
 def test_evaluation_between_steps_leaves_training_as_it_is(ranks):
-    run = Run(
-        num_rows=8,
-        eval_rows=3,
-        arguments={
-            "eval_strategy": "steps",
-            "eval_steps": 1,
-            "eval_on_start": True,
-            "per_device_eval_batch_size": 1,
-        },
-    )
+    arguments = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 3}
+    run = Run(plain=True, num_rows=8, eval_rows=3, arguments=arguments)  # evaluated in one batch
     expected = train_stock(run, 2)
     assert len(expected.evaluations) == 5
+    run = replace(run, arguments=arguments | {"per_device_eval_batch_size": 1})
     for found in ranks(4).run(_while_training, "sp=2,dp_shard=2", run, timeout=120):
         losses = [entry["eval_loss"] for entry in found.evaluations]
         assert losses == pytest.approx([entry["eval_loss"] for entry in expected.evaluations], rel=1e-5)
@@ -205,3 +201,31 @@ def test_prediction_without_labels(ranks):
         for row, logits, reference in zip(rows, found, expected, strict=True):
             valid = slice(len(row["input_ids"]))
             assert (logits[valid] - reference[valid]).abs().max() < 1e-5
+
+
+def _eval_loss(plan: str, run: Run, form: str) -> float:
+    from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
+
+    arguments = OmniTrainingArguments(**run.all_arguments(plan=plan))
+    options: dict[str, Any] = {"compute_loss_func": _token_loss} if form == "compute_loss_func" else {}
+    model = tiny_mixtral() if form == "experts" else run.model()
+    return OmniTrainer(model=model, args=arguments, **run.data(), **options).evaluate()["eval_loss"]
+
+
+def _token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    logits = outputs["logits"][:, :-1].flatten(0, 1).float()
+    total = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    return total / num_items_in_batch
+
+
+@pytest.mark.parametrize("form", ["model", "compute_loss_func", "experts"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(("world", "plan"), [(1, ""), (2, "dp_shard=2"), (4, "sp=2,dp_shard=2")])
+def test_the_evaluation_loss_is_the_same_for_every_batch_size_and_plan(ranks, world, plan, size, form):
+    run = Run(plain=True, eval_rows=7, arguments={"per_device_eval_batch_size": 7})
+    model = tiny_mixtral() if form == "experts" else run.model()
+    stock = Trainer(model=model, args=TrainingArguments(**run.all_arguments()), **run.data())
+    expected = stock.evaluate()["eval_loss"]  # all rows in one batch
+    run = replace(run, arguments={"per_device_eval_batch_size": size})
+    losses = [_eval_loss(plan, run, form)] if world == 1 else ranks(world).run(_eval_loss, plan, run, form, timeout=60)
+    assert losses == pytest.approx([expected] * world, rel=1e-5)

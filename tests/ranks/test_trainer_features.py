@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,9 +276,10 @@ def test_a_prepared_model_is_taken_as_it_is(ranks):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_one_process_trains_as_the_stock_trainer(lora):
-    run = Run(lora=lora, eval_rows=3, arguments={"eval_strategy": "epoch", "per_device_eval_batch_size": 1})
+    arguments = {"eval_strategy": "epoch", "per_device_eval_batch_size": 3}  # all rows in one batch
+    run = Run(lora=lora, plain=True, eval_rows=3, arguments=arguments)
     expected = train_stock(run)
-    found = train_omni("", run)
+    found = train_omni("", replace(run, arguments=run.arguments | {"per_device_eval_batch_size": 1}))
     assert_same_training(found, expected)
     losses = [entry["eval_loss"] for entry in found.evaluations]
     assert losses == pytest.approx([entry["eval_loss"] for entry in expected.evaluations], rel=1e-5)

@@ -40,7 +40,8 @@ def _train(plan: str, run: Run) -> tuple[Any, set[torch.dtype], set[torch.dtype]
 @pytest.mark.parametrize(("plan", "world", "data_ranks"), [("sp=2", 2, 1), ("sp=2,dp_shard=2", 4, 2)])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_bf16_trains_as_the_stock_trainer(ranks, plan, world, data_ranks, lora):
-    run = Run(lora=lora, plain=True, eval_rows=3, arguments={"bf16": True, "eval_strategy": "epoch"})
+    arguments = {"bf16": True, "eval_strategy": "epoch", "per_device_eval_batch_size": 3}
+    run = Run(lora=lora, plain=True, eval_rows=3, arguments=arguments)
     expected = train_stock(run, data_ranks)
     for found, gathered, gradients in ranks(world).run(_train, plan, run, timeout=120):
         assert relative(found.losses, expected.losses) < LOSS
@@ -72,14 +73,29 @@ def _evaluate_train_evaluate(trainer: Trainer) -> tuple[float, float, float]:
 def test_bf16_full_eval_follows_the_stock_trainer(ranks, bf16, lora, tied):
     """An evaluation outside of training turns the model to bf16 for good, and what trains after it is bf16."""
     config = {"tie_word_embeddings": tied}
+    arguments = {"bf16_full_eval": True, "bf16": bf16, "learning_rate": 0.05, "optim": "sgd"}
     run = Run(
         lora=lora,
         plain=True,
         config=config,
         eval_rows=4,
-        arguments={"bf16_full_eval": True, "bf16": bf16, "learning_rate": 0.05, "optim": "sgd"},
+        arguments=arguments | {"per_device_eval_batch_size": 4},
     )
     stock = Trainer(model=run.model(), args=TrainingArguments(**run.all_arguments()), **run.data())
     expected = _evaluate_train_evaluate(stock)
     for found in ranks(2).run(_full_eval, "sp=2", run, timeout=60):
         assert relative(list(found), list(expected)) < LOSS
+
+
+def _full_eval_after_training(plan: str, bf16: bool) -> None:
+    from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
+
+    run = Run(plain=True, eval_rows=2, arguments={"bf16_full_eval": True, "bf16": bf16, "max_steps": 1})
+    trainer = OmniTrainer(model=run.model(), args=OmniTrainingArguments(**run.all_arguments(plan=plan)), **run.data())
+    trainer.train()
+    trainer.evaluate()
+
+
+@pytest.mark.parametrize(("plan", "bf16"), [("sp=2", False), ("sp=2", True), ("dp_shard=2", False)])
+def test_bf16_full_eval_after_training_is_refused(ranks, plan, bf16):
+    ranks(2).raises(_full_eval_after_training, plan, bf16, match="`bf16_full_eval` .True. would cast", timeout=60)

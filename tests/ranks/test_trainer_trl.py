@@ -44,6 +44,7 @@ def _options(folder: str, lora: bool, **more: Any) -> tuple[dict[str, Any], dict
         data = data.map(_turns, remove_columns="input_ids")
         tokenizer.chat_template = _TEMPLATE
     arguments = Run().all_arguments(output_dir=folder, max_steps=4, per_device_train_batch_size=2)
+    arguments |= {"per_device_eval_batch_size": 5}  # all rows in one batch
     arguments |= {"max_length": 32, "bf16": False, "activation_checkpointing": False, **more}
     options = {"train_dataset": data, "eval_dataset": data.select(range(5)), "processing_class": tokenizer}
     options["model"] = lora_model() if lora else tiny_model()

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from tests.ranks.training import PackedRows, Run, collate, outcome
+from tests.ranks.training import PackedRows, Run, collate, loss_of_all_targets, outcome
 
 BOTH = [("sp=2,dp_shard=2", 4), ("dp_shard=2", 2)]
 
@@ -56,6 +56,7 @@ def test_a_stream_is_evaluated_row_by_row_in_its_order(ranks, plan, world, rows,
         compute_metrics=_counts,
     )
     expected = stock.evaluate(_stream(rows, shards))
+    expected["eval_loss"] = loss_of_all_targets(stock, _rows(rows))
     for found in ranks(world).run(_evaluate_stream, plan, rows, shards, size, timeout=60):
         assert found["eval_rows"] == expected["eval_rows"] == rows
         assert found["eval_order"] == expected["eval_order"]
