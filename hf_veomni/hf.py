@@ -15,6 +15,8 @@ from functools import lru_cache
 from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, PreTrainedModel
@@ -230,6 +232,11 @@ def set_attention_name(config: Any, name: str) -> None:
 
 def supports_sdpa(model: nn.Module) -> bool:
     return bool(getattr(model, "_supports_sdpa", False))
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether a module is what PEFT puts around one of the model: an adapted layer, a trained copy, trained tokens."""
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
 def fsdp_styles(model: PreTrainedModel) -> dict[str, str] | None:
