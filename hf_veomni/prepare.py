@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from hf_veomni import hf
 from hf_veomni.checkpoint import PendingWeights, adopt_weights, materialize_weights, plan_weights
 from hf_veomni.expert import attach_experts, attach_router_loss, check_model
-from hf_veomni.fsdp import RaiseTogether, check_same_value, shard_parameters, synchronize_parameters
+from hf_veomni.fsdp import RaiseTogether, check_same_value, check_units, shard_parameters, synchronize_parameters
 from hf_veomni.loss import attach_lean_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
 from hf_veomni.modality.towers import attach_towers
@@ -93,6 +93,7 @@ def _parallelize(
 ) -> Model:
     base = hf.base_model(model)
     with RaiseTogether():
+        check_units(base, state)
         if pending is None:
             model.to(state.device)
     synchronize_parameters(model)

@@ -2,6 +2,13 @@
 
 from hf_veomni.fsdp.grad_norm import clip_grad_norm_
 from hf_veomni.fsdp.sync import RaiseTogether, check_same_value, synchronize_parameters
-from hf_veomni.fsdp.wrap import shard_parameters
+from hf_veomni.fsdp.wrap import check_units, shard_parameters
 
-__all__ = ["RaiseTogether", "check_same_value", "clip_grad_norm_", "shard_parameters", "synchronize_parameters"]
+__all__ = [
+    "RaiseTogether",
+    "check_same_value",
+    "check_units",
+    "clip_grad_norm_",
+    "shard_parameters",
+    "synchronize_parameters",
+]
