@@ -14,7 +14,14 @@ from torch.distributed.tensor import DTensor
 from hf_veomni import hf
 from hf_veomni.checkpoint import PendingWeights, adopt_weights, materialize_weights, plan_weights
 from hf_veomni.expert import attach_experts, attach_router_loss, check_model
-from hf_veomni.fsdp import RaiseTogether, check_same_value, check_units, shard_parameters, synchronize_parameters
+from hf_veomni.fsdp import (
+    RaiseTogether,
+    check_same_value,
+    check_units,
+    mark_replaced,
+    shard_parameters,
+    synchronize_parameters,
+)
 from hf_veomni.loss import attach_lean_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
 from hf_veomni.modality.towers import attach_towers
@@ -92,6 +99,7 @@ def _parallelize(
     model: Model, state: ParallelState, mp_policy: MixedPrecisionPolicy | None, pending: PendingWeights | None
 ) -> Model:
     base = hf.base_model(model)
+    before = list(model.parameters())
     with RaiseTogether():
         check_units(base, state)
         if pending is None:
@@ -104,6 +112,7 @@ def _parallelize(
     shard_parameters(base, state, mp_policy, experts)
     if pending is not None:
         materialize_weights(model, pending, state.device)
+    mark_replaced(before, model)
     setattr(base, _STATE, state)
     setattr(base, _UNDO, undo)
     return model
@@ -123,6 +132,7 @@ def prepare_omni(
     The model takes full rows [B, S], the same on all ranks of an SP group, and returns this rank's logits [B, s, V];
     `out.loss` is the loss of the full row on every rank. Gradients averaged over the fsdp mesh (which FSDP does) are
     the one-rank gradients. Order: check, mark and hook the attention, replace loss and head, shard the parameters.
+    Optimizers come after it: one that was made from the parameters before raises at its first step.
 
     Args:
         model: a transformers model, or a `PeftModel` on one.

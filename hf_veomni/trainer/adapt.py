@@ -24,6 +24,7 @@ from hf_veomni.checkpoint import (
     save_weights,
     unwrap_optimizer,
 )
+from hf_veomni.fsdp import check_not_replaced
 from hf_veomni.mesh import get_parallel_state
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer.gathering import gather_objects, gather_rows
@@ -113,7 +114,7 @@ def _adapt_gathering(accelerator: Any, group: dist.ProcessGroup | None) -> None:
 
 def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
     stock_model, stock_clip = accelerator.prepare_model, accelerator.clip_grad_norm_
-    stock_scheduler = accelerator.prepare_scheduler
+    stock_scheduler, stock_optimizer = accelerator.prepare_scheduler, accelerator.prepare_optimizer
 
     @wraps(stock_model)
     def prepare_model(
@@ -131,15 +132,21 @@ def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
         norm = stock_clip(parameters, max_norm, norm_type)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+    @wraps(stock_optimizer)
+    def prepare_optimizer(optimizer: Any, device_placement: bool | None = None) -> Any:
+        check_not_replaced(optimizer.param_groups)
+        return stock_optimizer(optimizer, device_placement)
+
     @wraps(stock_scheduler)
     def prepare_scheduler(scheduler: Any) -> Any:
+        check_not_replaced(unwrap_optimizer(scheduler).param_groups)
         prepared = stock_scheduler(scheduler)
         if not prepared.split_batches:
             prepared.__class__, prepared.split_batches, prepared.data_ranks = _PlanScheduler, True, plan.dp_size
         return prepared
 
     accelerator.prepare_model, accelerator.clip_grad_norm_ = prepare_model, clip_grad_norm_
-    accelerator.prepare_scheduler = prepare_scheduler
+    accelerator.prepare_scheduler, accelerator.prepare_optimizer = prepare_scheduler, prepare_optimizer
     accelerator.no_sync = lambda model: deferred_reduction(model) if is_prepared(model) else nullcontext()
 
 
