@@ -163,9 +163,10 @@ def prepare_omni(
     undo: list[Callable[[], Any]] = []
     try:
         with RaiseTogether():
+            hf.check_adapters(model, state.world_size, state.sp_size)
             check_model(base, state)
             state.plan.match_modules(name for name, _ in base.named_modules() if name)
-            _attach(base, state, attention, lean_loss, undo)
+            _attach(base, state, attention, lean_loss, undo, apart=not hf.picks_tokens_by_place(model))
         _parallelize(model, state, mp_policy, pending)
     except BaseException:
         for step in reversed(undo):
@@ -175,13 +176,20 @@ def prepare_omni(
     return model
 
 
-def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool, undo: list[Callable[[], Any]]) -> None:
+def _attach(
+    base: Any, state: ParallelState, attention: str, lean_loss: bool, undo: list[Callable[[], Any]], apart: bool
+) -> None:
     """Everything but the parameters. Adds to `undo` how to take each piece off.
+
+    Args:
+        apart: whether the adapters work alike on documents in a row and alone.
 
     These steps are bound methods and partials of plain functions, no closures: so a deep copy of the model gets steps
     of its own, which take nothing off the original.
     """
     reasons: dict[str, str] = {}
+    if not apart:
+        reasons["packed"] = "activated LoRA counts tokens from the end of the row. Train it on one document a row."
     try:
         undo.append(attach_lean_loss(base, state.sp_group, lean=lean_loss))
     except ValueError as error:
