@@ -12,7 +12,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from hf_veomni import hf
-from hf_veomni.checkpoint import PendingWeights, adopt_weights, materialize_weights, plan_weights
+from hf_veomni.checkpoint import (
+    PendingWeights,
+    adopt_weights,
+    attach_stock_calls,
+    materialize_weights,
+    plan_weights,
+)
 from hf_veomni.expert import attach_experts, attach_router_loss, check_model
 from hf_veomni.fsdp import (
     RaiseTogether,
@@ -113,6 +119,7 @@ def _parallelize(
     if pending is not None:
         materialize_weights(model, pending, state.device)
     mark_replaced(before, model)
+    undo.append(attach_stock_calls(model, base, state.world_size))
     setattr(base, _STATE, state)
     setattr(base, _UNDO, undo)
     return model
