@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from hf_veomni import hf
+from hf_veomni import hf, hf_peft
 from hf_veomni.checkpoint import (
     PendingWeights,
     adopt_weights,
@@ -34,6 +34,7 @@ from hf_veomni.modality.towers import attach_towers
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.sequence.attach import SequenceAttachment, attach_sequence
 from hf_veomni.sequence.guard import attach_guards
+from hf_veomni.sequence.randomness import attach_dropout
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -170,10 +171,10 @@ def prepare_omni(
     undo: list[Callable[[], Any]] = []
     try:
         with RaiseTogether():
-            hf.check_adapters(model, state.world_size, state.sp_size)
+            hf_peft.check_adapters(model, state.world_size, state.sp_size)
             check_model(base, state)
             state.plan.match_modules(name for name, _ in base.named_modules() if name)
-            _attach(base, state, attention, lean_loss, undo, apart=not hf.picks_tokens_by_place(model))
+            _attach(base, state, attention, lean_loss, undo, apart=not hf_peft.picks_tokens_by_place(model))
         _parallelize(model, state, mp_policy, pending)
     except BaseException:
         for step in reversed(undo):
@@ -222,6 +223,8 @@ def _attach(
     else:
         undo.append(detach)
     undo.append(attach_guards(base, state, reasons))
+    if state.sp_size > 1:
+        undo.append(attach_dropout(base, state))
 
 
 def detach_omni(model: Model) -> Model:

@@ -27,7 +27,8 @@ from hf_veomni.checkpoint import (
 from hf_veomni.fsdp import check_not_replaced
 from hf_veomni.mesh import get_parallel_state
 from hf_veomni.plan import ParallelPlan
-from hf_veomni.trainer.gathering import gather_objects, gather_rows
+from hf_veomni.trainer.counting import count_data_ranks
+from hf_veomni.trainer.gathering import gather_objects, gather_rows, reduce_rows
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,6 +89,7 @@ def adapt_accelerator(accelerator: Accelerator, plan: ParallelPlan, group: dist.
     if plan.world_size == 1:
         return
     methods: Any = accelerator
+    count_data_ranks(accelerator, plan)
     _adapt_gathering(methods, group)
     _adapt_training(methods, plan)
     _adapt_saving(methods)
@@ -109,7 +111,10 @@ def _adapt_gathering(accelerator: Any, group: dist.ProcessGroup | None) -> None:
             return data[: state.remainder]
         return recursively_apply(lambda rows: rows[: state.remainder], data)
 
-    accelerator.gather, accelerator.gather_for_metrics = gather, gather_for_metrics
+    def reduce(tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        return reduce_rows(tensor, reduction, group)  # accelerate reads `scale` on XLA alone
+
+    accelerator.gather, accelerator.gather_for_metrics, accelerator.reduce = gather, gather_for_metrics, reduce
 
 
 def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:

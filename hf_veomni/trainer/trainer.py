@@ -19,6 +19,7 @@ from hf_veomni.trainer.arguments import OmniTrainingArguments
 from hf_veomni.trainer.batching import BatchingMixin
 from hf_veomni.trainer.budget import check_budget
 from hf_veomni.trainer.checkpointing import CheckpointingMixin
+from hf_veomni.trainer.counting import count_processes
 from hf_veomni.trainer.evaluation import EvaluationMixin
 from hf_veomni.trainer.expert_load import ExpertLoadCallback
 from hf_veomni.trainer.trl import adapted_construction, add_reference_adapter, check_trl, shard_references
@@ -130,6 +131,7 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        count_processes(self.accelerator)
         shard_references(self, self.accelerator, self.args.plan)
 
     def _check_optimizer(self) -> None:
