@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from hf_veomni import hf
+from hf_veomni import hf_peft
 
 Parameters = frozenset[nn.Parameter]
 
@@ -135,7 +136,7 @@ def _inner_units(
 
 def _hosts(module: nn.Module, wanted: set[nn.Parameter], taken: set[nn.Module]) -> Iterator[nn.Module]:
     """Modules inside of `module` that are called, are no unit yet, and hold all of `wanted` that `module` has."""
-    if hf.is_adapter(module) and not wanted.isdisjoint(module.parameters()):
+    if hf_peft.is_adapter(module) and not wanted.isdisjoint(module.parameters()):
         raise _Inseparable  # some of them read the weights of their parts without a call
     if not wanted.isdisjoint(module.parameters(recurse=False)):
         raise _Inseparable
@@ -148,3 +149,28 @@ def _hosts(module: nn.Module, wanted: set[nn.Parameter], taken: set[nn.Module]) 
             yield from _hosts(child, wanted, taken)
         else:
             yield child
+
+
+def cast_inputs(model: nn.Module, units: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Cast floating inputs of each module outside of `units` that has parameters itself, where no autocast does it.
+
+    FSDP2 would cast what the root is given, and so round what the model counts with (seconds of video, time series).
+    """
+    inside = {child for unit in units for child in unit.modules()}
+    for module in model.modules():
+        if module not in inside and module is not model and any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(_Cast(dtype), with_kwargs=True)
+
+
+@dataclass(frozen=True)
+class _Cast:
+    dtype: torch.dtype
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tree_map_only(Tensor, self._cast, (args, kwargs))
+
+    def _cast(self, value: Tensor) -> Tensor:
+        kind = value.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return value
+        return value.to(self.dtype) if value.is_floating_point() else value

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
-from hf_veomni import hf
-from hf_veomni.fsdp.dtypes import split_by_dtype
+from hf_veomni import hf, hf_peft
+from hf_veomni.fsdp.dtypes import cast_inputs, split_by_dtype
 from hf_veomni.fsdp.storage import check_own_storage, make_contiguous
 from hf_veomni.fsdp.unused import watch_experts
 from hf_veomni.mesh import ParallelState
@@ -67,7 +67,7 @@ def _with_tied(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
             continue
         path = [model.get_submodule(name[:end]) for end in (*_dots(name), len(name))]
         if members.isdisjoint(path):
-            tied[next(filter(hf.is_adapter, path), module)] = None
+            tied[next(filter(hf_peft.is_adapter, path), module)] = None
     return modules + [module for module in tied if module not in inside]
 
 
@@ -236,9 +236,15 @@ def shard_parameters(
     units = split_by_dtype([*groups, *plan_units(model, rules), ([model], None)], model, _outside_forward(model))
     _shard_experts(experts, state, arguments)
     for unit in units[len(groups) :]:
-        modules = unit.modules if len(unit.modules) > 1 else unit.modules[0]
-        style = {} if unit.keep is None else {"reshard_after_forward": not unit.keep}
-        fully_shard(modules, ignored_params=unit.ignored(), **style, **arguments)
+        modules = list(unit.modules)
+        style: dict[str, Any] = {} if unit.keep is None else {"reshard_after_forward": not unit.keep}
+        if mp_policy is not None and (unit.only is not None or unit.keep is None):
+            style["mp_policy"] = replace(mp_policy, cast_forward_inputs=False)
+        target: Any = modules if len(modules) > 1 else modules[0]
+        fully_shard(target, ignored_params=unit.ignored(), **{**arguments, **style})
+    if mp_policy is not None and mp_policy.param_dtype is not None and mp_policy.cast_forward_inputs:
+        inner = [m for unit in units[len(groups) :] if unit.only is None for m in unit.modules if m is not model]
+        cast_inputs(model, inner + list(experts), mp_policy.param_dtype)
     _prefetch_experts(model, experts)
     if not experts:  # those of an expert group have a forward of their own
         watch_experts(model)
