@@ -6,17 +6,19 @@ Verified against transformers 5.23 and peft 0.21.
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
+import logging
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, PreTrainedModel
@@ -61,34 +63,6 @@ def base_model(model: Any) -> PreTrainedModel:
     return model
 
 
-# Of a tuner that calls `forward` of the base model in place of the model, in a hook of its own (X-LoRA).
-_CALLS_PAST_HOOKS = frozenset({"ADALORA", "ADAPTION_PROMPT", "XLORA"})
-
-
-def check_adapters(model: Any, world_size: int, sp_size: int) -> None:
-    """Refuse PEFT methods that go past what a plan puts on the base model. Raises ValueError that names the method."""
-    for name, config in (getattr(model, "peft_config", None) or {}).items():
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        tuner = getattr(model, "base_model", None)
-        past = kind in _CALLS_PAST_HOOKS or "forward" in inspect.unwrap(type(tuner).forward).__code__.co_names
-        if past and world_size > 1 and not isinstance(model, PreTrainedModel):
-            raise ValueError(
-                f"PEFT method {kind} (adapter '{name}') calls the forward of the base model past its hooks, by which "
-                f"{world_size} ranks share parameters and rows: use LoRA or another method, or one rank."
-            )
-        if sp_size > 1 and picks_tokens_by_place(model):
-            raise ValueError(
-                f"`alora_invocation_tokens` of adapter '{name}' counts tokens from the end of the row, and layers at "
-                f"`sp_size` ({sp_size}) see a part of it: use LoRA without them, or sp_size=1."
-            )
-
-
-def picks_tokens_by_place(model: Any) -> bool:
-    """Whether some adapter works on tokens by their place in the row (activated LoRA)."""
-    configs = (getattr(model, "peft_config", None) or {}).values()
-    return any(getattr(config, "alora_invocation_tokens", None) is not None for config in configs)
-
-
 def text_config(model: Any) -> Any:
     """Configuration of the text stack."""
     return model.config.get_text_config(decoder=True)
@@ -97,6 +71,16 @@ def text_config(model: Any) -> Any:
 def uses_cache(inputs: Mapping[str, Any]) -> bool:
     """Whether the inputs of a forward, by name, hold a cache or ask for one."""
     return any(inputs.get(name) is not None for name in CACHE_NAMES) or bool(inputs.get("use_cache"))
+
+
+def keys_read_by_model(config_class: type) -> set[str]:
+    """Names that the modelling code beside a config class looks up in its config, by the source."""
+    spec = importlib.util.find_spec(config_class.__module__.replace("configuration_", "modeling_"))
+    if spec is None or spec.origin is None:
+        return set()
+    source = Path(spec.origin).read_text()
+    found = re.findall(r"""\bconfig\.([a-z]\w*)\b(?!\()|getattr\((?:self\.)?config, ["'](\w+)["']""", source)
+    return {name for pair in found for name in pair if name}
 
 
 def is_encoder_decoder(model: Any) -> bool:
@@ -262,11 +246,6 @@ def supports_sdpa(model: nn.Module) -> bool:
     return bool(getattr(model, "_supports_sdpa", False))
 
 
-def is_adapter(module: nn.Module) -> bool:
-    """Whether a module is what PEFT puts around one of the model: an adapted layer, a trained copy, trained tokens."""
-    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-
-
 def fsdp_styles(model: PreTrainedModel) -> dict[str, str] | None:
     """transformers' own FSDP plan for this model: module name -> "free_full_weight" or "keep_full_weight".
 
@@ -274,8 +253,18 @@ def fsdp_styles(model: PreTrainedModel) -> dict[str, str] | None:
     """
     if not model.fsdp_plan:
         return None
-    _, _, plan = model._resolve_parallel_plans(DistributedConfig(fsdp_size=2))
+    # It warns of rules for parts that a model with towers calls by other names; `plan_units` finds these itself.
+    log = logging.getLogger("transformers.distributed.mixin")
+    log.addFilter(_is_no_unused_rule)
+    try:
+        _, _, plan = model._resolve_parallel_plans(DistributedConfig(fsdp_size=2))
+    finally:
+        log.removeFilter(_is_no_unused_rule)
     return plan
+
+
+def _is_no_unused_rule(record: logging.LogRecord) -> bool:
+    return "`fsdp_plan` rules" not in record.getMessage()
 
 
 def is_layer(module: nn.Module) -> bool:
