@@ -172,6 +172,7 @@ def prepare_omni(
     try:
         with RaiseTogether():
             hf_peft.check_adapters(model, state.world_size, state.sp_size)
+            undo.append(hf_peft.call_with_hooks(model))
             check_model(base, state)
             state.plan.match_modules(name for name, _ in base.named_modules() if name)
             _attach(base, state, attention, lean_loss, undo, apart=not hf_peft.picks_tokens_by_place(model))

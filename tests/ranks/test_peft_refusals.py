@@ -16,7 +16,6 @@ from peft import (
 )
 from torch import Tensor, nn
 
-from tests.models import packed_batch
 from tests.ranks.parity import relative_error
 from tests.ranks.training import tiny_model
 
@@ -53,7 +52,7 @@ def _prepared(kind: str, plan: str, packed: bool = False) -> Tensor:
     from hf_veomni import prepare_omni
 
     model = prepare_omni(_model(kind), plan)
-    return model(**packed_batch((9, 14)) if packed else _row()).loss.detach()
+    return model(**_packed() if packed else _row()).loss.detach()
 
 
 def _row() -> dict[str, Tensor]:
@@ -61,6 +60,10 @@ def _row() -> dict[str, Tensor]:
     ids = torch.randint(10, 61, (1, 23), generator=torch.Generator().manual_seed(2))
     ids[0, 11:13] = torch.tensor(_INVOCATION)
     return {"input_ids": ids, "labels": ids.clone()}
+
+
+def _packed() -> dict[str, Tensor]:
+    return {**_row(), "position_ids": torch.cat([torch.arange(9), torch.arange(14)])[None]}
 
 
 @pytest.mark.parametrize("kind", ["ADALORA", "ADAPTION_PROMPT", "XLORA"])
