@@ -11,8 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from hf_veomni.yaml_files import read_mapping
-
 ENV_VARIABLE = "HF_VEOMNI_PLAN"
 # What `accelerate launch` passes on verbatim from `parallelism_config_sp_backend` in its yaml (accelerate 1.15).
 ACCELERATE_ENV_VARIABLE = "PARALLELISM_CONFIG_SP_BACKEND"
@@ -217,6 +215,8 @@ class ParallelPlan:
         Raises:
             ValueError: no file that holds one mapping, or what the constructor and `from_dict` refuse.
         """
+        from hf_veomni.yaml_files import read_mapping  # here: the package imports torch
+
         return cls.from_dict(read_mapping(path, "Plan file", "sp_size: 2"))
 
     def to_dict(self) -> dict[str, Any]:
