@@ -35,7 +35,7 @@ def _video() -> dict[str, Tensor]:
         "mm_token_type_ids": (ids == 61).long() * 2,
         "pixel_values_videos": torch.randn(frames * 16, 3 * 1 * 2 * 2, generator=torch.Generator().manual_seed(1)),
         "video_grid_thw": grid,
-        "second_per_grid_ts": torch.tensor([0.34]),
+        "second_per_grid_ts": torch.tensor([1 / 1.7]),
     }
 
 
