@@ -56,9 +56,9 @@ def count_targets(window: list[Batch], accelerator: Accelerator) -> torch.Tensor
 
 def main() -> None:
     arguments = parse_arguments()
-    plan = ParallelPlan.from_env()
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), parallelism_config=OmniParallelismConfig(plan))
-    plan = plan.resolve(accelerator.num_processes)
+    config = OmniParallelismConfig(ParallelPlan.from_env())
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), parallelism_config=config)
+    plan = config.plan  # resolved for this world
     set_seed(42)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
@@ -102,7 +102,7 @@ def main() -> None:
     state = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(arguments.output_dir, state_dict=state)
-        metrics = {"world_size": accelerator.num_processes, "train_losses": losses}
+        metrics = {"world_size": plan.world_size, "train_losses": losses}
         (Path(arguments.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(f"train loss {losses[0]:.3f} -> {losses[-1]:.3f}, adapter in {arguments.output_dir}")
     accelerator.wait_for_everyone()

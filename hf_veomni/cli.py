@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,6 +35,7 @@ def support(
             console.print(f"[bold]{outcome}[/]: {', '.join(names)}\n")
         return
     if model not in matrix.families:
+        _check_spelling(model, list(matrix.families))
         _live(model)
         return
     family = matrix.families[model]
@@ -41,6 +44,16 @@ def support(
     if family.rule and family.outcome == "works":
         rules = ", ".join(f"'{pattern}': {{'sp': 'gather'}}" for pattern in family.rule.split(", "))
         console.print(f"{'rule':12} modules={{{rules}}} of the plan", soft_wrap=True)
+
+
+def _check_spelling(model: str, known: list[str]) -> None:
+    """Offer the nearest model type before the network is asked for what is none."""
+    near = difflib.get_close_matches(model.lower().replace("-", "_"), known, n=1, cutoff=0.8)
+    if near and "/" not in model and not Path(model).exists():
+        raise typer.BadParameter(
+            f"'{model}' is no model type of transformers: did you mean '{near[0]}'? A folder needs its path, as in "
+            "'./name', and a Hub id its owner, as in 'owner/name'."
+        )
 
 
 def _live(model: str) -> None:
@@ -54,7 +67,10 @@ def _live(model: str) -> None:
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"'{model}' is no model type of the matrix, and has no config: {error}") from error
+        near = difflib.get_close_matches(model.lower(), list(load_matrix().families), n=1, cutoff=0.0)
+        raise typer.BadParameter(
+            f"'{model}' is no model type of transformers (the nearest is '{near[0]}'), and has no config: {error}"
+        ) from error
     family = load_matrix().families.get(config.model_type)
     console.print(f"family       {config.model_type}: {family.outcome if family else 'not in the matrix'}")
     if family is not None and family.reason:

@@ -6,12 +6,16 @@ Verified against transformers 5.23 and peft 0.21.
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
+import logging
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
@@ -67,6 +71,16 @@ def text_config(model: Any) -> Any:
 def uses_cache(inputs: Mapping[str, Any]) -> bool:
     """Whether the inputs of a forward, by name, hold a cache or ask for one."""
     return any(inputs.get(name) is not None for name in CACHE_NAMES) or bool(inputs.get("use_cache"))
+
+
+def keys_read_by_model(config_class: type) -> set[str]:
+    """Names that the modelling code beside a config class looks up in its config, by the source."""
+    spec = importlib.util.find_spec(config_class.__module__.replace("configuration_", "modeling_"))
+    if spec is None or spec.origin is None:
+        return set()
+    source = Path(spec.origin).read_text()
+    found = re.findall(r"""\bconfig\.([a-z]\w*)\b(?!\()|getattr\((?:self\.)?config, ["'](\w+)["']""", source)
+    return {name for pair in found for name in pair if name}
 
 
 def is_encoder_decoder(model: Any) -> bool:
@@ -239,8 +253,18 @@ def fsdp_styles(model: PreTrainedModel) -> dict[str, str] | None:
     """
     if not model.fsdp_plan:
         return None
-    _, _, plan = model._resolve_parallel_plans(DistributedConfig(fsdp_size=2))
+    # It warns of rules for parts that a model with towers calls by other names; `plan_units` finds these itself.
+    log = logging.getLogger("transformers.distributed.mixin")
+    log.addFilter(_is_no_unused_rule)
+    try:
+        _, _, plan = model._resolve_parallel_plans(DistributedConfig(fsdp_size=2))
+    finally:
+        log.removeFilter(_is_no_unused_rule)
     return plan
+
+
+def _is_no_unused_rule(record: logging.LogRecord) -> bool:
+    return "`fsdp_plan` rules" not in record.getMessage()
 
 
 def is_layer(module: nn.Module) -> bool:

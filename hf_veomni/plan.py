@@ -87,6 +87,10 @@ class ParallelPlan:
             self._check_experts()
         self._check_modules()
 
+    def __hash__(self) -> int:
+        rules = {pattern: frozenset(rule.items()) for pattern, rule in self.modules.items()}
+        return hash((*(getattr(self, name) for name in SIZES), frozenset(rules.items())))
+
     def _check_experts(self) -> None:
         shard = self.fsdp_size
         if shard % self.ep_size:
@@ -206,15 +210,14 @@ class ParallelPlan:
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> ParallelPlan:
-        """A plan from a yaml file of the constructor's arguments."""
-        import yaml
+        """A plan from a yaml file of the constructor's arguments.
 
-        if not Path(path).is_file():
-            raise ValueError(f"Plan file '{path}' does not exist.")
-        values = yaml.safe_load(Path(path).read_text())
-        if not isinstance(values, Mapping):
-            raise ValueError(f"Plan file '{path}' must hold a mapping such as 'sp_size: 2', not {values!r}.")
-        return cls.from_dict(values)
+        Raises:
+            ValueError: no file that holds one mapping, or what the constructor and `from_dict` refuse.
+        """
+        from hf_veomni.yaml_files import read_mapping  # here: the package imports torch
+
+        return cls.from_dict(read_mapping(path, "Plan file", "sp_size: 2"))
 
     def to_dict(self) -> dict[str, Any]:
         """The constructor's arguments as plain values."""
@@ -245,6 +248,11 @@ class ParallelPlan:
         backend = os.environ.get(ACCELERATE_ENV_VARIABLE, "")
         if backend.startswith(ACCELERATE_PREFIX):
             found[ACCELERATE_ENV_VARIABLE] = cls.from_string(backend.removeprefix(ACCELERATE_PREFIX))
+        elif backend not in ("", "deepspeed", "None"):
+            raise ValueError(
+                f"`parallelism_config_sp_backend` ({backend!r}) in the launcher's yaml names no plan: write it as "
+                f"'{ACCELERATE_PREFIX}sp=2,dp_shard=2', with the colon."
+            )
         elif not found and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
             # accelerate drops unknown keys of the section, so a mistyped key would silently mean the default plan.
             raise ValueError(

@@ -11,10 +11,23 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from hf_veomni import hf
-from hf_veomni.checkpoint import PendingWeights, adopt_weights, materialize_weights, plan_weights
+from hf_veomni import hf, hf_peft
+from hf_veomni.checkpoint import (
+    PendingWeights,
+    adopt_weights,
+    attach_stock_calls,
+    materialize_weights,
+    plan_weights,
+)
 from hf_veomni.expert import attach_experts, attach_router_loss, check_model
-from hf_veomni.fsdp import RaiseTogether, check_same_value, shard_parameters, synchronize_parameters
+from hf_veomni.fsdp import (
+    RaiseTogether,
+    check_same_value,
+    check_units,
+    mark_replaced,
+    shard_parameters,
+    synchronize_parameters,
+)
 from hf_veomni.loss import LeanLogits, attach_lean_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state, settle_device
 from hf_veomni.modality.towers import attach_towers
@@ -22,6 +35,7 @@ from hf_veomni.plan import ParallelPlan
 from hf_veomni.sequence.attach import SequenceAttachment, attach_sequence
 from hf_veomni.sequence.boundaries import attach_boundaries
 from hf_veomni.sequence.guard import attach_guards
+from hf_veomni.sequence.randomness import attach_dropout
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -93,7 +107,9 @@ def _parallelize(
     model: Model, state: ParallelState, mp_policy: MixedPrecisionPolicy | None, pending: PendingWeights | None
 ) -> Model:
     base = hf.base_model(model)
+    before = list(model.parameters())
     with RaiseTogether():
+        check_units(base, state)
         if pending is None:
             model.to(state.device)
     synchronize_parameters(model, state.device)
@@ -104,6 +120,8 @@ def _parallelize(
     shard_parameters(base, state, mp_policy, experts)
     if pending is not None:
         materialize_weights(model, pending, state.device)
+    mark_replaced(before, model)
+    undo.append(attach_stock_calls(model, base, state.world_size))
     setattr(base, _STATE, state)
     setattr(base, _UNDO, undo)
     return model
@@ -123,6 +141,7 @@ def prepare_omni(
     The model takes full rows [B, S], the same on all ranks of an SP group, and returns this rank's logits [B, s, V];
     `out.loss` is the loss of the full row on every rank. Gradients averaged over the fsdp mesh (which FSDP does) are
     the one-rank gradients. Order: check, mark and hook the attention, replace loss and head, shard the parameters.
+    Optimizers come after it: one that was made from the parameters before raises at its first step.
 
     Args:
         model: a transformers model, or a `PeftModel` on one.
@@ -154,9 +173,11 @@ def prepare_omni(
     undo: list[Callable[[], Any]] = []
     try:
         with RaiseTogether():
+            hf_peft.check_adapters(model, state.world_size, state.sp_size)
+            undo.append(hf_peft.call_with_hooks(model))
             check_model(base, state)
             state.plan.match_modules(name for name, _ in base.named_modules() if name)
-            _attach(base, state, attention, lean_loss, undo)
+            _attach(base, state, attention, lean_loss, undo, apart=not hf_peft.picks_tokens_by_place(model))
         _parallelize(model, state, mp_policy, pending)
     except BaseException:
         for step in reversed(undo):
@@ -166,13 +187,20 @@ def prepare_omni(
     return model
 
 
-def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool, undo: list[Callable[[], Any]]) -> None:
+def _attach(
+    base: Any, state: ParallelState, attention: str, lean_loss: bool, undo: list[Callable[[], Any]], apart: bool
+) -> None:
     """Everything but the parameters. Adds to `undo` how to take each piece off.
+
+    Args:
+        apart: whether the adapters work alike on documents in a row and alone.
 
     These steps are bound methods and partials of plain functions, no closures: so a deep copy of the model gets steps
     of its own, which take nothing off the original.
     """
     reasons: dict[str, str] = {}
+    if not apart:
+        reasons["packed"] = "activated LoRA counts tokens from the end of the row. Train it on one document a row."
     try:
         undo.append(attach_lean_loss(base, state.sp_group, lean=lean_loss))
     except ValueError as error:
@@ -199,6 +227,8 @@ def _attach(base: Any, state: ParallelState, attention: str, lean_loss: bool, un
         undo.append(detach)
     undo.append(attach_guards(base, state, reasons))
     undo.append(attach_boundaries(base))
+    if state.sp_size > 1:
+        undo.append(attach_dropout(base, state))
 
 
 def detach_omni(model: Model) -> Model:

@@ -12,11 +12,13 @@ from hf_veomni.checkpoint.state import (
     save_weights,
     unwrap_optimizer,
 )
+from hf_veomni.checkpoint.stock_calls import attach_stock_calls
 
 __all__ = [
     "PendingWeights",
     "adopt_weights",
     "agree",
+    "attach_stock_calls",
     "gather_full_state",
     "gather_plain_state",
     "load_optimizer",

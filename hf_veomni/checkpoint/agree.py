@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 # What travels between ranks is kind and text: a user's exception class may not unpickle elsewhere.
 _KINDS: tuple[type[Exception], ...] = (ValueError, OSError)
@@ -41,6 +43,29 @@ def agree(error: Exception | None, what: str) -> None:
         if report is not None:
             raised = _KINDS[report[0]] if report[0] >= 0 else RuntimeError
             raise raised(f"{what} failed on rank {rank}: {report[1]}")
+
+
+def meet(what: str, turn: int, limit: timedelta) -> None:
+    """Wait until every rank has come here, so that a call on the main process alone does not wait for ever.
+
+    Args:
+        what: the call in words.
+        turn: how many calls of it came before, the same on all ranks.
+
+    Raises:
+        ValueError: some ranks have not come within `limit`.
+    """
+    store = distributed_c10d._get_default_store()
+    keys = [f"hf_veomni/{what}/{turn}/{rank}" for rank in range(_world_size())]
+    store.set(keys[dist.get_rank()], "here")
+    try:
+        store.wait(keys, limit)
+    except RuntimeError as error:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise ValueError(
+            f"`{what}` was not called on ranks {missing} within {limit.total_seconds():.0f} s: it gathers what each "
+            "rank has, so every rank must call it, outside of `if accelerator.is_main_process:`. Rank 0 writes."
+        ) from error
 
 
 @contextmanager

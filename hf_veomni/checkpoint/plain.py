@@ -108,6 +108,7 @@ def save_plain(
     write: bool,
     extras: Callable[[Path], Any] | None = None,
     state: Mapping[str, Tensor] | None = None,
+    save: Callable[[Path, dict[str, Tensor]], Any] | None = None,
 ) -> None:
     """Save so that `from_pretrained` of stock transformers (or PEFT, for a `PeftModel`: adapters only) opens it.
 
@@ -117,6 +118,7 @@ def save_plain(
         write: whether this rank writes; true on rank 0 alone.
         extras: called with the directory to add files to it (tokenizer, arguments).
         state: full tensors that were gathered already.
+        save: called with the directory and the full tensors in place of `save_pretrained`.
 
     Collectives: see `gather_full_state`, then one small all-gather.
 
@@ -130,7 +132,10 @@ def save_plain(
         if write:
             with staged(directory) as staging:
                 saver: Any = model
-                saver.save_pretrained(staging, state_dict=dict(state))
+                if save is None:
+                    saver.save_pretrained(staging, state_dict=dict(state))
+                else:
+                    save(staging, dict(state))
                 if isinstance(model, PeftModel):
                     _restore_class_name(staging, hf.base_model(model))
                 if extras is not None:

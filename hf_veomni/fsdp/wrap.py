@@ -14,7 +14,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
-from hf_veomni import hf
+from hf_veomni import hf, hf_peft
+from hf_veomni.fsdp.dtypes import cast_inputs, split_by_dtype
+from hf_veomni.fsdp.storage import check_own_storage, make_contiguous
 from hf_veomni.fsdp.unused import watch_experts
 from hf_veomni.mesh import ParallelState
 
@@ -54,15 +56,25 @@ def _blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _with_tied(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
-    """The modules of a unit, and those outside of it that own one of its parameters too (a tied head)."""
+    """The modules of a unit, and those outside of it that own one of its parameters too (a tied head).
+
+    Of an owner that lies inside an adapter it is the adapter: that is what the model calls and hands out as its head,
+    and the adapter may read the parameter, or call the owner late, on its own.
+    """
     owned = {id(p) for module in modules for p in module.parameters()}
-    inside = {child for module in modules for child in module.modules()}
-    tied = [
-        module
-        for module in model.modules()
-        if module not in inside and any(id(p) in owned for p in module.parameters(recurse=False))
-    ]
-    return modules + tied
+    members, inside = set(modules), {child for module in modules for child in module.modules()}
+    tied: dict[nn.Module, None] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not any(id(p) in owned for p in module.parameters(recurse=False)):
+            continue
+        path = [model.get_submodule(name[:end]) for end in (*_dots(name), len(name))]
+        if members.isdisjoint(path):
+            tied[next(filter(hf_peft.is_adapter, path), module)] = None
+    return modules + [module for module in tied if module not in inside]
+
+
+def _dots(name: str) -> Iterator[int]:
+    return (place for place, letter in enumerate(name) if letter == ".")
 
 
 def _joined(groups: list[tuple[list[nn.Module], bool]]) -> list[tuple[list[nn.Module], bool]]:
@@ -113,11 +125,11 @@ def plan_units(model: PreTrainedModel, rules: Mapping[str, Mapping[str, str]]) -
     if stock_keep:
         groups.append(([model.get_submodule(name) for name in stock_keep], True))
     groups = _joined(groups)
-    taken: set[nn.Module] = set()  # an encoder and a decoder share their embedding
+    taken: set[nn.Module] = set()  # an encoder and a decoder share their embedding, tied adapters their weights
     found: list[tuple[list[nn.Module], bool]] = []
     for modules, keep in groups:
         rest = [module for module in _with_tied(model, modules) if module not in taken]
-        taken.update(rest)
+        taken.update(child for module in rest for child in module.modules())
         if len(rest) > 1 and hf.is_encoder_decoder(model):
             _check_unruled(model, rest, rules)
         elif rest:
@@ -209,6 +221,16 @@ def _prefetch_experts(model: nn.Module, experts: Sequence[nn.Module]) -> None:
             other[0].set_modules_to_backward_prefetch(one)
 
 
+def check_units(model: PreTrainedModel, state: ParallelState) -> None:
+    """Raise ValueError for parameters that `shard_parameters` would not take. Changes nothing, no collectives."""
+    if state.fsdp_mesh is None:
+        return
+    rules = state.plan.match_modules(name for name, _ in model.named_modules() if name)
+    check_own_storage(model)
+    if state.ep_size == 1:  # else experts become units of their own first
+        split_by_dtype([*plan_units(model, rules), ([model], None)], model, _outside_forward(model))
+
+
 def _outside_forward(model: Any) -> set[nn.Parameter]:
     """Parameters that the forward never reads (`modules_outside_forward` of the model): no unit would gather them."""
     names = getattr(model, "modules_outside_forward", list)()
@@ -236,18 +258,29 @@ def shard_parameters(
     replicas) after backward.
 
     Raises:
-        ValueError: a rule of the plan's `modules` that matches nothing.
+        ValueError: a rule of the plan's `modules` that matches nothing; parameters of one module that are trained in
+            several dtypes.
     """
     rules = state.plan.match_modules(name for name, _ in model.named_modules() if name)
     if state.fsdp_mesh is None:
         return model
+    make_contiguous(model)
     arguments: dict[str, Any] = {"mesh": state.fsdp_mesh}
     if mp_policy is not None:
         arguments["mp_policy"] = mp_policy
+    groups: list[tuple[Sequence[nn.Module], bool | None]] = [([module], None) for module in experts]
+    units = split_by_dtype([*groups, *plan_units(model, rules), ([model], None)], model, _outside_forward(model))
     _shard_experts(experts, state, arguments)
-    for modules, keep in plan_units(model, rules):
-        fully_shard(modules if len(modules) > 1 else modules[0], reshard_after_forward=not keep, **arguments)
-    fully_shard(model, ignored_params=_outside_forward(model), **arguments)
+    for unit in units[len(groups) :]:
+        modules = list(unit.modules)
+        style: dict[str, Any] = {} if unit.keep is None else {"reshard_after_forward": not unit.keep}
+        if mp_policy is not None and (unit.only is not None or unit.keep is None):
+            style["mp_policy"] = replace(mp_policy, cast_forward_inputs=False)
+        target: Any = modules if len(modules) > 1 else modules[0]
+        fully_shard(target, ignored_params=unit.ignored(), **{**arguments, **style})
+    if mp_policy is not None and mp_policy.param_dtype is not None and mp_policy.cast_forward_inputs:
+        inner = [m for unit in units[len(groups) :] if unit.only is None for m in unit.modules if m is not model]
+        cast_inputs(model, inner + list(experts), mp_policy.param_dtype)
     _prefetch_experts(model, experts)
     if not experts:  # those of an expert group have a forward of their own
         watch_experts(model)

@@ -6,13 +6,13 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from hf_veomni import hf
+from hf_veomni.yaml_files import read_mapping
 
 # Modality -> the keyword of the model's forward that carries it.
 ENCODERS = {"vision": "pixel_values", "audio": "input_features"}
@@ -55,8 +55,10 @@ def _check_keys(values: Any, valid: Iterable[str], where: str) -> None:
 
 
 def _config_keys(kind: type[PreTrainedConfig]) -> set[str]:
+    """The keys that a config takes: its fields, and what the model's code reads of it beside them (`head_dim`)."""
     generation = GenerationConfig._get_default_generation_params()
-    return {f.name for f in fields(kind)} | set(kind.attribute_map) | set(generation) | _STOCK_KEYS
+    known = {f.name for f in fields(kind)} | set(kind.attribute_map) | set(generation) | _STOCK_KEYS
+    return known | hf.keys_read_by_model(kind)
 
 
 def _part_config(values: Mapping[str, Any], where: str) -> PreTrainedConfig:
@@ -186,11 +188,7 @@ class OmniConfig(PreTrainedConfig):
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> OmniConfig:
         """A config from a yaml file of the constructor's arguments."""
-        import yaml
-
-        if not Path(path).is_file():
-            raise ValueError(f"Config file '{path}' does not exist.")
-        return cls.parse(yaml.safe_load(Path(path).read_text()))
+        return cls.parse(read_mapping(path, "Config file", "foundation: {checkpoint: folder}"))
 
     @classmethod
     def parse(cls, config: OmniConfig | Mapping[str, Any] | str | os.PathLike[str]) -> OmniConfig:

@@ -96,7 +96,7 @@ def varlen_attention(
         case "kernel":
             return _attend_kernel(query, key, value, spec, formula.scaling, s_aux), None
         case "flex":
-            return attend_flex(query, key, value, spec, formula, sinks=s_aux), None
+            return attend_flex(query, key, value, spec, formula, sinks=s_aux), None  # type: ignore[call-issue]
         case "fused":
             return _attend_fused(query, key, value, spec, formula.scaling), None
         case "blocks":
@@ -119,7 +119,7 @@ def choose_path(
         return "kernel"
     if limited and sinks is None:
         return "fused"
-    if bias is None and flex_applies(query, key, value, spec, formula, sinks):
+    if bias is None and flex_applies(query, key, value, spec, formula, sinks):  # type: ignore[call-issue]
         return "flex"
     return "blocks"
 

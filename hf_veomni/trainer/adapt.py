@@ -24,9 +24,11 @@ from hf_veomni.checkpoint import (
     save_weights,
     unwrap_optimizer,
 )
+from hf_veomni.fsdp import check_not_replaced
 from hf_veomni.mesh import get_parallel_state
 from hf_veomni.plan import ParallelPlan
-from hf_veomni.trainer.gathering import gather_objects, gather_rows
+from hf_veomni.trainer.counting import count_data_ranks
+from hf_veomni.trainer.gathering import gather_objects, gather_rows, reduce_rows
 from hf_veomni.trainer.loaders import deal_to_data_ranks
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ def adapt_accelerator(accelerator: Accelerator, plan: ParallelPlan, group: dist.
     if plan.world_size == 1:
         return
     methods: Any = accelerator
+    count_data_ranks(accelerator, plan)
     _adapt_gathering(methods, group)
     _adapt_training(methods, plan)
     _adapt_saving(methods)
@@ -109,12 +112,16 @@ def _adapt_gathering(accelerator: Any, group: dist.ProcessGroup | None) -> None:
             return data[: state.remainder]
         return recursively_apply(lambda rows: rows[: state.remainder], data)
 
-    accelerator.gather, accelerator.gather_for_metrics = gather, gather_for_metrics
+    def reduce(tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        return reduce_rows(tensor, reduction, group)  # accelerate reads `scale` on XLA alone
+
+    accelerator.gather, accelerator.gather_for_metrics, accelerator.reduce = gather, gather_for_metrics, reduce
 
 
 def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
     stock_model, stock_clip = accelerator.prepare_model, accelerator.clip_grad_norm_
-    stock_scheduler, stock_loader = accelerator.prepare_scheduler, accelerator.prepare_data_loader
+    stock_scheduler, stock_optimizer = accelerator.prepare_scheduler, accelerator.prepare_optimizer
+    stock_loader = accelerator.prepare_data_loader
 
     @wraps(stock_loader)
     def prepare_data_loader(*args: Any, **kwargs: Any) -> Any:
@@ -138,15 +145,22 @@ def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
         norm = stock_clip(parameters, max_norm, norm_type)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+    @wraps(stock_optimizer)
+    def prepare_optimizer(optimizer: Any, device_placement: bool | None = None) -> Any:
+        check_not_replaced(optimizer.param_groups)
+        return stock_optimizer(optimizer, device_placement)
+
     @wraps(stock_scheduler)
     def prepare_scheduler(scheduler: Any) -> Any:
+        check_not_replaced(unwrap_optimizer(scheduler).param_groups)
         prepared = stock_scheduler(scheduler)
         if not prepared.split_batches:
             prepared.__class__, prepared.split_batches, prepared.data_ranks = _PlanScheduler, True, plan.dp_size
         return prepared
 
     accelerator.prepare_model, accelerator.clip_grad_norm_ = prepare_model, clip_grad_norm_
-    accelerator.prepare_scheduler, accelerator.prepare_data_loader = prepare_scheduler, prepare_data_loader
+    accelerator.prepare_scheduler, accelerator.prepare_optimizer = prepare_scheduler, prepare_optimizer
+    accelerator.prepare_data_loader = prepare_data_loader
     accelerator.no_sync = lambda model: deferred_reduction(model) if is_prepared(model) else nullcontext()
 
 

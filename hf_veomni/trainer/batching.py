@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from hf_veomni import hf
 from hf_veomni.data import OmniDataCollatorWithPacking
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
+from hf_veomni.sequence.randomness import own_stream
 from hf_veomni.trainer.adapt import deferred_reduction, is_prepared
 from hf_veomni.trainer.budget import TokenBudgetSampler, budget_sampler
 from hf_veomni.trainer.loaders import (
@@ -27,7 +28,6 @@ from hf_veomni.trainer.loaders import (
     set_epoch,
 )
 from hf_veomni.trainer.losses import LossMixin
-from hf_veomni.trainer.randomness import own_stream
 from hf_veomni.trainer.windows import BATCHES, REAL, TOKENS, exchange_facts, take
 
 _Trainer: Any = object  # the Trainer class behind the mixins; typed as Any, since it may be one from another library

@@ -170,11 +170,11 @@ class CheckpointingMixin(_Trainer):
         return found[0]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        model = self.model if model is None else model
-        if is_prepared(model):
-            load_plain(model, resume_from_checkpoint)
+        target: Any = self.model if model is None else model
+        if is_prepared(target):
+            load_plain(target, resume_from_checkpoint)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, target)
 
     def _load_best_model(self) -> None:
         if not is_prepared(self.model):

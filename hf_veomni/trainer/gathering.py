@@ -45,6 +45,34 @@ def _gather_one(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(out.split(longest), counts, strict=True)])
 
 
+def reduce_rows(data: Any, reduction: str, group: dist.ProcessGroup | None) -> Any:
+    """Reduce each tensor in a nested structure over the data ranks.
+
+    Args:
+        reduction: "sum", "mean", "max", or "none", which leaves the tensors as they are.
+        group: one rank of each SP group; None if there is one data rank.
+
+    Returns:
+        New tensors of the same shapes, the same on every rank but for "none".
+
+    Collective: one all-reduce over `group` for each tensor. No gradient.
+
+    Raises:
+        ValueError: another reduction.
+    """
+    if reduction not in ("sum", "mean", "max", "none"):
+        raise ValueError(f"`reduction` ({reduction!r}) must be 'sum', 'mean', 'max' or 'none'.")
+    return recursively_apply(_reduce_one, data, reduction, group, error_on_other_type=True)
+
+
+def _reduce_one(tensor: Tensor, reduction: str, group: dist.ProcessGroup | None) -> Tensor:
+    reduced = tensor.detach().clone()
+    if group is None or reduction == "none":
+        return reduced
+    dist.all_reduce(reduced, dist.ReduceOp.MAX if reduction == "max" else dist.ReduceOp.SUM, group=group)
+    return reduced / dist.get_world_size(group) if reduction == "mean" else reduced
+
+
 def gather_objects(data: list[Any], group: dist.ProcessGroup | None) -> list[Any]:
     """The lists of all data ranks as one list, in data-rank order.
 

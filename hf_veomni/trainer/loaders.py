@@ -97,7 +97,8 @@ def deal_to_data_ranks(loader: Any, data_ranks: int, data_rank: int) -> None:
     with streams unless `dispatch_batches=False`. Other loaders stay as they are."""
     if not isinstance(loader, DataLoaderDispatcher):
         return
-    stock = loader.slice_fn
+    dispatcher: Any = loader
+    stock = dispatcher.slice_fn
 
     def slice_of_data_rank(data: Any, wanted: slice, *args: Any, **kwargs: Any) -> Any:
         size = wanted.stop - wanted.start
@@ -106,7 +107,7 @@ def deal_to_data_ranks(loader: Any, data_ranks: int, data_rank: int) -> None:
             data, slice(data_rank * size, (data_rank + 1) * size) if wanted.start else wanted, *args, **kwargs
         )
 
-    loader.state, loader.slice_fn = _CountingDataRanks(loader.state, data_ranks), slice_of_data_rank
+    dispatcher.state, dispatcher.slice_fn = _CountingDataRanks(dispatcher.state, data_ranks), slice_of_data_rank
 
 
 class EpochSeeded(Sampler[int]):

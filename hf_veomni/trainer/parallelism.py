@@ -29,7 +29,8 @@ class OmniParallelismConfig(ParallelismConfig):
     """An accelerate ParallelismConfig for `Accelerator(parallelism_config=...)` and the Trainer.
 
     With it an Accelerator takes a model that `prepare_omni` sharded: data ranks get batches of their own and the ranks
-    of an SP group the same ones, `gather` and `gather_for_metrics` count each row once, `accumulate`,
+    of an SP group the same ones, `gather`, `gather_for_metrics` and `reduce` count each row once, `num_processes` (by
+    which loops scale losses and schedules) and `split_between_processes` go by data ranks, `accumulate`,
     `clip_grad_norm_`, `get_state_dict`, `save_model`, `save_state` and `load_state` work on the sharded parameters.
 
     Args:

@@ -21,6 +21,7 @@ from hf_veomni.trainer.arguments import OmniTrainingArguments
 from hf_veomni.trainer.batching import BatchingMixin
 from hf_veomni.trainer.budget import check_budget
 from hf_veomni.trainer.checkpointing import CheckpointingMixin
+from hf_veomni.trainer.counting import count_processes
 from hf_veomni.trainer.evaluation import EvaluationMixin
 from hf_veomni.trainer.expert_load import ExpertLoadCallback
 from hf_veomni.trainer.trl import adapt_trl, check_trl, is_trl, trl_name
@@ -159,6 +160,7 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
     def create_accelerator_and_postprocess(self) -> None:
         """The first thing that Trainer's constructor does with its model, which whoever comes before has finished."""
         super().create_accelerator_and_postprocess()
+        count_processes(self.accelerator)
         if self.model is not None:
             _prepare(self.model, self.args)
         adapt_trl(self, self.accelerator)

@@ -73,3 +73,21 @@ def test_what_an_encoder_decoder_ties_stays_in_the_root(family: str) -> None:
     assert all(len(modules) == 1 for modules, _ in plan_units(model, {}))
     with pytest.raises(ValueError, match=r"The rule `fsdp` for 'lm_head' has no effect"):
         plan_units(model, {"lm_head": {"fsdp": "keep"}})
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", "paligemma"])
+def test_rules_for_other_names_are_no_news(family, caplog):
+    """transformers warns of the rules in its plan that a model with towers has no names for."""
+    import logging
+
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family))
+    logger = logging.getLogger("transformers")
+    propagate, logger.propagate = logger.propagate, True
+    try:
+        plan_units(model, {})
+    finally:
+        logger.propagate = propagate
+    assert "match nothing" not in caplog.text

@@ -92,3 +92,40 @@ def test_plan_imports_no_torch():
     import hf_veomni.plan
 
     subprocess.run([sys.executable, "-c", code, hf_veomni.plan.__file__], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sp_size: 2\nsp_size: 4\n", r"has the key 'sp_size' twice \(line 2\)"),
+        ("modules:\n  lm_head: {fsdp: keep, fsdp: free}\n", r"has the key 'fsdp' twice"),
+        ("sp_size: 2\n---\nsp_size: 4\n", r"holds 2 documents"),
+        ("sp_size: [2\n", r"is not yaml"),
+        ("sp_size:\t2: 3\n", r"is not yaml"),
+        ("- sp\n", r"must hold a mapping"),
+        ("", r"must hold a mapping"),
+    ],
+)
+def test_plan_files_say_one_thing(tmp_path, text, message):
+    from hf_veomni.omni import OmniConfig
+
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"Plan file '{path}' {message}"):
+        ParallelPlan.from_yaml(path)
+    with pytest.raises(ValueError, match=f"Config file '{path}' {message}"):
+        OmniConfig.from_yaml(path)
+
+
+def test_equal_plans_have_one_hash():
+    rules = {"lm_head": {"fsdp": "keep"}, "*.mlp": {"fsdp": "free"}}
+    plans = [ParallelPlan(sp_size=2, modules=rules), ParallelPlan(sp_size=2, modules=dict(reversed(rules.items())))]
+    assert plans[0] == plans[1] and hash(plans[0]) == hash(plans[1])
+    assert len({*plans, ParallelPlan(sp_size=2), ParallelPlan.from_string("sp=2"), ParallelPlan()}) == 3
+
+
+@pytest.mark.parametrize("backend", ["veomni", "veomni=sp=2", "Veomni:sp=2", "sp=2"])
+def test_a_backend_that_names_no_plan_is_refused(monkeypatch, backend):
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_BACKEND", backend)
+    with pytest.raises(ValueError, match=f"`parallelism_config_sp_backend` .'{backend}'.*with the colon"):
+        ParallelPlan.from_env()

@@ -89,3 +89,11 @@ def test_other_arguments_are_refused(tmp_path: Path) -> None:
         build_omni_model(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match="must be an OmniConfig, a mapping or the path"):
         build_omni_model(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt_neox", "granite"])
+def test_an_inline_foundation_takes_what_its_model_reads(kind: str) -> None:
+    config = OmniConfig(foundation={"config": {"model_type": kind, "head_dim": 24, "num_hidden_layers": 1}})
+    assert config.text_config.head_dim == 24
+    with pytest.raises(ValueError, match="Unknown key 'head_dims'"):
+        OmniConfig(foundation={"config": {"model_type": kind, "head_dims": 24}})

@@ -82,3 +82,18 @@ def test_live_test_of_a_checkpoint(tmp_path):
     refused = CliRunner().invoke(app, ["support", "--model", str(tmp_path / "other")])
     assert refused.exit_code == 1
     assert "no list of layers" in " ".join(refused.output.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"), [("qwen3vl", "qwen3_vl"), ("Lama", "llama"), ("deepseek-v3", "deepseek_v3")]
+)
+def test_a_mistyped_model_type_is_offered_the_nearest(monkeypatch, given, nearest):
+    """Without a look at the network."""
+    import transformers
+
+    from hf_veomni.cli import app
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *args, **kwargs: pytest.fail("asked"))
+    result = CliRunner().invoke(app, ["support", "--model", given], env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    assert f"'{nearest}'" in result.output

@@ -1,0 +1,99 @@
+"""What users call on any Hugging Face model, on one whose parameters are shards."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor, nn
+
+from hf_veomni.checkpoint.agree import meet
+from hf_veomni.checkpoint.plain import gather_full_state, gather_plain_state, save_plain
+
+MEETING = timedelta(minutes=2)  # how long a rank waits for the others to call `save_pretrained` too
+
+_REFUSED = {
+    "resize_token_embeddings": "resize the embeddings before `prepare_omni`",
+    "push_to_hub": "`save_pretrained(folder)` on every rank, then `huggingface_hub.upload_folder` on the main process",
+}
+_MERGED = "save the adapter, and merge it into the plain model with PEFT"
+_REFUSED_TUNER = dict.fromkeys(("merge_and_unload", "merge_adapter", "unmerge_adapter", "unload"), _MERGED)
+
+
+class _Save:
+    """`save_pretrained` of a sharded model: the full tensors are gathered, and rank 0 writes the plain format."""
+
+    def __init__(self, model: nn.Module, stock: Callable[..., Any]) -> None:
+        self.model, self.stock, self.turns = model, stock, count()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock, with the same arguments; stock itself where full tensors are given in `state_dict`.
+
+        Collective without `state_dict`: every rank must call it. See `save_plain`, which it raises as.
+
+        Raises:
+            ValueError: an option that does not go with shards; ranks that did not call within `MEETING`.
+        """
+        options = _by_name(self.stock, args, kwargs)
+        if options.get("state_dict") is not None:
+            return self.stock(*args, **kwargs)
+        for name in ("push_to_hub", "distributed_checkpoint"):
+            if options.get(name):
+                raise ValueError(f"`{name}` (True) is not available on a prepared model: {_REFUSED['push_to_hub']}.")
+        meet("save_pretrained", next(self.turns), MEETING)
+        directory, writes = options.pop("save_directory"), dist.get_rank() == 0
+        wanted = options.pop("is_main_process", True)
+        options.pop("state_dict", None)
+        # Options may ask for more than the adapters: embeddings that were resized.
+        gather = gather_full_state if options else gather_plain_state
+        state = gather(self.model, keep=writes)
+
+        def save(folder: Path, tensors: dict[str, Tensor]) -> None:
+            self.stock(folder, state_dict=tensors, **options)
+
+        save_plain(self.model, directory, write=writes and bool(wanted), state=state, save=save)
+
+
+def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names, those of `**kwargs` among them."""
+    signature = inspect.signature(function)
+    found = dict(signature.bind(*args, **kwargs).arguments)
+    rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+    return {**found, **found.pop(rest, {})}
+
+
+def _refuse(name: str, way_out: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise ValueError(f"`{name}` is not available on a prepared model, of which each rank holds shards: {way_out}.")
+
+
+def attach_stock_calls(model: nn.Module, base: nn.Module, world_size: int) -> Callable[[], None]:
+    """Let `save_pretrained` write whole models, and refuse by name what works on whole parameters.
+
+    Returns:
+        A function that takes both off again.
+    """
+    owners: dict[nn.Module, dict[str, Any]] = {}
+    if world_size > 1:
+        for owner in dict.fromkeys((model, base)):
+            stock: Any = owner
+            owners[owner] = {name: partial(_refuse, name, way_out) for name, way_out in _REFUSED.items()}
+            owners[owner]["save_pretrained"] = _Save(owner, stock.save_pretrained)
+        if isinstance(model, PeftModel):
+            owners[model.base_model] = {name: partial(_refuse, name, why) for name, why in _REFUSED_TUNER.items()}
+    for owner, methods in owners.items():
+        vars(owner).update(methods)
+    return partial(_detach, owners)
+
+
+def _detach(owners: dict[nn.Module, dict[str, Any]]) -> None:
+    for owner, methods in owners.items():
+        for name, method in methods.items():
+            if vars(owner).get(name) is method:
+                del vars(owner)[name]

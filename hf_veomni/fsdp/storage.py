@@ -1,0 +1,31 @@
+"""Parameters whose memory cannot be cut as it is."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def check_own_storage(model: nn.Module) -> None:
+    """Raise ValueError where two parameters are views of the same memory (PEFT's tied adapters).
+
+    In one process a step of the optimizer on either changes both; shards of them would be copies.
+    """
+    found: dict[tuple[int, int], str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.numel():
+            continue
+        place = (parameter.untyped_storage().data_ptr(), int(parameter.storage_offset()))
+        other = found.setdefault(place, name)
+        if other != name:
+            raise ValueError(
+                f"Parameters '{other}' and '{name}' are two views of the same memory, and shards would not "
+                "stay tied: adapt one of the tied layers alone, or leave `ensure_weight_tying` out of the adapter's "
+                "config."
+            )
+
+
+def make_contiguous(model: nn.Module) -> None:
+    """Lay parameters out row by row, as FSDP2 takes them."""
+    for parameter in model.parameters():
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()

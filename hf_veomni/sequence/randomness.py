@@ -1,0 +1,79 @@
+"""Random streams: data order is the same on all ranks of an SP group, dropout is not."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_veomni.mesh import ParallelState
+
+
+@contextmanager
+def own_stream(device: torch.device, *key: Any) -> Iterator[None]:
+    """Draw torch's random numbers from a stream that `key` names, and leave the process-wide generators as they were.
+
+    The ranks of an SP group hold different tokens of a row, so their dropout masks must differ; their samplers and
+    collators must not. A stream that is a function of (seed, step, micro-batch, rank) gives both, and a resumed run
+    draws the same masks without any stored state.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(int.from_bytes(digest, "big"))
+        yield
+
+
+def _state(device: torch.device) -> Tensor:
+    """Of the generator that dropout on `device` draws from; on the CPU."""
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+class _OwnDropout:
+    """Gives each rank of an SP group a stream of its own while a model in training runs.
+
+    The stream follows from the process-wide generator, which `set_seed` sets alike on all ranks, and from the rank. A
+    forward that drew something moves that generator on, by the same on every rank; one that drew nothing leaves it.
+    """
+
+    def __init__(self, state: ParallelState) -> None:
+        self._device, self._rank = state.device, state.sp_rank
+        self._running: list[tuple[ExitStack, Tensor]] = []
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        if module.training:
+            stack = ExitStack()
+            stack.enter_context(own_stream(self._device, _state(self._device).numpy().tobytes(), self._rank))
+            self._running.append((stack, _state(self._device)))
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._running:
+            return
+        stack, begun = self._running.pop()
+        drew = not torch.equal(_state(self._device), begun)
+        stack.close()
+        if drew:
+            torch.rand(1, device=self._device)
+
+
+def attach_dropout(model: nn.Module, state: ParallelState) -> Callable[[], None]:
+    """Let the ranks of an SP group, which hold different tokens, draw different dropout masks.
+
+    Returns:
+        A function that takes this off again.
+    """
+    own = _OwnDropout(state)
+    handles = [
+        model.register_forward_pre_hook(own.enter),
+        model.register_forward_hook(own.leave, always_call=True),
+    ]
+
+    def detach() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return detach

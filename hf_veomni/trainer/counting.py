@@ -1,0 +1,58 @@
+"""An Accelerator that counts data ranks, for the arithmetic of loops written for one reader of the data a process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import Accelerator, PartialState
+
+from hf_veomni.plan import ParallelPlan
+
+
+class _DataRanks(Accelerator):
+    """What a loop multiplies and divides by is the number of readers: the ranks of an SP group are one of them."""
+
+    omni_plan: ParallelPlan
+
+    @property
+    def num_processes(self) -> int:
+        """Data ranks. `accelerator.state.num_processes` are all ranks."""
+        return self.omni_plan.dp_size
+
+    @property
+    def is_last_process(self) -> bool:
+        return self.state.is_last_process
+
+    @contextmanager
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
+        """A part of `inputs` for each data rank; the ranks of an SP group get the same one."""
+        reader: Any = _Reader(self.omni_plan)
+        with PartialState.split_between_processes(reader, inputs, apply_padding=apply_padding) as part:
+            yield part
+
+
+class _Reader:
+    """accelerate's state, as it would be with one process for each data rank."""
+
+    def __init__(self, plan: ParallelPlan) -> None:
+        self._state: Any = PartialState()
+        self.num_processes, self.process_index = plan.dp_size, self._state.process_index // plan.sp_size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+
+def count_data_ranks(accelerator: Any, plan: ParallelPlan) -> None:
+    """Let `num_processes` and `split_between_processes` of one Accelerator go by data ranks."""
+    kind = type(accelerator)
+    accelerator.omni_plan = plan
+    accelerator.__class__ = type(kind.__name__, (_DataRanks, kind) if kind is not Accelerator else (_DataRanks,), {})
+
+
+def count_processes(accelerator: Any) -> None:
+    """Undo `count_data_ranks`: for the Trainer, whose own arithmetic knows of ranks that share a batch."""
+    kind = type(accelerator)
+    if issubclass(kind, _DataRanks):
+        accelerator.__class__ = next(base for base in kind.__mro__[1:] if base is not _DataRanks)

@@ -1,0 +1,43 @@
+"""Mappings from yaml files: what yaml itself lets pass in silence is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_mapping(path: str | os.PathLike[str], what: str, example: str) -> Mapping[str, Any]:
+    """The mapping that a yaml file holds.
+
+    Args:
+        what: the kind of file, for messages.
+        example: a line that such a file may have.
+
+    Raises:
+        ValueError: no such file, text that is not yaml, a key that appears twice, several documents, or no mapping.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if not isinstance(key.value, list)]
+            for place, key in enumerate(keys):
+                if key in keys[:place] and key != "<<":
+                    line = node.value[place][0].start_mark.line + 1
+                    raise ValueError(f"{what} '{path}' has the key '{key}' twice (line {line}): give it once.")
+            return super().construct_mapping(node, deep)
+
+    if not Path(path).is_file():
+        raise ValueError(f"{what} '{path}' does not exist.")
+    try:
+        documents = list(yaml.load_all(Path(path).read_text(), Loader))  # noqa: S506 (a safe loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} '{path}' is not yaml: {error}") from error
+    if len(documents) > 1:
+        raise ValueError(f"{what} '{path}' holds {len(documents)} documents (lines '---'): one file says one thing.")
+    values = documents[0] if documents else None
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what} '{path}' must hold a mapping such as '{example}', not {values!r}.")
+    return values
