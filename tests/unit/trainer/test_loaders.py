@@ -8,6 +8,7 @@ from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from hf_veomni.sequence.randomness import own_stream
 from hf_veomni.trainer.loaders import (
     EpochSeeded,
     Filler,
@@ -17,7 +18,6 @@ from hf_veomni.trainer.loaders import (
     keep_batches_whole,
     set_epoch,
 )
-from hf_veomni.trainer.randomness import own_stream
 
 
 def _shards(rows: int, size: int, ranks: int, drop_last: bool = False) -> list[WholeBatches]:
