@@ -1,6 +1,6 @@
 """What touches private names of transformers and peft, but for masks (`sequence/pattern`) and files (`hf_weights`).
 
-Verified against transformers 5.23 and peft 0.21.
+Verified against transformers 5.23 and 5.24, peft 0.20 and 0.21.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read transformers' mask functions into numbers: the only file that knows the closures of `masking_utils` (5.23).
+"""Read mask functions of transformers (5.23, 5.24) into numbers: the only file that knows `masking_utils`' closures.
 
     and_masks(sliding_window_overlay(4), causal_mask_function)  ->  before=3, after=0
     or_masks(causal_mask_function, <anything>)                  ->  evaluate
@@ -55,7 +55,7 @@ def required(name: str) -> Any:
     except AttributeError:
         raise ImportError(
             f"transformers.masking_utils has no `{name}`, which the varlen attention reads masks with (verified with "
-            "transformers 5.23): install that version, or keep the model's attention with attention='keep'."
+            "transformers 5.23 and 5.24): install one of these, or keep the model's attention with attention='keep'."
         ) from None
 
 

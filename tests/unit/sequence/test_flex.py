@@ -15,7 +15,8 @@ from transformers.models.gemma2 import modeling_gemma2
 
 from hf_veomni.sequence import flex
 from hf_veomni.sequence.blocks import Formula
-from hf_veomni.sequence.varlen import choose_path, varlen_attention
+from hf_veomni.sequence.documents import Documents
+from hf_veomni.sequence.varlen import VARLEN_NAME, choose_path, varlen_attention
 from tests.unit.sequence.dense import (
     FUNCTIONS,
     LENGTHS,
@@ -29,6 +30,8 @@ from tests.unit.sequence.dense import (
 )
 from tests.unit.sequence.test_sinks import make_inputs, ours, stock
 from tests.unit.sequence.test_varlen import LargestTensor
+from tests.unit.sequence.test_varlen_models import LENGTHS as MODEL_LENGTHS
+from tests.unit.sequence.test_varlen_models import build, largest_difference, packed, run
 
 GROUPS = torch.tensor([[0] * 20 + [1] * 30 + [0] * 40 + [2] * 60 + [0] * 80, [1] * 90 + [0] * 140])
 
@@ -243,3 +246,29 @@ def test_trial_compares_outputs_and_gradients(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(flex, "_compiled", lambda kind: fails)
     with pytest.warns(UserWarning, match="out of resource: shared memory.*block by block"):
         assert not trial()
+
+
+def test_packed_gemma2_equals_each_document_alone(calls: list, exact_softmax: None) -> None:
+    generator = torch.Generator().manual_seed(1)
+    size = sum(MODEL_LENGTHS)
+    ids = torch.randint(1, 60, (1, size), generator=generator)
+    weights = torch.randn(1, size, 60, dtype=torch.float64, generator=generator)
+    alone = build("gemma2", "eager")
+    pieces = []
+    for part, weight in zip(ids.split(MODEL_LENGTHS, 1), weights.split(MODEL_LENGTHS, 1), strict=True):
+        piece, expected = run(alone, part, weight)
+        pieces.append(piece)
+    for checkpointing in (False, True):
+        calls.clear()
+        model = build("gemma2", VARLEN_NAME)
+        if checkpointing:
+            # Uncompiled, FlexAttention traces its backward in each forward, which the other kind takes for its own.
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            model.train()
+        positions = torch.cat([torch.arange(n) for n in MODEL_LENGTHS])[None]
+        with packed(Documents.from_lengths([MODEL_LENGTHS])):
+            logits, grads = run(model, ids, weights, position_ids=positions)
+        assert len(calls) == (4 if checkpointing else 2)
+        assert len({id(mask) for mask in calls}) == 2  # one for each kind of layer, in the recomputation too
+        assert float((logits - torch.cat(pieces, 1)).abs().max()) < 2e-6
+        assert largest_difference(grads, expected) < 2e-5
