@@ -231,6 +231,11 @@ def _attach(
         undo.append(attach_dropout(base, state))
 
 
+def on_detach(base: nn.Module, undo: list[Callable[[], Any]]) -> None:
+    """Let `detach_omni` take off what was put on a prepared model later."""
+    setattr(base, _UNDO, [*getattr(base, _UNDO), *(step for step in undo if step is not None)])
+
+
 def detach_omni(model: Model) -> Model:
     """Take hooks, marks and replaced functions off again; sharded parameters stay sharded.
 

@@ -50,7 +50,7 @@ def meet(what: str, turn: int, limit: timedelta) -> None:
 
     Args:
         what: the call in words.
-        turn: how many calls of it came before, the same on all ranks.
+        turn: how many calls of it came before in this process, the same on all ranks.
 
     Raises:
         ValueError: some ranks have not come within `limit`.

@@ -27,11 +27,14 @@ _MERGED = "save the adapter, and merge it into the plain model with PEFT"
 _REFUSED_TUNER = dict.fromkeys(("merge_and_unload", "merge_adapter", "unmerge_adapter", "unload"), _MERGED)
 
 
+_turns = count()  # of all models: the ranks meet once for each call
+
+
 class _Save:
     """`save_pretrained` of a sharded model: the full tensors are gathered, and rank 0 writes the plain format."""
 
     def __init__(self, model: nn.Module, stock: Callable[..., Any]) -> None:
-        self.model, self.stock, self.turns = model, stock, count()
+        self.model, self.stock = model, stock
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As stock, with the same arguments; stock itself where full tensors are given in `state_dict`.
@@ -47,7 +50,7 @@ class _Save:
         for name in ("push_to_hub", "distributed_checkpoint"):
             if options.get(name):
                 raise ValueError(f"`{name}` (True) is not available on a prepared model: {_REFUSED['push_to_hub']}.")
-        meet("save_pretrained", next(self.turns), MEETING)
+        meet("save_pretrained", next(_turns), MEETING)
         directory, writes = options.pop("save_directory"), dist.get_rank() == 0
         wanted = options.pop("is_main_process", True)
         options.pop("state_dict", None)

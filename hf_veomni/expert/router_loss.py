@@ -69,7 +69,7 @@ class RouterLoss:
         self._tokens: list[Token] = []
         self._handles = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            model.register_forward_hook(self._leave, always_call=True),
+            model.register_forward_hook(self._leave, always_call=True, prepend=True),  # last in, first out
         ]
         _patches.add(self)
 

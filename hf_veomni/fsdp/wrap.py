@@ -155,12 +155,14 @@ def held_weights(model: nn.Module) -> Iterator[None]:
     """Within this context the kept units (the head) stay gathered after a forward without gradients, for logits that
     somebody looks at later."""
     base: Any = hf.base_model(model)
+    outer = getattr(base, _HELD, False)
     setattr(base, _HELD, True)
     try:
         yield
     finally:
-        delattr(base, _HELD)
-        _reshard(base)
+        setattr(base, _HELD, outer)
+        if not outer:
+            _reshard(base)
 
 
 def check_dtype_can_change(model: nn.Module, dtype: torch.dtype) -> None:

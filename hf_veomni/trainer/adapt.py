@@ -121,13 +121,15 @@ def _adapt_gathering(accelerator: Any, group: dist.ProcessGroup | None) -> None:
 def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
     stock_model, stock_clip = accelerator.prepare_model, accelerator.clip_grad_norm_
     stock_scheduler, stock_optimizer = accelerator.prepare_scheduler, accelerator.prepare_optimizer
-    stock_loader = accelerator.prepare_data_loader
 
-    @wraps(stock_loader)
-    def prepare_data_loader(*args: Any, **kwargs: Any) -> Any:
-        loader = stock_loader(*args, **kwargs)
-        deal_to_data_ranks(loader, plan.dp_size, accelerator.process_index // plan.sp_size)
-        return loader
+    def dealing(stock: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(stock)
+        def make_loader(*args: Any, **kwargs: Any) -> Any:
+            loader = stock(*args, **kwargs)
+            deal_to_data_ranks(loader, plan.dp_size, accelerator.process_index // plan.sp_size)
+            return loader
+
+        return make_loader
 
     @wraps(stock_model)
     def prepare_model(
@@ -160,7 +162,8 @@ def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
 
     accelerator.prepare_model, accelerator.clip_grad_norm_ = prepare_model, clip_grad_norm_
     accelerator.prepare_scheduler, accelerator.prepare_optimizer = prepare_scheduler, prepare_optimizer
-    accelerator.prepare_data_loader = prepare_data_loader
+    accelerator.prepare_data_loader = dealing(accelerator.prepare_data_loader)
+    accelerator.skip_first_batches = dealing(accelerator.skip_first_batches)  # which makes another loader
     accelerator.no_sync = lambda model: deferred_reduction(model) if is_prepared(model) else nullcontext()
 
 

@@ -123,7 +123,8 @@ class EvaluationMixin(_Trainer):
         with self._whole(self.model, overrides(self, *_LOOK_AT_OUTPUTS)):
             output = super().evaluation_loop(loader, *args, **kwargs)
         name, loss = f"{kwargs.get('metric_key_prefix', 'eval')}_loss", self._loss_of_all_items()
-        if loss is not None and name in output.metrics:
+        # What a `prediction_step` of the user's own returns is averaged by Trainer, as it is.
+        if loss is not None and name in output.metrics and not overrides(self, "prediction_step"):
             output.metrics[name] = loss
         # Of a stream Trainer counts what this rank has read.
         counted = self._evaluates_stream and isinstance(loader, InStep)
@@ -150,23 +151,33 @@ class EvaluationMixin(_Trainer):
         lean = prediction_loss_only and self.compute_loss_func is None and self.label_smoother is None
         lean = lean and is_prepared(model) and has_lean_loss(model)
         own = overrides(self, *_LOOK_AT_OUTPUTS)
-        self._evaluating = True
-        try:
-            with self._as_one_process(own), ExitStack() as stack:
-                if lean:
-                    stack.enter_context(lean_evaluation(model))
-                    stack.enter_context(held_weights(model) if own else nullcontext())
-                else:
-                    stack.enter_context(self._whole(model, not prediction_loss_only))
-                found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            self._evaluating = False
+        with self._as_one_process(own), self._accumulating_nothing(), ExitStack() as stack:
+            if lean:
+                stack.enter_context(lean_evaluation(model))
+                stack.enter_context(held_weights(model) if own else nullcontext())
+            else:
+                stack.enter_context(self._whole(model, not prediction_loss_only))
+            found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if found[0] is not None and not isinstance(inputs, Filler):
             # `predict_with_generate` takes the model's loss as it is, a mean over the same items.
             counted = self._counted or getattr(self.args, "predict_with_generate", False)
             items = self._get_num_items_in_batch([inputs], self.args.device) if counted else None
             self._eval_losses.append((found[0], items))
         return found
+
+    @contextmanager
+    def _accumulating_nothing(self) -> Iterator[None]:
+        """TRL divides a loss that was given a number of items by what the last window of training has left here."""
+        name = "current_gradient_accumulation_steps"
+        before = vars(self).get(name)
+        setattr(self, name, 1)
+        try:
+            yield
+        finally:
+            if before is None:
+                delattr(self, name)
+            else:
+                setattr(self, name, before)
 
     def _loss_of_all_items(self) -> float | None:
         """The mean over all items that were evaluated; None where a loss was divided by no number of items.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_veomni import hf
 from hf_veomni.expert import attach_router_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state
-from hf_veomni.prepare import gather_sequence
+from hf_veomni.prepare import gather_sequence, on_detach
 from hf_veomni.sequence.shard import shard_sequence
 
 _MARK = "_omni_fused_head"
@@ -37,12 +37,13 @@ def cut_fused_head(model: nn.Module) -> None:
     if hasattr(base, _MARK):
         return
     setattr(base, _MARK, True)
+    undo: list[Any] = [partial(delattr, base, _MARK)]
     if getattr(hf.text_config(base), "num_experts_per_tok", None):
-        attach_router_loss(base, state, _ROUTER)
-    if state.sp_size == 1:
-        return
-    base.register_forward_pre_hook(partial(_cut_labels, state), with_kwargs=True)
-    base.register_forward_hook(_gather_scores, with_kwargs=True)
+        undo.append(attach_router_loss(base, state, _ROUTER))
+    if state.sp_size > 1:
+        undo.append(base.register_forward_pre_hook(partial(_cut_labels, state), with_kwargs=True).remove)
+        undo.append(base.register_forward_hook(_gather_scores, with_kwargs=True).remove)
+    on_detach(base, undo)
 
 
 def _cut_labels(state: ParallelState, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:

@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_veomni.expert import counting_no_tokens
 
@@ -69,13 +69,14 @@ class LossMixin(_Trainer):
     @contextmanager
     def _as_one_process(self, own: bool) -> Iterator[None]:
         """Around the computation of a loss. `own`: by code of the user, who may look at the number of processes."""
-        accelerator, self._computes_loss, self._counted = self.accelerator, True, False
+        accelerator, outer = self.accelerator, self._computes_loss
+        self._computes_loss, self._counted = True, False
         if own:
             self.accelerator = _AloneAccelerator(accelerator)
         try:
             yield
         finally:
-            self.accelerator, self._computes_loss = accelerator, False
+            self.accelerator, self._computes_loss = accelerator, outer
 
     def _items_a_batch(self, num_items: Any, batches: float) -> Any:
         if num_items is None or batches == 1:
@@ -85,25 +86,30 @@ class LossMixin(_Trainer):
 
     @contextmanager
     def _averaging(self, factor: float) -> Iterator[None]:
-        """Around Trainer's `training_step`: its loss counts `factor` (0 for a filler) in the mean over the window.
+        """Around a `training_step`: its loss counts `factor` (0 for a filler) in the mean over the window.
 
-        A class that says `loss_is_scaled_for_ga` takes the mean over the window itself, and what is left is the one
-        over the data ranks.
+        What `compute_loss` returns is scaled already, so that a `training_step` of the user's own may do without what
+        Trainer's does. A class that says `loss_is_scaled_for_ga` takes the mean over the window itself, and what is
+        left is the one over the data ranks.
         """
         kept = {name: vars(self)[name] for name in ("compute_loss", "loss_is_scaled_for_ga") if name in vars(self)}
         compute_loss: Callable[..., Tensor] = self.compute_loss
         scaled = bool(self.loss_is_scaled_for_ga)
         own, real, ranks = overrides(self, "compute_loss"), self._num_real or 1, self.parallel_state.dp_size
 
-        def averaged(*args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        def averaged(
+            model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
             items = self._items_a_batch(num_items_in_batch, ranks if scaled else ranks * real)
             self.current_gradient_accumulation_steps = real if scaled else 1
             with self._as_one_process(own), nullcontext() if factor else counting_no_tokens():
-                loss = compute_loss(*args, num_items_in_batch=items, **kwargs)
+                found = compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
             self.current_gradient_accumulation_steps = real
-            return loss if factor == 1 else loss * factor
+            loss, *outputs = found if isinstance(found, tuple) else (found,)
+            loss = loss * factor if scaled else loss * factor / real
+            return (loss, *outputs) if outputs else loss
 
-        self.compute_loss, self.loss_is_scaled_for_ga = averaged, scaled
+        self.compute_loss, self.loss_is_scaled_for_ga = averaged, True
         try:
             yield
         finally:

@@ -83,13 +83,13 @@ def _prepare(model: nn.Module, args: Any) -> None:
         base._is_distributed_loading_by_transformers = True
 
 
-def _constructor(trainer: Any) -> tuple[type, list[str]]:
-    """The class behind the mixin whose constructor names its arguments, and their names in order."""
+def _constructor(trainer: Any) -> list[str]:
+    """Names, in order, of the arguments of the first constructor behind the mixin that names them."""
     classes = type(trainer).__mro__
     for owner in classes[classes.index(OmniTrainerMixin) + 1 :]:
         names = list(inspect.signature(vars(owner).get("__init__", object)).parameters)[1:]
         if "model" in names:
-            return owner, names
+            return names
     raise TypeError(f"{type(trainer).__name__} has no Trainer behind OmniTrainerMixin.")
 
 
@@ -112,13 +112,14 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
     """
 
     def __init__(self, model: Any = None, *given: Any, **kwargs: Any) -> None:
-        owner, names = _constructor(self)
+        names = _constructor(self)
         kwargs |= dict(zip(names, (model, *given), strict=False))
         args = kwargs["args"] = self._checked_arguments(kwargs.get("args"))
         check_trl(self, args, model)
         check_budget(args, kwargs.get("train_dataset"))
-        self._omni_peft_config = None if "peft_config" in names else kwargs.pop("peft_config", None)
-        if owner.__module__.startswith("transformers."):
+        own = is_trl(self) or "peft_config" in names  # then the trainer behind loads, or adds adapters, itself
+        self._omni_peft_config = None if own else kwargs.pop("peft_config", None)
+        if not is_trl(self):
             model = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
             kwargs["model"] = None if model is None else _with_adapters(model, self._omni_peft_config)
         # Trainer refuses resumable checkpoints of a model with that mark; here they are our own job.
@@ -129,11 +130,11 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
             args.save_only_model = resumable
         self._check_optimizer()
         self._check_packing()
-        self._take_over_label_smoothing()
+        if self._smooth_labels(self.model):
+            self.label_smoother = None
         self._expert_load: ExpertLoadCallback | None = None
         if args.log_expert_load or args.router_bias_update_speed:
-            self._expert_load = ExpertLoadCallback(self.model, args.router_bias_update_speed, args.log_expert_load)
-            self.add_callback(self._expert_load)
+            self._watch_experts(self.model)
 
     def _checked_arguments(self, args: Any) -> Any:
         wanted = "OmniTrainingArguments"
@@ -151,6 +152,9 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
     def call_model_init(self, trial: Any = None) -> Any:
         model = _with_adapters(super().call_model_init(trial), self._omni_peft_config)
         _prepare(model, self.args)
+        self._smooth_labels(model)
+        if getattr(self, "_expert_load", None) is not None:
+            self._watch_experts(model)
         return model
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -184,14 +188,20 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
                 "collator that pads, or LoRA on a transformers model."
             )
 
-    def _take_over_label_smoothing(self) -> None:
-        """Trainer's smoother wants the full logits; our loss smooths while it goes over them in chunks."""
-        if is_trl(self) or not is_prepared(self.model):
-            return  # TRL's losses are its own
-        loss: Any = hf.base_model(self.model).loss_function
+    def _watch_experts(self, model: nn.Module) -> None:
+        if self._expert_load is not None:  # of the model before, from `model_init`
+            self.remove_callback(self._expert_load)
+        self._expert_load = ExpertLoadCallback(model, self.args.router_bias_update_speed, self.args.log_expert_load)
+        self.add_callback(self._expert_load)
+
+    def _smooth_labels(self, model: nn.Module) -> bool:
+        """Whether the model's loss smooths labels: in chunks of logits, of which Trainer's smoother wants all."""
+        if is_trl(self) or not is_prepared(model):
+            return False  # TRL's losses are its own
+        loss: Any = hf.base_model(model).loss_function
         if hasattr(loss, "label_smoothing"):
             loss.label_smoothing = float(self.args.label_smoothing_factor)
-            self.label_smoother = None
+        return hasattr(loss, "label_smoothing")
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Collective if the experts' load is logged: every rank calls it, as Trainer does."""
