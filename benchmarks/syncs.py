@@ -38,6 +38,7 @@ from transformers import (
 from benchmarks._options import device_parser, parse_for_device
 from benchmarks._record import record
 from benchmarks._syncs import READ, UPLOAD, SyncCounter
+from benchmarks.on_gpu.ranks import sum_and_divide
 from hf_veomni import OmniDataCollatorWithPacking, prepare_omni
 from hf_veomni.host import forget
 
@@ -120,6 +121,8 @@ def run(case: tuple, options: argparse.Namespace, device: torch.device) -> dict[
     model = build(model_name, options)
     batch = make_batch(model_name, row, model.config)
     model = model.to(device) if plan is None else prepare_omni(model, plan)
+    if plan is not None and device.type == "cuda":
+        sum_and_divide(model)
     if checkpointing:
         model.gradient_checkpointing_enable()
     model.train()

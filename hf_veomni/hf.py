@@ -75,10 +75,11 @@ def uses_cache(inputs: Mapping[str, Any]) -> bool:
 
 def keys_read_by_model(config_class: type) -> set[str]:
     """Names that the modelling code beside a config class looks up in its config, by the source."""
-    spec = importlib.util.find_spec(config_class.__module__.replace("configuration_", "modeling_"))
-    if spec is None or spec.origin is None:
+    try:
+        spec = importlib.util.find_spec(config_class.__module__.replace("configuration_", "modeling_"))
+        source = "" if spec is None or spec.origin is None else Path(spec.origin).read_text()
+    except (ImportError, ValueError, OSError):  # a class of a script or a notebook
         return set()
-    source = Path(spec.origin).read_text()
     found = re.findall(r"""\bconfig\.([a-z]\w*)\b(?!\()|getattr\((?:self\.)?config, ["'](\w+)["']""", source)
     return {name for pair in found for name in pair if name}
 

@@ -5,6 +5,9 @@
     model       on_host(position_ids)           the copy, without waiting for the device
 
 Where nothing is known, `on_host` copies, for which the host waits until the device has done all that it was given.
+
+torch counts changes in place, by which a copy that no longer holds is noticed. It does not count what is written
+through `tensor.data`, and what a collective writes (`dist.broadcast` into a tensor): `forget` such a tensor before.
 """
 
 from __future__ import annotations
@@ -72,8 +75,10 @@ def forget(tensor: Tensor) -> Tensor:
 def with_values(tensor: Tensor, host: Tensor) -> Tensor:
     """`tensor` with `host`, values that were read from it or that it was made of."""
     plain, host = forget(tensor), forget(host)
+    if plain.is_inference():
+        return plain  # whose changes torch does not count
+    own = plain.device.type == "cpu"  # and may change through numpy
     made: Any = plain.as_subclass(Remembered)
-    own = host.device == plain.device and is_same(host, plain)
     made._host, made._versions = None if own else host, (_version(plain), _version(host))
     return made
 

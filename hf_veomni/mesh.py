@@ -90,7 +90,7 @@ def _find_device() -> torch.device:
         device = PartialState().device
         if device is not None and (device.type == "cpu" or device.index is not None):
             return device
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return torch.device("cpu")
     reached = [pair.partition(":")[0] for pair in dist.get_backend_config().split(",")]
@@ -111,7 +111,7 @@ def _start() -> tuple[torch.device, int]:
     """This rank's device and the world size; joins the process group of a launcher through accelerate if need be."""
     if not dist.is_initialized():
         # Without an accelerator, accelerate joins the CPU ranks of a launcher only when it is told to use the CPU.
-        no_device = torch.accelerator.current_accelerator() is None
+        no_device = torch.accelerator.current_accelerator(check_available=True) is None
         state = PartialState(cpu=no_device or parse_flag_from_env("ACCELERATE_USE_CPU"))
         assert state.device is not None
         return state.device, state.num_processes

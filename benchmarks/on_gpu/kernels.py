@@ -54,6 +54,7 @@ def kernels(part: Part) -> None:
         "no:faulthandler",
         "-o",
         "minversion=8.0",
+        "--continue-on-collection-errors",
         str(TESTS),
     ]
     status = pytest.main(options, plugins=[outcomes])

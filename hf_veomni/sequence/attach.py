@@ -294,7 +294,8 @@ class SequenceAttachment:
         check_masks_above(self.name, documents, inputs.get("attention_mask"), filled=bool(extra))
         check_counted(self.name, self.seam.max_counted, max(row.padded // self.state.sp_size, documents.max_length))
         row.tokens.append((current_documents, current_documents.set(documents)))
-        inputs["position_ids"] = forget(inputs["position_ids"])
+        # transformers reads the mask; the rest may reach compiled modules, and compilers take plain tensors.
+        inputs = {k: forget(x) if isinstance(x, Tensor) and k != "attention_mask" else x for k, x in inputs.items()}
         if made:
             del inputs["position_ids"]
         elif self._origin is not None:

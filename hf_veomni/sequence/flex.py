@@ -104,7 +104,7 @@ def _evaluate_limits(spec: MaskSpec) -> Limits | None:
 def make_block_mask(limits: Limits) -> BlockMask:
     """The mask of rows that are padded to whole blocks, from limits of S tokens. Memory: 16 (P / 128)^2 B bytes."""
     rows, length = limits.low.shape
-    blocks = -(-length // _BLOCK)
+    blocks = max(2, -(-length // _BLOCK))  # one alone would be compiled for by itself
     own = torch.arange(length, blocks * _BLOCK, device=limits.low.device).expand(rows, -1)
     low, high = torch.cat([limits.low, own], 1), torch.cat([limits.high, own + 1], 1)
     lows, highs = low.view(rows, blocks, _BLOCK), high.view(rows, blocks, _BLOCK)
@@ -149,9 +149,11 @@ def attend_flex(
 
 def _run(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, formula: Formula, sinks: Tensor | None) -> Tensor:
     """[B, H, S, E]. Rows are padded to whole blocks, which keeps short ones off the kernel for decoding."""
-    length = query.shape[2]
-    query, key, value = (F.pad(x, (0, 0, 0, -length % _BLOCK)) for x in (query, key, value))
-    kind = (query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3], value.shape[3], formula)
+    length, padded = query.shape[2], mask.shape[-2]
+    query, key, value = (F.pad(x, (0, 0, 0, padded - length)).contiguous() for x in (query, key, value))
+    shapes = (min(query.shape[0], 2), query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+    grads = (torch.is_grad_enabled(), *(x.requires_grad for x in (query, key, value)))
+    kind = (query.device, query.dtype, shapes, grads, torch.is_autocast_enabled(query.device.type), formula)
     out, aux = _compiled(kind)(
         query,
         key,
@@ -180,8 +182,8 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 def _compiled(kind: Any) -> Callable[..., Any]:
     """FlexAttention for inputs of one kind, compiled on its first call, and again for rows of any length.
 
-    Each has a code object of its own, since torch counts recompilations by it; beyond its limit `fullgraph` makes it
-    an error, where full scores would be computed otherwise.
+    A kind is all that torch compiles anew for, but for lengths. Each has a code object of its own, since torch counts
+    recompilations by it; beyond its limit (8) `fullgraph` makes it an error, where full scores would be computed.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -206,7 +208,8 @@ def flex_applies(
     if query.dtype not in _ERROR or min(widths) < _LEAST_WIDTH or find_limits(spec) is None:
         return False
     heads = (query.shape[1], key.shape[1])
-    return flex_works(query.device, query.dtype, min(query.shape[0], 2), heads, widths, formula, sinks is not None)
+    kind = (query.device, query.dtype, min(query.shape[0], 2), heads, widths, formula, sinks is not None)
+    return flex_works(*kind, torch.get_float32_matmul_precision())
 
 
 @lru_cache(maxsize=64)
@@ -218,8 +221,12 @@ def flex_works(
     widths: tuple[int, int],
     formula: Formula,
     with_sinks: bool,
+    precision: str = "highest",
 ) -> bool:
     """Compile for these, and compare outputs and gradients of two documents of 256 tokens with the formula.
+
+    Args:
+        precision: of matrix products in fp32, as set for the process.
 
     In a thread of its own: hooks of activation checkpointing, autocast and grad mode of the caller are not in force.
     """
@@ -236,6 +243,8 @@ def flex_works(
     thread = Thread(target=trial)
     thread.start()
     thread.join()
+    if isinstance(errors[0], torch.OutOfMemoryError):
+        raise errors[0]  # says nothing of the kind, and is not to be remembered
     if isinstance(errors[0], float) and errors[0] < _ERROR[dtype]:
         return True
     reason = f"a relative error of {errors[0]:.1e}" if isinstance(errors[0], float) else repr(errors[0])[:500]
