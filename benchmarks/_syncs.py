@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from hf_veomni.host import Remembered
 
 READ, UPLOAD = "read", "upload"
+_STATES = "hf_veomni/sequence/randomness.py"  # of generators, which lie on the host whatever the device
 _PACKAGES = ("/hf_veomni/", "/transformers/", "/accelerate/", "/peft/", "/torch/")
 _MACHINERY = ("/torch/_dynamo/", "/torch/overrides", "/torch/utils/_", "/_syncs")
 _TO_HOST = {"tolist", "cpu", "numpy", "__array__"}
@@ -99,7 +100,9 @@ class SyncCounter:
         return placed
 
     def note(self, kind: str) -> None:
-        self.found[self.phase, kind, _site()] += 1
+        site = _site()
+        if self.device.type != "cpu" or not site.startswith(_STATES):
+            self.found[self.phase, kind, site] += 1
 
     def mark(self, values: Any) -> None:
         """What lies on the device."""

@@ -7,7 +7,8 @@
 Where nothing is known, `on_host` copies, for which the host waits until the device has done all that it was given.
 
 torch counts changes in place, by which a copy that no longer holds is noticed. It does not count what is written
-through `tensor.data`, and what a collective writes (`dist.broadcast` into a tensor): `forget` such a tensor before.
+through `tensor.data` or numpy, and what a collective writes (`dist.broadcast` into a tensor): `forget` such a tensor
+before.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def with_values(tensor: Tensor, host: Tensor) -> Tensor:
     plain, host = forget(tensor), forget(host)
     if plain.is_inference():
         return plain  # whose changes torch does not count
-    own = plain.device.type == "cpu"  # and may change through numpy
+    own = host.device == plain.device and is_same(host, plain)
     made: Any = plain.as_subclass(Remembered)
     made._host, made._versions = None if own else host, (_version(plain), _version(host))
     return made

@@ -72,7 +72,7 @@ def split_by_dtype(
 def _parts(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
     """The modules of a unit by the dtypes that are trained in them (a norm in fp32, a head in bf16).
 
-    Modules that share a parameter stay together, and what is frozen with the first.
+    Modules that share a parameter stay together, and what is frozen goes with the first that is trained.
     """
     joined: list[list[nn.Module]] = []
     for module in modules:
@@ -80,10 +80,11 @@ def _parts(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
         partners = [part for part in joined if any(not own.isdisjoint(m.parameters()) for m in part)]
         joined = [part for part in joined if part not in partners]
         joined.append([m for part in partners for m in part] + [module])
+    dtypes = [frozenset(p.dtype for m in part for p in m.parameters() if p.requires_grad) for part in joined]
+    first = next(filter(None, dtypes), frozenset())
     parts: dict[Any, list[nn.Module]] = {}
-    for part in joined:
-        dtypes = frozenset(p.dtype for m in part for p in m.parameters() if p.requires_grad)
-        parts.setdefault(dtypes or next(iter(parts), dtypes), []).extend(part)
+    for part, trained in zip(joined, dtypes, strict=True):
+        parts.setdefault(trained or first, []).extend(part)
     return list(parts.values())
 
 

@@ -341,7 +341,7 @@ def _foreign_slice() -> None:
         (_twice, r"LlamaForCausalLM is already prepared: call `detach_omni\(model\)` first"),
         (_unprepared, r"LlamaForCausalLM has no cut sequence: call `prepare_omni"),
         (_on_meta, r"Parameter 'model.embed_tokens.weight' is on the meta device"),
-        (_foreign_slice, r"`local` has shape \(1, 15, 3\), but this rank's slice .* has 8 tokens"),
+        (_foreign_slice, r"`local` has shape \(1, 15, 3\), but this rank's slices .* have 8 tokens"),
     ],
 )
 def test_misuse(ranks, case, match):
