@@ -1,6 +1,7 @@
 """All that is to be known on a GPU, measured by one command within minutes: see `benchmarks/on_gpu.sh`.
 
     limits      versions, and what the device does at best: a matmul, a copy
+    rates       what it does at the shapes of real layers
     kernels     the tests with the marker `gpu`
     parity      loss, logits and gradients against stock transformers in fp64, in fp32 and bf16, by family
     ranks       the same on two ranks that share the device: sp=2, sp=2 with ep=2
@@ -36,6 +37,7 @@ class Spec:
 # In the order in which they start. Those that measure no time run side by side.
 PARTS = {
     "limits": Spec("benchmarks.on_gpu.limits", 45, alone=True),
+    "rates": Spec("benchmarks.on_gpu.rates", 40, alone=True),
     "kernels": Spec("benchmarks.on_gpu.kernels", 150),
     "parity": Spec("benchmarks.on_gpu.parity", 150),
     "ranks": Spec("benchmarks.on_gpu.ranks", 150),
@@ -45,4 +47,4 @@ PARTS = {
     "experts": Spec("benchmarks.on_gpu.experts", 80, alone=True),
     "loss": Spec("benchmarks.on_gpu.loss", 50, alone=True),
 }
-BUDGET = 470.0
+BUDGET = 510.0

@@ -8,19 +8,25 @@ from benchmarks.on_gpu.speed import layers_that_fit, make_options, measure
 
 LARGE = {"hidden": 4096, "heads": 32, "kv_heads": 8, "intermediate": 14_336, "vocab": 128_256}
 SMALL = {"hidden": 32, "heads": 4, "kv_heads": 2, "intermediate": 48, "vocab": 128}
-# tokens, tokens of the median document (0: one document fills the row), room for stock's logits, seconds
-CASES = ((8192, 1024, True, 40), (65_536, 1024, False, 60), (8192, 0, True, 40), (32_768, 1024, False, 50))
-FEW = ((96, 16, True, 30),)
+# tokens, tokens of the median document (0: one document fills the row), room for stock's logits, checkpointing, seconds
+CASES = (
+    (8192, 1024, True, False, 40),
+    (65_536, 1024, False, False, 60),
+    (8192, 0, True, False, 40),
+    (32_768, 1024, False, True, 50),
+    (32_768, 1024, False, False, 50),
+)
+FEW = ((96, 16, True, False, 30), (96, 16, True, True, 30))
 
 
 def run(part: Part) -> None:
-    for tokens, median, stock, seconds in FEW if part.small else CASES:
-        kind = "packed" if median else "one document"
-        part.case(f"{tokens} {kind}", dense, part, tokens, median, stock, seconds=seconds)
+    for tokens, median, stock, checkpointing, seconds in FEW if part.small else CASES:
+        kind = ("packed" if median else "one document") + ", checkpointing" * checkpointing
+        part.case(f"{tokens} {kind}", dense, part, tokens, median, stock, checkpointing, seconds=seconds)
 
 
-def dense(part: Part, tokens: int, median: int, stock: bool) -> None:
-    options = make_options(part, SMALL if part.small else LARGE)
+def dense(part: Part, tokens: int, median: int, stock: bool, checkpointing: bool) -> None:
+    options = make_options(part, SMALL if part.small else LARGE, checkpointing=checkpointing)
     width = options.hidden // options.heads
     attention = 2 * options.hidden * width * (options.heads + options.kv_heads)
     parameters = attention + 3 * options.hidden * options.intermediate

@@ -34,6 +34,8 @@ def layers_that_fit(options: argparse.Namespace, tokens: int, parameters: int, m
     heads = (options.heads + options.kv_heads) * width
     copies = 2 * options.hidden * getattr(options, "top_k", 0)  # tokens on the way to their experts and back
     activations = tokens * 2 * (10 * options.hidden + 4 * heads + 5 * active + copies)
+    if options.checkpointing:  # the input of each layer, and all of one
+        ends, activations = ends + activations, tokens * 2 * options.hidden
     return max(1, min(most, int((free - ends - logits) / (parameters * ADAMW_BYTES + activations))))
 
 

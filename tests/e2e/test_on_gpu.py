@@ -89,8 +89,8 @@ def test_layers_are_chosen_by_the_free_memory(module: Any, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (78 * 2**30, 80 * 2**30))
     monkeypatch.setattr(module, "measure", lambda part, kind, options, tokens, _: chosen.update({tokens: options}))
     part = SimpleNamespace(cuda=True, device="cuda", small=False)
-    for tokens, median, stock, _ in module.CASES:
-        getattr(module, module.__name__.rpartition(".")[2])(part, tokens, median, stock)
+    for tokens, median, stock, *more in module.CASES:
+        getattr(module, module.__name__.rpartition(".")[2])(part, tokens, median, stock, *more[:-1])
     layers = {tokens: options.layers for tokens, options in chosen.items()}
     assert 32 >= layers[8192] > layers[max(layers)] >= 2, layers
 
