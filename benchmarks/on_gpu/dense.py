@@ -8,7 +8,8 @@ from benchmarks.on_gpu.speed import layers_that_fit, make_options, measure
 
 LARGE = {"hidden": 4096, "heads": 32, "kv_heads": 8, "intermediate": 14_336, "vocab": 128_256}
 SMALL = {"hidden": 32, "heads": 4, "kv_heads": 2, "intermediate": 48, "vocab": 128}
-# tokens, tokens of the median document (0: one document fills the row), room for stock's logits, checkpointing, seconds
+# tokens, tokens of the median document (0: one document fills the row), room for stock's logits, checkpointing,
+# seconds
 CASES = (
     (8192, 1024, True, False, 40),
     (65_536, 1024, False, False, 60),

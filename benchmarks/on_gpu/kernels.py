@@ -14,26 +14,38 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests" / "unit"
 
 
-class Outcomes:
-    """A plugin of pytest that counts, and keeps what failed."""
+MOST_FAILURES = 20
+SLOW_SECONDS = 5.0
 
-    def __init__(self) -> None:
+
+class Outcomes:
+    """A plugin of pytest that counts, and reports what fails at once: nothing is lost when the part is stopped."""
+
+    def __init__(self, part: Part) -> None:
         self.counts: dict[str, int] = {"passed": 0, "failed": 0, "skipped": 0, "error": 0}
-        self.seconds = 0.0
-        self.failures: list[tuple[str, str]] = []
+        self.slow: dict[str, float] = {}
+        self._part, self._failures = part, 0
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        self.seconds += report.duration
         if report.when == "call" or report.outcome != "passed":
-            kind = "error" if report.failed and report.when != "call" else report.outcome
-            self.counts[kind] += 1
-        if report.failed:
-            self.failures.append((report.nodeid, report.longreprtext.strip().splitlines()[-1]))
+            self._count("error" if report.failed and report.when != "call" else report.outcome, report)
+        if report.duration > SLOW_SECONDS:
+            self.slow[report.nodeid.rpartition("/")[2]] = round(report.duration, 1)
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
-            self.counts["error"] += 1
-            self.failures.append((report.nodeid, report.longreprtext.strip().splitlines()[-1]))
+            self._count("error", report)
+
+    def _count(self, kind: str, report: Any) -> None:
+        self.counts[kind] += 1
+        if not report.failed or self._failures == MOST_FAILURES:
+            return
+        self._failures += 1
+        reason = getattr(getattr(report.longrepr, "reprcrash", None), "message", "") or report.longreprtext
+        name = report.nodeid.rpartition("/")[2]
+        self._part.check(
+            False, f"{name}: {' '.join(reason.split())[:300]}", test=name, report=report.longreprtext[-4000:]
+        )
 
 
 def run(part: Part) -> None:
@@ -42,7 +54,7 @@ def run(part: Part) -> None:
 
 def kernels(part: Part) -> None:
     os.chdir(ROOT)
-    outcomes = Outcomes()
+    outcomes = Outcomes(part)
     # Beside the tests' own output nothing of this machine's plugins and caches is of use here.
     options = [
         "-m",
@@ -58,12 +70,11 @@ def kernels(part: Part) -> None:
         str(TESTS),
     ]
     status = pytest.main(options, plugins=[outcomes])
-    for name, message in outcomes.failures[:20]:
-        part.check(False, f"{name.rpartition('/')[2]}: {message}", test=name)
+    values = {"counts": outcomes.counts, "slow": outcomes.slow}
     summary = ", ".join(f"{count} {kind}" for kind, count in outcomes.counts.items() if count)
     if status not in (0, 1, 5):
-        part.check(False, f"pytest ended with status {int(status)}: {summary}", counts=outcomes.counts)
+        part.check(False, f"pytest ended with status {int(status)}: {summary}", **values)
     elif outcomes.counts["passed"] or part.cuda:
-        part.check(status == 0 and outcomes.counts["passed"] > 0, summary, counts=outcomes.counts)
+        part.check(status == 0 and outcomes.counts["passed"] > 0, summary, **values)
     else:
-        part.row(NOTE, f"{summary or 'none'}: they need a CUDA device", counts=outcomes.counts)
+        part.row(NOTE, f"{summary or 'none'}: they need a CUDA device", **values)

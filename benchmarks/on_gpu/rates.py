@@ -7,16 +7,18 @@ by `grouped_mm`, and copies between the device and pinned memory of the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks._record import quantiles
 from benchmarks._timing import timed
 from benchmarks.on_gpu.part import NOTE, Part
+from hf_veomni.sequence.kernel import Packing, attend_packed
 
 # rows, columns in, columns out: of 8K tokens in Llama-3-8B, of 1K and 256 tokens, and of narrow models
 MATMULS = (
@@ -43,10 +45,10 @@ GROUPED = ((65_536, 128, 2048, 768), (65_536, 16, 2048, 1536), (8192, 16, 2048, 
 
 
 def run(part: Part) -> None:
-    part.case("matmul", matmuls, part)
-    part.case("attention", attention, part)
-    part.case("grouped_mm", grouped, part)
-    part.case("host copies", host_copies, part)
+    part.case("matmul", matmuls, part, seconds=15)
+    part.case("attention", attention, part, seconds=40)
+    part.case("grouped_mm", grouped, part, seconds=15)
+    part.case("host copies", host_copies, part, seconds=15)
 
 
 def measure(part: Part, function: Callable[[], Any], repeat: int = 10) -> dict[str, float]:
@@ -85,28 +87,89 @@ def matmuls(part: Part) -> None:
 
 
 def attention(part: Part) -> None:
-    """The kernel of packed rows. Pairs of a causal document count, as in a model's FLOPs."""
+    """Kernels for packed rows, of equal documents so that sdpa can take them as a batch. Causal pairs count."""
     if not part.cuda:
-        part.row(NOTE, "the kernel needs a CUDA device")
+        part.row(NOTE, "the kernels need a CUDA device")
         return
-    for tokens, document, heads, kv_heads, width in ATTENTION:
-        q = random(part, tokens, heads, width, grad=True)
-        # The kernel of torch 2.11 takes no groups: keys are repeated before it, outside of what is timed.
-        k, v = (random(part, tokens, heads, width, grad=True) for _ in range(2))
-        ends = torch.arange(0, tokens + 1, document, dtype=torch.int32, device=part.device)
+    for shape in ATTENTION:
+        attention_of(part, *shape)
 
-        def forward(q=q, k=k, v=v, ends=ends, document=document) -> Tensor:
-            return varlen_attn(q, k, v, ends, ends, document, document, window_size=(-1, 0))
 
-        def both(q=q, k=k, v=v, forward=forward) -> Any:
-            out = forward()
-            return torch.autograd.grad(out, [q, k, v], torch.ones_like(out))
+def attention_of(part: Part, tokens: int, document: int, heads: int, kv_heads: int, width: int) -> None:
+    q = random(part, tokens, heads, width, grad=True)
+    k, v = (random(part, tokens, kv_heads, width, grad=True) for _ in range(2))
+    ends = torch.arange(0, tokens + 1, document, dtype=torch.int32, device=part.device)
+    grad, wanted = torch.randn_like(q), None
+    operations = 4 * heads * width * tokens * (document + 1) / 2
+    for name, forward in attention_kernels(ends, document).items():
 
-        pairs = (tokens // document) * document * (document + 1) / 2
-        name, shape = f"{tokens} tokens of {document}, {heads} x {width}", (tokens, document, heads, kv_heads, width)
-        one = 4 * heads * width * pairs
-        report(part, f"{name}, forward", one, measure(part, forward, 5), shape=shape)
-        report(part, f"{name}, forward and backward", 3.5 * one, measure(part, both, 5), shape=shape)
+        def both(forward: Callable[..., Tensor] = forward) -> Any:
+            out = forward(q, k, v)
+            return out, *torch.autograd.grad(out, [q, k, v], grad)
+
+        what = f"{tokens} of {document}, {heads}/{kv_heads} x {width}, {name}"
+        try:
+            found = [x.detach().float() for x in both()]
+            seconds = [measure(part, f, 5) for f in (partial(forward, q, k, v), both)]
+        except RuntimeError as error:
+            part.row(NOTE, f"{what}: {str(error)[:120]}")
+            continue
+        wanted = wanted or found
+        off = max(float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
+        rates = [n * operations / s["p50"] / 1e12 for n, s in zip((1, 3.5), seconds, strict=True)]
+        summary = f"{what}: {rates[0]:.4g} TFLOP/s, with backward {rates[1]:.4g}, {off:.0e} off the first"
+        values = {"shape": (tokens, document, heads, kv_heads, width), "forward": seconds[0], "both": seconds[1]}
+        part.row(NOTE, summary, kernel=name, tflops=rates, **values)
+
+
+def attention_kernels(ends: Tensor, document: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """By name: queries [T, H, D], keys and values [T, K, D] -> [T, H, D]; causal."""
+
+    def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_packed(q, k, v, Packing(ends, document, q.shape[-1] ** -0.5, (-1, 0)))
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch = [x.view(-1, document, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
+        out = F.scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2).reshape(q.shape)
+
+    def by(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return dense(q, k, v)
+
+        return run
+
+    return {
+        "varlen_attn": packed,
+        "sdpa": dense,
+        "sdpa flash": by(SDPBackend.FLASH_ATTENTION),
+        "sdpa cudnn": by(SDPBackend.CUDNN_ATTENTION),
+        "cudnn ragged": lambda q, k, v: _CudnnRagged.apply(q, k, v, ends, document),
+    }
+
+
+class _CudnnRagged(torch.autograd.Function):
+    """cuDNN's attention on packed rows, which `varlen_attn` takes by itself in newer versions."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
+        out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._cudnn_attention_forward(
+            q, k, v, None, ends, ends, longest, longest, True, 0.0, True, False
+        )
+        ctx.save_for_backward(q, k, v, out, lse, seed, offset, ends)
+        ctx.longest = longest
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        q, k, v, out, lse, seed, offset, ends = ctx.saved_tensors
+        no_bias = torch.tensor([], device=q.device, dtype=q.dtype)
+        lengths = (ends, ends, ctx.longest, ctx.longest)
+        found = torch.ops.aten._cudnn_attention_backward(
+            grads[0], q, k, v, out, lse, seed, offset, no_bias, *lengths, 0.0, True
+        )
+        return *found, None, None
 
 
 def grouped(part: Part) -> None:

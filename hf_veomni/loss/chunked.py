@@ -15,7 +15,8 @@ So the weight's gradient is rounded once, as in stock, and needs no fp32 copy of
 more matmul (4 instead of 3). Any other head (an adapter on it, a saved module) is called chunk by chunk under
 activation checkpointing, where autograd finds all that it uses.
 
-Matmuls run in the dtype of the model (or of autocast), and their results are upcast to fp32.
+Matmuls run in the dtype of the model (or of autocast), and their results are upcast to fp32; on an accelerator what is
+between them is compiled (`fused`).
 
 `torch.nn.functional.linear_cross_entropy` (torch 2.13) with reduction "sum" is not used: with bf16 it adds up the loss
 in bf16 and rounds the weight's gradient after each chunk (benchmarks/loss_memory.py shows both); it keeps gradients
@@ -35,6 +36,7 @@ from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from hf_veomni.host import apply, knows, on_host
+from hf_veomni.loss import fused
 from hf_veomni.loss.head import Op, autocast, replay
 from hf_veomni.loss.stand_in import Recipe
 
@@ -48,6 +50,11 @@ class _Settings:
     sum_dtype: torch.dtype
     label_smoothing: float
     chunk_elements: int  # logits held at once
+
+    @property
+    def plain(self) -> bool:
+        """Whether the loss is the cross entropy of the head's own output."""
+        return not self.ops and not self.label_smoothing
 
 
 def full_precision(dtype: torch.dtype) -> torch.dtype:
@@ -112,6 +119,12 @@ def _score_tokens(
     """
     vocabulary, smoothing = weight.shape[0], settings.label_smoothing
     block, logits = _leaf_and_logits(F.linear(hidden, weight, bias), settings.ops)
+    if settings.plain and fused.applies(block):  # type: ignore[call-issue]
+        lse, of_target = fused.compiled(fused.log_sum_exp)(block, targets)
+        loss = (lse - of_target).sum()
+        if not with_gradient:
+            return loss, lse, None
+        return loss, lse, fused.compiled(fused.loss_gradient)(block, lse, targets, torch.ones_like(loss)) @ weight
     scores = _scores(logits, settings)
     of_target = scores.gather(1, targets[:, None]).squeeze(1)
     uniform = scores.sum() * (smoothing / vocabulary) if smoothing else 0.0
@@ -201,6 +214,8 @@ def _score_classes(
 ) -> Tensor:
     """One block of v classes: gradient of the head's output for all tokens, times `scale`; [N, v]."""
     block, logits = _leaf_and_logits(F.linear(hidden, weight, bias), settings.ops)
+    if settings.plain and fused.applies(block):  # type: ignore[call-issue]
+        return fused.compiled(fused.loss_gradient)(block, lse, targets - first, scale)
     softmax = _scores(logits, settings).sub_(lse[:, None]).exp_()
     return _block_loss_gradient(
         block, logits, softmax, targets, vocabulary, settings.label_smoothing, first=first, scale=scale

@@ -1,0 +1,89 @@
+"""The compiled steps of the loss equal the formula, in a model's step too, and are compiled once for all sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_veomni.loss import attach_lean_loss, fused
+from tests.models import build_model, padded_batch
+
+
+def test_functions_equal_autograd() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(7, 40, generator=generator)).requires_grad_()
+    targets = torch.randint(0, 40, (7,), generator=generator)
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    (wanted,) = torch.autograd.grad(2.5 * loss, logits)
+    with torch.no_grad():
+        lse, of_target = fused.log_sum_exp(logits, targets)
+        scale = torch.tensor(2.5)
+        blocks = [fused.loss_gradient(logits[:, i : i + 15], lse, targets - i, scale) for i in (0, 15, 30)]
+    torch.testing.assert_close((lse - of_target).sum(), loss)
+    torch.testing.assert_close(torch.cat(blocks, 1), wanted)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_step_of_a_model(name: str, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the functions apply, with chunks of tokens and blocks of the vocabulary."""
+    calls = []
+    monkeypatch.setattr(fused, "applies", lambda logits: True)
+    monkeypatch.setattr(fused, "compiled", lambda function: calls.append(function.__name__) or function)
+    model = build_model(name).float().train()
+    model.get_output_embeddings().weight.requires_grad_(not frozen)
+    batch = padded_batch([17, 14]) | {"use_cache": False}
+
+    def step(**options: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        detach = attach_lean_loss(model, **options)
+        loss = model(**batch, num_items_in_batch=40).loss
+        gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        detach()
+        return loss.detach(), list(gradients)
+
+    wanted = step(lean=False)
+    assert calls == []
+    found = step(chunk_tokens=5)
+    assert calls.count("log_sum_exp") > 3 and calls.count("loss_gradient") > 3
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_once_for_all_sizes() -> None:
+    compilations = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compilations.append(graph)
+        return graph
+
+    logits, scale = torch.randn(12, 64), torch.tensor(0.5)
+    for function in (fused.log_sum_exp, fused.loss_gradient):
+        compilations.clear()
+        compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=True)
+        for tokens, classes in ((12, 64), (9, 33), (5, 64)):
+            block, targets = logits[:tokens, :classes].clone(), torch.arange(tokens)
+            arguments = (block, targets) if function is fused.log_sum_exp else (block, block.amax(1), targets, scale)
+            torch.testing.assert_close(compiled(*arguments), function(*arguments))
+        assert len(compilations) == 1
+    assert not fused.applies(logits)  # on the CPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_cuda_equals_step_by_step(dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = (3 * torch.randn(1000, 20_011, device="cuda", generator=generator)).to(dtype)
+    targets = torch.randint(0, 20_011, (1000,), device="cuda", generator=generator)
+    scale = torch.tensor(0.25, device="cuda")
+    assert fused.applies(logits)
+    exact = logits.double().requires_grad_()
+    loss = F.cross_entropy(exact, targets, reduction="sum")
+    (wanted,) = torch.autograd.grad(0.25 * loss, exact)
+    lse, of_target = fused.compiled(fused.log_sum_exp)(logits, targets)
+    gradient = fused.compiled(fused.loss_gradient)(logits, lse, targets, scale)
+    assert abs(float((lse - of_target).double().sum() / loss) - 1) < 1e-6
+    limit = 1e-5 if dtype == torch.float32 else 4e-3
+    assert float((gradient.double() - wanted).norm() / wanted.norm()) < limit
