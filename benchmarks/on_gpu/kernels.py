@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def kernels(part: Part) -> None:
         "--continue-on-collection-errors",
         str(TESTS),
     ]
+    if part.cuda and find_spec("xdist") is not None:  # most of the time goes into compilations
+        options += ["-n", "5", "--dist", "worksteal"]
     status = pytest.main(options, plugins=[outcomes])
     values = {"counts": outcomes.counts, "slow": outcomes.slow}
     summary = ", ".join(f"{count} {kind}" for kind, count in outcomes.counts.items() if count)

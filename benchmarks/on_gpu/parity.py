@@ -19,7 +19,7 @@ def run(part: Part) -> None:
     for family in FAMILIES:
         for dtype in DTYPES:
             # The first call of a compiled kernel takes its time.
-            part.case(f"{family} {str(dtype).removeprefix('torch.')}", parity, part, family, dtype, seconds=75.0)
+            part.case(f"{family} {str(dtype).removeprefix('torch.')}", parity, part, family, dtype, seconds=60.0)
 
 
 @lru_cache(maxsize=1)

@@ -164,10 +164,9 @@ class _CudnnRagged(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k, v, out, lse, seed, offset, ends = ctx.saved_tensors
-        no_bias = torch.tensor([], device=q.device, dtype=q.dtype)
         lengths = (ends, ends, ctx.longest, ctx.longest)
         found = torch.ops.aten._cudnn_attention_backward(
-            grads[0], q, k, v, out, lse, seed, offset, no_bias, *lengths, 0.0, True
+            grads[0], q, k, v, out, lse, seed, offset, None, *lengths, 0.0, True
         )
         return *found, None, None
 

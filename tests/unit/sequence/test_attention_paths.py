@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from hf_veomni.sequence import flex, varlen
+from hf_veomni.sequence.blocks import Formula
 from hf_veomni.sequence.varlen import VARLEN_NAME, choose_path, register_varlen_attention
+from tests.unit.sequence.dense import FUNCTIONS, Rows, make_spec, random_inputs
 
 PAGE = (Path(__file__).parents[3] / "docs/attention.md").read_text()
 ROW = r"^\| `(\w+)`[^|]*\| `(\w+)` \| (\d+), (\d+) \| `(\w+)` \| `(\w+)` \|$"
@@ -91,6 +93,7 @@ def asked(model_type: str, monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, ..
 
     monkeypatch.setattr(varlen, "choose_path", record)
     monkeypatch.setattr(varlen, "has_kernel", lambda device: True)
+    monkeypatch.setattr(varlen, "_is_one_document_a_row", lambda spec: False)  # the page is about packed rows
     monkeypatch.setattr(flex, "has_flex", lambda device: True)
     monkeypatch.setattr(flex, "flex_works", lambda *args: True)
     register_varlen_attention()
@@ -114,6 +117,29 @@ def asked(model_type: str, monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, ..
 def test_page_says_which_path_takes_each_layer(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {row[1:] for row in re.findall(ROW, PAGE, flags=re.M) if row[0] == model_type}
     assert asked(model_type, monkeypatch) == rows
+
+
+@pytest.mark.parametrize(
+    ("lengths", "name", "options", "path"),
+    [
+        (((20,), (20,)), "causal", {}, "fused"),
+        (((20,), (20,)), "bidirectional", {}, "fused"),
+        (((20,), (20,)), "sliding", {}, "kernel"),
+        (((20,), (20,)), "causal", {"sinks": torch.zeros(4)}, "kernel"),
+        (((20,), (20,)), "causal", {"softcap": 2.0}, "flex"),
+        (((20,), (12, 8)), "causal", {}, "kernel"),
+    ],
+)
+def test_rows_of_one_document(
+    lengths: Rows, name: str, options: dict[str, Any], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "has_kernel", lambda device: True)
+    monkeypatch.setattr(flex, "has_flex", lambda device: True)
+    monkeypatch.setattr(flex, "flex_works", lambda *args: True)
+    query, key, value = (x.bfloat16() for x in random_inputs(lengths, 4, 2, 64, 64))
+    formula = Formula(0.1, options.get("softcap"), 0.0)
+    spec = make_spec(FUNCTIONS[name], lengths)
+    assert choose_path(query, key, value, spec, formula, sinks=options.get("sinks")) == path
 
 
 def test_every_row_of_the_page_is_asked() -> None:

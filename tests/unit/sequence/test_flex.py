@@ -130,6 +130,33 @@ def test_masks_with_gaps_are_left_to_the_blocks(calls: list) -> None:
         assert out.shape == (2, 230, 4, 8) and calls == []
 
 
+def test_compiled_for_two_lengths_and_then_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second length makes it compile for any; neither masks nor lengths do so again, and no buffer is given away."""
+    compiled: list[bool] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(flex.functorch_config.donated_buffer)
+        return graph
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_(*args, backend=backend, **kwargs))
+    flex._compiled.cache_clear()
+
+    def attend(name: str, tokens: int, rows: int = 1, grad: bool = True) -> int:
+        before, lengths = len(compiled), ((tokens // 3, tokens - tokens // 3),) * rows
+        inputs = [x.detach().requires_grad_(grad) for x in random_inputs(lengths, 4, 2, 16, 16)]
+        with torch.set_grad_enabled(grad):
+            flex.attend_flex(*inputs, make_spec(FUNCTIONS[name], lengths), Formula(0.1, 3.0))
+        return len(compiled) - before
+
+    assert [attend("causal", n) for n in (256, 1024, 1000, 128, 100, 77, 2048)] == [1, 1, 0, 0, 0, 0, 0]
+    assert [attend(name, 1000) for name in FUNCTIONS if name != "unknown"] == [0] * 5
+    assert [attend("causal", n, grad=False) for n in (256, 1024, 77)] == [1, 0, 0]
+    assert [attend("causal", 500, rows=rows) for rows in (2, 3, 5)] == [1, 0, 0]
+    assert compiled == [False] * 4
+    flex._compiled.cache_clear()
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_padding_gets_zeros_and_gives_no_gradient(softcap: float | None, calls: list) -> None:
     padding = torch.ones(2, 230, dtype=torch.bool)
