@@ -152,6 +152,14 @@ def serve(
     leave(status)
 
 
+def compute_exactly() -> None:
+    """No TF32 in matmuls and, where it is torch's default, in convolutions."""
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def _prepare(settings: Settings) -> dict[str, Any]:
     """Precision and threads of this process; returns what stands beside all rows."""
     import torch
@@ -159,8 +167,7 @@ def _prepare(settings: Settings) -> dict[str, Any]:
 
     from benchmarks._record import environment
 
-    torch.set_float32_matmul_precision("highest")  # no TF32
-    torch.backends.cudnn.allow_tf32 = False
+    compute_exactly()
     if settings.device == "cpu":
         torch.set_num_threads(1)
     else:

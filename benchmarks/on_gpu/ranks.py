@@ -18,7 +18,15 @@ import torch.distributed as dist
 from benchmarks.on_gpu.compare import Errors, Found, _mesh_on_host, compare, limits_of, run_prepared, yardstick
 from benchmarks.on_gpu.families import build, inputs_of
 from benchmarks.on_gpu.parity import reference
-from benchmarks.on_gpu.part import FAILED, PATIENCE, Part, leave, show_stacks_when_asked, start_context
+from benchmarks.on_gpu.part import (
+    FAILED,
+    PATIENCE,
+    Part,
+    compute_exactly,
+    leave,
+    show_stacks_when_asked,
+    start_context,
+)
 
 RANKS = 2
 # An SP group reads the same row, so that the errors are those of one row.
@@ -33,7 +41,7 @@ CASES = (
     ("softcap", "sp=2", torch.float32),
 )
 FEW = (CASES[0], CASES[1])
-CASE_SECONDS, START_SECONDS, GRACE_SECONDS = 45.0, 90.0, 5.0
+CASE_SECONDS, START_SECONDS, GRACE_SECONDS = 75.0, 90.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,7 @@ class Ranks:
 def serve_rank(rank: int, pipe: Connection) -> None:
     """The process of one rank."""
     show_stacks_when_asked()
+    compute_exactly()
     torch.set_num_threads(2 if torch.cuda.is_available() else 1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(RANKS)}
     while True:

@@ -27,7 +27,6 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
@@ -190,13 +189,7 @@ def _compiled(kind: Any) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         return flex_attention(*args, **kwargs)
 
-    compiled = torch.compile(FunctionType(run.__code__.replace(), globals()), fullgraph=True)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with functorch_config.patch(donated_buffer=False):  # what is kept may serve a second backward, as elsewhere
-            return compiled(*args, **kwargs)
-
-    return call
+    return torch.compile(FunctionType(run.__code__.replace(), globals()), fullgraph=True)
 
 
 def has_flex(device: torch.device) -> bool:
