@@ -42,4 +42,6 @@ def test_an_accelerator_scores_more_tokens_at_once(device: str) -> None:
     assert default_chunk_tokens(151_936, hidden) == 220
     assert default_chunk_tokens(151_936, hidden, device) == 883
     assert default_chunk_tokens(151_936, hidden // 64, device) == 512
-    assert default_chunk_tokens(32_000, hidden, device) == 1024
+    assert default_chunk_tokens(151_936, 2 * hidden, device) == 1766
+    assert default_chunk_tokens(151_936, 8 * hidden, device) == 2048
+    assert default_chunk_tokens(32_000, hidden, device) == 2048
