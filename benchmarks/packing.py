@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, DataCollatorWithFlattening
 
 from benchmarks._record import measure, quantiles, record
 from hf_veomni import OmniDataCollatorWithPacking, pack_dataset
-from hf_veomni.data.bins import STRATEGIES
+from hf_veomni.data.planning import STRATEGIES
 
 STREAMED_DOCUMENTS = 20_000  # a stream is slower, and its speed does not depend on its length
 COLLATED_TOKENS = 2**20  # tokens that each collator call set works through: enough to time, quick enough to repeat

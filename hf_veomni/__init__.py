@@ -1,5 +1,6 @@
 """Train any Hugging Face model under sequence parallelism, FSDP2 and packing, without forking it."""
 
+from hf_veomni.compile import compile_layers
 from hf_veomni.data import BalancedBatchSampler, OmniDataCollatorWithPacking, mix_datasets, pack_dataset
 from hf_veomni.fsdp import clip_grad_norm_
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
@@ -13,7 +14,6 @@ from hf_veomni.omni import (
 )
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.prepare import build_parallelize_model, detach_omni, gather_sequence, prepare_omni
-from hf_veomni.sequence.compiling import compile_layers
 from hf_veomni.trainer import OmniParallelismConfig, OmniTrainer, OmniTrainerMixin, OmniTrainingArguments
 
 __all__ = [

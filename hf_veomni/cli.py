@@ -61,7 +61,7 @@ def _live(model: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    from hf_veomni.sequence.seam import find_seam
+    from hf_veomni.sequence.inspect import find_seam
     from hf_veomni.support import load_matrix
 
     try:
@@ -93,7 +93,7 @@ def env() -> None:
     """Versions, devices and kernels."""
     import torch
 
-    from hf_veomni.sequence.varlen import has_kernel
+    from hf_veomni.attention.varlen import has_kernel
 
     for name in ("hf-veomni", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "trl"):
         console.print(f"{name:14} {_version(name)}")

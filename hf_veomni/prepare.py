@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from hf_veomni import hf, hf_peft
+from hf_veomni import hf
 from hf_veomni.checkpoint import (
     PendingWeights,
     adopt_weights,
@@ -28,6 +28,7 @@ from hf_veomni.fsdp import (
     shard_parameters,
     synchronize_parameters,
 )
+from hf_veomni.hf import peft as hf_peft
 from hf_veomni.loss import LeanLogits, attach_lean_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state, settle_device
 from hf_veomni.modality.towers import attach_towers

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks._record import quantiles
 from benchmarks._timing import timed
 from benchmarks.on_gpu.part import NOTE, Part
-from hf_veomni.sequence.kernel import Packing, attend_packed
+from hf_veomni.attention.kernel import Packing, attend_packed
 
 # rows, columns in, columns out: of 8K tokens in Llama-3-8B, of 1K and 256 tokens, and of narrow models
 MATMULS = (

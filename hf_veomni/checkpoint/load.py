@@ -29,10 +29,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from hf_veomni import hf, hf_weights
+from hf_veomni import hf
 from hf_veomni.checkpoint.agree import together
 from hf_veomni.checkpoint.lazy import LazyTensor, open_lazy
 from hf_veomni.expert import find_layouts
+from hf_veomni.hf import weights as hf_weights
 
 Checkpoint = str | os.PathLike[str]
 

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_veomni.data.alignment import Alignment
-from hf_veomni.data.columns import IGNORE_INDEX
-from hf_veomni.data.decode import BrokenItemError
+from hf_veomni.data.media.alignment import Alignment
+from hf_veomni.data.media.chat import RawReader
+from hf_veomni.data.media.decode import BrokenItemError
+from hf_veomni.data.media.skips import SkipLog, check_on_error
 from hf_veomni.data.modalities import TEXT_COLUMNS, TOKEN_COLUMNS, is_raw, join_items
 from hf_veomni.data.pieces import ranges_of
 from hf_veomni.data.positions import RopeIndex, document_positions
-from hf_veomni.data.raw import RawReader
-from hf_veomni.data.rows import DOCUMENTS, ROW_COLUMNS, SAMPLES
 from hf_veomni.data.sample import ASSISTANT_MASK, READ, Sample, read_sample
-from hf_veomni.data.skips import SkipLog, check_on_error
+from hf_veomni.data.samples import DOCUMENTS, ROW_COLUMNS, SAMPLES
+from hf_veomni.data.text import IGNORE_INDEX
 from hf_veomni.host import remember
 
 _GRIDS = ("image_grid_thw", "video_grid_thw")

@@ -22,8 +22,11 @@ import torch
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
 
-from hf_veomni.data.bins import STRATEGIES
-from hf_veomni.data.columns import (
+from hf_veomni.data.media.lengths import CostFunction, SizeReader
+from hf_veomni.data.pieces import OVERLONG, Pieces, Rules, plan_rows, ranges_of
+from hf_veomni.data.planning import STRATEGIES
+from hf_veomni.data.samples import Meter, column_names, holds_samples, pack_samples
+from hf_veomni.data.text import (
     DOCUMENT_LENGTHS,
     IGNORE_INDEX,
     Columns,
@@ -31,9 +34,6 @@ from hf_veomni.data.columns import (
     read_columns,
     token_spans,
 )
-from hf_veomni.data.pieces import OVERLONG, Pieces, Rules, plan_rows, ranges_of
-from hf_veomni.data.rows import Meter, column_names, holds_samples, pack_samples
-from hf_veomni.data.sizes import CostFunction, SizeReader
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_veomni.data.bins import STRATEGIES, members
+from hf_veomni.data.planning import STRATEGIES, members
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_veomni.data.columns import DOCUMENT_LENGTHS
 from hf_veomni.data.modalities import (
     ITEM_COLUMNS,
     RAW_COLUMNS,
@@ -23,6 +22,7 @@ from hf_veomni.data.modalities import (
 )
 from hf_veomni.data.pieces import ranges_of
 from hf_veomni.data.positions import with_text_axis
+from hf_veomni.data.text import DOCUMENT_LENGTHS
 
 ASSISTANT_MASK = "assistant_masks"
 _OPTIONAL = ("labels", ASSISTANT_MASK, *TOKEN_COLUMNS)

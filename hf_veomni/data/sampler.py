@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from hf_veomni.data.bins import best_fit, members
+from hf_veomni.data.planning import best_fit, members
 
 _EVEN_ENOUGH = 1.01  # a step whose dearest batch is within 1 % of the mean is left alone
 

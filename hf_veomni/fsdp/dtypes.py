@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from hf_veomni import hf_peft
+from hf_veomni.hf import peft as hf_peft
 
 Parameters = frozenset[nn.Parameter]
 

@@ -14,10 +14,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
-from hf_veomni import hf, hf_peft
+from hf_veomni import hf
 from hf_veomni.fsdp.dtypes import cast_inputs, split_by_dtype
 from hf_veomni.fsdp.storage import check_own_storage, make_contiguous
 from hf_veomni.fsdp.unused import watch_experts
+from hf_veomni.hf import peft as hf_peft
 from hf_veomni.mesh import ParallelState
 
 _HELD, _RAN = "_omni_held", "_omni_ran"

@@ -5,6 +5,6 @@ returns in place of logits), `chunked` (the sum over tokens, chunk by chunk), `a
 """
 
 from hf_veomni.loss.attach import CausalLMLoss, attach_lean_loss, has_lean_loss, lean_evaluation
-from hf_veomni.loss.stand_in import LeanLogits
+from hf_veomni.loss.lazy_logits import LeanLogits
 
 __all__ = ["CausalLMLoss", "LeanLogits", "attach_lean_loss", "has_lean_loss", "lean_evaluation"]

@@ -21,8 +21,8 @@ from hf_veomni import hf
 from hf_veomni.comm.gather import gather_shards
 from hf_veomni.loss.chunked import full_precision, summed_loss
 from hf_veomni.loss.head import record_head_call
-from hf_veomni.loss.rule import Count, sum_over_sequence, targets_and_count
-from hf_veomni.loss.stand_in import LeanLogits, Recipe
+from hf_veomni.loss.lazy_logits import LeanLogits, Recipe
+from hf_veomni.loss.targets import Count, sum_over_sequence, targets_and_count
 
 
 @dataclass

@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_veomni.host import apply, knows, on_host
 from hf_veomni.loss import fused
 from hf_veomni.loss.head import Op, autocast, replay
-from hf_veomni.loss.stand_in import Recipe
+from hf_veomni.loss.lazy_logits import Recipe
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from transformers.vision_utils import (
 
 from hf_veomni import hf
 from hf_veomni.host import on_host
-from hf_veomni.modality.patches import TABLES, WINDOWS, cutting, mark_boundaries, register_tower_attention
+from hf_veomni.modality.ulysses_vit import TABLES, WINDOWS, cutting, mark_boundaries, register_tower_attention
 
 
 class ReadyTower:

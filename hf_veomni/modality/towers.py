@@ -36,11 +36,11 @@ from hf_veomni.comm.gather import gather_shards
 from hf_veomni.fsdp.unused import GiveZeros
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment, assign_items
+from hf_veomni.modality.exchange import exchange_rows, find_ranks, watch_ids
 from hf_veomni.modality.items import FRAMES, Items, find_items
-from hf_veomni.modality.passes import FEATURES, TowerPasses, units_of, used_features, why_not
-from hf_veomni.modality.patches import TowerCut, check_cut, cutting
 from hf_veomni.modality.ready import ReadyTower
-from hf_veomni.modality.slices import exchange_rows, find_ranks, watch_ids
+from hf_veomni.modality.schedule import FEATURES, TowerPasses, units_of, used_features, why_not
+from hf_veomni.modality.ulysses_vit import TowerCut, check_cut, cutting
 from hf_veomni.sequence.generation import is_generating
 
 _METHODS = {f"get_{modality}_features": modality for modality in ("image", "video", "audio")}

@@ -22,22 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_veomni import hf
+from hf_veomni.attention.documents import current_documents
+from hf_veomni.attention.packing import tell_packing, untell_packing
+from hf_veomni.attention.registry import adopt, release, select
+from hf_veomni.attention.varlen import VARLEN_NAME, register_varlen_attention
 from hf_veomni.host import forget
 from hf_veomni.mesh import ParallelState
-from hf_veomni.sequence.bias import attach_bias
-from hf_veomni.sequence.context import Context
-from hf_veomni.sequence.cross import can_cross, cross_attention, is_cross, watch_cross
-from hf_veomni.sequence.deepstack import cut_deepstack
-from hf_veomni.sequence.documents import current_documents
-from hf_veomni.sequence.families import attach_patch, has_patch
-from hf_veomni.sequence.generation import attach_generate, detach_generate, is_generating
-from hf_veomni.sequence.inputs import find_positions, prepare_mask
-from hf_veomni.sequence.layer_inputs import cut_call
-from hf_veomni.sequence.linear import Gathered, LinearAttachment, check_mixer_heads
-from hf_veomni.sequence.origin import find_origin
-from hf_veomni.sequence.outputs import Outputs
-from hf_veomni.sequence.packing import tell_packing, untell_packing
-from hf_veomni.sequence.row_checks import (
+from hf_veomni.sequence.checks import (
     Traits,
     check_available,
     check_counted,
@@ -46,9 +37,20 @@ from hf_veomni.sequence.row_checks import (
     check_masks_above,
     row_documents,
 )
-from hf_veomni.sequence.running import Call, Row, current_call, current_row, is_cut
-from hf_veomni.sequence.seam import Seam, check_heads, find_seam
-from hf_veomni.sequence.selection import adopt, release, select
+from hf_veomni.sequence.context import Call, Row, current_call, current_row, is_cut
+from hf_veomni.sequence.context_length import Context
+from hf_veomni.sequence.cross import can_cross, cross_attention, is_cross, watch_cross
+from hf_veomni.sequence.families.bias import attach_bias
+from hf_veomni.sequence.families.core import attach_patch, has_patch
+from hf_veomni.sequence.families.deepstack import cut_deepstack
+from hf_veomni.sequence.gather_points import find_exit, map_hidden, pooling_modules, text_encoder
+from hf_veomni.sequence.generation import attach_generate, detach_generate, is_generating
+from hf_veomni.sequence.inputs import find_positions, prepare_mask
+from hf_veomni.sequence.inspect import Seam, check_heads, find_seam
+from hf_veomni.sequence.layer_inputs import cut_call
+from hf_veomni.sequence.mixers import Gathered, LinearAttachment, check_mixer_heads
+from hf_veomni.sequence.origin import find_origin
+from hf_veomni.sequence.outputs import Outputs
 from hf_veomni.sequence.shard import check_same_rows, gather_rows, pad_inputs, shard_sequence
 from hf_veomni.sequence.stack import (
     looks_ahead_by_kernel,
@@ -58,8 +60,6 @@ from hf_veomni.sequence.stack import (
     views_as_row,
 )
 from hf_veomni.sequence.ulysses import ulysses_attention
-from hf_veomni.sequence.varlen import VARLEN_NAME, register_varlen_attention
-from hf_veomni.sequence.whole import find_exit, map_hidden, pooling_modules, text_encoder
 
 _MARK = "_omni_sequence"
 _registry = hf.AttentionRegistry()

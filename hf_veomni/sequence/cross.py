@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_veomni import hf
+from hf_veomni.attention.mask import MaskSpec
+from hf_veomni.attention.mask_reader import required
 from hf_veomni.mesh import ParallelState
-from hf_veomni.sequence.mask import MaskSpec
-from hf_veomni.sequence.pattern import required
 
 # What attention modules call the states of another sequence.
 _STATES = ("key_value_states", "encoder_hidden_states", "cross_attention_states", "vision_hidden_states")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_veomni.host import apply, on_host, remember, with_values
-from hf_veomni.sequence.row_checks import check_text_positions, restarts
+from hf_veomni.sequence.checks import check_text_positions, restarts
 
 
 def find_positions(given: Any, like: Tensor, mask: Any, config: Any) -> Tensor:

@@ -12,10 +12,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_veomni.attention.mask import MaskSpec
 from hf_veomni.comm.gather import gather_shards
 from hf_veomni.host import apply
 from hf_veomni.mesh import ParallelState
-from hf_veomni.sequence.mask import MaskSpec
 
 
 def shard_sequence(x: Tensor, dim: int, state: ParallelState) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_veomni.sequence.families import has_patch
+from hf_veomni.sequence.families.core import has_patch
 
 # Names of methods that a hook runs at the length of the full row (`bias`).
 BIAS_METHODS: tuple[str, ...] = ("compute_bias",)

@@ -11,9 +11,9 @@ import torch
 from transformers import TrainingArguments
 
 from hf_veomni.plan import ParallelPlan
+from hf_veomni.trainer.accelerate import OmniParallelismConfig
 from hf_veomni.trainer.launcher import release_launcher
-from hf_veomni.trainer.parallelism import OmniParallelismConfig
-from hf_veomni.trainer.refusals import check_budgeted, check_given, check_sharded
+from hf_veomni.trainer.validation import check_budgeted, check_given, check_sharded
 
 _FIELDS = "__dataclass_fields__"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_veomni.sequence.linear.exchange import heads_to_tokens, tokens_to_heads
+from hf_veomni.sequence.mixers.exchange import heads_to_tokens, tokens_to_heads
 from hf_veomni.sequence.ulysses import head_layout
 
 

@@ -155,7 +155,7 @@ def test_four_ranks(ranks, family, plan, checkpointing):
 
 def test_a_video_is_no_second_document():
     """Positions go back after a video, whose frames count in seconds; a document begins at 0 on all axes."""
-    from hf_veomni.sequence.row_checks import begins_again
+    from hf_veomni.sequence.checks import begins_again
 
     video = torch.tensor([[0, 1, 2, 52, 3, 4], [0, 1, 2, 2, 3, 4], [0, 1, 2, 2, 3, 4]])[:, None]
     assert not begins_again(video, None)

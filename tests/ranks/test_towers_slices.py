@@ -10,7 +10,7 @@ def _exchange(sp_size: int, rank_of: list[int], rows: list[int]) -> tuple[torch.
     """What arrives here, the gradient of this rank's own features, and what both should be."""
     from hf_veomni.mesh import init_parallel_state
     from hf_veomni.modality.balance import Assignment
-    from hf_veomni.modality.slices import exchange_rows
+    from hf_veomni.modality.exchange import exchange_rows
 
     state = init_parallel_state(f"sp={sp_size}")
     assignment = Assignment.from_ranks(rank_of, sp_size)
@@ -42,7 +42,7 @@ def test_rows_go_where_their_tokens_are(ranks, sp_size, rank_of, rows):
 def _arrivals(family: str) -> list[int]:
     """Rows that arrive in each exchange of one call, and the placeholders in this rank's slice by exchange."""
     from hf_veomni import get_parallel_state, prepare_omni
-    from hf_veomni.modality import slices
+    from hf_veomni.modality import exchange as slices
     from tests.omni_models import FAMILIES, build
 
     model = prepare_omni(build(family), "sp=2")

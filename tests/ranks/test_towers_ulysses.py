@@ -92,7 +92,7 @@ def _run_tower(model_type: str) -> dict[str, float]:
     import torch.distributed as dist
 
     from hf_veomni import ParallelPlan, init_parallel_state
-    from hf_veomni.modality.patches import TowerCut, cutting
+    from hf_veomni.modality.ulysses_vit import TowerCut, cutting
     from tests.grid_towers import build_tower, make_pixels
 
     tower = build_tower(model_type)

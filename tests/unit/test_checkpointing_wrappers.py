@@ -10,7 +10,7 @@ from torch import nn
 from hf_veomni import hf
 from hf_veomni.expert.recompute import KeepingCheckpoint
 from hf_veomni.loss.head import default_chunk_tokens
-from hf_veomni.sequence.linear.row import CarriedCheckpoint
+from hf_veomni.sequence.mixers.row import CarriedCheckpoint
 
 WRAPPERS = (KeepingCheckpoint, CarriedCheckpoint)
 

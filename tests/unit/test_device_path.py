@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_veomni import OmniDataCollatorWithPacking, ParallelPlan, prepare
+from hf_veomni.attention import varlen
 from hf_veomni.expert import compute
 from hf_veomni.expert.dispatch import Route, combine, count_pairs, dispatch
 from hf_veomni.host import forget
 from hf_veomni.mesh import ParallelState
-from hf_veomni.sequence import varlen
 from tests.models import build_model
 
 DEVICE = torch.device("meta")

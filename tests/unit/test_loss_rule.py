@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_veomni.loss import CausalLMLoss, attach_lean_loss
-from hf_veomni.loss.rule import targets_and_count
+from hf_veomni.loss.targets import targets_and_count
 
 
 def _loss(label_smoothing: float = 0.0) -> CausalLMLoss:

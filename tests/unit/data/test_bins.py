@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_veomni.data.bins import STRATEGIES, best_fit, members, sequential
+from hf_veomni.data.planning import STRATEGIES, best_fit, members, sequential
 
 CAPACITY = 40
 lengths_of_documents = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=80).map(np.array)

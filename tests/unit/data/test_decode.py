@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_veomni.data.decode import BrokenItemError, audio_samples, image_size, open_image, read_audio, resample
+from hf_veomni.data.media.decode import BrokenItemError, audio_samples, image_size, open_image, read_audio, resample
 from tests.multimodal import pictures, sounds, write_wav
 
 

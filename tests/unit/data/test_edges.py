@@ -11,9 +11,9 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PIL
 
 from hf_veomni.data import OmniDataCollatorWithPacking, pack_dataset
-from hf_veomni.data.decode import BrokenItemError, audio_samples, read_audio
-from hf_veomni.data.raw import RawReader
-from hf_veomni.data.sizes import SizeReader
+from hf_veomni.data.media.chat import RawReader
+from hf_veomni.data.media.decode import BrokenItemError, audio_samples, read_audio
+from hf_veomni.data.media.lengths import SizeReader
 from tests import processors
 from tests.multimodal import qwen2_5_vl, sounds
 

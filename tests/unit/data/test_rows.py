@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from hf_veomni import BalancedBatchSampler
 from hf_veomni.data import OmniDataCollatorWithPacking, mix_datasets, pack_dataset, unpack
-from hf_veomni.data.raw import RawReader
-from hf_veomni.data.sizes import SizeReader
+from hf_veomni.data.media.chat import RawReader
+from hf_veomni.data.media.lengths import SizeReader
 from hf_veomni.modality import CostModel
 from tests import processors
 from tests.multimodal import pictures, qwen2_5_vl, qwen2_audio, sounds, write_wav

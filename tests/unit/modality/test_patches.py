@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_veomni.modality.patches import PatchSlices, check_cut
+from hf_veomni.modality.ulysses_vit import PatchSlices, check_cut
 
 
 @pytest.mark.parametrize("sp_size", [2, 3, 8])

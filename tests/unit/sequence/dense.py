@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from hf_veomni.sequence.documents import Documents, current_documents
-from hf_veomni.sequence.mask import MaskSpec, omni_mask
+from hf_veomni.attention.documents import Documents, current_documents
+from hf_veomni.attention.mask import MaskSpec, omni_mask
 
 Rows = tuple[tuple[int, ...], ...]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from hf_veomni.sequence import kernel, varlen
-from hf_veomni.sequence.kernel import Packing
+from hf_veomni.attention import kernel, varlen
+from hf_veomni.attention.kernel import Packing
 from tests.unit.sequence.dense import dense_attention
 
 STOCK = varlen_attn

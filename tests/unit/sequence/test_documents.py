@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_veomni.sequence.documents import Documents, current_documents
+from hf_veomni.attention.documents import Documents, current_documents
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 

@@ -13,10 +13,10 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import masking_utils
 from transformers.models.gemma2 import modeling_gemma2
 
-from hf_veomni.sequence import flex
-from hf_veomni.sequence.blocks import Formula
-from hf_veomni.sequence.documents import Documents
-from hf_veomni.sequence.varlen import VARLEN_NAME, choose_path, varlen_attention
+from hf_veomni.attention import flex
+from hf_veomni.attention.blocks import Formula
+from hf_veomni.attention.documents import Documents
+from hf_veomni.attention.varlen import VARLEN_NAME, choose_path, varlen_attention
 from tests.unit.sequence.dense import (
     FUNCTIONS,
     LENGTHS,

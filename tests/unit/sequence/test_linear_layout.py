@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_veomni.sequence.documents import Documents
-from hf_veomni.sequence.linear.functions import MixerCall, by_document
-from hf_veomni.sequence.linear.layout import conv_layout, scan_layout
-from hf_veomni.sequence.linear.row import LinearRow
+from hf_veomni.attention.documents import Documents
+from hf_veomni.sequence.mixers.functions import MixerCall, by_document
+from hf_veomni.sequence.mixers.layout import conv_layout, scan_layout
+from hf_veomni.sequence.mixers.row import LinearRow
 
 ROWS = [
     [(24,)],

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedConfig, masking_utils
 
-from hf_veomni.sequence import pattern as pattern_module
-from hf_veomni.sequence.blocks import plan_blocks
-from hf_veomni.sequence.documents import Documents
-from hf_veomni.sequence.mask import MaskSpec, omni_mask
-from hf_veomni.sequence.pattern import Pattern, read_pattern
+from hf_veomni.attention import mask_reader as pattern_module
+from hf_veomni.attention.blocks import plan_blocks
+from hf_veomni.attention.documents import Documents
+from hf_veomni.attention.mask import MaskSpec, omni_mask
+from hf_veomni.attention.mask_reader import Pattern, read_pattern
 from tests.unit.sequence.dense import documents_set
 
 S = 24

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import masking_utils
 
+from hf_veomni.attention.documents import current_documents
+from hf_veomni.attention.packing import tell_packing, untell_packing
 from hf_veomni.host import forget, remember
-from hf_veomni.sequence.documents import current_documents
-from hf_veomni.sequence.packing import tell_packing, untell_packing
-from hf_veomni.sequence.row_checks import row_documents
+from hf_veomni.sequence.checks import row_documents
 
 ROWS = torch.tensor([[0, 1, 2, 0, 1, 0], [4, 5, 6, 6, 7, 9]])
 

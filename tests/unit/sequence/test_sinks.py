@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gpt_oss import modeling_gpt_oss
 
-from hf_veomni.sequence import kernel, varlen
-from hf_veomni.sequence.documents import Documents
-from hf_veomni.sequence.varlen import VARLEN_NAME, varlen_attention
+from hf_veomni.attention import kernel, varlen
+from hf_veomni.attention.documents import Documents
+from hf_veomni.attention.varlen import VARLEN_NAME, varlen_attention
 from tests.unit.sequence import emulated
 from tests.unit.sequence.dense import FUNCTIONS, LENGTHS, dense_mask, gradients, make_spec, random_inputs
 from tests.unit.sequence.test_varlen_models import LENGTHS as MODEL_LENGTHS

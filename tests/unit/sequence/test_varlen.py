@@ -16,10 +16,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
-from hf_veomni.sequence.blocks import take_slices
-from hf_veomni.sequence.documents import Documents
-from hf_veomni.sequence.mask import Span, omni_mask
-from hf_veomni.sequence.varlen import VARLEN_NAME, register_varlen_attention, varlen_attention
+from hf_veomni.attention.blocks import take_slices
+from hf_veomni.attention.documents import Documents
+from hf_veomni.attention.mask import Span, omni_mask
+from hf_veomni.attention.varlen import VARLEN_NAME, register_varlen_attention, varlen_attention
 from tests.unit.sequence.dense import (
     FUNCTIONS,
     LENGTHS,

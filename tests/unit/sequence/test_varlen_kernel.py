@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 from transformers.models.gemma2 import modeling_gemma2
 
-from hf_veomni.sequence import kernel, varlen
-from hf_veomni.sequence.blocks import Formula
-from hf_veomni.sequence.varlen import varlen_attention
+from hf_veomni.attention import kernel, varlen
+from hf_veomni.attention.blocks import Formula
+from hf_veomni.attention.varlen import varlen_attention
 from tests.unit.sequence import emulated
 from tests.unit.sequence.dense import (
     FUNCTIONS,

@@ -20,8 +20,8 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.llama4 import Llama4TextConfig
 from transformers.models.qwen3 import Qwen3Config
 
-from hf_veomni.sequence.documents import Documents, current_documents
-from hf_veomni.sequence.varlen import VARLEN_NAME, register_varlen_attention
+from hf_veomni.attention.documents import Documents, current_documents
+from hf_veomni.attention.varlen import VARLEN_NAME, register_varlen_attention
 
 BASE = {
     "vocab_size": 60,

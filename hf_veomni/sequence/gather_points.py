@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from hf_veomni.sequence.seam import Seam
+from hf_veomni.sequence.inspect import Seam
 
 _POOLERS = ("pooler",)
 

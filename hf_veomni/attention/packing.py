@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from hf_veomni.sequence.documents import current_documents
-from hf_veomni.sequence.pattern import required
+from hf_veomni.attention.documents import current_documents
+from hf_veomni.attention.mask_reader import required
 
 _NAME = "find_packed_sequence_indices"
 _MARK = "_omni_tells"

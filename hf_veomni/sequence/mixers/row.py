@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_veomni.sequence.documents import Documents
+from hf_veomni.attention.documents import Documents
 
 
 @dataclass(eq=False)

@@ -22,11 +22,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_veomni.attention.documents import Documents
 from hf_veomni.comm import gather_shards
-from hf_veomni.sequence.documents import Documents
-from hf_veomni.sequence.linear.exchange import Span, heads_to_tokens, tokens_to_heads
-from hf_veomni.sequence.linear.layout import conv_layout, scan_layout
-from hf_veomni.sequence.linear.row import LinearRow
+from hf_veomni.sequence.mixers.exchange import Span, heads_to_tokens, tokens_to_heads
+from hf_veomni.sequence.mixers.layout import conv_layout, scan_layout
+from hf_veomni.sequence.mixers.row import LinearRow
 from hf_veomni.sequence.ulysses import HeadLayout, head_layout
 
 Function = Callable[..., Any]

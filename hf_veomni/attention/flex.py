@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from hf_veomni.sequence.blocks import Formula, attend
-from hf_veomni.sequence.mask import MaskSpec, Span
+from hf_veomni.attention.blocks import Formula, attend
+from hf_veomni.attention.mask import MaskSpec, Span
 
 _BLOCK = 128
 _LEAST_WIDTH = 16  # of its matrix products

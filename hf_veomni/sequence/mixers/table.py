@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from hf_veomni import hf
 from hf_veomni.mesh import ParallelState
 from hf_veomni.plan import ParallelPlan
-from hf_veomni.sequence.linear.functions import FUNCTIONS, MixerCall
-from hf_veomni.sequence.linear.gather import run_gathered
-from hf_veomni.sequence.linear.lightning import check_lightning, run_lightning
-from hf_veomni.sequence.linear.row import current_row
+from hf_veomni.sequence.families.lightning import check_lightning, run_lightning
+from hf_veomni.sequence.mixers.functions import FUNCTIONS, MixerCall
+from hf_veomni.sequence.mixers.replicated import run_gathered
+from hf_veomni.sequence.mixers.row import current_row
 from hf_veomni.sequence.offer import attends_by_name
 
 # Classes whose forward does nothing along the sequence but call functions of `FUNCTIONS`: each was read, and is tested

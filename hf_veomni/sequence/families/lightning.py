@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_veomni.sequence.linear.exchange import heads_to_tokens, tokens_to_heads
-from hf_veomni.sequence.linear.functions import DEFAULT_CHUNK, MixerCall, by_document
+from hf_veomni.sequence.mixers.exchange import heads_to_tokens, tokens_to_heads
+from hf_veomni.sequence.mixers.functions import DEFAULT_CHUNK, MixerCall, by_document
 from hf_veomni.sequence.ulysses import head_layout
 
 _DECAYS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")

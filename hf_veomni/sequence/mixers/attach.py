@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 
 from hf_veomni import hf
+from hf_veomni.attention.documents import current_documents
 from hf_veomni.mesh import ParallelState
-from hf_veomni.sequence.documents import current_documents
-from hf_veomni.sequence.linear.mixers import FunctionRegistry, Mixer, run_mixer
-from hf_veomni.sequence.linear.row import CarriedCheckpoint, LinearRow, current_row
+from hf_veomni.sequence.mixers.row import CarriedCheckpoint, LinearRow, current_row
+from hf_veomni.sequence.mixers.table import FunctionRegistry, Mixer, run_mixer
 from hf_veomni.sequence.shard import shard_sequence
 
 # What Zamba's layers take beside the hidden states: the embeddings of the row, which the stack hands to each of them.

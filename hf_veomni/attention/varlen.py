@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_veomni.sequence.blocks import Block, Formula, attend, attend_recomputed, plan_blocks, take_slices
-from hf_veomni.sequence.documents import current_documents
-from hf_veomni.sequence.flex import attend_flex, flex_applies
-from hf_veomni.sequence.kernel import Packing, attend_packed
-from hf_veomni.sequence.mask import MaskSpec, omni_mask
+from hf_veomni.attention.blocks import Block, Formula, attend, attend_recomputed, plan_blocks, take_slices
+from hf_veomni.attention.documents import current_documents
+from hf_veomni.attention.flex import attend_flex, flex_applies
+from hf_veomni.attention.kernel import Packing, attend_packed
+from hf_veomni.attention.mask import MaskSpec, omni_mask
 
 VARLEN_NAME = "omni_varlen"
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from hf_veomni import hf
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.cross import cut_queries
-from hf_veomni.sequence.deberta import deberta_forward, is_deberta
 from hf_veomni.sequence.exchange import exchanged, masked
+from hf_veomni.sequence.families.deberta import deberta_forward, is_deberta
 
 _CORE = "_attn"
 _CORE_NAMES = (["query", "key", "value"], ["q", "k", "v"])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_veomni.sequence.mask import MaskSpec, Span
+from hf_veomni.attention.mask import MaskSpec, Span
 
 # Scores of one block, over all heads, that the explicit formula holds at a time: 8 MB in fp32, 128 MB on a GPU.
 _BLOCK_SCORES = {"cpu": 1 << 21, "cuda": 1 << 25}

@@ -38,15 +38,15 @@ from transformers.vision_utils import (
 )
 
 from hf_veomni import hf
+from hf_veomni.attention.documents import Documents
+from hf_veomni.attention.mask import MaskSpec
+from hf_veomni.attention.varlen import varlen_attention
 from hf_veomni.comm.gather import gather_shards
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment
+from hf_veomni.modality.exchange import exchange_rows, find_ranks
 from hf_veomni.modality.items import FRAMES
-from hf_veomni.modality.slices import exchange_rows, find_ranks
-from hf_veomni.sequence.documents import Documents
-from hf_veomni.sequence.mask import MaskSpec
 from hf_veomni.sequence.ulysses import ulysses_attention
-from hf_veomni.sequence.varlen import varlen_attention
 
 # transformers hands boundaries to what has "flash" in its name, and cuts queries by them for all others.
 TOWER_NAME = "omni_tower_flash"

@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value
 
-from hf_veomni.data.columns import DOCUMENT_LENGTHS
-from hf_veomni.data.decode import BrokenItemError
 from hf_veomni.data.features import read_json, undecoded
+from hf_veomni.data.media.decode import BrokenItemError
+from hf_veomni.data.media.lengths import CostFunction, Size, SizeReader
+from hf_veomni.data.media.skips import check_on_error
 from hf_veomni.data.modalities import ITEM_COLUMNS, RAW_COLUMNS, TEXT_COLUMNS, is_raw
 from hf_veomni.data.pieces import Pieces, Rules, plan_rows
 from hf_veomni.data.sample import READ
-from hf_veomni.data.sizes import CostFunction, Size, SizeReader
-from hf_veomni.data.skips import check_on_error
+from hf_veomni.data.text import DOCUMENT_LENGTHS
 
 logger = logging.getLogger(__name__)
 

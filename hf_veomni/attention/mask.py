@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_veomni.attention.documents import Documents, current_documents
+from hf_veomni.attention.mask_reader import MaskFunction, Pattern, holds_absolute_chunks, read_pattern, required
 from hf_veomni.host import apply, on_host, with_values
-from hf_veomni.sequence.documents import Documents, current_documents
-from hf_veomni.sequence.pattern import MaskFunction, Pattern, holds_absolute_chunks, read_pattern, required
 
 
 class Span(NamedTuple):

@@ -1,7 +1,7 @@
 """Linear attention, state spaces and short convolutions on cut and packed rows, exact."""
 
-from hf_veomni.sequence.linear.attach import LinearAttachment
-from hf_veomni.sequence.linear.mixers import (
+from hf_veomni.sequence.mixers.attach import LinearAttachment
+from hf_veomni.sequence.mixers.table import (
     Gathered,
     Mixer,
     check_mixer_heads,

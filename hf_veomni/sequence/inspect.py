@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_veomni import hf
 from hf_veomni.sequence.cross import merges_keys
-from hf_veomni.sequence.linear import Mixer, find_mixers, find_unknown
+from hf_veomni.sequence.mixers import Mixer, find_mixers, find_unknown
 from hf_veomni.sequence.offer import attention_paths, offer_rule, stack_paths
 from hf_veomni.sequence.stack import asks_interface, attends, find_layers, notes_shape, own_names, views_as_row
 from hf_veomni.sequence.ulysses import head_layout

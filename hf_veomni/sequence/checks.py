@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from hf_veomni import hf
+from hf_veomni.attention.documents import Documents
+from hf_veomni.attention.mask import MaskSpec
+from hf_veomni.attention.varlen import VARLEN_NAME
 from hf_veomni.host import apply, on_host
-from hf_veomni.sequence.context import Context
-from hf_veomni.sequence.documents import Documents
-from hf_veomni.sequence.mask import MaskSpec
-from hf_veomni.sequence.seam import Seam
-from hf_veomni.sequence.varlen import VARLEN_NAME
+from hf_veomni.sequence.context_length import Context
+from hf_veomni.sequence.inspect import Seam
 
 
 @dataclass(frozen=True)

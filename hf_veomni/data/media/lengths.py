@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from hf_veomni import hf
-from hf_veomni.data.alignment import AUDIO_RULES, TILE_RULES
-from hf_veomni.data.decode import BrokenItemError, audio_samples, image_size, name_of
-from hf_veomni.data.raw import RawReader, sampling_rate
+from hf_veomni.data.media.alignment import AUDIO_RULES, TILE_RULES
+from hf_veomni.data.media.chat import RawReader, sampling_rate
+from hf_veomni.data.media.decode import BrokenItemError, audio_samples, image_size, name_of
 
 # (modality of each item, patches of each, parts of each that do not attend to each other) -> cost of each
 CostFunction = Callable[[list[str], list[int], list[int]], Any]

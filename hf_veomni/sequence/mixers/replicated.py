@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_veomni.comm import gather_shards
-from hf_veomni.sequence.linear.functions import MixerCall
+from hf_veomni.sequence.mixers.functions import MixerCall
 
 # What belongs to another sequence, which every rank has whole; what says which tokens see each other; and tables that
 # are made for the positions of the row, not for those of its documents (CLVP turns values by them too).

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from hf_veomni import hf
-from hf_veomni.data.decode import BrokenItemError, name_of, open_image, read_audio
 from hf_veomni.data.layouts import Layout, read_layout, template_options, with_parts, without_none
+from hf_veomni.data.media.decode import BrokenItemError, name_of, open_image, read_audio
 from hf_veomni.data.modalities import RAW_COLUMNS, TEXT_COLUMNS
 
 TRAIN_ON = ("all", "assistant", "last")

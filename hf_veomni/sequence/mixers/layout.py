@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_veomni.sequence.documents import Documents
+from hf_veomni.attention.documents import Documents
 
 
 @dataclass(frozen=True, eq=False)

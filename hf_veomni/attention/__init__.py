@@ -1,0 +1,1 @@
+"""Attention over packed documents: arithmetic on one rank, without communication."""

@@ -1,0 +1,1 @@
+"""Samples with images, video and audio: decoding, lengths, chat."""
