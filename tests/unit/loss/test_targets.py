@@ -1,4 +1,4 @@
-"""The token-count rule on one rank; the collectives are in tests/ranks/test_loss.py."""
+"""The token-count rule on one rank; the collectives are in tests/ranks/prepare/test_loss.py."""
 
 from __future__ import annotations
 

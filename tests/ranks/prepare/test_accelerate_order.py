@@ -53,7 +53,7 @@ def test_what_holds_replaced_parameters_is_refused(ranks, use):
 
 def test_one_rank_takes_either_order(ranks):
     """Nothing is replaced there."""
-    from tests.ranks.test_accelerate import reset_accelerate
+    from tests.ranks.prepare.test_accelerate import reset_accelerate
 
     reset_accelerate()
     try:

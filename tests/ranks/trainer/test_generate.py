@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from tests.ranks.test_trainer_losses import HEADS, _each, _Rows, _spread
+from tests.ranks.trainer.test_losses import HEADS, _each, _Rows, _spread
 from tests.ranks.training import Run, tiny_model
 
 PLANS = [(2, "sp=2"), (2, "dp_shard=2"), (4, "sp=2,dp_shard=2")]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel
 from hf_veomni.attention import flex, varlen
 from hf_veomni.attention.blocks import Formula
 from hf_veomni.attention.varlen import VARLEN_NAME, choose_path, register_varlen_attention
-from tests.unit.sequence.dense import FUNCTIONS, Rows, make_spec, random_inputs
+from tests.unit.attention.dense import FUNCTIONS, Rows, make_spec, random_inputs
 
 PAGE = (Path(__file__).parents[3] / "docs/attention.md").read_text()
 ROW = r"^\| `(\w+)`[^|]*\| `(\w+)` \| (\d+), (\d+) \| `(\w+)` \| `(\w+)` \|$"

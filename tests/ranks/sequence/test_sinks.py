@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.ranks.parity import Run, Setting, compare
-from tests.unit.sequence import emulated
+from tests.unit.attention import emulated
 
 
 def _compare_on_the_kernel(setting: Setting, run: Run, path: str) -> tuple[dict[str, Any], set[tuple[int, int]]]:

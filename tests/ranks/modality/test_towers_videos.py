@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.ranks.test_towers_families import check_towers
+from tests.ranks.modality.test_towers_families import check_towers
 
 # Patches of 17 frames, which no number of ranks divides; 6 x 10 is cut off at the edges of windows.
 LONG = [("video", 17, 6, 10)]

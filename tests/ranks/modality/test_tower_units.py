@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_veomni import ParallelPlan
-from tests.ranks.test_towers_families import ALL, FIRST, LAST, NONE, check_towers
+from tests.ranks.modality.test_towers_families import ALL, FIRST, LAST, NONE, check_towers
 
 UNITS = {
     "qwen3_vl": ("*.visual", "*.visual.blocks.*"),

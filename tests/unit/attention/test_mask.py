@@ -18,7 +18,7 @@ from hf_veomni.attention.blocks import plan_blocks
 from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.mask import MaskSpec, omni_mask
 from hf_veomni.attention.mask_reader import Pattern, read_pattern
-from tests.unit.sequence.dense import documents_set
+from tests.unit.attention.dense import documents_set
 
 S = 24
 NO_PADDING = torch.zeros(2, dtype=torch.long)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.multimodal import build, samples_of
+from tests.ranks.modality.test_packed_multimodal import summed_loss
 from tests.ranks.parity import relative_error, whole
-from tests.ranks.test_packed_multimodal import summed_loss
 
 # Samples of each data rank: 0 has one item, 1 has two, 2 has none, 3 has one at its end.
 MIXED = ((0, 1, 2, 3),)

@@ -15,8 +15,8 @@ from transformers.models.gemma2 import modeling_gemma2
 from hf_veomni.attention import kernel, varlen
 from hf_veomni.attention.blocks import Formula
 from hf_veomni.attention.varlen import varlen_attention
-from tests.unit.sequence import emulated
-from tests.unit.sequence.dense import (
+from tests.unit.attention import emulated
+from tests.unit.attention.dense import (
     FUNCTIONS,
     LENGTHS,
     assert_equal,
@@ -26,8 +26,8 @@ from tests.unit.sequence.dense import (
     make_spec,
     random_inputs,
 )
-from tests.unit.sequence.test_flex import GROUPS, exact_softmax, images  # noqa: F401
-from tests.unit.sequence.test_sinks import make_inputs, ours, stock
+from tests.unit.attention.test_flex import GROUPS, exact_softmax, images  # noqa: F401
+from tests.unit.attention.test_sinks import make_inputs, ours, stock
 
 
 @pytest.fixture

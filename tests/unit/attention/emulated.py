@@ -13,7 +13,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from hf_veomni.attention import kernel, varlen
 from hf_veomni.attention.kernel import Packing
-from tests.unit.sequence.dense import dense_attention
+from tests.unit.attention.dense import dense_attention
 
 STOCK = varlen_attn
 

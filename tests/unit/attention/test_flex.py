@@ -17,7 +17,7 @@ from hf_veomni.attention import flex
 from hf_veomni.attention.blocks import Formula
 from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.varlen import VARLEN_NAME, choose_path, varlen_attention
-from tests.unit.sequence.dense import (
+from tests.unit.attention.dense import (
     FUNCTIONS,
     LENGTHS,
     Rows,
@@ -28,10 +28,10 @@ from tests.unit.sequence.dense import (
     make_spec,
     random_inputs,
 )
-from tests.unit.sequence.test_sinks import make_inputs, ours, stock
-from tests.unit.sequence.test_varlen import LargestTensor
-from tests.unit.sequence.test_varlen_models import LENGTHS as MODEL_LENGTHS
-from tests.unit.sequence.test_varlen_models import build, largest_difference, packed, run
+from tests.unit.attention.test_sinks import make_inputs, ours, stock
+from tests.unit.attention.test_varlen import LargestTensor
+from tests.unit.attention.test_varlen_models import LENGTHS as MODEL_LENGTHS
+from tests.unit.attention.test_varlen_models import build, largest_difference, packed, run
 
 GROUPS = torch.tensor([[0] * 20 + [1] * 30 + [0] * 40 + [2] * 60 + [0] * 80, [1] * 90 + [0] * 140])
 

@@ -136,7 +136,7 @@ def checkpoint(smollm2_checkpoint: Path) -> Path:
     """The upcycled SmolLM2 in bf16, kept under outputs/."""
     from make_moe_checkpoint import DEFAULT_OUTPUT, make_moe_checkpoint
 
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     return make_moe_checkpoint(root / DEFAULT_OUTPUT, smollm2_checkpoint)
 
 

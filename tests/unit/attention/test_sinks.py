@@ -14,10 +14,10 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from hf_veomni.attention import kernel, varlen
 from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.varlen import VARLEN_NAME, varlen_attention
-from tests.unit.sequence import emulated
-from tests.unit.sequence.dense import FUNCTIONS, LENGTHS, dense_mask, gradients, make_spec, random_inputs
-from tests.unit.sequence.test_varlen_models import LENGTHS as MODEL_LENGTHS
-from tests.unit.sequence.test_varlen_models import build, largest_difference, packed, run
+from tests.unit.attention import emulated
+from tests.unit.attention.dense import FUNCTIONS, LENGTHS, dense_mask, gradients, make_spec, random_inputs
+from tests.unit.attention.test_varlen_models import LENGTHS as MODEL_LENGTHS
+from tests.unit.attention.test_varlen_models import build, largest_difference, packed, run
 
 SHAPES = [(4, 4, 8, 8), (4, 2, 8, 8), (6, 1, 12, 5), (8, 2, 5, 12)]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.omni_models import build
+from tests.ranks.modality.test_towers_families import ALL, NONE, _row, _step
 from tests.ranks.parity import relative_error, whole
-from tests.ranks.test_towers_families import ALL, NONE, _row, _step
 
 _TEXT = r".*(language_model|text_model).*\.(q_proj|v_proj)"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

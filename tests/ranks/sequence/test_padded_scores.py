@@ -17,7 +17,7 @@ from transformers import (
     RobertaForQuestionAnswering,
 )
 
-from tests.ranks.test_trainer_losses import _bert, _spread
+from tests.ranks.trainer.test_losses import _bert, _spread
 from tests.ranks.training import tiny_model
 
 IDS = torch.tensor([[5, 9, 17, 4, 8, 33, 21, 6], [7, 3, 12, 40, 11, 0, 0, 0]])

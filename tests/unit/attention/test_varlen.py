@@ -20,7 +20,7 @@ from hf_veomni.attention.blocks import take_slices
 from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.mask import Span, omni_mask
 from hf_veomni.attention.varlen import VARLEN_NAME, register_varlen_attention, varlen_attention
-from tests.unit.sequence.dense import (
+from tests.unit.attention.dense import (
     FUNCTIONS,
     LENGTHS,
     Rows,

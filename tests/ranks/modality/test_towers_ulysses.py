@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_veomni.modality.items import FRAMES
+from tests.ranks.modality.test_towers_families import ALL, NONE, check_towers
 from tests.ranks.parity import relative_error
-from tests.ranks.test_towers_families import ALL, NONE, check_towers
 
 # 11 x 7 merge units, which 2 and 4 do not divide; the edges of windows lie elsewhere than those of slices.
 HUGE = [("image", 22, 14)]
