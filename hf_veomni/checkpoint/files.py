@@ -9,13 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hf_veomni.checkpoint.manifest import flush
+
 _WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def _publish(staging: Path, directory: Path) -> None:
     """Move what was written into its place; weights of an earlier save that it does not replace are removed."""
+    for path in staging.rglob("*"):
+        flush(path)
     if not directory.exists():
         os.rename(staging, directory)
+        flush(directory.parent)
         return
     written = {entry.name for entry in staging.iterdir()}
     for entry in sorted(staging.iterdir()):
@@ -27,6 +32,7 @@ def _publish(staging: Path, directory: Path) -> None:
         if _WEIGHTS.fullmatch(entry.name) and entry.name not in written:
             entry.unlink()
     staging.rmdir()
+    flush(directory)
 
 
 @contextmanager

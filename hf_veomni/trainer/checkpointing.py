@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -15,7 +16,8 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.utils import logging
 
 from hf_veomni.checkpoint import (
     agree,
@@ -26,7 +28,10 @@ from hf_veomni.checkpoint import (
     save_plain,
     together,
 )
+from hf_veomni.checkpoint.manifest import MANIFEST, STAGING, find_damage, publish, recover, write_manifest
 from hf_veomni.trainer.adapt import is_prepared
+
+logger = logging.get_logger(__name__)
 
 _Trainer: Any = object
 
@@ -34,28 +39,65 @@ OPTIMIZER_DIRECTORY = "optimizer"  # torch DCP, one file a rank, by parameter na
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    """Trainer writes its state last."""
-    return (checkpoint / TRAINER_STATE_NAME).is_file()
+def _unreadable_state(checkpoint: Path) -> str | None:
+    """What is wrong with the state that Trainer writes last, in words."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+    except FileNotFoundError:
+        return f"no {TRAINER_STATE_NAME} in it"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {TRAINER_STATE_NAME} cannot be read ({type(error).__name__}: {error})"
+    return None
 
 
-def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path:
-    """The newest checkpoint under `output_dir` that was written to its end.
+def _is_stock(checkpoint: Path) -> bool:
+    """Whether the stock Trainer may have written it, which knows no manifest."""
+    return not (checkpoint / MANIFEST).exists() and not (checkpoint / OPTIMIZER_DIRECTORY).exists()
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str], *, contents: bool = False) -> Path:
+    """The newest checkpoint under `output_dir` that is whole, by its manifest. Damaged ones are named in a warning.
+
+    One of the stock Trainer is whole if it has its state.
+
+    Args:
+        contents: compare checksums too, of as many as it takes to find a whole one.
 
     Raises:
         ValueError: there is none.
     """
     root = Path(output_dir)
     found = [entry for entry in (root.iterdir() if root.is_dir() else ()) if _CHECKPOINT.fullmatch(entry.name)]
-    found.sort(key=lambda entry: int(entry.name.rpartition("-")[2]))
-    complete = [entry for entry in found if _is_complete(entry)]
-    if not complete:
-        partial = f"; {', '.join(e.name for e in found)} lack {TRAINER_STATE_NAME}" if found else ""
+    damages: list[str] = []
+    for checkpoint in sorted(found, key=lambda entry: int(entry.name.rpartition("-")[2]), reverse=True):
+        stock = _is_stock(checkpoint)
+        damage = _unreadable_state(checkpoint) if stock else find_damage(checkpoint, contents=contents)
+        if damage is None:
+            if damages:
+                logger.warning(f"'{checkpoint.name}' is the newest whole checkpoint: {'; '.join(damages)}.")
+            return checkpoint
+        damages.append(f"{checkpoint.name}: {damage}")
+    listed = f" ({'; '.join(damages)})" if damages else ""
+    raise ValueError(
+        f"No complete checkpoint in `output_dir` ('{output_dir}'){listed}: start without `resume_from_checkpoint`, or "
+        "name the directory of one."
+    )
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """Refuse a checkpoint that is damaged. Without a manifest it must have Trainer's state.
+
+    Raises:
+        ValueError: it is missing, incomplete, or its contents have changed.
+    """
+    damage = find_damage(checkpoint, contents=True)
+    if damage is not None and not (checkpoint / MANIFEST).exists():
+        damage = _unreadable_state(checkpoint)
+    if damage is not None:
         raise ValueError(
-            f"No complete checkpoint in `output_dir` ('{output_dir}'){partial}: start without "
-            "`resume_from_checkpoint`, or name the directory of one."
+            f"`resume_from_checkpoint` ('{checkpoint}') is missing or incomplete ({damage}): name a checkpoint "
+            "directory, or True for the newest complete one."
         )
-    return complete[-1]
 
 
 def fit_groups(scheduler: dict[str, Any], count: int) -> dict[str, Any]:
@@ -81,8 +123,8 @@ class CheckpointingMixin(_Trainer):
     """Overrides of Trainer for files.
 
     A checkpoint has Trainer's layout: the model or adapter in its plain format, scheduler, random states and trainer
-    state; the optimizer lies in `optimizer/` as torch DCP, so that another plan can read it. An error on one rank is
-    raised on all of them, and what was written of that checkpoint is removed.
+    state; the optimizer lies in `optimizer/` as torch DCP, so that another plan can read it. It appears whole, with a
+    manifest, or not at all, whatever ends the process. An error on one rank is raised on all of them.
     """
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -98,19 +140,51 @@ class CheckpointingMixin(_Trainer):
             processing.save_pretrained(directory)
         torch.save(self.args, directory / TRAINING_ARGS_NAME)
 
+    _staging: Path | None = None  # in place of the run's directory while a checkpoint is written
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else it would upload a directory that is about to move
+            super()._push_from_checkpoint(checkpoint_folder)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        directory = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        existed = directory.exists()
-        error: Exception | None = None
+        """Written beside its place, flushed, described by a manifest, then renamed: see `checkpoint.manifest`."""
+        root, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with together(f"Cleaning up '{root}'"):
+            if self.args.should_save:
+                recover(root)
+        self._staging, error = root / STAGING, None
         try:
             super()._save_checkpoint(model, trial)
         except Exception as caught:
             error = caught
+        finally:
+            written, self._staging = self._staging / name, None
+        if error is not None and self.args.should_save:
+            # Every step inside agrees on errors, so no rank writes any more.
+            shutil.rmtree(written.parent, ignore_errors=True)
+        agree(error, f"Saving '{root / name}'")
+        self._name_best(root)
+        with together(f"Saving '{root / name}'"):
             if self.args.should_save:
-                # Every step inside agrees on errors, so no rank writes any more.
-                leftover = directory / TRAINER_STATE_NAME if existed else directory
-                leftover.unlink(missing_ok=True) if existed else shutil.rmtree(leftover, ignore_errors=True)
-        agree(error, f"Saving '{directory}'")
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))  # again: with the best one's own name
+                write_manifest(written)
+                publish(written, root / name)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(root / name))
+        if self.args.should_save:
+            best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+            rotate_checkpoints(str(root), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _name_best(self, root: Path) -> None:
+        """What Trainer could not find in the staging directory, or found there."""
+        step = self.state.best_global_step
+        if step and self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH, SaveStrategy.BEST):
+            best = root / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            if step == self.state.global_step or best.exists():
+                self.state.best_model_checkpoint = str(best)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.parallel_state.world_size == 1:
@@ -155,15 +229,17 @@ class CheckpointingMixin(_Trainer):
         return epochs, 0 if self.args.ignore_data_skip else round(batches)
 
     def _find_checkpoint(self, wanted: str | bool) -> str:
+        """Rank 0 looks, since it reads every file of the checkpoint."""
         found: list[str | None] = [None]
         with together("Looking for the checkpoint"):
-            path = last_complete_checkpoint(self.args.output_dir) if wanted is True else Path(str(wanted))
-            if not _is_complete(path):
-                raise ValueError(
-                    f"`resume_from_checkpoint` ('{path}') is missing or incomplete (no {TRAINER_STATE_NAME} in it): "
-                    "name a checkpoint directory, or True for the newest complete one."
-                )
-            found = [str(path)]
+            if self.args.should_save:
+                recover(Path(self.args.output_dir))
+            if self.args.process_index == 0:
+                if wanted is True:
+                    found = [str(last_complete_checkpoint(self.args.output_dir, contents=True))]
+                else:
+                    check_checkpoint(Path(str(wanted)))
+                    found = [str(wanted)]
         if self.parallel_state.world_size > 1:
             dist.broadcast_object_list(found, src=0)
         assert found[0] is not None

@@ -256,7 +256,7 @@ def test_missing_checkpoint_is_refused_on_every_rank(ranks, tmp_path):
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
-        ("trainer_state.json", "No complete checkpoint"),
+        ("trainer_state.json", "no trainer_state.json"),
         ("model.safetensors", "holds no weights"),
         ("scheduler.pt", "no optimizer and scheduler state"),
         ("optimizer/.metadata", "missing or incomplete"),
@@ -265,8 +265,38 @@ def test_missing_checkpoint_is_refused_on_every_rank(ranks, tmp_path):
 def test_incomplete_checkpoint_is_refused_on_every_rank(ranks, tmp_path, removed, message):
     run = Run(arguments={"save_strategy": "steps", "save_steps": 1, "max_steps": 1})
     ranks(2).run(_begin, "sp=2", run, tmp_path, timeout=120)
-    (tmp_path / "checkpoint-1" / removed).unlink()
-    ranks(2).raises(_refused, "sp=2", run, tmp_path, True, match=message, timeout=60)
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / removed).unlink()
+    ranks(2).raises(_refused, "sp=2", run, tmp_path, True, match=f"'{removed}' is missing", timeout=60)
+    (checkpoint / "manifest.json").unlink()  # as the stock Trainer would have written it
+    ranks(2).raises(_refused, "sp=2", run, tmp_path, str(checkpoint), match=message, timeout=60)
+
+
+def _train_to(plan: str, run: Run, directory: Path) -> Outcome:
+    trainer = _trainer(plan, run, directory)
+    return outcome(trainer, trainer.train(resume_from_checkpoint=True).training_loss)
+
+
+def test_a_damaged_checkpoint_hides_no_older_one(ranks, tmp_path):
+    """One flipped bit in the newest: training goes on from the one before, to the same end."""
+    run = Run(arguments={"save_strategy": "steps", "save_steps": 2, "max_steps": 6})
+    expected = ranks(2).run(_begin_and_end, "sp=2", run, tmp_path, timeout=120)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    weights = tmp_path / "checkpoint-4/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    (tmp_path / ".incomplete/checkpoint-6").mkdir(parents=True)  # of a save that was killed
+    found = ranks(2).run(_train_to, "sp=2", run, tmp_path, timeout=120)
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(one.weights[name], weight) for name, weight in other.weights.items())
+    assert not (tmp_path / ".incomplete").exists()
+    assert sorted(entry.name for entry in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 6)]
+
+
+def _begin_and_end(plan: str, run: Run, directory: Path) -> Outcome:
+    trainer = _trainer(plan, run, directory)
+    return outcome(trainer, trainer.train().training_loss)
 
 
 def _other_model(plan: str, directory: Path) -> None:

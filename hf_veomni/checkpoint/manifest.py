@@ -1,0 +1,127 @@
+"""What makes a checkpoint whole: a manifest of its files, written last, and directories that reach the disk.
+
+A checkpoint is written beside its place, flushed, described by its manifest, and then renamed. Whatever ends the
+process before the rename leaves the earlier checkpoints as they were; whatever ends it after leaves the new one whole.
+
+    output_dir/.incomplete/checkpoint-8/...            written and flushed
+    output_dir/.incomplete/checkpoint-8/manifest.json  files, bytes and checksums, flushed
+    output_dir/checkpoint-8                            renamed, its parent flushed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+STAGING = ".incomplete"
+_THREADS = 8  # hashing leaves the interpreter free; large models lie in several files
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != MANIFEST)
+
+
+def checksum(path: Path) -> str:
+    """What `sha256sum` prints."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(paths: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(checksum, paths))
+
+
+def flush(path: Path) -> None:
+    """Have a file's contents, or a directory's entries, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(directory: Path) -> None:
+    """Flush everything below `directory` and describe it in its manifest, which is flushed last.
+
+    Raises:
+        OSError: no space, or the disk does not take it.
+    """
+    files = list(_files(directory))
+    for path in files:
+        flush(path)
+    entries = {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, checksums(files), strict=True)
+    }
+    manifest = directory / MANIFEST
+    manifest.write_text(json.dumps({"version": 1, "files": entries}, indent=1) + "\n")
+    flush(manifest)
+    for folder in (path for path in directory.rglob("*") if path.is_dir()):
+        flush(folder)
+    flush(directory)
+
+
+def find_damage(directory: Path, *, contents: bool = False) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it is whole.
+
+    Args:
+        contents: compare checksums too, which reads every file. Sizes are always compared.
+    """
+    try:
+        entries = json.loads((directory / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    for name, entry in entries.items():
+        path = directory / name
+        if not path.resolve().is_relative_to(directory.resolve()):
+            return f"its {MANIFEST} names a file outside of it ('{name}')"
+        if not path.is_file():
+            return f"'{name}' is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"'{name}' has {path.stat().st_size} bytes, not {entry['bytes']}"
+    if contents:
+        for name, digest in zip(entries, checksums([directory / name for name in entries]), strict=True):
+            if digest != entries[name]["sha256"]:
+                return f"the contents of '{name}' have changed (checksum)"
+    return None
+
+
+def publish(staging: Path, directory: Path) -> None:
+    """Rename a whole checkpoint into its place. One that is there already is replaced.
+
+    A process that ends in between leaves both in `STAGING`, from where `recover` brings them back.
+    """
+    if directory.exists():
+        replaced = staging.with_name(f"replaced-{directory.name}")
+        os.rename(directory, replaced)
+    os.rename(staging, directory)
+    flush(directory.parent)
+    shutil.rmtree(staging.parent, ignore_errors=True)
+
+
+def recover(root: Path) -> list[Path]:
+    """Clean up after a save that was killed: whole checkpoints in `STAGING` go to their places, the rest is removed.
+
+    Returns:
+        The checkpoints that were brought back.
+    """
+    staging, found = root / STAGING, []
+    if not staging.is_dir():
+        return found
+    for entry in sorted(staging.iterdir(), key=lambda path: path.name.startswith("replaced-")):
+        target = root / entry.name.removeprefix("replaced-")
+        if entry.is_dir() and not target.exists() and find_damage(entry) is None:
+            os.rename(entry, target)
+            found.append(target)
+    flush(root)
+    shutil.rmtree(staging, ignore_errors=True)
+    return found

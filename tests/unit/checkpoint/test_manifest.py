@@ -1,0 +1,146 @@
+"""A checkpoint is whole or does not count, whatever ends the process and whatever happens to its files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_veomni.checkpoint.manifest import MANIFEST, STAGING, find_damage, publish, recover, write_manifest
+from hf_veomni.trainer.checkpointing import check_checkpoint, last_complete_checkpoint
+
+# Calls that change what is on the disk, or order it.
+_CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")
+
+
+def save(root: Path, step: int, text: str) -> None:
+    """What a trainer does: clean up, write beside, flush, describe, rename."""
+    recover(root)
+    staging = root / STAGING / f"checkpoint-{step}"
+    (staging / "optimizer").mkdir(parents=True)
+    (staging / "model.safetensors").write_text(text * 100)
+    (staging / "optimizer" / "shard").write_text(text * 50)
+    (staging / "trainer_state.json").write_text('{"global_step": 1}')
+    write_manifest(staging)
+    publish(staging, root / f"checkpoint-{step}")
+
+
+def contents(root: Path, step: int) -> str:
+    return (root / f"checkpoint-{step}" / "model.safetensors").read_text()[0]
+
+
+def killed_at(number: int, function: Callable[[], Any]) -> bool:
+    """Run `function` in a child that is killed before its call number `number`; whether there was such a call."""
+    child = os.fork()
+    if child == 0:
+        left = [number]
+        for name in _CALLS:
+            original = getattr(os, name)
+
+            def counted(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+                return _original(*args, **kwargs)
+
+            setattr(os, name, counted)
+        try:
+            function()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("step", [8, 4], ids=["another step", "the same step again"])
+def test_killed_at_every_call(tmp_path: Path, step: int) -> None:
+    """A whole checkpoint is found after each kill, the old one or the new one, and the next save works."""
+    number, states = 0, set()
+    while True:
+        root = tmp_path / str(number)
+        root.mkdir()
+        save(root, 4, "a")
+        killed = killed_at(number, lambda root=root: save(root, step, "b"))
+        recover(root)
+        found = last_complete_checkpoint(root, contents=True)
+        states.add((found.name, contents(root, int(found.name[11:]))))
+        assert not (root / STAGING).exists()
+        save(root, 12, "c")
+        assert last_complete_checkpoint(root, contents=True).name == "checkpoint-12"
+        if not killed:
+            break
+        number += 1
+    assert number > 10
+    assert states == {("checkpoint-4", "a"), (f"checkpoint-{step}", "b")}
+
+
+def damage(checkpoint: Path, kind: str) -> None:
+    weights = checkpoint / "model.safetensors"
+    if kind == "flipped":
+        data = bytearray(weights.read_bytes())
+        data[3] ^= 1
+        weights.write_bytes(data)
+    elif kind == "truncated":
+        os.truncate(weights, 10)
+    elif kind == "removed":
+        weights.unlink()
+    elif kind == "manifest removed":
+        (checkpoint / MANIFEST).unlink()
+    elif kind == "manifest empty":
+        (checkpoint / MANIFEST).write_text("")
+    elif kind == "outside":
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest["files"]["../secret"] = {"bytes": 0, "sha256": ""}
+        (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("flipped", r"the contents of 'model.safetensors' have changed"),
+        ("truncated", r"'model.safetensors' has 10 bytes, not 100"),
+        ("removed", r"'model.safetensors' is missing"),
+        ("manifest removed", r"it has no manifest.json"),
+        ("manifest empty", r"its manifest.json cannot be read"),
+        ("outside", r"names a file outside of it \('../secret'\)"),
+    ],
+)
+def test_damage_is_named_and_hides_no_older_one(
+    tmp_path: Path, kind: str, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 4, "a")
+    save(tmp_path, 8, "b")
+    damage(tmp_path / "checkpoint-8", kind)
+    assert last_complete_checkpoint(tmp_path, contents=True).name == "checkpoint-4"
+    if kind != "manifest removed":  # which may be the stock Trainer's
+        with pytest.raises(ValueError, match=message):
+            check_checkpoint(tmp_path / "checkpoint-8")
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    with pytest.raises(ValueError, match=message):
+        last_complete_checkpoint(tmp_path, contents=True)
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"epoch": 1}'])
+def test_a_stock_checkpoint_needs_its_state(tmp_path: Path, text: str | None) -> None:
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    if text is not None:
+        (checkpoint / "trainer_state.json").write_text(text)
+    with pytest.raises(ValueError, match="is missing or incomplete"):
+        check_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match="No complete checkpoint"):
+        last_complete_checkpoint(tmp_path)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
+    check_checkpoint(checkpoint)
+    assert last_complete_checkpoint(tmp_path) == checkpoint
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert recover(tmp_path) == [] and find_damage(tmp_path / "no") == "it has no manifest.json"
+    with pytest.raises(ValueError, match="No complete checkpoint"):
+        last_complete_checkpoint(tmp_path / "no")
