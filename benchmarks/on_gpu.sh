@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that is to be known on a GPU, in 8 minutes: benchmarks/on_gpu.sh --help.
+# All that is to be known on a GPU, within 10 minutes: benchmarks/on_gpu.sh --help.
 # The Python is $PYTHON, else that of .venv, else python3.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -226,7 +226,8 @@ class Runner:
             running, job = self._running(), waiting[0]
             if running and (job.spec.alone or running[0].spec.alone or len(running) >= self._at_once):
                 return waiting
-            job.start(min(self._end, now + job.spec.seconds * self._scale))
+            rest = {other.name: other.spec for other in (*running, *waiting)}
+            job.start(min(self._end, now + share(job.spec, rest, self._at_once, self._end - now, self._scale)))
             waiting = waiting[1:]
         for job in waiting:
             job.record["status"] = "no time left"
@@ -242,6 +243,17 @@ class Runner:
         scratch = self._path.with_suffix(".part")
         scratch.write_text(json.dumps(content, indent=1) + "\n")
         scratch.replace(self._path)
+
+
+def share(spec: Spec, rest: Mapping[str, Spec], jobs: int, left: float, scale: float) -> float:
+    """Seconds for a part that starts now: what earlier parts did not need of theirs goes to all that is not done.
+
+    Args:
+        rest: the parts that are not done, this one among them.
+        left: seconds of the budget.
+        scale: of the whole run, which no part gets less than.
+    """
+    return spec.seconds * max(scale, left / total_seconds(rest, jobs))
 
 
 def total_seconds(parts: Mapping[str, Spec], jobs: int) -> float:

@@ -241,6 +241,7 @@ def _by_checkpoint(recipe: Recipe, hidden: Tensor, targets: Tensor, label_smooth
     return torch.stack([checkpoint(part, h, t, use_reentrant=False) for h, t in parts]).sum()
 
 
+@torch.compiler.disable  # of a compiled model: sizes follow from the labels, and what is compiled here stays so
 def summed_loss(recipe: Recipe, targets: Tensor, ignore_index: int, label_smoothing: float = 0.0) -> Tensor:
     """Sum of the token losses of logits that were not computed.
 

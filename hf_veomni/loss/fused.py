@@ -45,7 +45,9 @@ def loss_gradient(logits: Tensor, lse: Tensor, targets: Tensor, scale: Tensor) -
 
 @lru_cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=True)
+    """Compiled once for all sizes, and anew for each dtype and state of the process (inference mode, TF32, a default
+    device). Beyond its limit of 8 torch says so and runs the function as it is, where `fullgraph` would raise."""
+    return torch.compile(function, dynamic=True)
 
 
 @torch.compiler.disable

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.on_gpu import PARTS, Spec, dense, experts
+from benchmarks.on_gpu import PARTS, Spec, dense, experts, kernels, rates
 from benchmarks.on_gpu.compare import compare, limits_of, run_prepared, run_stock
 from benchmarks.on_gpu.families import build, inputs_of
 from benchmarks.on_gpu.parity import reference
 from benchmarks.on_gpu.part import Settings
-from benchmarks.on_gpu.runner import Runner, total_seconds
+from benchmarks.on_gpu.runner import Runner, share, total_seconds
 from benchmarks.on_gpu.table import passed, table
 from hf_veomni import prepare_omni
 from tests.e2e.launching import run
@@ -80,6 +80,28 @@ def test_time_that_is_up_ends_the_run_with_what_there_is(measure: Any) -> None:
 def test_shares_of_the_budget() -> None:
     parts = {"a": Spec("", 40, alone=True), "b": Spec("", 30), "c": Spec("", 60)}
     assert total_seconds(parts, jobs=2) == 100 and total_seconds(parts, jobs=1) == 130
+    assert share(parts["a"], parts, 2, left=200.0, scale=2.0) == 80
+    rest = {name: parts[name] for name in ("b", "c")}
+    assert share(parts["c"], rest, 2, left=180.0, scale=2.0) == 180, "a was done in 20 seconds of its 80"
+    assert share(parts["c"], rest, 2, left=90.0, scale=2.0) == 120, "a took longer"
+
+
+def test_tests_of_the_kernels_are_found() -> None:
+    """Without the import of all others."""
+    found = {Path(path).name for path in kernels.files()}
+    assert {"test_varlen_kernel.py", "test_loss_fused.py"} <= found and len(found) < 10
+
+
+def test_a_kernel_that_cannot_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*tensors: torch.Tensor) -> torch.Tensor:
+        raise IndexError("Dimension out of range")
+
+    whole = {"broken": broken, "whole": lambda q, k, v: q + k.repeat_interleave(2, 1) * v.repeat_interleave(2, 1)}
+    monkeypatch.setattr(rates, "attention_kernels", lambda ends, document: whole)
+    found = []
+    part = SimpleNamespace(cuda=False, device="cpu", small=True, row=lambda status, text, **_: found.append(text))
+    rates.attention_of(part, 64, 32, 4, 2, 16)
+    assert len(found) == 2 and "broken: Dimension out of range" in found[0] and "TFLOP/s" in found[1]
 
 
 @pytest.mark.parametrize("module", [dense, experts])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_veomni.loss import attach_lean_loss, fused
 from tests.models import build_model, padded_batch
@@ -68,6 +71,52 @@ def test_compiled_once_for_all_sizes() -> None:
             torch.testing.assert_close(compiled(*arguments), function(*arguments))
         assert len(compilations) == 1
     assert not fused.applies(logits)  # on the CPU
+
+
+def test_too_many_kinds_to_compile_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind torch's limit the functions run as they are."""
+    compilations = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compilations.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(fused.torch, "compile", partial(torch.compile, backend=backend))
+    compiled = fused.compiled.__wrapped__(fused.log_sum_exp)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            logits, targets = torch.randn(12, 64).to(dtype), torch.arange(12)
+            torch.testing.assert_close(compiled(logits, targets), fused.log_sum_exp(logits, targets))
+    assert len(compilations) == 1
+
+
+def test_a_compiled_model_leaves_the_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sizes change with the labels: traced, it would be compiled anew with each row."""
+    traced = []
+
+    def applies(logits: torch.Tensor) -> bool:
+        traced.append(torch.compiler.is_compiling())
+        return False
+
+    monkeypatch.setattr(fused, "applies", applies)
+    model = build_model("llama").float().train()
+    batch = padded_batch([17, 14]) | {"use_cache": False}
+    detach = attach_lean_loss(model, chunk_tokens=5)
+    loss = torch.compile(model, backend="eager")(**batch).loss
+    loss.backward()
+    detach()
+    assert traced and not any(traced)
+
+
+def test_modes_that_see_every_operator_see_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_works", lambda device, dtype: True)
+    with FakeTensorMode():
+        logits = torch.empty(4096, 8192, device="cuda", dtype=torch.bfloat16)
+        assert not fused.applies(logits)  # a dry run
+    assert fused.applies(logits)
+    with FlopCounterMode(display=False):
+        assert not fused.applies(logits)
 
 
 @pytest.mark.gpu
