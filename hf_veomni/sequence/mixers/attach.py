@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from hf_veomni import hf
-from hf_veomni.attention.documents import current_documents
+from hf_veomni.context import current
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.mixers.row import CarriedCheckpoint, LinearRow, current_row
 from hf_veomni.sequence.mixers.table import FunctionRegistry, Mixer, run_mixer
@@ -43,7 +43,7 @@ class LinearAttachment:
     """Linear attention on one stack; `detach` takes it off again."""
 
     def __init__(self, decoder: nn.Module, mixers: Sequence[Mixer], state: ParallelState) -> None:
-        """Install. The hooks must come after those that set `current_documents`."""
+        """Install. The hooks must come after those that set the documents."""
         self.decoder, self.mixers = decoder, tuple(mixers)
         self._checkpointed = [module for module in decoder.modules() if hasattr(module, "gradient_checkpointing")]
         _registry.acquire(self, self._callers())
@@ -82,7 +82,7 @@ class LinearAttachment:
         _registry.acquire(self, self._callers())  # kernels may have been put in place since
         for module in self._checkpointed:
             hf.wrap_checkpointing(module, CarriedCheckpoint)
-        self._tokens.append(current_row.set(LinearRow(current_documents.get())))
+        self._tokens.append(current_row.set(LinearRow(current().documents)))
 
     def _leave(self, decoder: nn.Module, args: tuple, output: Any) -> None:
         if not self._tokens:
