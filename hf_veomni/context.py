@@ -2,6 +2,10 @@
 
     prepared model    call         for the time of its forward
       decoder stack   row, documents
+        mixer         mixer
+
+A backward runs outside of them all, on a GPU even in a thread of its own, where no ContextVar is set. What activation
+checkpointing runs again there has the context of its first forward, and what that has recorded (`CheckpointCarrier`).
 
 Whoever enters fields leaves them again; in between whatever runs finds them in `current()`. Attention, sequences,
 experts and towers all read the context, so it stands below all of them and knows them by their types alone.
@@ -9,16 +13,20 @@ experts and towers all read the context, so it stands below all of them and know
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from hf_veomni.attention.documents import Documents
+    from hf_veomni.sequence.mixers.functions import MixerCall
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -31,6 +39,8 @@ class Row:
     whole: bool
     cut: bool = False  # whether a layer has got its slice
     gathered: bool = False  # whether the layers' output has been put together again
+    layouts: dict[Any, Any] = field(default_factory=dict)  # index tensors, made once for all mixers
+    mixer_calls: int = 0
 
 
 @dataclass(eq=False)
@@ -41,6 +51,25 @@ class Call:
     cached: bool  # whether a cache was asked for; some families hand their stack the default of their config
     positions: Tensor | None  # Mamba's model does not hand them on to its stack
     row: Row | None = None  # the last one that its stack was called with
+
+
+class Recorded:
+    """What one checkpointed call has made, for its recomputation to have again in the same order."""
+
+    def __init__(self) -> None:
+        self._values: list[Any] = []
+        self._place: int | None = None  # of the next value; None in the forward
+
+    def recall(self, make: Callable[[], T]) -> T:
+        """`make()`; in a recomputation what the forward has made in its place."""
+        if self._place is None:
+            self._values.append(make())
+            return self._values[-1]
+        self._place += 1
+        return self._values[self._place - 1]
+
+    def rewind(self) -> None:
+        self._place = 0
 
 
 class _Entry(NamedTuple):
@@ -54,14 +83,18 @@ class ForwardContext:
 
     Attributes:
         call: of a prepared model.
-        row: that a stack works on; None outside of it, where slicing is the rule (a recomputation without a carrier).
+        row: that a stack works on; None outside of it, and where a user's own means of checkpointing run layers again.
         documents: packed in the row [B, S]; masks are created from them. None where every rank runs the whole row.
+        mixer: the call that the functions of its modelling file serve; None leaves them as they are.
+        recorded: of the checkpointed call that runs; None outside of any.
         entries: what `leave` puts back, the innermost first.
     """
 
     call: Call | None = None
     row: Row | None = None
     documents: Documents | None = None
+    mixer: MixerCall | None = None
+    recorded: Recorded | None = None
     entries: tuple[_Entry, ...] = ()
 
 
@@ -105,6 +138,35 @@ def within(**fields: Any) -> Iterator[None]:
 
 
 def is_cut() -> bool:
-    """Whether layers see slices: also in a recomputation."""
+    """Whether layers see slices; the rule where nothing is known of the row."""
     row = current().row
     return row is None or not row.whole
+
+
+class CheckpointCarrier:
+    """A checkpointing function under which the recomputation has the context of the first forward."""
+
+    def __init__(self, inner: Callable[..., Any]) -> None:
+        """`inner`: called as `inner(function, *args)`, as transformers calls torch's checkpoint."""
+        self.inner = inner
+
+    @torch.compiler.disable(recursive=False)  # a compiler cannot follow a ContextVar; the function itself it can
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.inner(_Carried(function), *args, **kwargs)
+
+
+class _Carried:
+    """What is checkpointed; called once in the forward, and again for each backward."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.recorded = function, Recorded()
+        self.context = replace(current(), recorded=self.recorded)
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        token = _current.set(self.context)
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            _current.reset(token)
+            self.recorded.rewind()

@@ -26,7 +26,7 @@ from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.packing import tell_packing, untell_packing
 from hf_veomni.attention.registry import adopt, release, select
 from hf_veomni.attention.varlen import VARLEN_NAME, register_varlen_attention
-from hf_veomni.context import Call, Row, current, enter, is_cut, leave
+from hf_veomni.context import Call, CheckpointCarrier, Row, current, enter, is_cut, leave
 from hf_veomni.host import forget
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.checks import (
@@ -36,6 +36,8 @@ from hf_veomni.sequence.checks import (
     check_documents,
     check_mask_given,
     check_masks_above,
+    check_slice,
+    refuse_unshared,
     row_documents,
 )
 from hf_veomni.sequence.context_length import Context
@@ -182,6 +184,7 @@ class SequenceAttachment:
                 m.register_forward_pre_hook(self._shard_hidden, with_kwargs=True)  # pyright: ignore
                 for m in self.seam.layers
             ]
+        self._checkpointed = [module for module in decoder.modules() if hasattr(module, "gradient_checkpointing")]
         self._linear = None
         if self.seam.mixers:
             self._linear = LinearAttachment(decoder, self.seam.mixers, self.state)
@@ -194,6 +197,7 @@ class SequenceAttachment:
             handle.remove()
         if self._linear is not None:
             self._linear.detach()
+        hf.restore_checkpointing(self._checkpointed, CheckpointCarrier)
         detach_generate(self.model)
         for module in self.seam.attentions:
             if _MARK in module.__dict__:
@@ -225,6 +229,9 @@ class SequenceAttachment:
                 check_same_rows(given, self.state)
             inputs, documents = self._prepare(inputs, given, extra, row)
             self.outputs.add(length)
+        hf.wrap_checkpointing(self._checkpointed, CheckpointCarrier)
+        if self._linear is not None:
+            self._linear.enter()
         enter(row, row=row, documents=documents)
         if (call := current().call) is not None and call.owner is self:
             call.row = row
@@ -232,8 +239,7 @@ class SequenceAttachment:
 
     def _note_cache(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         kwargs = {**dict(zip(self._model_signature, args, strict=False)), **kwargs}
-        cached = hf.uses_cache(kwargs)
-        call = Call(self, cached, kwargs.get("position_ids"))
+        call = Call(self, hf.uses_cache(kwargs), kwargs.get("position_ids"))
         enter(call, call=call)
 
     def _forget_cache(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -244,11 +250,7 @@ class SequenceAttachment:
         if call.row is not None and not call.row.whole and self.state.sp_size > 1:
             self.outputs.note(output, call.row.length)
         if output is not None and call.row is None and self.state.sp_size > 1:  # None: an error is on its way
-            stack = type(self.seam.decoder).__name__.removeprefix("FSDP")
-            raise ValueError(
-                f"The forward of {self.name} did not call {stack}, which is what shares rows: every rank of the "
-                "SP group has computed all of it. Use sp_size=1."
-            )
+            refuse_unshared(self.name, type(self.seam.decoder).__name__.removeprefix("FSDP"))
 
     def _runs_whole(self, inputs: dict[str, Any]) -> bool:
         """With a cache and in `generate` every rank of the SP group runs the full row."""
@@ -323,6 +325,12 @@ class SequenceAttachment:
         if row is None or row.owner is not self:
             return None  # `_enter` raised
         leave(row)
+        joined = self._join_output(decoder, output, row)
+        if self._linear is not None and output is not None:  # None: an error is on its way
+            self._linear.check_called(row)
+        return joined
+
+    def _join_output(self, decoder: nn.Module, output: Any, row: Row) -> Any:
         if row.whole or row.gathered:
             return None
         if self._views_as_row:
@@ -330,11 +338,7 @@ class SequenceAttachment:
             self.outputs.note(output, row.length)
             return output
         hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
-        if isinstance(hidden, Tensor) and hidden.shape[1] * self.state.sp_size != row.padded:
-            raise ValueError(
-                f"{type(decoder).__name__} returned {hidden.shape[1]} tokens where a slice of {row.padded} over "
-                f"{self.state.sp_size} ranks was expected: its forward puts the row together again and cannot be cut."
-            )
+        check_slice(type(decoder).__name__, hidden, row.padded, self.state.sp_size)
         if self.exit is decoder:
             return map_hidden(output, lambda hidden: gather_rows(hidden, row.length, self.state))
         if self.state.sp_size > 1:
