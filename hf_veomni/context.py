@@ -1,5 +1,6 @@
 """What runs now: one immutable context of the running forward, in the package's one ContextVar.
 
+    generate          generating
     prepared model    call         for the time of its forward
       decoder stack   row, documents
         mixer         mixer
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from hf_veomni.attention.documents import Documents
@@ -82,6 +83,7 @@ class ForwardContext:
     """The running forward, as far as it goes beyond the arguments of a module.
 
     Attributes:
+        generating: models whose `generate` runs, the innermost last.
         call: of a prepared model.
         row: that a stack works on; None outside of it, and where a user's own means of checkpointing run layers again.
         documents: packed in the row [B, S]; masks are created from them. None where every rank runs the whole row.
@@ -90,6 +92,7 @@ class ForwardContext:
         entries: what `leave` puts back, the innermost first.
     """
 
+    generating: tuple[nn.Module, ...] = ()
     call: Call | None = None
     row: Row | None = None
     documents: Documents | None = None
