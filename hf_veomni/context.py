@@ -1,7 +1,8 @@
 """What runs now: one immutable context of the running forward, in the package's one ContextVar.
 
+    step              idle
     generate          generating
-    prepared model    call         for the time of its forward
+    prepared model    call, router_loss
       decoder stack   row, documents
         mixer         mixer
 
@@ -83,8 +84,10 @@ class ForwardContext:
     """The running forward, as far as it goes beyond the arguments of a module.
 
     Attributes:
+        idle: the batch only keeps a rank in step; its tokens are routed and computed, and count nowhere.
         generating: models whose `generate` runs, the innermost last.
         call: of a prepared model.
+        router_loss: in place of the family's load-balancing loss.
         row: that a stack works on; None outside of it, and where a user's own means of checkpointing run layers again.
         documents: packed in the row [B, S]; masks are created from them. None where every rank runs the whole row.
         mixer: the call that the functions of its modelling file serve; None leaves them as they are.
@@ -92,8 +95,10 @@ class ForwardContext:
         entries: what `leave` puts back, the innermost first.
     """
 
+    idle: bool = False
     generating: tuple[nn.Module, ...] = ()
     call: Call | None = None
+    router_loss: Callable[..., Any] | None = None
     row: Row | None = None
     documents: Documents | None = None
     mixer: MixerCall | None = None
@@ -120,7 +125,8 @@ def enter(owner: object, **fields: Any) -> None:
 def leave(owner: object) -> None:
     """Put back what the last `enter(owner)` has set; nothing where there was none (its hook raised before).
 
-    Fields of other owners stay: torch runs the hooks after a forward in the order of those before it, not reversed.
+    Fields of other owners stay, since torch runs the hooks after a forward in the order of those before it; where two
+    enter the same field, the last one leaves first.
     """
     now = current()
     entry = next((entry for entry in now.entries if entry.owner is owner), None)
