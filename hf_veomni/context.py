@@ -2,7 +2,8 @@
 
     step              idle
     generate          generating
-    prepared model    call, router_loss
+    prepared model    call, router_loss, ids
+      tower           encoding
       decoder stack   row, documents
         mixer         mixer
 
@@ -55,6 +56,20 @@ class Call:
     row: Row | None = None  # the last one that its stack was called with
 
 
+class Encoding(NamedTuple):
+    """A call of a `get_*_features` method, or of an encoder of an OmniModel.
+
+    Attributes:
+        config: of the method's owner.
+        modality: "image", "video" or "audio"; None for an OmniModel's encoder.
+        cut: whether the tower's patches are cut over the SP ranks.
+    """
+
+    config: Any
+    modality: str | None
+    cut: bool
+
+
 class Recorded:
     """What one checkpointed call has made, for its recomputation to have again in the same order."""
 
@@ -88,6 +103,8 @@ class ForwardContext:
         generating: models whose `generate` runs, the innermost last.
         call: of a prepared model.
         router_loss: in place of the family's load-balancing loss.
+        ids: `input_ids` [B, S] of the prepared model's call, unless every rank runs the whole row in it.
+        encoding: the method that turns items into features, where it runs on a share of them.
         row: that a stack works on; None outside of it, and where a user's own means of checkpointing run layers again.
         documents: packed in the row [B, S]; masks are created from them. None where every rank runs the whole row.
         mixer: the call that the functions of its modelling file serve; None leaves them as they are.
@@ -99,6 +116,8 @@ class ForwardContext:
     generating: tuple[nn.Module, ...] = ()
     call: Call | None = None
     router_loss: Callable[..., Any] | None = None
+    ids: Tensor | None = None
+    encoding: Encoding | None = None
     row: Row | None = None
     documents: Documents | None = None
     mixer: MixerCall | None = None
