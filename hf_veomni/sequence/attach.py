@@ -8,7 +8,7 @@
 
 Embeddings, masks and positions are made at full length by the model's own code, so masks are right by construction.
 Module hooks run outside of activation checkpointing (transformers 5.23 checkpoints `forward`, not `__call__`), hence
-nothing here runs a second time in the backward; what the recomputation needs travels in the layers' arguments.
+nothing here runs a second time in the backward; a recomputation has the layers' arguments and the forward's `context`.
 """
 
 from __future__ import annotations

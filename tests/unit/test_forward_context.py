@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -10,11 +11,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import hf_veomni
 from hf_veomni import hf
 from hf_veomni.attention.documents import Documents
 from hf_veomni.context import Call, CheckpointCarrier, Row, current, enter, leave, within
 
 DOCUMENTS = Documents.from_lengths([(3, 5)])
+
+
+def test_the_package_has_one_context_variable() -> None:
+    package = Path(hf_veomni.__file__).parent
+    assert [path.name for path in package.rglob("*.py") if "ContextVar(" in path.read_text()] == ["context.py"]
 
 
 def test_owners_leave_in_any_order() -> None:
