@@ -6,7 +6,6 @@ Shapes: B rows; S tokens of a full row; N documents of the whole batch. A row is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
@@ -111,7 +110,3 @@ class Documents:
         for index, row in enumerate(self.lengths):
             for end, length in zip(accumulate(row), row, strict=True):
                 yield index, end - length, end
-
-
-# Set around the forward of a decoder stack; masks are created inside of it.
-current_documents: ContextVar[Documents | None] = ContextVar("hf_veomni_documents", default=None)

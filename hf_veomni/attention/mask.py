@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_veomni.attention.documents import Documents, current_documents
+from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.mask_reader import MaskFunction, Pattern, holds_absolute_chunks, read_pattern, required
+from hf_veomni.context import current
 from hf_veomni.host import apply, on_host, with_values
 
 
@@ -263,7 +264,7 @@ def omni_mask(
     attention_mask: Tensor | MaskSpec | None = None,
     **kwargs: Any,
 ) -> MaskSpec | Tensor | None:
-    """What transformers calls to create a mask for "omni_varlen"; documents are those of `current_documents`.
+    """What transformers calls to create a mask for "omni_varlen"; documents are those of the running forward.
 
     Args:
         attention_mask: bool [B, S], True for tokens and False for padding, or None; or a mask made before, to return.
@@ -279,7 +280,7 @@ def omni_mask(
     if isinstance(attention_mask, MaskSpec):  # made above the stack: it counts as it is, as a tensor does
         return attention_mask
     function: MaskFunction = mask_function or required("causal_mask_function")
-    documents = current_documents.get()
+    documents = current().documents
     same_tokens = q_length == kv_length and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
     if not same_tokens or (attention_mask is not None and attention_mask.shape[-1] != kv_length):
         return required("sdpa_mask")(

@@ -2,7 +2,7 @@
 
 For each mask that it makes, transformers compares positions with their neighbours and asks the device whether any
 document begins within a row (`find_packed_sequence_indices`, transformers 5.23). The documents of the row that runs
-(`current_documents`) answer in its place, if they were read of the same positions; for all others it looks itself.
+(`context`) answer in its place, if they were read of the same positions; for all others it looks itself.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from hf_veomni.attention.documents import current_documents
 from hf_veomni.attention.mask_reader import required
+from hf_veomni.context import current
 
 _NAME = "find_packed_sequence_indices"
 _MARK = "_omni_tells"
@@ -29,7 +29,7 @@ def tell_packing() -> None:
 
     @wraps(stock)
     def find(position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        documents = current_documents.get()
+        documents = current().documents
         if documents is None or torch.compiler.is_compiling() or not documents.told_by(position_ids):
             return stock(position_ids, *args, **kwargs)
         return documents.segments

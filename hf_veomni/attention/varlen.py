@@ -22,10 +22,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_veomni.attention.blocks import Block, Formula, attend, attend_recomputed, plan_blocks, take_slices
-from hf_veomni.attention.documents import current_documents
 from hf_veomni.attention.flex import attend_flex, flex_applies
 from hf_veomni.attention.kernel import Packing, attend_packed
 from hf_veomni.attention.mask import MaskSpec, omni_mask
+from hf_veomni.context import current
 
 VARLEN_NAME = "omni_varlen"
 
@@ -141,7 +141,7 @@ def _settle_autocast(*tensors: Tensor) -> Sequence[Tensor]:
 
 
 def _check_no_documents(query: Tensor, key: Tensor, mask: Tensor | None) -> None:
-    documents = current_documents.get()
+    documents = current().documents
     if mask is not None or documents is None or not documents.is_packed:
         return
     if (query.shape[0], query.shape[2]) == (documents.num_rows, documents.row_length) and key.shape[2] == query.shape[

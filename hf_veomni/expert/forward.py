@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from hf_veomni import hf
+from hf_veomni.context import current, within
 from hf_veomni.expert.compute import LowRank, compute_as_selected, compute_experts, keep_connected
 from hf_veomni.expert.dispatch import combine, dispatch, make_route
 from hf_veomni.expert.recompute import recall_route
@@ -25,22 +25,13 @@ def is_training_forward(module: nn.Module) -> bool:
     return module.training and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
 
 
-# Set around a batch that only keeps a rank in step: its tokens are routed and computed, and count nowhere.
-_idle: ContextVar[bool] = ContextVar("hf_veomni_idle", default=False)
-
-
-@contextmanager
-def counting_no_tokens() -> Iterator[None]:
+def counting_no_tokens() -> AbstractContextManager[None]:
     """Within this context a model's tokens count neither in its router's loss nor in the load of its experts."""
-    token = _idle.set(True)
-    try:
-        yield
-    finally:
-        _idle.reset(token)
+    return within(idle=True)
 
 
 def counts_tokens() -> bool:
-    return not _idle.get()
+    return not current().idle
 
 
 def start_rows(experts: nn.Module) -> int:

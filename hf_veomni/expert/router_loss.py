@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar, Token
+from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
 from typing import Any
@@ -31,11 +31,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_veomni.context import current, enter, leave
 from hf_veomni.expert.dispatch import count_pairs
 from hf_veomni.expert.forward import counts_tokens
 from hf_veomni.mesh import ParallelState
 
 _NAME = "load_balancing_loss_func"
+# What of a model's inputs tells which tokens count, and for how much.
+_READ = ("input_ids", "inputs_embeds", "attention_mask", "labels", "shift_labels", "num_items_in_batch")
 
 
 class _OfAllRanks(torch.autograd.Function):
@@ -52,43 +55,18 @@ class _OfAllRanks(torch.autograd.Function):
         return grads[0] * slope, None, None
 
 
-class RouterLoss:
-    """What `load_balancing_loss_func` is during one prepared model's forward.
+@dataclass(frozen=True, eq=False)
+class _LossOfAllRanks:
+    """What `load_balancing_loss_func` is during one forward of a prepared model.
 
     Attributes:
-        last: the loss of the last call over the tokens of all ranks, without the weight of its micro-batch.
+        inputs: of the model, those in `_READ`.
+        training: whether gradients are enabled.
     """
 
-    def __init__(self, model: nn.Module, state: ParallelState, module: str) -> None:
-        """Install on `model`, whose family keeps its function in `module`."""
-        self.state, self.module = state, module
-        self.last: Tensor | None = None
-        self._signature = list(inspect.signature(model.forward).parameters)
-        self._inputs: Mapping[str, Any] = {}
-        self._training = True
-        self._tokens: list[Token] = []
-        self._handles = [
-            model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            model.register_forward_hook(self._leave, always_call=True, prepend=True),  # last in, first out
-        ]
-        _patches.add(self)
-
-    def detach(self) -> None:
-        """Remove the hooks, and the function after the last model of its family."""
-        for handle in self._handles:
-            handle.remove()
-        _patches.remove(self)
-
-    def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        _patches.add(self)  # a deep copy of the model comes here first
-        self._inputs = {**dict(zip(self._signature, args, strict=False)), **kwargs}
-        self._training = torch.is_grad_enabled()
-        self._tokens.append(_current.set(self))
-
-    def _leave(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self._inputs = {}
-        if self._tokens:
-            _current.reset(self._tokens.pop())
+    state: ParallelState
+    inputs: Mapping[str, Any]
+    training: bool
 
     def __call__(
         self, gate_logits: Any, num_experts: int | None = None, top_k: int = 2, attention_mask: Tensor | None = None
@@ -110,7 +88,6 @@ class RouterLoss:
         chosen_all, probable_all = both[:num_experts], both[num_experts : 2 * num_experts]
         total, weights = both[-2].clamp(min=1), both[-1]  # 0 where no rank has a token that counts
         value = num_experts * (chosen_all * probable_all).sum() / total**2
-        self.last = value.detach()
         slope = num_experts * chosen_all / total**2 * weights
         return _OfAllRanks.apply(
             probabilities, (value * weight).to(probabilities.dtype), slope.to(probabilities.dtype)
@@ -118,14 +95,14 @@ class RouterLoss:
 
     def _reduce(self, both: Tensor) -> None:
         """Without gradients a batch has a loss of its own, as in one process: its tokens are those of the SP group."""
-        if self._training and self.state.world_size > 1:
+        if self.training and self.state.world_size > 1:
             dist.all_reduce(both)
         elif self.state.sp_size > 1:
             dist.all_reduce(both, group=self.state.sp_group)
 
     def _share(self, device: torch.device) -> Tensor | float:
-        items, labels = self._inputs.get("num_items_in_batch"), self._inputs.get("labels")
-        shifted = self._inputs.get("shift_labels")
+        items, labels = self.inputs.get("num_items_in_batch"), self.inputs.get("labels")
+        shifted = self.inputs.get("shift_labels")
         if items is None or (labels is None and shifted is None):
             return 1.0
         targets = shifted if labels is None or shifted is not None else F.pad(labels, (0, 1), value=-100)[..., 1:]
@@ -135,8 +112,8 @@ class RouterLoss:
         return count / items
 
     def _given(self) -> Tensor:
-        embeds = self._inputs.get("inputs_embeds")
-        return self._inputs["input_ids"] if embeds is None else embeds
+        embeds = self.inputs.get("inputs_embeds")
+        return self.inputs["input_ids"] if embeds is None else embeds
 
     def _length(self) -> int:
         return self._given().shape[1]
@@ -144,7 +121,7 @@ class RouterLoss:
     def _valid(self, local: int) -> Tensor | None:
         """[t] which of this rank's tokens count: none that is padding, of the caller or of a row's last shard."""
         rows, length = self._given().shape[:2]
-        mask = self._inputs.get("attention_mask")
+        mask = self.inputs.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             mask = None
         sp, whole = self.state.sp_size, local == rows * length
@@ -159,7 +136,33 @@ class RouterLoss:
         return mask.reshape(-1)
 
 
-_current: ContextVar[RouterLoss | None] = ContextVar("hf_veomni_router_loss", default=None)
+class RouterLoss:
+    """Has the functions of one prepared model's family compute its load-balancing loss over all ranks' tokens."""
+
+    def __init__(self, model: nn.Module, state: ParallelState, module: str) -> None:
+        """Install on `model`, whose family keeps its function in `module`."""
+        self.state, self.module = state, module
+        self._signature = list(inspect.signature(model.forward).parameters)
+        self._handles = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True, prepend=True),  # last in, first out
+        ]
+        _patches.add(self)
+
+    def detach(self) -> None:
+        """Remove the hooks, and the function after the last model of its family."""
+        for handle in self._handles:
+            handle.remove()
+        _patches.remove(self)
+
+    def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        _patches.add(self)  # a deep copy of the model comes here first
+        inputs = {**dict(zip(self._signature, args, strict=False)), **kwargs}
+        inputs = {name: inputs.get(name) for name in _READ}
+        enter(self, router_loss=_LossOfAllRanks(self.state, inputs, torch.is_grad_enabled()))
+
+    def _leave(self, model: nn.Module, args: tuple, output: Any) -> None:
+        leave(self)
 
 
 def _sums(
@@ -196,7 +199,7 @@ class _Patches:
 
         @wraps(stock)
         def function(*args: Any, **kwargs: Any) -> Any:
-            return (_current.get() or stock)(*args, **kwargs)
+            return (current().router_loss or stock)(*args, **kwargs)
 
         setattr(sys.modules[name], _NAME, function)
 

@@ -12,7 +12,7 @@ import logging
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
@@ -345,34 +345,23 @@ def apply_expert_plan(
     apply_expert_parallelism(model, ep_mesh, ep_mesh, plan, ep_implementation=name)
 
 
-def wrap_checkpointing(module: nn.Module, wrapper: type) -> None:
-    """Put `wrapper` around the function that checkpoints the layer, where it has one and not yet.
+def wrap_checkpointing(modules: Iterable[nn.Module], wrapper: type) -> None:
+    """Put `wrapper` around the functions that checkpoint these, where they have one and not yet.
 
-    A wrapper keeps what it is around in `inner`; one of another kind may be in between.
+    A wrapper keeps what it is around in `inner`.
     """
-    function = vars(module).get("_gradient_checkpointing_func")
-    if function is not None and not any(isinstance(f, wrapper) for f in _wrappers(function)):
-        setattr(module, "_gradient_checkpointing_func", wrapper(function))  # noqa: B010 (nn.Module's setter)
+    for module in modules:
+        function = vars(module).get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, wrapper):
+            setattr(module, "_gradient_checkpointing_func", wrapper(function))  # noqa: B010 (nn.Module's setter)
 
 
-def restore_checkpointing(module: nn.Module, wrapper: type) -> None:
-    """Undo `wrap_checkpointing`."""
-    outer = None
-    for function in _wrappers(vars(module).get("_gradient_checkpointing_func")):
-        if not isinstance(function, wrapper):
-            outer = function
-        elif outer is None:
-            setattr(module, "_gradient_checkpointing_func", vars(function)["inner"])  # noqa: B010
-        else:
-            outer.inner = vars(function)["inner"]
-
-
-def _wrappers(function: Any) -> list[Any]:
-    """A checkpointing function and what it is wrapped around, outermost first; the innermost is transformers' own."""
-    found = [function]
-    while (inner := getattr(found[-1], "inner", None)) is not None:
-        found.append(inner)
-    return found
+def restore_checkpointing(modules: Iterable[nn.Module], wrapper: type) -> None:
+    """Undo `wrap_checkpointing`, unless somebody has put another function in its place."""
+    for module in modules:
+        function: Any = vars(module).get("_gradient_checkpointing_func")
+        if isinstance(function, wrapper):
+            setattr(module, "_gradient_checkpointing_func", function.inner)  # noqa: B010
 
 
 def template_variables(template: str) -> frozenset[str]:

@@ -13,7 +13,6 @@ Shapes: S tokens of the row, S' = S padded to a multiple of sp, s = S'/sp tokens
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar, Token
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from hf_veomni import hf
 from hf_veomni.comm.all_to_all import all_to_all
+from hf_veomni.context import current, enter, leave
 from hf_veomni.host import on_host
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment
@@ -30,16 +30,12 @@ from hf_veomni.modality.balance import Assignment
 _SCATTER = {"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"}
 _SCATTER |= {"gemma3", "idefics3", "internvl", "llava_onevision", "smolvlm", "voxtral"}
 
-# `input_ids` [B, S] of the prepared model's call, unless every rank runs the whole row in it.
-_ids: ContextVar[Tensor | None] = ContextVar("hf_veomni_ids", default=None)
-
 
 class IdsWatch:
     """Hooks around a prepared model that note its `input_ids`; bound methods, so that a deep copy has its own."""
 
     def __init__(self, model: nn.Module, parameters: list[str]) -> None:
         self.parameters = parameters
-        self.tokens: list[Token] = []
         self.handles = [
             model.register_forward_pre_hook(self.enter, with_kwargs=True),
             model.register_forward_hook(self.leave, always_call=True),
@@ -48,11 +44,10 @@ class IdsWatch:
     def enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         whole = hf.uses_cache(inputs)
-        self.tokens.append(_ids.set(None if whole else inputs.get("input_ids")))
+        enter(self, ids=None if whole else inputs.get("input_ids"))
 
     def leave(self, model: nn.Module, args: tuple, output: Any) -> None:
-        if self.tokens:
-            _ids.reset(self.tokens.pop())
+        leave(self)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -60,15 +55,15 @@ class IdsWatch:
             handle.remove()
 
 
-def find_ranks(config: Any, modality: str, num_rows: int, state: ParallelState) -> np.ndarray | None:
+def find_ranks(config: Any, modality: str | None, num_rows: int, state: ParallelState) -> np.ndarray | None:
     """The SP rank whose slice has the token of each feature row, int64 [num_rows]; None where all ranks need them.
 
     Args:
         config: of the module whose `get_*_features` was called.
-        modality: "image", "video" or "audio".
+        modality: "image", "video" or "audio"; of None all ranks need them.
         num_rows: features of all items of the call.
     """
-    ids = _ids.get()
+    ids = current().ids
     names = (f"{modality}_token_id", f"{modality}_token_index")
     token = next((found for name in names if isinstance(found := getattr(config, name, None), int)), None)
     if ids is None or token is None or getattr(config, "model_type", None) not in _SCATTER:

@@ -52,7 +52,7 @@ class ReadyTower:
         """Add what the tower would compute from its grid."""
         inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         grid = inputs.get("grid_thw")
-        if cutting.get() is not None or not isinstance(grid, Tensor) or "cu_seqlens" in inputs:
+        if cutting() is not None or not isinstance(grid, Tensor) or "cu_seqlens" in inputs:
             return None
         return args, {**kwargs, **self._tables(tower, on_host(grid), grid.device)}
 

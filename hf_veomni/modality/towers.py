@@ -21,7 +21,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -33,6 +32,7 @@ from transformers import PreTrainedModel
 
 from hf_veomni import hf
 from hf_veomni.comm.gather import gather_shards
+from hf_veomni.context import Encoding, current, within
 from hf_veomni.fsdp.unused import GiveZeros
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment, assign_items
@@ -40,12 +40,10 @@ from hf_veomni.modality.exchange import exchange_rows, find_ranks, watch_ids
 from hf_veomni.modality.items import FRAMES, Items, find_items
 from hf_veomni.modality.ready import ReadyTower
 from hf_veomni.modality.schedule import FEATURES, TowerPasses, units_of, used_features, why_not
-from hf_veomni.modality.ulysses_vit import TowerCut, check_cut, cutting
+from hf_veomni.modality.ulysses_vit import TowerCut, check_cut
 from hf_veomni.sequence.generation import is_generating
 
 _METHODS = {f"get_{modality}_features": modality for modality in ("image", "video", "audio")}
-# A video method may call that of pictures, which has its share already then.
-_sharing: ContextVar[bool] = ContextVar("hf_veomni_sharing", default=False)
 # PEFT's `modules_to_save` puts a wrapper with two copies in a module's place, whose name users know.
 _COPIES = re.compile(r"\.(original_module|modules_to_save\.[^.]+)$")
 
@@ -227,25 +225,18 @@ class _SharedMethod:
         return getattr(type(self.owner), self.name).__get__(self.owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _sharing.get():
+        if current().encoding is not None:  # a video method may call that of pictures, which has its share already
             return self._stock(*args, **kwargs)
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         balanced = self.kind == "balance"
         runs = self.state.sp_size if balanced and self.cuts_videos else 0
-        items = None if is_generating(self.model) else find_items(arguments, self.width, runs)
-        token = _sharing.set(True)
-        try:
+        generates = is_generating(self.model)
+        items = None if generates else find_items(arguments, self.width, runs)
+        cut = self.kind == "ulysses" and not generates
+        with within(encoding=Encoding(getattr(self.owner, "config", None), _METHODS.get(self.name), cut)):
             if balanced and items is not None and len(items.costs) > 1:
                 return self._encode(items, assign_items(items.costs, self.state.sp_size))
-            if self.kind == "ulysses" and not is_generating(self.model):
-                cut = cutting.set((getattr(self.owner, "config", None), _METHODS[self.name]))
-                try:
-                    return self._run([arguments], items)[0]
-                finally:
-                    cutting.reset(cut)
             return self._run([arguments], items)[0]
-        finally:
-            _sharing.reset(token)
 
     def _run(self, calls: list[dict[str, Any]], items: Items | None) -> list[Any]:
         """Outputs of the stock method."""

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -42,6 +41,7 @@ from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.mask import MaskSpec
 from hf_veomni.attention.varlen import varlen_attention
 from hf_veomni.comm.gather import gather_shards
+from hf_veomni.context import Encoding, current
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment
 from hf_veomni.modality.exchange import exchange_rows, find_ranks
@@ -57,8 +57,11 @@ _PLAIN = {"qwen2_vl_vision", "glm_ocr_vision", "glm5_next_vision"}
 TABLES = FRAMES - WINDOWS - _SCALED - _PLAIN
 _BOUNDARIES = "_omni_boundaries"
 
-# Config and modality of the `get_*_features` method that runs; None where the tower runs whole.
-cutting: ContextVar[tuple[Any, str] | None] = ContextVar("hf_veomni_cutting", default=None)
+
+def cutting() -> Encoding | None:
+    """The `get_*_features` method that runs with patches cut; None where the tower runs whole."""
+    encoding = current().encoding
+    return encoding if encoding is not None and encoding.cut else None
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ class TowerCut:
     def enter(self, tower: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Cut the inputs of a call that a `get_*_features` method makes."""
         self.slices = None
-        if cutting.get() is None:
+        if cutting() is None:
             return None
         inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         pixels, grid = inputs.pop(self.parameters[0]), inputs["grid_thw"]
@@ -261,11 +264,11 @@ class TowerCut:
 
     def leave(self, tower: nn.Module, args: tuple, output: Any) -> Any:
         """Features of all patches, as the stock tower gives them, and nothing else."""
-        slices, call = self.slices, cutting.get()
+        slices, encoding = self.slices, cutting()
         self.slices = None
-        if slices is None or call is None:
+        if slices is None or encoding is None:
             return None
-        ranks = find_ranks(*call, slices.num_units, self.state)
+        ranks = find_ranks(encoding.config, encoding.modality, slices.num_units, self.state)
         found: dict[str, Any] = {"pooler_output": self._join(output.pooler_output, slices, ranks)}
         if output.get("deepstack_features") is not None:
             found["deepstack_features"] = [self._join(deep, slices, ranks) for deep in output.deepstack_features]

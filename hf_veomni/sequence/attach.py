@@ -8,7 +8,7 @@
 
 Embeddings, masks and positions are made at full length by the model's own code, so masks are right by construction.
 Module hooks run outside of activation checkpointing (transformers 5.23 checkpoints `forward`, not `__call__`), hence
-nothing here runs a second time in the backward; what the recomputation needs travels in the layers' arguments.
+nothing here runs a second time in the backward; a recomputation has the layers' arguments and the forward's `context`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_veomni import hf
-from hf_veomni.attention.documents import current_documents
+from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.packing import tell_packing, untell_packing
 from hf_veomni.attention.registry import adopt, release, select
 from hf_veomni.attention.varlen import VARLEN_NAME, register_varlen_attention
+from hf_veomni.context import Call, CheckpointCarrier, Row, current, enter, is_cut, leave
 from hf_veomni.host import forget
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.checks import (
@@ -35,9 +36,10 @@ from hf_veomni.sequence.checks import (
     check_documents,
     check_mask_given,
     check_masks_above,
+    check_slice,
+    refuse_unshared,
     row_documents,
 )
-from hf_veomni.sequence.context import Call, Row, current_call, current_row, is_cut
 from hf_veomni.sequence.context_length import Context
 from hf_veomni.sequence.cross import can_cross, cross_attention, is_cross, watch_cross
 from hf_veomni.sequence.families.bias import attach_bias
@@ -73,7 +75,7 @@ def _wrap_attention(inner: hf.AttentionFunction | None) -> hf.AttentionFunction:
     def attention(module, query, key, value, attention_mask, **kwargs):
         function = inner or hf.eager_attention(module)
         state: ParallelState | None = getattr(module, _MARK, None)
-        row = current_row.get()
+        row = current().row
         if state is not None and is_cross(module) and not (row is not None and row.whole and state.sp_size > 1):
             return cross_attention(function, module, query, key, value, attention_mask, state, **kwargs)
         if state is None or state.sp_group is None or (row is not None and row.whole):
@@ -182,6 +184,7 @@ class SequenceAttachment:
                 m.register_forward_pre_hook(self._shard_hidden, with_kwargs=True)  # pyright: ignore
                 for m in self.seam.layers
             ]
+        self._checkpointed = [module for module in decoder.modules() if hasattr(module, "gradient_checkpointing")]
         self._linear = None
         if self.seam.mixers:
             self._linear = LinearAttachment(decoder, self.seam.mixers, self.state)
@@ -194,6 +197,7 @@ class SequenceAttachment:
             handle.remove()
         if self._linear is not None:
             self._linear.detach()
+        hf.restore_checkpointing(self._checkpointed, CheckpointCarrier)
         detach_generate(self.model)
         for module in self.seam.attentions:
             if _MARK in module.__dict__:
@@ -219,40 +223,38 @@ class SequenceAttachment:
         length = given.shape[1]
         whole = self._runs_whole(inputs)
         extra = 0 if whole else -length % self.state.sp_size
-        row = Row(self, length, length + extra, whole)
+        row, documents = Row(self, length, length + extra, whole), None
         if not whole:
             if self.outputs.is_empty and self.state.sp_size > 1:  # once: a loader that deals wrongly always does
                 check_same_rows(given, self.state)
-            inputs = self._prepare(inputs, given, extra, row)
+            inputs, documents = self._prepare(inputs, given, extra, row)
             self.outputs.add(length)
-        row.tokens.append((current_row, current_row.set(row)))
-        if (call := current_call.get()) is not None and call.owner is self:
+        hf.wrap_checkpointing(self._checkpointed, CheckpointCarrier)
+        if self._linear is not None:
+            self._linear.enter()
+        enter(row, row=row, documents=documents)
+        if (call := current().call) is not None and call.owner is self:
             call.row = row
         return (), inputs
 
     def _note_cache(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         kwargs = {**dict(zip(self._model_signature, args, strict=False)), **kwargs}
-        cached = hf.uses_cache(kwargs)
-        call = Call(self, cached, kwargs.get("position_ids"))
-        call.token = current_call.set(call)
+        call = Call(self, hf.uses_cache(kwargs), kwargs.get("position_ids"))
+        enter(call, call=call)
 
     def _forget_cache(self, model: nn.Module, args: tuple, output: Any) -> None:
-        call = current_call.get()
-        if call is None or call.owner is not self or call.token is None:
+        call = current().call
+        if call is None or call.owner is not self:
             return  # `_note_cache` did not run
-        current_call.reset(call.token)
+        leave(call)
         if call.row is not None and not call.row.whole and self.state.sp_size > 1:
             self.outputs.note(output, call.row.length)
         if output is not None and call.row is None and self.state.sp_size > 1:  # None: an error is on its way
-            stack = type(self.seam.decoder).__name__.removeprefix("FSDP")
-            raise ValueError(
-                f"The forward of {self.name} did not call {stack}, which is what shares rows: every rank of the "
-                "SP group has computed all of it. Use sp_size=1."
-            )
+            refuse_unshared(self.name, type(self.seam.decoder).__name__.removeprefix("FSDP"))
 
     def _runs_whole(self, inputs: dict[str, Any]) -> bool:
         """With a cache and in `generate` every rank of the SP group runs the full row."""
-        call = current_call.get()
+        call = current().call
         if call is not None and call.owner is self:
             requested = call.cached
         else:
@@ -264,9 +266,11 @@ class SequenceAttachment:
             )
         return requested or is_generating(self.model)
 
-    def _prepare(self, inputs: dict[str, Any], given: Tensor, extra: int, row: Row) -> dict[str, Any]:
+    def _prepare(
+        self, inputs: dict[str, Any], given: Tensor, extra: int, row: Row
+    ) -> tuple[dict[str, Any], Documents]:
         self._check_inputs(inputs)
-        positions, call = inputs.get("position_ids"), current_call.get()
+        positions, call = inputs.get("position_ids"), current().call
         if positions is None and call is not None and call.owner is self:
             positions = call.positions
         positions = find_positions(positions, given, inputs.get("attention_mask"), self.config)
@@ -293,7 +297,6 @@ class SequenceAttachment:
         check_documents(self._traits, documents, mask, positions, filled=bool(extra))
         check_masks_above(self.name, documents, inputs.get("attention_mask"), filled=bool(extra))
         check_counted(self.name, self.seam.max_counted, max(row.padded // self.state.sp_size, documents.max_length))
-        row.tokens.append((current_documents, current_documents.set(documents)))
         # transformers reads the mask; the rest may reach compiled modules, and compilers take plain tensors.
         inputs = {k: forget(x) if isinstance(x, Tensor) and k != "attention_mask" else x for k, x in inputs.items()}
         if made:
@@ -301,7 +304,7 @@ class SequenceAttachment:
         elif self._origin is not None:
             own = self._origin.positions(inputs["position_ids"], inputs.get("input_ids"), inputs.get("attention_mask"))
             inputs["position_ids"] = own
-        return inputs
+        return inputs, documents
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
         if self.state.sp_size > 1:
@@ -318,11 +321,16 @@ class SequenceAttachment:
                     )
 
     def _leave(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        row = current_row.get()
+        row = current().row
         if row is None or row.owner is not self:
             return None  # `_enter` raised
-        for variable, token in reversed(row.tokens):
-            variable.reset(token)
+        leave(row)
+        joined = self._join_output(decoder, output, row)
+        if self._linear is not None and output is not None:  # None: an error is on its way
+            self._linear.check_called(row)
+        return joined
+
+    def _join_output(self, decoder: nn.Module, output: Any, row: Row) -> Any:
         if row.whole or row.gathered:
             return None
         if self._views_as_row:
@@ -330,11 +338,7 @@ class SequenceAttachment:
             self.outputs.note(output, row.length)
             return output
         hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
-        if isinstance(hidden, Tensor) and hidden.shape[1] * self.state.sp_size != row.padded:
-            raise ValueError(
-                f"{type(decoder).__name__} returned {hidden.shape[1]} tokens where a slice of {row.padded} over "
-                f"{self.state.sp_size} ranks was expected: its forward puts the row together again and cannot be cut."
-            )
+        check_slice(type(decoder).__name__, hidden, row.padded, self.state.sp_size)
         if self.exit is decoder:
             return map_hidden(output, lambda hidden: gather_rows(hidden, row.length, self.state))
         if self.state.sp_size > 1:
@@ -342,21 +346,21 @@ class SequenceAttachment:
         return None
 
     def _gather_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        row = current_row.get()
+        row = current().row
         if row is None or row.whole or row.owner is not self:
             return output
         row.gathered = True
         return map_hidden(output, lambda hidden: gather_rows(hidden, row.length, self.state))
 
     def _gather_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        row = current_row.get()
+        row = current().row
         if row is None or row.whole or row.owner is not self or not args:
             return None
         whole = gather_rows(args[0], row.padded if self._views_as_row else row.length, self.state)
         return (whole, *args[1:]), kwargs
 
     def _shard_rope(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        row = current_row.get()
+        row = current().row
         if row is None or row.whole or row.owner is not self:
             return output
         tables = output if isinstance(output, tuple) else (output,)
@@ -370,7 +374,7 @@ class SequenceAttachment:
 
     @torch.compiler.disable
     def _shard_hidden(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        row = current_row.get()
+        row = current().row
         if row is None or row.whole or row.owner is not self:
             return None
         return cut_call(layer, args, kwargs, row, self.state)

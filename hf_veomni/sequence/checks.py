@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -181,3 +181,20 @@ def _restarts_between_tokens(positions: Tensor, mask: Tensor) -> bool:
     positions, real = on_host(positions), on_host(mask).bool()
     positions = positions[0] if positions.dim() == 3 else positions
     return bool(((positions.diff(dim=-1) != 1) & real[:, 1:] & real[:, :-1]).any())
+
+
+def check_slice(name: str, hidden: Any, padded: int, sp_size: int) -> None:
+    """Raises ValueError where the stack `name` returned other hidden states than [B, padded / sp_size, ...]."""
+    if isinstance(hidden, Tensor) and hidden.shape[1] * sp_size != padded:
+        raise ValueError(
+            f"{name} returned {hidden.shape[1]} tokens where a slice of {padded} over {sp_size} ranks was expected: "
+            "its forward puts the row together again and cannot be cut."
+        )
+
+
+def refuse_unshared(name: str, stack: str) -> NoReturn:
+    """Raises ValueError: the model `name` did without its stack."""
+    raise ValueError(
+        f"The forward of {name} did not call {stack}, which is what shares rows: every rank of the SP group has "
+        "computed all of it. Use sp_size=1."
+    )

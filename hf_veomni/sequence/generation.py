@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from hf_veomni.context import current, within
+
 _GENERATE = "generate"
-# Models whose `generate` runs now, the innermost last.
-_generating: ContextVar[tuple[nn.Module, ...]] = ContextVar("hf_veomni_generating", default=())
 
 
 def is_generating(model: nn.Module) -> bool:
     """Whether the call of `model` comes from its own `generate`."""
-    return any(one is model for one in _generating.get())
+    return any(one is model for one in current().generating)
 
 
 def _generate(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    token = _generating.set((*_generating.get(), model))
-    try:
+    with within(generating=(*current().generating, model)):
         return original(*args, **kwargs)
-    finally:
-        _generating.reset(token)
 
 
 def attach_generate(model: Any) -> None:

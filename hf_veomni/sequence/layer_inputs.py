@@ -13,25 +13,18 @@ from __future__ import annotations
 import inspect
 import re
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_veomni.context import Row
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.shard import shard_sequence
 from hf_veomni.sequence.stack import own_names
 
 _WHOLE = re.compile(r"attention_mask|causal_mask|bias|encoder|cross_|key_value|position|relative|past|cache")
-
-
-class Row(Protocol):
-    """What `cut_call` reads and writes of the row that a stack works on."""
-
-    length: int
-    padded: int
-    cut: bool
 
 
 def cut_call(layer: nn.Module, args: tuple, kwargs: dict, row: Row, state: ParallelState) -> tuple[tuple, dict] | None:

@@ -1,8 +1,7 @@
-"""Install the schemes on a stack's mixers: their forwards, the row that they work on, and its way into recomputation.
+"""Install the schemes on a stack's mixers.
 
-decoder stack     pre-hook    sets the row: documents, or none with a cache
   mixer           forward     exchanges, runs the family's own functions by document, exchanges back
-decoder stack     post-hook   forgets the row
+decoder stack     post-hook   checks that one of them was called
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_veomni import hf
-from hf_veomni.attention.documents import current_documents
+from hf_veomni.context import Row, current
 from hf_veomni.mesh import ParallelState
-from hf_veomni.sequence.mixers.row import CarriedCheckpoint, LinearRow, current_row
 from hf_veomni.sequence.mixers.table import FunctionRegistry, Mixer, run_mixer
 from hf_veomni.sequence.shard import shard_sequence
 
@@ -30,8 +27,8 @@ def _cut_original(
     state: ParallelState, place: int, module: nn.Module, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict] | None:
     """Cut the embeddings [B, S, *] of the full row for a layer that sees [B, s, *]."""
-    row, given = current_row.get(), kwargs.get(_ORIGINAL, args[place] if len(args) > place else None)
-    if row is None or row.documents is None or given is None or given.shape[1] != row.documents.row_length:
+    documents, given = current().documents, kwargs.get(_ORIGINAL, args[place] if len(args) > place else None)
+    if documents is None or given is None or given.shape[1] != documents.row_length:
         return None
     local = shard_sequence(given, 1, state)
     if _ORIGINAL in kwargs:
@@ -43,17 +40,12 @@ class LinearAttachment:
     """Linear attention on one stack; `detach` takes it off again."""
 
     def __init__(self, decoder: nn.Module, mixers: Sequence[Mixer], state: ParallelState) -> None:
-        """Install. The hooks must come after those that set `current_documents`."""
+        """Install; `enter` and `check_called` are for each forward."""
         self.decoder, self.mixers = decoder, tuple(mixers)
-        self._checkpointed = [module for module in decoder.modules() if hasattr(module, "gradient_checkpointing")]
         _registry.acquire(self, self._callers())
         for mixer in mixers:
             mixer.module.forward = partial(run_mixer, mixer.module, mixer.scheme, state)
-        self._tokens: list[Any] = []
-        self._handles = [
-            decoder.register_forward_pre_hook(self._enter),
-            decoder.register_forward_hook(self._leave, always_call=True),
-        ]
+        self._handles: list[Any] = []
         for module in decoder.modules() if state.sp_size > 1 else ():
             names = list(inspect.signature(type(module).forward).parameters)
             if _ORIGINAL in names:
@@ -74,24 +66,17 @@ class LinearAttachment:
             handle.remove()
         for mixer in self.mixers:
             mixer.module.__dict__.pop("forward", None)
-        for module in self._checkpointed:
-            hf.restore_checkpointing(module, CarriedCheckpoint)
         _registry.release(self)
 
-    def _enter(self, decoder: nn.Module, args: tuple) -> None:
+    def enter(self) -> None:
+        """Before each forward of the stack."""
         _registry.acquire(self, self._callers())  # kernels may have been put in place since
-        for module in self._checkpointed:
-            hf.wrap_checkpointing(module, CarriedCheckpoint)
-        self._tokens.append(current_row.set(LinearRow(current_documents.get())))
 
-    def _leave(self, decoder: nn.Module, args: tuple, output: Any) -> None:
-        if not self._tokens:
-            return
-        row = current_row.get()
-        current_row.reset(self._tokens.pop())
-        if output is not None and row is not None and not row.calls:  # None: an error is on its way
+    def check_called(self, row: Row) -> None:
+        """Raises ValueError where the forward that worked on `row` has called no mixer."""
+        if not row.mixer_calls:
             raise ValueError(
-                f"None of the modules of {type(decoder).__name__} that mix tokens by themselves was called, "
+                f"None of the modules of {type(self.decoder).__name__} that mix tokens by themselves was called, "
                 f"`{self.mixers[0].name}` among them: the model has put others in their place since `prepare_omni`, "
                 "which would mix the tokens of a slice alone. Load it so that it keeps them (BigBird: with "
                 "attention_type='original_full')."

@@ -26,7 +26,6 @@ from hf_veomni.attention.documents import Documents
 from hf_veomni.comm import gather_shards
 from hf_veomni.sequence.mixers.exchange import Span, heads_to_tokens, tokens_to_heads
 from hf_veomni.sequence.mixers.layout import conv_layout, scan_layout
-from hf_veomni.sequence.mixers.row import LinearRow
 from hf_veomni.sequence.ulysses import HeadLayout, head_layout
 
 Function = Callable[..., Any]
@@ -38,23 +37,25 @@ DEFAULT_CHUNK = 64
 
 @dataclass(eq=False)
 class MixerCall:
-    """One call of one mixer. `group`: the SP group; None for one rank."""
+    """One call of one mixer.
 
-    row: LinearRow
+    Attributes:
+        documents: of the full rows.
+        layouts: index tensors that the layers share, once a forward instead of once a layer.
+        group: the SP group; None for one rank.
+    """
+
+    documents: Documents
+    layouts: dict[Any, Any]
     group: dist.ProcessGroup | None
     rank: int
     size: int
 
-    @property
-    def documents(self) -> Documents:
-        assert self.row.documents is not None
-        return self.row.documents
-
     def layout(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """An index layout, made once for all layers of a forward."""
-        if key not in self.row.layouts:
-            self.row.layouts[key] = make()
-        return self.row.layouts[key]
+        if key not in self.layouts:
+            self.layouts[key] = make()
+        return self.layouts[key]
 
 
 def by_document(call: MixerCall, function: Function, tensors: Sequence[Tensor], chunk: int) -> Tensor:

@@ -6,7 +6,6 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
@@ -15,12 +14,12 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from hf_veomni import hf
+from hf_veomni.context import current, within
 from hf_veomni.mesh import ParallelState
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.sequence.families.lightning import check_lightning, run_lightning
 from hf_veomni.sequence.mixers.functions import FUNCTIONS, MixerCall
 from hf_veomni.sequence.mixers.replicated import run_gathered
-from hf_veomni.sequence.mixers.row import current_row
 from hf_veomni.sequence.offer import attends_by_name
 
 # Classes whose forward does nothing along the sequence but call functions of `FUNCTIONS`: each was read, and is tested
@@ -172,21 +171,14 @@ def check_mixer_heads(mixers: Iterable[Mixer], sp_size: int) -> None:
         )
 
 
-# The call of a mixer that the functions below serve; None leaves them as they are, for other models of the process.
-_current_call: ContextVar[MixerCall | None] = ContextVar("hf_veomni_mixer_call", default=None)
-
-
 def _stand_in(function: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(inner)
     def replaced(*args: Any, **kwargs: Any) -> Any:
-        call = _current_call.get()
-        if call is None:
+        call = current().mixer
+        if call is None:  # another model of the process
             return inner(*args, **kwargs)
-        token = _current_call.set(None)  # somebody may have wrapped one of these, and `acquire` that once more
-        try:
+        with within(mixer=None):  # somebody may have wrapped one of these, and `acquire` that once more
             return function(call, inner, *args, **kwargs)
-        finally:
-            _current_call.reset(token)
 
     return replaced
 
@@ -232,21 +224,21 @@ def run_mixer(module: nn.Module, scheme: str, state: ParallelState, /, *args: An
             the model was not called with.
     """
     forward = partial(type(module).forward, module)
-    row = current_row.get()
+    row, documents = current().row, current().documents
     if row is None:
         raise ValueError(
             f"{type(module).__name__} was called outside of the forward of its prepared model, where packed documents "
             "are not known: call the model; for activation checkpointing use `model.gradient_checkpointing_enable()`."
         )
-    row.calls += 1
-    if row.documents is None:
+    row.mixer_calls += 1
+    if documents is None:
         return forward(*args, **kwargs)
     if any(kwargs.get(name) is not None for name in hf.CACHE_NAMES):
         raise ValueError(
             f"{type(module).__name__} was given a cache, which holds the state of whole rows: call the model without "
             "`cache_params`, or with `use_cache=True` under torch.no_grad()."
         )
-    call = MixerCall(row, state.sp_group, state.sp_rank, state.sp_size)
+    call = MixerCall(documents, row.layouts, state.sp_group, state.sp_rank, state.sp_size)
     if scheme == "gather":
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -254,11 +246,8 @@ def run_mixer(module: nn.Module, scheme: str, state: ParallelState, /, *args: An
     kwargs = _cut_mask(call, kwargs)
     if scheme == "lightning":
         return run_lightning(call, module, *args, **kwargs)
-    token = _current_call.set(call)
-    try:
+    with within(mixer=call):
         return forward(*args, **kwargs)
-    finally:
-        _current_call.reset(token)
 
 
 def _cut_mask(call: MixerCall, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,8 @@ def _run_tower(model_type: str) -> dict[str, float]:
     import torch.distributed as dist
 
     from hf_veomni import ParallelPlan, init_parallel_state
-    from hf_veomni.modality.ulysses_vit import TowerCut, cutting
+    from hf_veomni.context import Encoding, within
+    from hf_veomni.modality.ulysses_vit import TowerCut
     from tests.grid_towers import build_tower, make_pixels
 
     tower = build_tower(model_type)
@@ -112,12 +113,9 @@ def _run_tower(model_type: str) -> dict[str, float]:
     hooks = TowerCut(tower, state)
     seen: list[int] = []
     watch = tower.patch_embed.register_forward_hook(lambda module, args, output: seen.append(len(output)))
-    token = cutting.set((None, "image"))
-    try:
+    with within(encoding=Encoding(None, "image", cut=True)):
         found, local = step(0.5)
-    finally:
-        cutting.reset(token)
-        watch.remove()
+    watch.remove()
     assert seen == [-(-len(pixels) // 8) * 4]
     for gradient in local.values():
         dist.all_reduce(gradient)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from hf_veomni.attention.documents import Documents, current_documents
+from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.mask import MaskSpec, omni_mask
+from hf_veomni.context import within
 
 Rows = tuple[tuple[int, ...], ...]
 
@@ -26,13 +27,8 @@ FUNCTIONS: dict[str, Callable] = {
 }
 
 
-@contextmanager
-def documents_set(documents: Documents | None) -> Iterator[None]:
-    token = current_documents.set(documents)
-    try:
-        yield
-    finally:
-        current_documents.reset(token)
+def documents_set(documents: Documents | None) -> AbstractContextManager[None]:
+    return within(documents=documents)
 
 
 def make_spec(function: Callable, lengths: Rows, padding: Tensor | None = None, **kwargs: Any) -> MaskSpec:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_veomni.attention.documents import Documents, current_documents
+from hf_veomni.attention.documents import Documents
+from hf_veomni.context import current
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
@@ -56,4 +57,4 @@ def test_rows_of_different_sizes_are_refused() -> None:
 
 
 def test_no_documents_are_set_outside_of_a_forward() -> None:
-    assert current_documents.get() is None
+    assert current().documents is None

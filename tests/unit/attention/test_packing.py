@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import masking_utils
 
-from hf_veomni.attention.documents import current_documents
 from hf_veomni.attention.packing import tell_packing, untell_packing
+from hf_veomni.context import within
 from hf_veomni.host import forget, remember
 from hf_veomni.sequence.checks import row_documents
 
@@ -38,8 +38,7 @@ def test_documents_answer_for_their_positions(looks: list[int], positions: torch
     expected = masking_utils.find_packed_sequence_indices(positions)
     assert looks == [1]
     documents = row_documents(remember(positions), len(positions))
-    token = current_documents.set(documents)
-    try:
+    with within(documents=documents):
         found = masking_utils.find_packed_sequence_indices(positions)
         assert looks == [1]
         assert (found is None) if expected is None else torch.equal(found, expected)
@@ -47,8 +46,6 @@ def test_documents_answer_for_their_positions(looks: list[int], positions: torch
         masking_utils.find_packed_sequence_indices(positions.clone())  # of other positions they know nothing
         masking_utils.find_packed_sequence_indices(positions[:, :3])
         assert looks == [3]
-    finally:
-        current_documents.reset(token)
 
 
 def test_changed_positions_are_looked_at_again(looks: list[int]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 import pytest
@@ -20,8 +20,9 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.llama4 import Llama4TextConfig
 from transformers.models.qwen3 import Qwen3Config
 
-from hf_veomni.attention.documents import Documents, current_documents
+from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.varlen import VARLEN_NAME, register_varlen_attention
+from hf_veomni.context import within
 
 BASE = {
     "vocab_size": 60,
@@ -89,13 +90,8 @@ def build(family: str, attention: str) -> PreTrainedModel:
     return model.train()
 
 
-@contextmanager
-def packed(documents: Documents | None) -> Iterator[None]:
-    token = current_documents.set(documents)
-    try:
-        yield
-    finally:
-        current_documents.reset(token)
+def packed(documents: Documents | None) -> AbstractContextManager[None]:
+    return within(documents=documents)
 
 
 def run(model: PreTrainedModel, ids: Tensor, weights: Tensor, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_veomni.loss import LeanLogits, attach_lean_loss
+from hf_veomni.loss.head import default_chunk_tokens
 from tests.models import VOCABULARY, build_model, padded_batch
 
 CHUNK = 5
@@ -304,3 +305,15 @@ def test_reference_cross_entropy_on_scaled_logits():
     reference = F.cross_entropy(scores[0, :-1], labels[0, 1:])
     theirs = torch.autograd.grad(reference, [hidden, model.lm_head.weight])
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_an_accelerator_scores_more_tokens_at_once(device: str) -> None:
+    """Hidden states of 8K tokens in bf16, 4,096 wide."""
+    hidden = 8192 * 4096 * 2
+    assert default_chunk_tokens(151_936, hidden) == 220
+    assert default_chunk_tokens(151_936, hidden, device) == 883
+    assert default_chunk_tokens(151_936, hidden // 64, device) == 512
+    assert default_chunk_tokens(151_936, 2 * hidden, device) == 1766
+    assert default_chunk_tokens(151_936, 8 * hidden, device) == 2048
+    assert default_chunk_tokens(32_000, hidden, device) == 2048

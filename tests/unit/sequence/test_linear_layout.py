@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from hf_veomni.attention.documents import Documents
 from hf_veomni.sequence.mixers.functions import MixerCall, by_document
 from hf_veomni.sequence.mixers.layout import conv_layout, scan_layout
-from hf_veomni.sequence.mixers.row import LinearRow
 
 ROWS = [
     [(24,)],
@@ -54,7 +53,7 @@ def test_convolution_on_columns_equals_one_for_each_document(lengths, kernel, sp
 @pytest.mark.parametrize("lengths", ROWS, ids=str)
 def test_scan_in_batches_equals_one_for_each_document(lengths, chunk):
     documents = Documents.from_lengths(lengths)
-    call = MixerCall(LinearRow(documents), None, 0, 1)
+    call = MixerCall(documents, {}, None, 0, 1)
     x = torch.randn(len(lengths), 24, 3, dtype=torch.float64, requires_grad=True)
     wanted = torch.cat([x[row, begin:end].cumsum(0) for row, begin, end in documents.spans()]).view_as(x)
     found = by_document(call, lambda x: x.cumsum(1), (x,), chunk)

@@ -1,0 +1,200 @@
+"""What runs now: one immutable context of the running forward, in the package's one ContextVar.
+
+    step              idle
+    generate          generating
+    prepared model    call, router_loss, ids
+      tower           encoding
+      decoder stack   row, documents
+        mixer         mixer
+
+A backward runs outside of them all, on a GPU even in a thread of its own, where no ContextVar is set. What activation
+checkpointing runs again there has the context of its first forward, and what that has recorded (`CheckpointCarrier`).
+
+Whoever enters fields leaves them again; in between whatever runs finds them in `current()`. Attention, sequences,
+experts and towers all read the context, so it stands below all of them and knows them by their types alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from hf_veomni.attention.documents import Documents
+    from hf_veomni.sequence.mixers.functions import MixerCall
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Row:
+    """What one forward of one stack works on. `whole`: no slicing, every rank of the SP group runs the full row."""
+
+    owner: object  # the SequenceAttachment
+    length: int
+    padded: int
+    whole: bool
+    cut: bool = False  # whether a layer has got its slice
+    gathered: bool = False  # whether the layers' output has been put together again
+    layouts: dict[Any, Any] = field(default_factory=dict)  # index tensors, made once for all mixers
+    mixer_calls: int = 0
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a prepared model, around that of its stack."""
+
+    owner: object  # the SequenceAttachment
+    cached: bool  # whether a cache was asked for; some families hand their stack the default of their config
+    positions: Tensor | None  # Mamba's model does not hand them on to its stack
+    row: Row | None = None  # the last one that its stack was called with
+
+
+class Encoding(NamedTuple):
+    """A call of a `get_*_features` method, or of an encoder of an OmniModel.
+
+    Attributes:
+        config: of the method's owner.
+        modality: "image", "video" or "audio"; None for an OmniModel's encoder.
+        cut: whether the tower's patches are cut over the SP ranks.
+    """
+
+    config: Any
+    modality: str | None
+    cut: bool
+
+
+class Recorded:
+    """What one checkpointed call has made, for its recomputation to have again in the same order."""
+
+    def __init__(self) -> None:
+        self._values: list[Any] = []
+        self._place: int | None = None  # of the next value; None in the forward
+
+    def recall(self, make: Callable[[], T]) -> T:
+        """`make()`; in a recomputation what the forward has made in its place."""
+        if self._place is None:
+            self._values.append(make())
+            return self._values[-1]
+        self._place += 1
+        return self._values[self._place - 1]
+
+    def rewind(self) -> None:
+        self._place = 0
+
+
+class _Entry(NamedTuple):
+    owner: object
+    before: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardContext:
+    """The running forward, as far as it goes beyond the arguments of a module.
+
+    Attributes:
+        idle: the batch only keeps a rank in step; its tokens are routed and computed, and count nowhere.
+        generating: models whose `generate` runs, the innermost last.
+        call: of a prepared model.
+        router_loss: in place of the family's load-balancing loss.
+        ids: `input_ids` [B, S] of the prepared model's call, unless every rank runs the whole row in it.
+        encoding: the method that turns items into features, where it runs on a share of them.
+        row: that a stack works on; None outside of it, and where a user's own means of checkpointing run layers again.
+        documents: packed in the row [B, S]; masks are created from them. None where every rank runs the whole row.
+        mixer: the call that the functions of its modelling file serve; None leaves them as they are.
+        recorded: of the checkpointed call that runs; None outside of any.
+        entries: what `leave` puts back, the innermost first.
+    """
+
+    idle: bool = False
+    generating: tuple[nn.Module, ...] = ()
+    call: Call | None = None
+    router_loss: Callable[..., Any] | None = None
+    ids: Tensor | None = None
+    encoding: Encoding | None = None
+    row: Row | None = None
+    documents: Documents | None = None
+    mixer: MixerCall | None = None
+    recorded: Recorded | None = None
+    entries: tuple[_Entry, ...] = ()
+
+
+_NOTHING = ForwardContext()
+_current: ContextVar[ForwardContext] = ContextVar("hf_veomni_forward", default=_NOTHING)
+
+
+def current() -> ForwardContext:
+    """The context of the forward that runs; an empty one outside of any."""
+    return _current.get()
+
+
+def enter(owner: object, **fields: Any) -> None:
+    """Set fields of the context, until `leave(owner)`."""
+    now = current()
+    entry = _Entry(owner, {name: getattr(now, name) for name in fields})
+    _current.set(replace(now, entries=(entry, *now.entries), **fields))
+
+
+def leave(owner: object) -> None:
+    """Put back what the last `enter(owner)` has set; nothing where there was none (its hook raised before).
+
+    Fields of other owners stay, since torch runs the hooks after a forward in the order of those before it; where two
+    enter the same field, the last one leaves first.
+    """
+    now = current()
+    entry = next((entry for entry in now.entries if entry.owner is owner), None)
+    if entry is not None:
+        left = tuple(other for other in now.entries if other is not entry)
+        _current.set(replace(now, entries=left, **entry.before))
+
+
+@contextmanager
+def within(**fields: Any) -> Iterator[None]:
+    """Set fields of the context for the time of a block."""
+    owner = object()
+    enter(owner, **fields)
+    try:
+        yield
+    finally:
+        leave(owner)
+
+
+def is_cut() -> bool:
+    """Whether layers see slices; the rule where nothing is known of the row."""
+    row = current().row
+    return row is None or not row.whole
+
+
+class CheckpointCarrier:
+    """A checkpointing function under which the recomputation has the context of the first forward."""
+
+    def __init__(self, inner: Callable[..., Any]) -> None:
+        """`inner`: called as `inner(function, *args)`, as transformers calls torch's checkpoint."""
+        self.inner = inner
+
+    @torch.compiler.disable(recursive=False)  # a compiler cannot follow a ContextVar; the function itself it can
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.inner(_Carried(function), *args, **kwargs)
+
+
+class _Carried:
+    """What is checkpointed; called once in the forward, and again for each backward."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.recorded = function, Recorded()
+        self.context = replace(current(), recorded=self.recorded)
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        token = _current.set(self.context)
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            _current.reset(token)
+            self.recorded.rewind()
