@@ -1,15 +1,16 @@
 """Which files of the package one optimizer step goes through: what docs/architecture.md describes.
 
 A mixture of experts under sp=2, ep=2 with packed rows, activation checkpointing and router loss, in OmniTrainer. What
-is traced begins when the first optimizer step has ended and ends with the second: the collator of a row, forward,
-backward, clipping, the optimizer.
+is traced begins when the first optimizer step has ended and ends with the second: the log of the first, the collator
+of a row, forward, backward, clipping, the optimizer. So what is made once (layouts, the first check of rows) is left
+out.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from dataclasses import dataclass, field
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,52 +18,81 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, TrainerCallback
 
-PACKAGE = str(Path(__file__).parents[2] / "hf_veomni") + "/"
+import hf_veomni
+
+PACKAGE = f"{Path(hf_veomni.__file__).parent}/"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trace:
-    """Calls into files of the package, in order.
+    """Calls into files of the package. Plain data, which ranks can send.
 
     Attributes:
-        files: in the order of their first call, relative to the package.
-        switches: how often a call went into another file than the one before.
-        entries: calls that came from outside of the package.
-        functions: file -> its functions, in the order of their first call.
+        functions: file, relative to the package -> its functions (qualified names); both in the order of first calls.
+        switches: how often a call went into another file than the call before it in the same thread.
+        entries: file -> calls that came from outside of the package.
     """
 
-    files: list[str] = field(default_factory=list)
-    switches: int = 0
-    entries: Counter[str] = field(default_factory=Counter)
-    functions: dict[str, list[str]] = field(default_factory=dict)
-    _last: str = ""
+    functions: dict[str, tuple[str, ...]]
+    switches: int
+    entries: dict[str, int]
 
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event != "call" or not frame.f_code.co_filename.startswith(PACKAGE):
+    @property
+    def files(self) -> list[str]:
+        return list(self.functions)
+
+
+class Recorder:
+    """A profile function for the thread that starts it and for those that begin while it runs.
+
+    Threads that ran before are not seen (a backward on an accelerator has such threads; on the CPU it runs in the
+    thread that calls it), nor is code inside of a compiled graph.
+    """
+
+    def __init__(self) -> None:
+        self._functions: dict[str, dict[str, None]] = {}
+        self._entries: dict[str, int] = {}
+        self._switches = 0
+        self._last: dict[int, str] = {}  # thread -> the file of its last call
+        self._outer: Any = None  # somebody else's profile function (a debugger, coverage)
+
+    def start(self) -> None:
+        self._outer = sys.getprofile()
+        threading.setprofile(self._note)
+        sys.setprofile(self._note)
+
+    def stop(self) -> None:
+        """Idempotent; leaves a profile function that somebody has set since."""
+        if sys.getprofile() == self._note:
+            threading.setprofile(None)
+            sys.setprofile(self._outer)
+
+    def result(self) -> Trace:
+        return Trace({file: tuple(names) for file, names in self._functions.items()}, self._switches, self._entries)
+
+    def _note(self, frame: FrameType, event: str, argument: Any) -> None:
+        file = frame.f_code.co_filename
+        if event != "call" or not file.startswith(PACKAGE):
             return
-        name = frame.f_code.co_filename.removeprefix(PACKAGE)
-        if name not in self.functions:
-            self.files.append(name)
-            self.functions[name] = []
-        function = frame.f_code.co_qualname
-        if function not in self.functions[name]:
-            self.functions[name].append(function)
-        self.switches += name != self._last
-        self._last = name
+        file = file.removeprefix(PACKAGE)
+        self._functions.setdefault(file, {}).setdefault(frame.f_code.co_qualname)
+        thread = threading.get_ident()
+        self._switches += file != self._last.get(thread)
+        self._last[thread] = file
         caller = frame.f_back
         if caller is None or not caller.f_code.co_filename.startswith(PACKAGE):
-            self.entries[name] += 1
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self)
+            self._entries[file] = self._entries.get(file, 0) + 1
 
 
-class _Tracer(TrainerCallback):
-    def __init__(self) -> None:
-        self.trace = Trace()
+class _RecordSecondStep(TrainerCallback):
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        sys.setprofile(self.trace if state.global_step == 1 else None)
+        if state.global_step == 1:
+            self._recorder.start()
+        else:
+            self._recorder.stop()
 
 
 def trace_step(folder: str) -> Trace:
@@ -80,16 +110,16 @@ def trace_step(folder: str) -> Trace:
         save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, dataloader_num_workers=0,
         dataloader_pin_memory=False, logging_steps=1,
     )  # fmt: skip
-    tracer = _Tracer()
+    recorder = Recorder()
     trainer = OmniTrainer(
         AutoModelForCausalLM.from_config(config),
         arguments,
         train_dataset=pack_dataset(samples, max_tokens=32),
         data_collator=OmniDataCollatorWithPacking(max_tokens=32),
-        callbacks=[tracer],
+        callbacks=[_RecordSecondStep(recorder)],
     )
     try:
         trainer.train()
     finally:
-        sys.setprofile(None)
-    return tracer.trace
+        recorder.stop()
+    return recorder.result()
