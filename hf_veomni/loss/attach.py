@@ -112,7 +112,7 @@ class CausalLMLoss:
             return F.cross_entropy(
                 scores, targets.flatten(), ignore_index=ignore_index, reduction="sum", label_smoothing=smoothing
             )
-        total = summed_loss(logits.recipe, targets, ignore_index, smoothing)
+        total = summed_loss(logits.recipe, targets, ignore_index, smoothing)  # type: ignore[call-issue]
         if total.requires_grad:
             total.register_hook(logits.recipe.call.before_backward)
         return total
