@@ -61,6 +61,7 @@ def test_the_functions_that_the_page_names_run(traces: list[Trace]) -> None:
         assert not missing, (file, missing)
 
 
+@pytest.mark.everyday  # comprehensions and FSDP's hooks call otherwise elsewhere
 def test_the_way_does_not_grow(traces: list[Trace]) -> None:
     for trace in traces:
         assert len(trace.files) <= MOST_FILES
