@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.omni.config import DECODERS, ENCODERS
 from hf_veomni.omni.decoders import write_wav
 
@@ -48,7 +49,7 @@ class OmniGenerationMixin(GenerationMixin):
             if kwargs.get(key) is not None and ids is not None:
                 counts = (ids == self._token_id(f"encoders.{name}")).sum(1)
                 if len(kwargs[key]) != len(ids) or bool((counts != counts[0]).any()):
-                    raise ValueError(
+                    raise UnsupportedError(
                         f"`{key}` has {len(kwargs[key])} items for {len(ids)} prompts: beams and several answers need "
                         "one item in each prompt. Use num_beams=1 and num_return_sequences=1."
                     )

@@ -15,6 +15,7 @@ from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType, DynamoBackend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer.adapt import adapt_accelerator
 from hf_veomni.trainer.launcher import release_launcher
@@ -110,13 +111,13 @@ class OmniParallelismConfig(ParallelismConfig):
         owned = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
         # An Accelerator that is handed a plugin exports the switch again, on the CPU too, where it has no effect.
         if kind in owned or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-            raise ValueError(
+            raise UnsupportedError(
                 f"Accelerator was given a plugin for {kind.value if kind in owned else 'FSDP'}, but the plan "
                 f"({self.plan}) shards the model: leave the plugin out."
             )
         dynamo: Any = accelerator.state.dynamo_plugin
         if dynamo.backend != DynamoBackend.NO:
-            raise ValueError(
+            raise UnsupportedError(
                 f"`dynamo_plugin` ({dynamo.backend.value}) would put another module around the model of the plan "
                 f"({self.plan}): leave it out (also `dynamo_backend` of the launcher) and call "
                 "`compile_layers(model)`, or give `torch_compile=True` to OmniTrainingArguments."

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 import torch
 from transformers import TrainingArguments
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer.accelerate import OmniParallelismConfig
 from hf_veomni.trainer.launcher import release_launcher
@@ -83,7 +84,9 @@ class OmniTrainingArguments(TrainingArguments):
         check_given(self)
         given = self.parallelism_config
         if given is not None and not isinstance(given, OmniParallelismConfig):
-            raise ValueError(f"`parallelism_config` ({type(given).__name__}) does not go with a plan: leave it out.")
+            raise UnsupportedError(
+                f"`parallelism_config` ({type(given).__name__}) does not go with a plan: leave it out."
+            )
         release_launcher(plan)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate starts every process as if it were alone

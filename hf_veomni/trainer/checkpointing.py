@@ -29,6 +29,7 @@ from hf_veomni.checkpoint import (
     together,
 )
 from hf_veomni.checkpoint.manifest import MANIFEST, STAGING, find_damage, publish, recover, write_manifest
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.trainer.adapt import is_prepared
 
 logger = logging.get_logger(__name__)
@@ -104,14 +105,14 @@ def fit_groups(scheduler: dict[str, Any], count: int) -> dict[str, Any]:
     """A scheduler's state for another number of parameter groups: Trainer makes one for each mesh of the plan.
 
     Raises:
-        ValueError: the groups had different schedules, so it is unknown which new group goes on with which.
+        UnsupportedError: the groups had different schedules, so it is unknown which new group goes on with which.
     """
     fitted = dict(scheduler)
     for name in ("base_lrs", "_last_lr", "lr_lambdas"):
         values = scheduler.get(name)
         if isinstance(values, list) and len(values) != count:
             if any(value != values[0] for value in values):
-                raise ValueError(
+                raise UnsupportedError(
                     f"The checkpoint's scheduler has {len(values)} parameter groups with different `{name}` ({values})"
                     f", this plan makes {count}: resume under the plan that wrote it."
                 )
