@@ -15,6 +15,7 @@ from transformers import GenerationMixin
 
 from hf_veomni import hf
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.omni.config import DECODERS, ENCODERS
 from hf_veomni.omni.decoders import write_wav
 
@@ -31,6 +32,7 @@ class OmniGenerationMixin(GenerationMixin):
     encoders: Any
     decoders: Any
 
+    @override
     def prepare_inputs_for_generation(
         self: Any, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
@@ -42,6 +44,7 @@ class OmniGenerationMixin(GenerationMixin):
             inputs.update({key: None for key in INPUTS if key in inputs})
         return inputs
 
+    @override
     def _expand_inputs_for_generation(self: Any, expand_size: int = 1, **kwargs: Any) -> Any:
         """Rows for beams and several answers: features are repeated item by item, which is right for one a row."""
         ids = kwargs.get("input_ids")
@@ -55,6 +58,7 @@ class OmniGenerationMixin(GenerationMixin):
                     )
         return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)  # type: ignore[misc]
 
+    @override
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, for text: placeholders, which stand for nothing that is said, are never chosen."""
         placeholders = [part["token_id"] for part in (*self.config.encoders.values(), *self.config.decoders.values())]
@@ -144,6 +148,9 @@ class OmniGenerationMixin(GenerationMixin):
             if len(codes) == (num_codes or decoder.num_codes):
                 return torch.cat(codes, 1)
             out = self(input_ids=placeholder, **{hf.CACHE: out[hf.CACHE], key: codes[-1]})
+
+
+require_overrides(OmniGenerationMixin)
 
 
 __all__ = ["INPUTS", "OmniGenerationMixin"]

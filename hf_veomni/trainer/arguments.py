@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer.accelerate import OmniParallelismConfig
 from hf_veomni.trainer.launcher import release_launcher
@@ -78,6 +79,7 @@ class OmniTrainingArguments(TrainingArguments):
                 setattr(cls, name, copy(own))
         cls.__annotations__ = declared | get_annotations(cls)
 
+    @override
     def __post_init__(self) -> None:
         self._check_decorated()
         plan = ParallelPlan.parse(self.plan or None)
@@ -114,6 +116,7 @@ class OmniTrainingArguments(TrainingArguments):
                 f"the fields of {left_out[0]} would be lost: put `@dataclass` before the class."
             )
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         """As in TrainingArguments: plain values, the plan included. What follows from the plan is left out."""
         values = super().to_dict()
@@ -121,3 +124,6 @@ class OmniTrainingArguments(TrainingArguments):
         values["plan"] = plan.to_dict()
         values["parallelism_config"] = None
         return values
+
+
+require_overrides(OmniTrainingArguments)

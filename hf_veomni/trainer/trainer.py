@@ -15,6 +15,7 @@ from hf_veomni import hf
 from hf_veomni.compile import compile_layers
 from hf_veomni.data import OmniDataCollatorWithPacking
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.mesh import get_parallel_state
 from hf_veomni.prepare import prepare_omni
 from hf_veomni.trainer.adapt import is_prepared
@@ -150,6 +151,7 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
             )
         return args
 
+    @override
     def call_model_init(self, trial: Any = None) -> Any:
         model = _with_adapters(super().call_model_init(trial), self._omni_peft_config)
         _prepare(model, self.args)
@@ -158,10 +160,12 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
             self._watch_experts(model)
         return model
 
+    @override
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Without accelerate's wrapper around the compiled model: the layers are compiled in place."""
         return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": None}
 
+    @override
     def create_accelerator_and_postprocess(self) -> None:
         """The first thing that Trainer's constructor does with its model, which whoever comes before has finished."""
         super().create_accelerator_and_postprocess()
@@ -204,12 +208,14 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
             loss.label_smoothing = float(self.args.label_smoothing_factor)
         return hasattr(loss, "label_smoothing")
 
+    @override
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Collective if the experts' load is logged: every rank calls it, as Trainer does."""
         if self.args.log_expert_load and self._expert_load is not None and "loss" in logs:
             logs = {**logs, **self._expert_load.take(self.state.global_step)}
         super().log(logs, *args, **kwargs)
 
+    @override
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         if self.parallel_state.world_size > 1:
             raise UnsupportedError(
@@ -217,6 +223,9 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
                 "its process groups behind. Start one run per trial."
             )
         return super().hyperparameter_search(*args, **kwargs)
+
+
+require_overrides(OmniTrainerMixin, Trainer)
 
 
 class OmniTrainer(OmniTrainerMixin, Trainer):
