@@ -2,6 +2,7 @@
 
 from hf_veomni.compile import compile_layers
 from hf_veomni.data import BalancedBatchSampler, OmniDataCollatorWithPacking, mix_datasets, pack_dataset
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.fsdp import clip_grad_norm_
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
 from hf_veomni.omni import (
@@ -30,6 +31,7 @@ __all__ = [
     "OmniTrainingArguments",
     "ParallelPlan",
     "ParallelState",
+    "UnsupportedError",
     "build_omni_model",
     "build_parallelize_model",
     "clip_grad_norm_",

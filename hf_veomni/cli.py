@@ -61,6 +61,7 @@ def _live(model: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+    from hf_veomni.errors import UnsupportedError
     from hf_veomni.sequence.inspect import find_seam
     from hf_veomni.support import load_matrix
 
@@ -82,7 +83,7 @@ def _live(model: str) -> None:
             built = AutoModel.from_config(config)
     try:
         seam = find_seam(built)
-    except ValueError as error:
+    except UnsupportedError as error:
         console.print(f"this model   refused: {error}", soft_wrap=True)
         raise typer.Exit(1) from error
     console.print(f"this model   can be cut: {len(seam.layers)} layers, {len(seam.attentions)} attention modules")

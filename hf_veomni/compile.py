@@ -8,6 +8,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 
 
 def compile_layers(model: nn.Module, **options: Any) -> None:
@@ -21,11 +22,11 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
         options: as in torch.compile, for example `backend="inductor"`, `mode="max-autotune-no-cudagraphs"`.
 
     Raises:
-        ValueError: the model has no layers of the kind that transformers can checkpoint one by one.
+        UnsupportedError: the model has no layers of the kind that transformers can checkpoint one by one.
     """
     layers = [m for m in hf.base_model(model).modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(
+        raise UnsupportedError(
             f"{type(model).__name__} has no layers (`GradientCheckpointingLayer`) to compile one by one: leave "
             "compilation off, or call `compile` on modules of your choice."
         )

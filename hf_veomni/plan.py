@@ -62,6 +62,7 @@ class ParallelPlan:
 
     Raises:
         ValueError: a size that is no positive integer, sizes that do not fit each other, or an unknown rule.
+        UnsupportedError: `pp_size` above 1.
     """
 
     dp_replicate_size: int = 1
@@ -79,7 +80,9 @@ class ParallelPlan:
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"`{name}` ({size!r}) must be a positive integer.")
         if self.pp_size > 1:
-            raise ValueError(
+            from hf_veomni.errors import UnsupportedError  # here: the package imports torch
+
+            raise UnsupportedError(
                 f"`pp_size` ({self.pp_size}) must be 1: pipeline parallelism is not available in this release. "
                 "Use sp_size for long rows, dp_shard_size for large models."
             )

@@ -19,6 +19,7 @@ from hf_veomni.checkpoint import (
     materialize_weights,
     plan_weights,
 )
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert import attach_experts, attach_router_loss, check_model
 from hf_veomni.fsdp import (
     RaiseTogether,
@@ -47,7 +48,7 @@ def _check_parameters(model: nn.Module, checkpoint: str | os.PathLike[str] | Non
     """What to fill a model on meta with; None for one that has its weights."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
-            raise ValueError(
+            raise UnsupportedError(
                 f"Parameter '{name}' is already a DTensor: `prepare_omni` shards the model itself. Load it without "
                 "distributed_config, tp_plan or a second `prepare_omni`."
             )
@@ -160,8 +161,9 @@ def prepare_omni(
     refuses, all ranks raise.
 
     Raises:
-        ValueError: a plan that does not fit the world or the model, ranks with different plans or models, or a
-            checkpoint that is not the model's. The model is as it was then.
+        ValueError: a plan that does not fit the world, ranks with different plans or models, or a checkpoint that is
+            not the model's. The model is as it was then.
+        UnsupportedError: the plan asks for something that is not there for this model. The model is as it was then.
     """
     settle_device()  # before the first collective
     with RaiseTogether():
@@ -204,7 +206,7 @@ def _attach(
         reasons["packed"] = "activated LoRA counts tokens from the end of the row. Train it on one document a row."
     try:
         undo.append(attach_lean_loss(base, state.sp_group, lean=lean_loss))
-    except ValueError as error:
+    except UnsupportedError as error:
         reasons["labels"] = str(error)
     try:
         headless = hf.decoder_stack(base) is base  # hands out hidden states, of which every rank has its part
@@ -213,11 +215,11 @@ def _attach(
         undo.extend([attachment.detach, partial(delattr, base, _SEQUENCE)])
         if attachment.exit is not None:
             reasons["whole"] = "the head works on the whole row"
-    except ValueError as error:
+    except UnsupportedError as error:
         named = any(
             rules.get("sp") == "gather" for rules in state.plan.modules.values()
         )  # which would be without effect
-        if state.sp_size > 1 or named or attention not in ("auto", "keep"):
+        if state.sp_size > 1 or named:
             raise
         reasons["packed"] = str(error)
     attach_towers(base, state, undo, attention)

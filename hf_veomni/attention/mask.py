@@ -21,6 +21,7 @@ from torch import Tensor
 from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.mask_reader import MaskFunction, Pattern, holds_absolute_chunks, read_pattern, required
 from hf_veomni.context import current
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import apply, on_host, with_values
 
 
@@ -44,6 +45,10 @@ class KernelLayout(NamedTuple):
     cu_seqlens: Tensor
     max_length: int
     index: Tensor | None
+
+
+class _NoTensorError(UnsupportedError, AttributeError):
+    """A model computes with its mask; `hasattr` still works."""
 
 
 class MaskSpec:
@@ -70,7 +75,7 @@ class MaskSpec:
         """See `omni_mask`. `padding`: bool [B, S], True for tokens; `documents`: of the same rows, or None.
 
         Raises:
-            ValueError: chunks over packed rows inside of a function that is not known.
+            UnsupportedError: chunks over packed rows inside of a function that is not known.
         """
         self.num_rows, self.row_length, self.function = num_rows, row_length, function
         self.padding, self.documents, self.device = padding, documents, torch.device(device)
@@ -84,7 +89,7 @@ class MaskSpec:
         self.evaluate = self._call or holes
         self.spans: tuple[Span, ...] = tuple(spans)
         if self._call and documents is not None and documents.is_packed and holds_absolute_chunks(function):
-            raise ValueError(
+            raise UnsupportedError(
                 "This model combines chunked attention with a mask function of its own and does not hand positions to "
                 "the mask creation, so chunks cannot restart per document: train it on unpacked rows."
             )
@@ -102,7 +107,7 @@ class MaskSpec:
         )
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
+        raise _NoTensorError(
             f"The mask object of 'omni_varlen' has no `{name}`: this model uses its attention mask as a tensor. Keep "
             "the model's own attention, with `prepare_omni(..., attention='keep')` or attn_implementation='sdpa'."
         )
@@ -275,7 +280,7 @@ def omni_mask(
         of stock sdpa. Padding that the host does not know (`host`) costs a synchronisation per mask, not per layer.
 
     Raises:
-        ValueError: packed documents are set for rows of another shape.
+        UnsupportedError: packed documents are set for rows of another shape.
     """
     if isinstance(attention_mask, MaskSpec):  # made above the stack: it counts as it is, as a tensor does
         return attention_mask
@@ -295,7 +300,7 @@ def omni_mask(
         )
     if documents is not None and (documents.num_rows, documents.row_length) != (batch_size, q_length):
         if documents.is_packed:
-            raise ValueError(
+            raise UnsupportedError(
                 f"A mask for {batch_size} rows of {q_length} tokens was asked for, but the packed documents are of "
                 f"{documents.num_rows} rows of {documents.row_length}: unpack the rows for this model."
             )

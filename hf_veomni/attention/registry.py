@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakSet
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 
 
 class _Shared:
@@ -46,12 +47,12 @@ def select(user: Any, configs: Sequence[Any], option: str, replaced: Sequence[st
         What each config selected before it was first switched.
 
     Raises:
-        ValueError: a config belongs to a prepared model with another option. Nothing is changed then.
+        UnsupportedError: a config belongs to a prepared model with another option. Nothing is changed then.
     """
     for config in configs:
         entry = _entry(config)
         if entry is not None and entry.option != option:
-            raise ValueError(
+            raise UnsupportedError(
                 f"`attention` ({option!r}) must be {entry.option!r}, as for the prepared model that shares this "
                 "model's config object: give one of them a config of its own, copy.deepcopy(config)."
             )

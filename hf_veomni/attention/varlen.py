@@ -26,6 +26,7 @@ from hf_veomni.attention.flex import attend_flex, flex_applies
 from hf_veomni.attention.kernel import Packing, attend_packed
 from hf_veomni.attention.mask import MaskSpec, omni_mask
 from hf_veomni.context import current
+from hf_veomni.errors import UnsupportedError
 
 VARLEN_NAME = "omni_varlen"
 
@@ -75,7 +76,7 @@ def varlen_attention(
         [B, S, H, E], zeros for padding, and None for the weights.
 
     Raises:
-        ValueError: the mask is of rows of another shape, or is missing while packed documents are set.
+        UnsupportedError: the mask is of rows of another shape, or is missing while packed documents are set.
     """
     query, key, value = _settle_autocast(query, key, value)
     formula = Formula(float(query.shape[-1] ** -0.5 if scaling is None else scaling), softcap, dropout)
@@ -86,7 +87,7 @@ def varlen_attention(
     spec = attention_mask
     shape = (query.shape[0], query.shape[2])
     if shape != (spec.num_rows, spec.row_length) or key.shape[2] != spec.row_length:
-        raise ValueError(
+        raise UnsupportedError(
             f"The mask is of {spec.num_rows} rows of {spec.row_length} tokens, but queries are {shape[0]} rows of "
             f"{shape[1]} and keys of {key.shape[2]}: this attention needs the full rows (under `prepare_omni` it gets "
             "them)."
@@ -147,7 +148,7 @@ def _check_no_documents(query: Tensor, key: Tensor, mask: Tensor | None) -> None
     if (query.shape[0], query.shape[2]) == (documents.num_rows, documents.row_length) and key.shape[2] == query.shape[
         2
     ]:
-        raise ValueError(
+        raise UnsupportedError(
             "The row holds packed documents, but this model hands no mask to its attention, so they would see each "
             "other: train it on unpacked rows."
         )

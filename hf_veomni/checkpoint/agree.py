@@ -9,8 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-# What travels between ranks is kind and text: a user's exception class may not unpickle elsewhere.
-_KINDS: tuple[type[Exception], ...] = (ValueError, OSError)
+from hf_veomni.errors import public_kind
 
 
 def _world_size() -> int:
@@ -27,22 +26,22 @@ def agree(error: Exception | None, what: str) -> None:
     Collective: one all-gather of small objects over all ranks.
 
     Raises:
-        Exception: `error` itself on its own rank; elsewhere a ValueError, OSError or RuntimeError that names the rank.
+        Exception: `error` itself on its own rank; elsewhere an UnsupportedError, ValueError, OSError or RuntimeError
+            that names the rank.
     """
     if _world_size() == 1:
         if error is not None:
             raise error
         return
-    kind = next((index for index, known in enumerate(_KINDS) if isinstance(error, known)), -1)
-    mine = None if error is None else (kind, f"{type(error).__name__}: {error}")
-    reports: list[tuple[int, str] | None] = [None] * _world_size()
+    mine = None if error is None else (public_kind(error), f"{type(error).__name__}: {error}")
+    reports: list[tuple[type[Exception], str] | None] = [None] * _world_size()
     dist.all_gather_object(reports, mine)
     if error is not None:
         raise error
     for rank, report in enumerate(reports):
         if report is not None:
-            raised = _KINDS[report[0]] if report[0] >= 0 else RuntimeError
-            raise raised(f"{what} failed on rank {rank}: {report[1]}")
+            kind, message = report
+            raise kind(f"{what} failed on rank {rank}: {message}")
 
 
 def meet(what: str, turn: int, limit: timedelta) -> None:

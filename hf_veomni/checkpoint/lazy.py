@@ -234,4 +234,4 @@ def _stack(parts: Sequence[Tensor], dim: int = 0) -> LazyTensor:
 
 def _check_alike(shapes: list[list[int]]) -> None:
     if any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"the tensors to join have different shapes: {', '.join(map(str, shapes[:4]))}")
+        raise ValueError(f"The tensors to join have different shapes: {', '.join(map(str, shapes[:4]))}.")

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from hf_veomni import hf
 from hf_veomni.checkpoint.agree import together
 from hf_veomni.checkpoint.lazy import LazyTensor, open_lazy
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert import find_layouts
 from hf_veomni.hf import weights as hf_weights
 
@@ -110,7 +111,7 @@ def _plan_adapters(model: PeftModel, twins: dict[int, str]) -> tuple[list[tuple[
         for adapter in [*layer.lora_A, *layer.lora_embedding_A] if fresh else ():
             kind = getattr(model.peft_config[adapter], "init_lora_weights", None)
             if not isinstance(kind, bool) and kind != "gaussian":
-                raise ValueError(
+                raise UnsupportedError(
                     f"`init_lora_weights` ({kind!r}) of the adapter '{adapter}' looks at weights, which are on the "
                     "meta device: use True, False or 'gaussian', or load the base with from_pretrained first."
                 )
@@ -128,11 +129,12 @@ def plan_weights(model: nn.Module, checkpoint: Checkpoint) -> PendingWeights:
         model: a transformers model with all parameters on meta, or a `PeftModel` on one.
 
     Raises:
-        ValueError: a checkpoint that is not there, or that is of another model; what cannot be had on meta.
+        ValueError: a checkpoint that is not there, or that is of another model.
+        UnsupportedError: what cannot be had on meta.
     """
     base = hf.base_model(model)
     if getattr(base.config, "quantization_config", None) is not None:
-        raise ValueError(
+        raise UnsupportedError(
             f"{type(base).__name__}'s config has a `quantization_config`: weights on the meta device are read as they "
             "are. Remove it to load a plain checkpoint, or load the model with from_pretrained."
         )
@@ -146,7 +148,7 @@ def plan_weights(model: nn.Module, checkpoint: Checkpoint) -> PendingWeights:
     names = {name: twins[id(tensor)] for name, tensor in _tensors(plain)}
     for name, parameter in plain.named_parameters():
         if not parameter.is_meta:
-            raise ValueError(
+            raise UnsupportedError(
                 f"Parameter '{names[name]}' has values and others are on the meta device: build the whole model on "
                 "meta, or load all of it with from_pretrained."
             )
@@ -155,7 +157,7 @@ def plan_weights(model: nn.Module, checkpoint: Checkpoint) -> PendingWeights:
         lazy = _open(checkpoint, files)
         _check_report(hf_weights.load_tensors(plain, lazy), base, checkpoint)
         if uncomputed := hf_weights.compute_buffers(plain):
-            raise ValueError(
+            raise UnsupportedError(
                 f"{_names(uncomputed)} of {type(base).__name__} is on the meta device, in no checkpoint, and the "
                 "family has no rule to compute it: build the model with real buffers, or use from_pretrained."
             )
@@ -163,7 +165,7 @@ def plan_weights(model: nn.Module, checkpoint: Checkpoint) -> PendingWeights:
         pending.files = files.pop_all()
     for name, tensor in _tensors(model, duplicates=False):
         if tensor.is_meta and name not in pending.values and name not in initialised:
-            raise ValueError(
+            raise UnsupportedError(
                 f"'{name}' is on the meta device, neither in the checkpoint of the base model nor a plain LoRA matrix "
                 "(DoRA, `modules_to_save`): load the base with from_pretrained before PEFT adds it."
             )

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from hf_veomni.checkpoint.agree import together
+from hf_veomni.errors import public_kind
 
 # Names instead of positions: another plan may group or order the parameters differently.
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -51,8 +52,7 @@ def _readable_errors(what: str) -> Iterator[None]:
         yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
-        kind = next((known for known in (OSError, ValueError) if isinstance(cause, known)), RuntimeError)
-        raise kind(f"{what} failed on rank {rank}: {type(cause).__name__}: {cause}") from cause
+        raise public_kind(cause)(f"{what} failed on rank {rank}: {type(cause).__name__}: {cause}") from cause
 
 
 def _write(values: dict[str, Any], directory: str | os.PathLike[str]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_veomni.checkpoint.agree import meet
 from hf_veomni.checkpoint.plain import gather_full_state, gather_plain_state, save_plain
+from hf_veomni.errors import UnsupportedError
 
 MEETING = timedelta(minutes=2)  # how long a rank waits for the others to call `save_pretrained` too
 
@@ -42,14 +43,16 @@ class _Save:
         Collective without `state_dict`: every rank must call it. See `save_plain`, which it raises as.
 
         Raises:
-            ValueError: an option that does not go with shards; ranks that did not call within `MEETING`.
+            UnsupportedError: an option that does not go with shards; ranks that did not call within `MEETING`.
         """
         options = _by_name(self.stock, args, kwargs)
         if options.get("state_dict") is not None:
             return self.stock(*args, **kwargs)
         for name in ("push_to_hub", "distributed_checkpoint"):
             if options.get(name):
-                raise ValueError(f"`{name}` (True) is not available on a prepared model: {_REFUSED['push_to_hub']}.")
+                raise UnsupportedError(
+                    f"`{name}` (True) is not available on a prepared model: {_REFUSED['push_to_hub']}."
+                )
         meet("save_pretrained", next(_turns), MEETING)
         directory, writes = options.pop("save_directory"), dist.get_rank() == 0
         wanted = options.pop("is_main_process", True)
@@ -73,7 +76,9 @@ def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 def _refuse(name: str, way_out: str, *args: Any, **kwargs: Any) -> NoReturn:
-    raise ValueError(f"`{name}` is not available on a prepared model, of which each rank holds shards: {way_out}.")
+    raise UnsupportedError(
+        f"`{name}` is not available on a prepared model, of which each rank holds shards: {way_out}."
+    )
 
 
 def attach_stock_calls(model: nn.Module, base: nn.Module, world_size: int) -> Callable[[], None]:

@@ -92,11 +92,11 @@ class OmniDataCollatorWithPacking:
         for name in ("max_tokens", "pad_to_multiple_of"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"`{name}` ({value!r}) must be a positive integer or None")
+                raise ValueError(f"`{name}` ({value!r}) must be a positive integer or None.")
         if self.max_tokens and self.pad_to_multiple_of and self.max_tokens % self.pad_to_multiple_of:
             raise ValueError(
                 f"`pad_to_multiple_of` ({self.pad_to_multiple_of}) must divide `max_tokens` ({self.max_tokens}), or a "
-                "full row could not be padded"
+                "full row could not be padded."
             )
         check_on_error(self.on_error)
         self._skips = SkipLog() if self.on_error == "skip" else None
@@ -124,17 +124,17 @@ class OmniDataCollatorWithPacking:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         if not features:
-            raise ValueError("the collator got an empty list of samples: it needs at least one")
+            raise ValueError("The collator got an empty list of samples: it needs at least one.")
         samples = self._read(features)
         lengths = np.concatenate([sample.lengths for sample in samples])
         total = int(lengths.sum())
         if not total:
-            raise ValueError(f"none of the {len(features)} samples of the batch has a token: remove empty documents")
+            raise ValueError(f"None of the {len(features)} samples of the batch has a token: remove empty documents.")
         if self.max_tokens is not None and total > self.max_tokens:
             raise ValueError(
                 f"{len(samples)} samples have {total} tokens together, more than `max_tokens` ({self.max_tokens}): "
                 "pack the dataset with pack_dataset(dataset, max_tokens) and per_device_train_batch_size=1, batch "
-                "with BalancedBatchSampler, or raise `max_tokens`"
+                "with BalancedBatchSampler, or raise `max_tokens`."
             )
         padding = -total % self.pad_to_multiple_of if self.pad_to_multiple_of else 0
         batch = {name: self._join(name, samples, padding) for name in self._names(samples)}
@@ -172,7 +172,7 @@ class OmniDataCollatorWithPacking:
             if self.processor is not None:
                 given = {name: value for name, value in given.items() if name not in TEXT_COLUMNS}
             if len(labelled) > 1:
-                raise ValueError(f"{where}: `labels` is missing here or elsewhere in the batch")
+                raise ValueError(f"{where}: `labels` is missing here or elsewhere in the batch.")
             sample = read_sample(where, given, self.columns, self.item_columns)
             if sample.items or self._placeholders:
                 self._alignment.check(where, sample.tokens["input_ids"], sample.items)
@@ -235,7 +235,7 @@ class OmniDataCollatorWithPacking:
             if grids:
                 raise ValueError(
                     f"{sample.where} has `{grids[0]}` and no `position_ids`, and only its model knows how it counts "
-                    "them: give `model_config=model.config`, or `get_pos_id`"
+                    "them: give `model_config=model.config`, or `get_pos_id`."
                 )
             return [ranges_of(sample.lengths)[None]]
         if isinstance(self._compute, RopeIndex) and not sample.items:  # text counts alike on all axes

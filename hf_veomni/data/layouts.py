@@ -52,7 +52,7 @@ def read_layout(where: str, sample: Mapping[str, Any]) -> Layout:
     found = [name for name in _LAYOUTS if name in sample]
     if len(found) > 1 and found != ["prompt", "completion"]:
         raise ValueError(
-            f"{where} has {' and '.join(f'`{name}`' for name in found)}, of which one is read: remove the rest"
+            f"{where} has {' and '.join(f'`{name}`' for name in found)}, of which one is read: remove the rest."
         )
     if found == ["messages"]:
         return Layout(list(sample["messages"]))
@@ -61,30 +61,30 @@ def read_layout(where: str, sample: Mapping[str, Any]) -> Layout:
     if found == ["text"] and isinstance(sample["text"], str):
         return Layout(None, sample["text"])
     if found in (["prompt"], ["completion"]):
-        raise ValueError(f"{where} has `{found[0]}` alone: give both `prompt` and `completion`, or `messages`")
+        raise ValueError(f"{where} has `{found[0]}` alone: give both `prompt` and `completion`, or `messages`.")
     if len(found) == 2:
         prompt, completion = sample["prompt"], sample["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
             return Layout(None, prompt + completion, len(prompt), completes=True)
         if not isinstance(prompt, str) and not isinstance(completion, str):
             return Layout([*prompt, *completion], "", len(prompt), completes=True)
-        raise ValueError(f"{where}: `prompt` and `completion` must both be strings, or both lists of messages")
+        raise ValueError(f"{where}: `prompt` and `completion` must both be strings, or both lists of messages.")
     raise ValueError(
         f"{where}: a raw sample needs `messages`, a string in `text`, `conversations`, or `prompt` and `completion`; "
-        "convert others with dataset.map"
+        "convert others with dataset.map."
     )
 
 
 def _message(where: str, turn: Mapping[str, Any]) -> dict[str, Any]:
     if "from" not in turn or "value" not in turn:
         if turn.get("role") is None:
-            raise ValueError(f"{where}: a turn of `conversations` has {list(turn)}, and must have 'from' and 'value'")
+            raise ValueError(f"{where}: a turn of `conversations` has {list(turn)}, and must have 'from' and 'value'.")
         return dict(turn)
     role = _ROLES.get(turn["from"])
     if role is None:
         raise ValueError(
             f"{where}: 'from' ({turn['from']!r}) in `conversations` must be one of {', '.join(map(repr, _ROLES))}: "
-            "convert the sample to `messages` with dataset.map"
+            "convert the sample to `messages` with dataset.map."
         )
     rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
     return {"role": role, "content": turn["value"]} | rest
@@ -102,7 +102,7 @@ def _content(where: str, message: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"{where}: a turn of {message.get('role')!r} has the content {content!r}, and must have a string or a "
             "list of parts. `datasets` reads strings that are JSON as what they say: read such a file by lines with "
-            "json.loads, and hand the samples over in a list"
+            "json.loads, and hand the samples over in a list."
         )
     return content
 
@@ -125,7 +125,7 @@ def with_parts(
             raise ValueError(
                 f"{where}: {len(values)} items in its columns of {kind}s and {count} marks {_MARKS[kind]}"
                 + (f" beside {parts} parts" if parts else "")
-                + " in `messages`: they must be equally many"
+                + " in `messages`: they must be equally many."
             )
         if count:
             marks[_MARKS[kind]] = kind
@@ -161,7 +161,7 @@ def template_options(where: str, extra: Mapping[str, Any], takes: frozenset[str]
     kwargs = extra.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, Mapping):
         raise ValueError(
-            f"{where}: `chat_template_kwargs` ({type(kwargs).__name__}) must be a mapping of names to values"
+            f"{where}: `chat_template_kwargs` ({type(kwargs).__name__}) must be a mapping of names to values."
         )
     options |= {name: value for name, value in kwargs.items() if value is not None}
     for name in options:
@@ -169,7 +169,7 @@ def template_options(where: str, extra: Mapping[str, Any], takes: frozenset[str]
             known = f"it reads {', '.join(sorted(takes))}" if takes else "it reads nothing else, or there is none"
             raise ValueError(
                 f"{where}: `{name}` would be lost: the chat template does not read it ({known}). Remove it "
-                f"(dataset.remove_columns('{name}')), or name it in `item_columns` if it holds items of the sample"
+                f"(dataset.remove_columns('{name}')), or name it in `item_columns` if it holds items of the sample."
             )
     if isinstance(options.get("tools"), str):
         try:

@@ -39,7 +39,7 @@ def mix_datasets(
         ValueError: no source, weights that do not go with the sources, or a column of different types.
     """
     if stop not in _STOP:
-        raise ValueError(f"`stop` ({stop!r}) must be one of {', '.join(map(repr, _STOP))}")
+        raise ValueError(f"`stop` ({stop!r}) must be one of {', '.join(map(repr, _STOP))}.")
     named = dict(sources) if isinstance(sources, Mapping) else {str(i): source for i, source in enumerate(sources)}
     shares = _shares(named, weights)
     streams = {name: _undecoded(name, source) for name, source in named.items()}
@@ -52,20 +52,20 @@ def mix_datasets(
 
 def _shares(named: Mapping[str, Any], weights: Any) -> list[float]:
     if not named:
-        raise ValueError("`sources` is empty: give at least one source")
+        raise ValueError("`sources` is empty: give at least one source.")
     if weights is None:
         weights = [1.0] * len(named)
     if isinstance(weights, Mapping):
         if weights.keys() != named.keys():
             raise ValueError(
-                f"`weights` names {', '.join(weights)} and `sources` {', '.join(named)}: give one weight for each"
+                f"`weights` names {', '.join(weights)} and `sources` {', '.join(named)}: give one weight for each."
             )
         weights = [weights[name] for name in named]
     if len(weights) != len(named):
-        raise ValueError(f"{len(weights)} weights for {len(named)} sources: give one for each")
+        raise ValueError(f"{len(weights)} weights for {len(named)} sources: give one for each.")
     for name, weight in zip(named, weights, strict=True):
         if not (np.isfinite(weight) and weight > 0):
-            raise ValueError(f"weight ({weight}) of source {name} must be above 0: leave the source out instead")
+            raise ValueError(f"Weight ({weight}) of source {name} must be above 0: leave the source out instead.")
     return (np.asarray(weights, dtype=np.float64) / np.sum(weights)).tolist()
 
 
@@ -74,8 +74,8 @@ def _undecoded(name: str, source: Any) -> IterableDataset:
         source = source.to_iterable_dataset()
     if not isinstance(source, IterableDataset):
         raise ValueError(
-            f"source {name} is a {type(source).__name__}: give a datasets.Dataset or IterableDataset, for example "
-            "datasets.Dataset.from_list(samples)"
+            f"Source {name} is a {type(source).__name__}: give a datasets.Dataset or IterableDataset, for example "
+            "datasets.Dataset.from_list(samples)."
         )
     return undecoded(source)
 
@@ -91,8 +91,8 @@ def _align(streams: Mapping[str, IterableDataset]) -> list[IterableDataset]:
             common = common_feature(known, feature)
             if common is None:
                 raise ValueError(
-                    f"column `{column}` is {feature} in source {name} and {known} in source {first}: cast one of them "
-                    "(`cast_column`)"
+                    f"Column `{column}` is {feature} in source {name} and {known} in source {first}: cast one of them "
+                    "(`cast_column`)."
                 )
             union[column] = first, common
     features = Features({column: feature for column, (_, feature) in union.items()})

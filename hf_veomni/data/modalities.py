@@ -89,7 +89,7 @@ def _rows_of_items(where: str, name: str, values: Tensor) -> Tensor:
         return values[None]
     if width is not None and (values.dim() < 2 or values.shape[-1] != width):
         raise ValueError(
-            f"{where}: `{name}` has shape {list(values.shape)} and must be [items, {width}], one row for each item"
+            f"{where}: `{name}` has shape {list(values.shape)} and must be [items, {width}], one row for each item."
         )
     return values
 
@@ -107,7 +107,7 @@ def _as_tensor(where: str, name: str, values: Any) -> Tensor:
     if array.dtype.kind not in "iufb":
         raise ValueError(
             f"{where}: `{name}` is no array of numbers but {type(values).__name__} (type {array.dtype}): hand over "
-            "what the processor makes of one sample with return_tensors='pt'"
+            "what the processor makes of one sample with return_tensors='pt'."
         )
     if array.dtype == np.float64:
         array = array.astype(np.float32)
@@ -122,7 +122,7 @@ def _stacked(values: Any) -> Any:
     if not all(isinstance(value, Tensor) for value in inner):
         return values
     if len({value.shape for value in inner}) > 1:
-        raise ValueError("tensors of different shapes")
+        raise ValueError("tensors of different shapes.")
     return torch.stack([value.detach().cpu() for value in inner])
 
 
@@ -140,7 +140,7 @@ def without_rows(where: str, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain = dict(items)
     for name in ("pixel_values", "pixel_attention_mask"):
         if name in plain and len(plain[name]) != 1:
-            raise ValueError(f"{where}: `{name}` holds {len(plain[name])} rows: call the processor for each sample")
+            raise ValueError(f"{where}: `{name}` holds {len(plain[name])} rows: call the processor for each sample.")
         plain |= {name: plain[name][0]} if name in plain else {}
     return plain
 
@@ -169,7 +169,7 @@ def join_items(samples: Sequence[Mapping[str, Tensor]], names: Sequence[str]) ->
             elif any(modality_of(other) == modality for other in sample):
                 raise ValueError(
                     f"{where}: `{name}` is missing here and present elsewhere in the batch, though the sample has "
-                    f"{modality} columns ({', '.join(sorted(sample))}): use the same processor for all samples"
+                    f"{modality} columns ({', '.join(sorted(sample))}): use the same processor for all samples."
                 )
         sized = name not in ITEM_COLUMNS or any(other in columns for other in ITEM_COLUMNS[name].sized_by)
         joined[name] = _join(name, parts, fills=sized)
@@ -190,7 +190,7 @@ def _join(name: str, parts: Sequence[tuple[str, Tensor]], fills: bool) -> Tensor
             raise ValueError(
                 f"`{name}` has shape {list(first.shape)} in {first_where} and {list(part.shape)} in {where}: all axes "
                 "but the first must agree, or a mask of the padding stand beside it: use the same processor and "
-                "options for all samples"
+                "options for all samples."
             )
     shape = torch.tensor([list(part.shape[1:]) for _, part in parts]).amax(dim=0).tolist() if first.dim() > 1 else []
     filled = []

@@ -149,31 +149,31 @@ def _check_options(dataset: Any, max_tokens: int, strategy: str, overlong: str, 
     if not isinstance(dataset, Dataset | IterableDataset):
         raise ValueError(
             f"`dataset` ({type(dataset).__name__}) must be a datasets.Dataset or IterableDataset: give one split, or "
-            "convert with datasets.Dataset.from_list(samples)"
+            "convert with datasets.Dataset.from_list(samples)."
         )
     _check_positive("max_tokens", max_tokens)
     if strategy not in STRATEGIES:
-        raise ValueError(f"`strategy` ({strategy!r}) must be one of {', '.join(map(repr, STRATEGIES))}")
+        raise ValueError(f"`strategy` ({strategy!r}) must be one of {', '.join(map(repr, STRATEGIES))}.")
     if overlong not in OVERLONG:
-        raise ValueError(f"`overlong` ({overlong!r}) must be one of {', '.join(map(repr, OVERLONG))}")
+        raise ValueError(f"`overlong` ({overlong!r}) must be one of {', '.join(map(repr, OVERLONG))}.")
     if isinstance(dataset, IterableDataset):
         if num_proc is not None:
             raise ValueError(
                 f"`num_proc` ({num_proc}) has no effect on an IterableDataset: leave it out and read the packed "
-                "stream with dataloader_num_workers"
+                "stream with dataloader_num_workers."
             )
         if buffer_size is not None:
             _check_positive("buffer_size", buffer_size)
     elif buffer_size is not None:
         raise ValueError(
             f"`buffer_size` ({buffer_size}) has no effect on a Dataset, which is packed as a whole: leave it out, or "
-            "give dataset.to_iterable_dataset()"
+            "give dataset.to_iterable_dataset()."
         )
 
 
 def _check_positive(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` ({value!r}) must be a positive integer")
+        raise ValueError(f"`{name}` ({value!r}) must be a positive integer.")
 
 
 def _scan(source: Dataset, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
@@ -183,7 +183,7 @@ def _scan(source: Dataset, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
         spans.append(token_spans(table, columns, range(first, first + len(table))))
         first += len(table)
     if not spans:
-        raise ValueError("`dataset` has no rows: there is nothing to pack")
+        raise ValueError("`dataset` has no rows: there is nothing to pack.")
     return np.concatenate([s for s, _ in spans]), np.concatenate([n for _, n in spans])
 
 
@@ -229,7 +229,7 @@ def _features(columns: Columns) -> Features:
 def _write(dataset: Dataset, source: Dataset, pieces: Pieces, rules: Rules, num_proc: int | None) -> Dataset:
     """Write the rows of a plan through `Dataset.map`, which brings batches, progress bar, cache and processes."""
     if not len(pieces.row_sizes):
-        raise ValueError(f"nothing is left to pack: none of {len(dataset)} samples has tokens that fit `max_tokens`")
+        raise ValueError(f"Nothing is left to pack: none of {len(dataset)} samples has tokens that fit `max_tokens`.")
     rows, tokens = len(pieces.row_sizes), int(pieces.lengths.sum())
     fill = 100 * tokens / (rows * rules.max_tokens)
     logger.info("packing %d documents, %d tokens, into %d rows: %.2f %% full", len(dataset), tokens, rows, fill)
@@ -297,7 +297,7 @@ def _look_at(stream: IterableDataset) -> Features:
         if len(sample.get("input_ids", "?")):  # an empty list has no type
             break
     if sample is None:
-        raise ValueError("`dataset` has no samples: there is nothing to pack")
+        raise ValueError("`dataset` has no samples: there is nothing to pack.")
     return Dataset.from_list([sample]).features
 
 

@@ -58,7 +58,7 @@ def _fit(starts: np.ndarray, lengths: np.ndarray, rules: Rules, names: Sequence[
             raise ValueError(
                 f"sample {names[worst]} has {lengths[worst]} tokens, more than `max_tokens` ({limit}), and "
                 f"{int(over.sum()) - 1} more are too long: raise `max_tokens`, or choose overlong="
-                + ("'split', 'truncate' or 'drop'" if rules.can_cut else "'drop'")
+                + ("'split', 'truncate' or 'drop'." if rules.can_cut else "'drop'.")
             )
         if rules.overlong == "drop":
             logger.warning("dropped %d documents of more than %d tokens", over.sum(), limit)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_veomni.errors import UnsupportedError
+
 # The names under which `get_rope_index` of some family takes a column.
 _ALSO_KNOWN_AS = {
     "second_per_grids": ("second_per_grid_ts", "video_second_per_grid"),
@@ -64,7 +66,7 @@ def find_owner(config: Any) -> type | None:
     """The class that computes the positions of a config's model, None if the model counts tokens alone.
 
     Raises:
-        ValueError: a model whose positions leave no room for those of the text, so that it cannot keep packed
+        UnsupportedError: a model whose positions leave no room for those of the text, so that it cannot keep packed
             documents apart.
     """
     package, _, module = type(config).__module__.rpartition(".")
@@ -82,9 +84,9 @@ def find_owner(config: Any) -> type | None:
     if not owners:
         return None
     if "shape[0] == 4" not in inspect.getsource(modeling):
-        raise ValueError(
+        raise UnsupportedError(
             f"{type(config).__name__}: this family's mRoPE takes no text positions beside those of images, and cannot "
-            "keep packed documents apart: train it unpacked"
+            "keep packed documents apart: train it unpacked."
         )
     return owners[0]
 
@@ -111,7 +113,7 @@ def document_positions(
     if (positions[0] != np.arange(ids.shape[1])).any():
         raise ValueError(
             "`get_pos_id` gave a document positions whose first axis does not count 0, 1, 2, ...: packed documents "
-            "are told apart by it, so return [4, 1, T] with token counts first"
+            "are told apart by it, so return [4, 1, T] with token counts first."
         )
     return positions
 
@@ -123,7 +125,7 @@ def with_text_axis(positions: np.ndarray, length: int, where: str) -> np.ndarray
     if positions.ndim != 2 or positions.shape[0] not in (1, 3, 4) or positions.shape[1] != length:
         raise ValueError(
             f"{where} have shape {list(positions.shape)} and must be [1, {length}], [3, 1, {length}] or "
-            f"[4, 1, {length}]: give those of one document"
+            f"[4, 1, {length}]: give those of one document."
         )
     if len(positions) == 3:
         positions = np.concatenate([np.arange(length)[None], positions])

@@ -23,6 +23,7 @@ from hf_veomni.data.modalities import (
 from hf_veomni.data.pieces import ranges_of
 from hf_veomni.data.positions import with_text_axis
 from hf_veomni.data.text import DOCUMENT_LENGTHS
+from hf_veomni.errors import UnsupportedError
 
 ASSISTANT_MASK = "assistant_masks"
 _OPTIONAL = ("labels", ASSISTANT_MASK, *TOKEN_COLUMNS)
@@ -85,8 +86,8 @@ def read_sample(
     counted = None if positions is None else positions[0]
     lengths = _document_lengths(where, length, sample.get(DOCUMENT_LENGTHS), counted)
     if items and len(lengths) != 1:
-        raise ValueError(
-            f"{where}: {', '.join(items)} beside {len(lengths)} documents: give each document as a sample of its own"
+        raise UnsupportedError(
+            f"{where}: {', '.join(items)} beside {len(lengths)} documents: give each document as a sample of its own."
         )
     return Sample(where, lengths, tokens, positions, items)
 
@@ -98,7 +99,7 @@ def _check_length(
         if values is not None and values.shape[-1] != length:
             raise ValueError(
                 f"{where}: `{name}` has {values.shape[-1]} elements and `input_ids` has {length}; they must have one "
-                "each a token"
+                "each a token."
             )
 
 
@@ -110,16 +111,16 @@ def _check_keys(where: str, sample: Mapping[str, Any], columns: Sequence[str], i
             raise ValueError(
                 f"{where} has raw `{name}`"
                 + (" beside `input_ids`: remove one of them" if "input_ids" in sample else "")
-                + ": give `processor=` and samples of `messages` or `text`, or what the processor makes of them"
+                + ": give `processor=` and samples of `messages` or `text`, or what the processor makes of them."
             )
         raise ValueError(
             f"{where} has a key `{name}` that cannot be packed: if it holds one number a token name it in `columns`, "
             "if it holds items along its first axis in `item_columns`, else remove it (a Trainer does with "
-            "remove_unused_columns=True)"
+            "remove_unused_columns=True)."
         )
     for name in ("input_ids", *columns):
         if name not in sample:
-            raise ValueError(f"{where}: `{name}` is missing")
+            raise ValueError(f"{where}: `{name}` is missing.")
 
 
 def _numbers(values: Any) -> np.ndarray:
@@ -136,11 +137,11 @@ def _vector(where: str, name: str, values: Any) -> np.ndarray:
     if array.ndim != 1 or array.dtype.kind not in "iufb":
         raise ValueError(
             f"{where}: `{name}` has shape {array.shape} and type {array.dtype}, and must be one number a token: call "
-            "the processor for each sample"
+            "the processor for each sample."
         )
     if array.dtype.kind == "f":
         if name in READ:
-            raise ValueError(f"{where}: `{name}` holds {array.dtype}, and must hold integers")
+            raise ValueError(f"{where}: `{name}` holds {array.dtype}, and must hold integers.")
         return array.astype(np.float32, copy=False)
     return array.astype(np.int64, copy=False)
 
@@ -148,7 +149,7 @@ def _vector(where: str, name: str, values: Any) -> np.ndarray:
 def _positions(where: str, values: Any) -> np.ndarray:
     array = _numbers(values)
     if array.dtype.kind not in "iu":
-        raise ValueError(f"{where}: `position_ids` holds {array.dtype}, and must hold integers")
+        raise ValueError(f"{where}: `position_ids` holds {array.dtype}, and must hold integers.")
     array = array[None] if array.ndim == 1 else array
     return with_text_axis(array, array.shape[-1], f"{where}: `position_ids`")
 
@@ -158,8 +159,8 @@ def _without_padding(where: str, mask: np.ndarray) -> slice:
     if not ones.size:
         return slice(0, 0)
     if ones[-1] - ones[0] + 1 != ones.size:
-        raise ValueError(
-            f"{where}: `attention_mask` has zeros between ones: only padding at the ends of a sample can be cut off"
+        raise UnsupportedError(
+            f"{where}: `attention_mask` has zeros between ones: only padding at the ends of a sample can be cut off."
         )
     return slice(int(ones[0]), int(ones[-1]) + 1)
 
@@ -173,7 +174,7 @@ def _document_lengths(where: str, length: int, given: Any, positions: np.ndarray
         if (lengths < 1).any() or lengths.sum() != length:
             raise ValueError(
                 f"{where}: `{DOCUMENT_LENGTHS}` sum to {lengths.sum()} and `input_ids` has {length} elements; they "
-                "must be positive and agree"
+                "must be positive and agree."
             )
     elif positions is not None:
         lengths = np.diff(np.flatnonzero(positions == 0), append=length)
@@ -183,6 +184,6 @@ def _document_lengths(where: str, length: int, given: Any, positions: np.ndarray
         raise ValueError(
             f"{where}: `position_ids` must count 0, 1, 2, ... in each document"
             + (f" of `{DOCUMENT_LENGTHS}`" if given is not None else "")
-            + ": remove them and they are made here"
+            + ": remove them and they are made here."
         )
     return lengths

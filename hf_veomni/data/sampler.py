@@ -113,24 +113,24 @@ class BalancedBatchSampler(Sampler[list[int]]):
         if drop_last and not self._steps():
             raise ValueError(
                 f"`drop_last` leaves nothing: {len(self.lengths)} samples make fewer batches of {max_tokens} tokens "
-                f"than `num_ranks` ({num_ranks}); lower `max_tokens` or leave `drop_last` out"
+                f"than `num_ranks` ({num_ranks}); lower `max_tokens` or leave `drop_last` out."
             )
 
     def _check(self) -> None:
         for name, value in (("max_tokens", self.max_tokens), ("num_ranks", self.num_ranks)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` ({value!r}) must be a positive integer")
+                raise ValueError(f"`{name}` ({value!r}) must be a positive integer.")
         if self.rank is not None and not 0 <= self.rank < self.num_ranks:
-            raise ValueError(f"`rank` ({self.rank}) must be one of 0..{self.num_ranks - 1}, or None for all in turn")
+            raise ValueError(f"`rank` ({self.rank}) must be one of 0..{self.num_ranks - 1}, or None for all in turn.")
         if self.lengths.ndim != 1 or self.lengths.shape != self.costs.shape or not self.lengths.size:
             raise ValueError(
-                f"costs {list(self.costs.shape)} and `lengths` {list(self.lengths.shape)} must hold one number for "
-                "each sample, and at least one"
+                f"Costs {list(self.costs.shape)} and `lengths` {list(self.lengths.shape)} must hold one number for "
+                "each sample, and at least one."
             )
         if self.lengths.dtype.kind not in "iu":
             raise ValueError(
-                f"lengths of type {self.lengths.dtype} must be whole numbers of tokens: if they are costs, give the "
-                "lengths too (`lengths=`)"
+                f"Lengths of type {self.lengths.dtype} must be whole numbers of tokens: if they are costs, give the "
+                "lengths too (`lengths=`)."
             )
         self.lengths = self.lengths.astype(np.int64)
         for wrong, rule in (
@@ -143,7 +143,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         ):
             if wrong.any():
                 index = int(wrong.argmax())
-                raise ValueError(f"sample {index} ({self.lengths[index]} tokens, cost {self.costs[index]:g}) {rule}")
+                raise ValueError(f"sample {index} ({self.lengths[index]} tokens, cost {self.costs[index]:g}) {rule}.")
 
     @property
     def batch_sampler(self) -> BalancedBatchSampler:
@@ -178,8 +178,8 @@ class BalancedBatchSampler(Sampler[list[int]]):
             return
         if self._loaded and self._resume < len(self._steps()):
             raise ValueError(
-                f"epoch {epoch} is set while the loaded state stands in epoch {self.epoch}: begin there, with "
-                f"set_epoch({self.epoch}) on the loader (a loader prepared by accelerate counts from 0 by itself)"
+                f"Epoch {epoch} is set while the loaded state stands in epoch {self.epoch}: begin there, with "
+                f"set_epoch({self.epoch}) on the loader (a loader prepared by accelerate counts from 0 by itself)."
             )
         self.epoch, self._done, self._yielded, self._resume, self._loaded = epoch, [], 0, 0, False
 
@@ -195,7 +195,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         if steps is not None:
             current = steps - sum(steps for _, _, steps in self._done)
             if current < 0:
-                raise ValueError(f"`steps` ({steps}) lies before the state that this epoch was resumed from")
+                raise ValueError(f"`steps` ({steps}) lies before the state that this epoch was resumed from.")
         parts = [*self._done, (self.num_ranks, self.max_tokens, current)]
         return {"epoch": self.epoch, "parts": [list(part) for part in parts], **self._identity()}
 
@@ -211,8 +211,8 @@ class BalancedBatchSampler(Sampler[list[int]]):
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise ValueError(
-                    f"the state was saved with another `{name}` ({state.get(name)!r}, here {value!r}): resume with "
-                    "the same dataset and options, or begin the epoch anew without load_state_dict"
+                    f"The state was saved with another `{name}` ({state.get(name)!r}, here {value!r}): resume with "
+                    "the same dataset and options, or begin the epoch anew without load_state_dict."
                 )
         *done, (num_ranks, max_tokens, steps) = (tuple(part) for part in state["parts"])
         if (num_ranks, max_tokens) != (self.num_ranks, self.max_tokens):

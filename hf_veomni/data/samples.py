@@ -24,6 +24,7 @@ from hf_veomni.data.modalities import ITEM_COLUMNS, RAW_COLUMNS, TEXT_COLUMNS, i
 from hf_veomni.data.pieces import Pieces, Rules, plan_rows
 from hf_veomni.data.sample import READ
 from hf_veomni.data.text import DOCUMENT_LENGTHS
+from hf_veomni.errors import UnsupportedError
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Meter:
         if self.reader is None:
             raise ValueError(
                 f"{where} is raw (it has {', '.join(sample)}): give `processor=`, the model's own, or run it first "
-                "(dataset.map) and pack what it makes"
+                "(dataset.map) and pack what it makes."
             )
         try:
             return self.reader.measure(where, sample)
@@ -94,13 +95,13 @@ class Meter:
         if "input_ids" not in sample:
             raise ValueError(
                 f"{where} has no `input_ids`, `messages`, `text`, `conversations` or `prompt` (but {list(sample)}): "
-                "convert it with dataset.map, or remove it"
+                "convert it with dataset.map, or remove it."
             )
         ids = np.asarray(sample["input_ids"])
         if ids.ndim == 2 and len(ids) == 1:
             ids = ids[0]
         if ids.ndim != 1:
-            raise ValueError(f"{where}: `input_ids` has shape {list(ids.shape)}, and must be one list of integers")
+            raise ValueError(f"{where}: `input_ids` has shape {list(ids.shape)}, and must be one list of integers.")
         mask = sample.get("attention_mask")
         length = len(ids) if mask is None else int(np.count_nonzero(mask))
         if self.cost is None:
@@ -150,9 +151,9 @@ def pack_samples(
     """
     check_on_error(meter.on_error)
     if rules.overlong not in ("error", "drop"):
-        raise ValueError(
+        raise UnsupportedError(
             f"`overlong` ({rules.overlong!r}) would cut through pictures or sounds: choose 'error' or 'drop', and cut "
-            "texts before the processor sees them"
+            "texts before the processor sees them."
         )
     if isinstance(dataset, IterableDataset):
         return _pack_stream(dataset, rules, meter, buffer_size or BUFFER_SIZE, further)
@@ -173,7 +174,7 @@ def pack_samples(
         desc="Measuring",
     ).with_format("numpy")
     if not len(sizes):
-        raise ValueError("`dataset` has no rows: there is nothing to pack")
+        raise ValueError("`dataset` has no rows: there is nothing to pack.")
     tokens, costs, reasons = (sizes[name][:] for name in ("tokens", "cost", "reason"))
     pieces, kept = _plan(tokens, rules, reasons.tolist(), range(len(tokens)))
     documents = kept[pieces.documents]
@@ -199,7 +200,7 @@ def _plan(tokens: np.ndarray, rules: Rules, reasons: Sequence[str], names: Seque
     lengths = tokens[kept]
     pieces = plan_rows(np.zeros_like(lengths), lengths, rules, [names[index] for index in kept.tolist()])
     if not len(pieces.row_sizes) and isinstance(names, range):
-        raise ValueError(f"nothing is left to pack: none of {len(tokens)} samples has tokens that fit `max_tokens`")
+        raise ValueError(f"Nothing is left to pack: none of {len(tokens)} samples has tokens that fit `max_tokens`.")
     return pieces, kept
 
 
@@ -221,7 +222,7 @@ def _known(names: Sequence[str], further: Sequence[str], meter: Meter) -> list[s
         raise ValueError(
             f"{', '.join(f'`{name}`' for name in unknown)} would be lost, since {reader} reads no such column: drop "
             f"it with dataset.remove_columns({unknown}), or name in `columns` what holds one number a token, and in "
-            "`item_columns` what holds items along its first axis"
+            "`item_columns` what holds items along its first axis."
         )
     return list(names)
 
@@ -266,5 +267,5 @@ def column_names(dataset: Dataset | IterableDataset, look_at: int) -> list[str]:
         return list(dataset.column_names)
     found = dict.fromkeys(name for sample in itertools.islice(dataset, look_at) for name in sample)
     if not found:
-        raise ValueError("`dataset` has no samples: there is nothing to pack")
+        raise ValueError("`dataset` has no samples: there is nothing to pack.")
     return list(found)

@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Features
 
+from hf_veomni.errors import UnsupportedError
+
 IGNORE_INDEX = -100  # the label that transformers' losses leave out
 DOCUMENT_LENGTHS = "document_lengths"
 
@@ -40,7 +42,7 @@ class Columns:
 def modality_error(name: str) -> ValueError:
     return ValueError(
         f"`{name}` belongs to images, audio or video, and cannot be packed beside `input_ids`: give samples of "
-        "`messages` or `text` and a `processor`, or what the processor makes of them, or remove it"
+        "`messages` or `text` and a `processor`, or what the processor makes of them, or remove it."
     )
 
 
@@ -55,16 +57,16 @@ def read_columns(features: Features, columns: Sequence[str]) -> Columns:
     types = {field.name: field.type for field in schema}
     columns = (columns,) if isinstance(columns, str) else tuple(columns)
     if "input_ids" not in types:
-        raise ValueError(f"`dataset` has no column 'input_ids' (it has {', '.join(types)}): tokenise it first")
+        raise ValueError(f"`dataset` has no column 'input_ids' (it has {', '.join(types)}): tokenise it first.")
     if DOCUMENT_LENGTHS in types:
-        raise ValueError(
-            f"`dataset` is packed already (it has a column '{DOCUMENT_LENGTHS}'): pack its source instead"
+        raise UnsupportedError(
+            f"`dataset` is packed already (it has a column '{DOCUMENT_LENGTHS}'): pack its source instead."
         )
     for name in columns:
         if name not in types or name == "input_ids" or name in _READ_NOT_CARRIED:
             near = difflib.get_close_matches(name, types, n=1)
             hint = f"did you mean '{near[0]}'? " if near and near[0] != name else ""
-            raise ValueError(f"`columns` names '{name}', which cannot be carried: {hint}Columns: {', '.join(types)}")
+            raise ValueError(f"`columns` names '{name}', which cannot be carried: {hint}Columns: {', '.join(types)}.")
     labels = ("labels",) if "labels" in types else ()
     along = (*labels, *(name for name in dict.fromkeys(columns) if name != "labels"))
     for name, kind in types.items():
@@ -72,7 +74,7 @@ def read_columns(features: Features, columns: Sequence[str]) -> Columns:
     read = ("input_ids", *along, *(name for name in _READ_NOT_CARRIED if name in types))
     ids = _list_value(types["input_ids"])
     if ids is None or not pa.types.is_integer(ids) or ("labels" in types and not _integers(types["labels"])):
-        raise ValueError("`input_ids` and `labels` must hold lists of integers: tokenise the dataset first")
+        raise ValueError("`input_ids` and `labels` must hold lists of integers: tokenise the dataset first.")
     signed = "int64" if ids.bit_width == 64 else "int32"
     row = {"input_ids": _numpy_name(types["input_ids"]), "labels": signed, "position_ids": "int32"}
     row |= {name: _numpy_name(types[name]) for name in along if name != "labels"}
@@ -93,11 +95,11 @@ def _check_column(name: str, kind: pa.DataType, known: bool) -> None:
         raise modality_error(name)
     is_number = pa.types.is_integer(leaf) or pa.types.is_floating(leaf) or pa.types.is_boolean(leaf)
     if known and (depth != 1 or not is_number):
-        raise ValueError(f"`{name}` ({kind}) must hold one list of numbers a sample, one number a token")
+        raise ValueError(f"`{name}` ({kind}) must hold one list of numbers a sample, one number a token.")
     if not known and depth and is_number:
         raise ValueError(
             f"`{name}` ({kind}) looks like one number a token, and would be lost: name it in `columns` to pack it "
-            f"along, or drop it with dataset.remove_columns('{name}')"
+            f"along, or drop it with dataset.remove_columns('{name}')."
         )
 
 
@@ -138,7 +140,7 @@ def token_spans(table: pa.Table, columns: Columns, names: Sequence[int]) -> tupl
             bad = wrong[0]
             raise ValueError(
                 f"sample {names[bad]}: `{name}` has {others[bad]} elements and `input_ids` has {lengths[bad]}; they "
-                "must have one each a token"
+                "must have one each a token."
             )
     starts = np.zeros_like(lengths)
     if "attention_mask" in columns.read:
@@ -152,7 +154,7 @@ def _list_lengths(table: pa.Table, name: str, names: Sequence[int]) -> np.ndarra
     lengths = pc.call_function("list_value_length", [table.column(name)])
     if lengths.null_count:
         bad = int(lengths.is_null().to_numpy().argmax())
-        raise ValueError(f"sample {names[bad]}: `{name}` is missing")
+        raise ValueError(f"sample {names[bad]}: `{name}` is missing.")
     return lengths.to_numpy().astype(np.int64)
 
 
@@ -162,7 +164,7 @@ def flat_values(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
     lists = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
     values = lists.flatten()
     if values.null_count:
-        raise ValueError(f"`{name}` has missing values inside a list: every token needs one")
+        raise ValueError(f"`{name}` has missing values inside a list: every token needs one.")
     return values.to_numpy(zero_copy_only=False), pc.call_function("list_value_length", [lists]).to_numpy().astype(
         np.int64
     )
@@ -180,9 +182,9 @@ def _cut_padding(mask: np.ndarray, lengths: np.ndarray, names: Sequence[int]) ->
         ones = np.flatnonzero(mask[bounds[index] : bounds[index + 1]])
         starts[index] = ones[0] if ones.size else 0
         if ones.size and ones[-1] - ones[0] + 1 != ones.size:
-            raise ValueError(
+            raise UnsupportedError(
                 f"sample {names[index]}: `attention_mask` has zeros between ones: only padding at the ends of a "
-                "document can be cut off"
+                "document can be cut off."
             )
     return starts, counts
 
@@ -196,5 +198,5 @@ def _check_positions(table: pa.Table, starts: np.ndarray, lengths: np.ndarray, n
         bad = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
         raise ValueError(
             f"sample {names[bad]}: `position_ids` do not count 0, 1, 2, ...: packing sets its own, so remove the "
-            "column; a row of several documents cannot be packed again"
+            "column; a row of several documents cannot be packed again."
         )

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert.families import adopt, is_adoptable
 from hf_veomni.expert.forward import ExpertsForward
 from hf_veomni.expert.layout import ExpertsModule, check_experts, find_experts
@@ -30,18 +31,18 @@ def check_model(model: nn.Module, state: ParallelState) -> list[ExpertsModule]:
     """The experts modules that `attach_experts` will touch.
 
     Raises:
-        ValueError: the plan's `ep_size` does not fit the model, or its kernels or adapters do not.
+        UnsupportedError: the plan's `ep_size` does not fit the model, or its kernels or adapters do not.
     """
     found = check_experts(model, state.ep_size) if state.ep_size > 1 else find_experts(model)
     for module in found:
         if state.ep_size > 1 and hf.experts_implementation(module.experts) == "deepgemm_megamoe":
-            raise ValueError(
+            raise UnsupportedError(
                 f"`experts_implementation` ('deepgemm_megamoe') of '{module.name}' exchanges tokens inside its kernel "
                 "and has no backward: select 'grouped_mm' to train with ep_size > 1."
             )
         if has_adapters(module) and is_adoptable(module.experts):
             if state.ep_size > 1:
-                raise ValueError(
+                raise UnsupportedError(
                     f"LoRA on '{module.name}' ({type(module.experts).__name__}) is not available with ep_size > 1: "
                     "adapt the attention alone (leave `target_parameters` out), or use ep_size=1."
                 )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert.dispatch import count_pairs
 from hf_veomni.expert.forward import counts_tokens, is_training_forward, start_rows, stop_rows
 from hf_veomni.expert.layout import ExpertsModule, find_experts
@@ -74,13 +75,13 @@ class ExpertCounter:
             ep_size: of its plan.
 
         Raises:
-            ValueError: the model has no experts that transformers stacks, or layers with different numbers of them.
+            UnsupportedError: the model has no experts that transformers stacks, or layers of different numbers.
         """
         self.modules: list[ExpertsModule] = [m for m in find_experts(model) if hf.is_experts_module(m.experts)]
         self.ep_size = ep_size
         sizes = sorted({module.num_experts * ep_size for module in self.modules})
         if len(sizes) != 1:
-            raise ValueError(
+            raise UnsupportedError(
                 f"{type(model).__name__} has no experts to count."
                 if not sizes
                 else f"{type(model).__name__} has layers of {sizes} experts: counts of one table need equal ones."

@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert.families import is_adoptable
 
 
@@ -68,7 +69,7 @@ def check_experts(model: nn.Module, ep_size: int) -> list[ExpertsModule]:
     """The experts modules, if they can be spread over `ep_size` ranks.
 
     Raises:
-        ValueError: a dense model, experts that are not stacked, or a number that `ep_size` does not divide,
+        UnsupportedError: a dense model, experts that are not stacked, or a number that `ep_size` does not divide,
             or layers that share a parameter.
     """
     name = type(model).__name__
@@ -80,16 +81,18 @@ def check_experts(model: nn.Module, ep_size: int) -> list[ExpertsModule]:
             if routers
             else "it is a dense model"
         )
-        raise ValueError(f"`ep_size` ({ep_size}) needs experts, and {name} has none to spread: {why}. Use ep_size=1.")
+        raise UnsupportedError(
+            f"`ep_size` ({ep_size}) needs experts, and {name} has none to spread: {why}. Use ep_size=1."
+        )
     for module in found:
         if module.num_experts % ep_size:
             sizes = [str(size) for size in range(1, module.num_experts + 1) if module.num_experts % size == 0]
-            raise ValueError(
+            raise UnsupportedError(
                 f"`ep_size` ({ep_size}) must divide the number of experts ({module.num_experts}) of '{module.name}': "
                 f"use {', '.join(sizes)}."
             )
         if len(module.parameters) != sum(1 for _ in module.experts.parameters(recurse=False)):
-            raise ValueError(
+            raise UnsupportedError(
                 f"'{module.name}' ({type(module.experts).__name__}) has parameters that are not stacked along its "
                 f"{module.num_experts} experts: use ep_size=1."
             )
@@ -104,7 +107,7 @@ def _check_unshared(found: list[ExpertsModule], ep_size: int) -> None:
             name = f"{module.name}.{key}"
             owner = owners.setdefault(id(getattr(module.experts, key)), name)
             if owner != name:
-                raise ValueError(
+                raise UnsupportedError(
                     f"'{name}' is the same parameter as '{owner}', and `ep_size` ({ep_size}) spreads each layer's "
                     "experts by themselves: use ep_size=1."
                 )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert.compute import LowRank
 from hf_veomni.expert.forward import ExpertsForward, set_adapters
 from hf_veomni.expert.layout import ExpertsModule, iterate_wrappers
@@ -63,24 +64,26 @@ def has_adapters(module: ExpertsModule) -> bool:
 
 
 def check_adapters(module: ExpertsModule) -> None:
-    """Raises ValueError where the adapters of this module cannot be computed in low rank."""
+    """Raises UnsupportedError where the adapters of this module cannot be computed in low rank."""
     selected = hf.experts_implementation(module.experts)
     if selected not in ("grouped_mm", "eager"):
-        raise ValueError(
+        raise UnsupportedError(
             f"`experts_implementation` ({selected!r}) knows no adapters on '{module.name}': select 'grouped_mm'."
         )
     for wrapper in iterate_wrappers(module):
         target = f"{module.name}.{wrapper.parameter_name}"
         if wrapper.parameter_name not in _WEIGHTS:
-            raise ValueError(f"LoRA on '{target}' is not available: target {' and '.join(_WEIGHTS[::2])} instead.")
+            raise UnsupportedError(
+                f"LoRA on '{target}' is not available: target {' and '.join(_WEIGHTS[::2])} instead."
+            )
         if wrapper.merged:
-            raise ValueError(
+            raise UnsupportedError(
                 f"The adapter of '{target}' is merged into the base weight: call `unmerge_adapter()` before "
                 "`prepare_omni`, or `merge_and_unload()` to train the merged weights."
             )
         for name in wrapper.lora_A:
             if wrapper.lora_variant.get(name) is not None or wrapper.lora_B[name].bias is not None:
-                raise ValueError(f"The adapter '{name}' of '{target}' is not plain LoRA: use LoRA or rsLoRA.")
+                raise UnsupportedError(f"The adapter '{name}' of '{target}' is not plain LoRA: use LoRA or rsLoRA.")
 
 
 def _factors(wrapper: Any, name: str) -> list[tuple[nn.Linear, AdapterLayout]]:
@@ -101,7 +104,7 @@ def _active_adapters(module: ExpertsModule) -> dict[str, Sequence[LowRank]]:
         if wrapper.disable_adapters:
             continue
         if wrapper.merged:
-            raise ValueError(
+            raise UnsupportedError(
                 f"The adapter of '{module.name}' was merged after `prepare_omni`: merge from the saved adapter, in a "
                 "process of its own."
             )

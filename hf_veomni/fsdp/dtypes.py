@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf import peft as hf_peft
 
 Parameters = frozenset[nn.Parameter]
@@ -56,7 +57,7 @@ def split_by_dtype(
         ignored: parameters that stay whole.
 
     Raises:
-        ValueError: one module, or one adapter, holds trained parameters of several dtypes itself.
+        UnsupportedError: one module, or one adapter, holds trained parameters of several dtypes itself.
     """
     claimed, whole = set(ignored), frozenset(ignored)
     taken = {module for modules, _ in units for module in modules}
@@ -111,7 +112,7 @@ def _split(
     names = {parameter: name for name, parameter in model.named_parameters()}
     firsts = {p.dtype: names[p] for p in reversed(trained)}
     listed = ", ".join(f"'{name}' in {str(dtype).removeprefix('torch.')}" for dtype, name in firsts.items())
-    raise ValueError(
+    raise UnsupportedError(
         f"Parameters of one FSDP unit are trained in several dtypes, {listed}, and no modules separate them: give "
         "them one dtype (`dtype=` of from_pretrained, `autocast_adapter_dtype=False` of get_peft_model, "
         "`parameter.data = parameter.data.float()`), or freeze those of one dtype."

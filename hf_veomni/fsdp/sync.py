@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_veomni.errors import UnsupportedError
+
 logger = logging.getLogger(__name__)
 
 
@@ -32,7 +34,8 @@ def _ranks(ranks: list[int]) -> str:
 class RaiseTogether:
     """Within this context an error on some ranks becomes an error on all of them, which else would wait for ever.
 
-    The body must be free of collectives. A rank that had no error itself raises ValueError with the others' message.
+    The body must be free of collectives. A rank that had no error itself raises the message of the first rank that had
+    one: as UnsupportedError where that rank refused, otherwise as ValueError.
 
     Collective: one small all-gather over all ranks at the end.
     """
@@ -43,12 +46,13 @@ class RaiseTogether:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if _alone() or (error is not None and not isinstance(error, Exception)):
             return
-        messages = _gather(None if error is None else f"{type(error).__name__}: {error}")
-        failed = [rank for rank, message in enumerate(messages) if message is not None]
+        refused = isinstance(error, UnsupportedError)
+        reports = _gather(None if error is None else (refused, f"{type(error).__name__}: {error}"))
+        failed = [rank for rank, report in enumerate(reports) if report is not None]
         if failed and error is None:
-            raise ValueError(
-                f"This rank ({dist.get_rank()}) stops because {_ranks(failed)} of {len(messages)} failed: "
-                f"{messages[failed[0]]}"
+            refused, message = reports[failed[0]]
+            raise (UnsupportedError if refused else ValueError)(
+                f"This rank ({dist.get_rank()}) stops because {_ranks(failed)} of {len(reports)} failed: {message}"
             )
 
 

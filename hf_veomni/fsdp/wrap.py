@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.fsdp.dtypes import cast_inputs, split_by_dtype
-from hf_veomni.fsdp.storage import check_own_storage, make_contiguous
+from hf_veomni.fsdp.storage import check_no_scalars, check_own_storage, make_contiguous
 from hf_veomni.fsdp.unused import watch_experts
 from hf_veomni.hf import peft as hf_peft
 from hf_veomni.mesh import ParallelState
@@ -101,7 +102,7 @@ def _check_unruled(model: nn.Module, modules: list[nn.Module], rules: Mapping[st
     names = {name for name, module in model.named_modules() if module in modules}
     for name in sorted(names & rules.keys()):
         if "fsdp" in rules[name]:
-            raise ValueError(
+            raise UnsupportedError(
                 f"The rule `fsdp` for '{name}' has no effect: it shares a parameter with "
                 f"{', '.join(sorted(names - {name}))}, and what encoder and decoder of {type(model).__name__} share "
                 "is gathered with the root. Leave the rule out."
@@ -116,7 +117,7 @@ def plan_units(model: PreTrainedModel, rules: Mapping[str, Mapping[str, str]]) -
     modules run in each forward, which before torch 2.13 breaks a unit of several.
 
     Raises:
-        ValueError: a rule for such a module.
+        UnsupportedError: a rule for such a module.
     """
     units = _stock_units(model)
     units.update({name: rule["fsdp"] for name, rule in rules.items() if "fsdp" in rule})
@@ -170,12 +171,12 @@ def check_dtype_can_change(model: nn.Module, dtype: torch.dtype) -> None:
     """Refuse to cast parameters whose dtype FSDP2 has noted, at the first forward.
 
     Raises:
-        ValueError: the model is sharded, has run, and has parameters of another dtype.
+        UnsupportedError: the model is sharded, has run, and has parameters of another dtype.
     """
     base = hf.base_model(model)
     other = next((p.dtype for p in base.parameters() if p.is_floating_point() and p.dtype != dtype), None)
     if other is not None and getattr(base, _RAN, False):
-        raise ValueError(
+        raise UnsupportedError(
             f"`bf16_full_eval` (True) would cast sharded parameters ({other}) to {dtype} after they have been used, "
             "and FSDP2 goes on with that of the first forward: leave it out (`bf16=True` evaluates in bfloat16 too), "
             "or evaluate before training, or evaluate the saved model."
@@ -225,13 +226,15 @@ def _prefetch_experts(model: nn.Module, experts: Sequence[nn.Module]) -> None:
 
 
 def check_units(model: PreTrainedModel, state: ParallelState) -> None:
-    """Raise ValueError for parameters that `shard_parameters` would not take. Changes nothing, no collectives."""
+    """Raise UnsupportedError for parameters that `shard_parameters` does not take. No collectives."""
     if state.fsdp_mesh is None:
         return
     rules = state.plan.match_modules(name for name, _ in model.named_modules() if name)
+    outside = _outside_forward(model)
     check_own_storage(model)
+    check_no_scalars(model, outside)
     if state.ep_size == 1:  # else experts become units of their own first
-        split_by_dtype([*plan_units(model, rules), ([model], None)], model, _outside_forward(model))
+        split_by_dtype([*plan_units(model, rules), ([model], None)], model, outside)
 
 
 def _outside_forward(model: Any) -> set[nn.Parameter]:

@@ -1,5 +1,6 @@
 """The names of transformers and PEFT that this package relies on, and reads: one place to look when they change."""
 
+from hf_veomni.hf import seams as _seams  # noqa: F401  (first: what is missing is named before an import fails)
 from hf_veomni.hf.names import (
     CACHE,
     CACHE_NAMES,

@@ -35,6 +35,8 @@ from transformers.modeling_utils import (
 )
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from hf_veomni.errors import UnsupportedError
+
 # transformers 5.24 gives all caches one name; 5.23 has one for mambas and one for the rest.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -46,18 +48,18 @@ def base_model(model: Any) -> PreTrainedModel:
     """The transformers model inside `model`: itself, or what a `PeftModel` wraps.
 
     Raises:
-        ValueError: not a transformers model, or a PEFT method that lengthens the row.
+        UnsupportedError: not a transformers model, or a PEFT method that lengthens the row.
     """
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
         if getattr(model.active_peft_config, "is_prompt_learning", False):
             kind = model.active_peft_config.peft_type
-            raise ValueError(
+            raise UnsupportedError(
                 f"PEFT method {kind} puts virtual tokens before every row, which cannot be cut into sequence shards "
                 "here: use LoRA or another method that leaves the row as it is."
             )
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(
+        raise UnsupportedError(
             f"`model` ({type(model).__name__}) must be a transformers PreTrainedModel or a PeftModel on one."
         )
     return model
@@ -192,7 +194,7 @@ def eager_attention(module: nn.Module) -> AttentionFunction:
         function = getattr(sys.modules.get(owner.__module__), "eager_attention_forward", None)
         if function is not None:
             return function
-    raise ValueError(
+    raise UnsupportedError(
         f"{type(module).__name__} has no `eager_attention_forward` beside it: load the model with "
         "attn_implementation='sdpa'."
     )

@@ -12,24 +12,26 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_veomni.errors import UnsupportedError
+
 # Of a tuner that calls `forward` of the base model in place of the model, in a hook of its own (X-LoRA).
 _CALLS_PAST_HOOKS = frozenset({"ADALORA", "ADAPTION_PROMPT", "XLORA"})
 
 
 def check_adapters(model: Any, world_size: int, sp_size: int) -> None:
-    """Refuse PEFT methods that go past what a plan puts on the base model. Raises ValueError that names the method."""
+    """Raise UnsupportedError, by its name, for a PEFT method that goes past what a plan puts on the base model."""
     for name, config in (getattr(model, "peft_config", None) or {}).items():
         kind = getattr(config.peft_type, "value", config.peft_type)
         tuner: Any = model.base_model
         own = type(tuner).forward is not BaseTuner.forward and not isinstance(model, PreTrainedModel)
         past = kind in _CALLS_PAST_HOOKS or (own and _names_forward(tuner))
         if past and world_size > 1:
-            raise ValueError(
+            raise UnsupportedError(
                 f"PEFT method {kind} (adapter '{name}') calls the forward of the base model past its hooks, by which "
                 f"{world_size} ranks share parameters and rows: use LoRA or another method, or one rank."
             )
         if sp_size > 1 and picks_tokens_by_place(model):
-            raise ValueError(
+            raise UnsupportedError(
                 f"`alora_invocation_tokens` of adapter '{name}' counts tokens from the end of the row, and layers at "
                 f"`sp_size` ({sp_size}) see a part of it: use LoRA without them, or sp_size=1."
             )

@@ -19,6 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_veomni import hf
 from hf_veomni.comm.gather import gather_shards
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.loss.chunked import full_precision, summed_loss
 from hf_veomni.loss.head import record_head_call
 from hf_veomni.loss.lazy_logits import LeanLogits, Recipe
@@ -204,8 +205,8 @@ def attach_lean_loss(
         A function that puts everything back.
 
     Raises:
-        ValueError: the model computes its loss itself, its loss is not the causal LM loss (another type, or one that
-            was set by hand), or it has no output head.
+        UnsupportedError: the model computes its loss itself, its loss is not the causal LM loss (another type, or one
+            that was set by hand), or it has no output head.
     """
     base = hf.base_model(model)
     head = _checked_head(base)
@@ -257,26 +258,26 @@ def lean_evaluation(model: nn.Module) -> Iterator[None]:
 def _checked_head(model: PreTrainedModel) -> nn.Module:
     name = type(model).__name__
     if not _calls_loss_function(type(model)):
-        raise ValueError(
+        raise UnsupportedError(
             f"{name} computes its loss inside its forward instead of calling `self.loss_function`, so it cannot be "
             "replaced: use a model that does, or compute the loss from the logits yourself."
         )
     current = model.loss_function
     if isinstance(current, CausalLMLoss):
-        raise ValueError(f"{name} has this loss attached already: detach it first.")
+        raise UnsupportedError(f"{name} has this loss attached already: detach it first.")
     if current is not ForCausalLMLoss:
-        raise ValueError(
+        raise UnsupportedError(
             f"{name} has the loss {getattr(current, '__name__', type(current).__name__)!r} (loss_type "
             f"{getattr(model, 'loss_type', None)!r}), and only 'ForCausalLMLoss' can be replaced: leave "
             "`model.loss_function` as the library sets it, or keep your own loss and sp_size=1."
         )
     head = model.get_output_embeddings()
     if head is None:
-        raise ValueError(f"{name} has no output head (`get_output_embeddings()` is None): use a causal LM.")
+        raise UnsupportedError(f"{name} has no output head (`get_output_embeddings()` is None): use a causal LM.")
     try:
         inspect.signature(head.forward).bind("hidden states")
     except TypeError as error:
-        raise ValueError(
+        raise UnsupportedError(
             f"The output head of {name} ({type(head).__name__}) must take the hidden states alone: {error}. Use "
             "lean_loss=False."
         ) from error

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import apply, knows, on_host
 from hf_veomni.loss import fused
 from hf_veomni.loss.head import Op, autocast, replay
@@ -170,7 +171,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError("The lean loss has no second derivatives: use prepare_omni(..., lean_loss=False).")
+            raise UnsupportedError("The lean loss has no second derivatives: use prepare_omni(..., lean_loss=False).")
         if ctx.at_once:
             (grad_hidden,) = ctx.saved_tensors
             return (grad_hidden * grads[0]).to(grad_hidden.dtype), None, None, None, None

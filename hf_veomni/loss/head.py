@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from hf_veomni.errors import UnsupportedError
+
 Op = tuple[Callable[..., Tensor], tuple[Any, ...]]
 
 
@@ -59,7 +61,7 @@ class HeadCall:
     def check_gathered(self) -> None:
         """Raise if FSDP has freed the head's weight."""
         if any(p.numel() and p.untyped_storage().size() == 0 for p in self.parameters):
-            raise RuntimeError(
+            raise UnsupportedError(
                 "The head's weight has been freed by FSDP, so its logits cannot be computed any more. For the loss: "
                 "keep the head gathered between forward and backward (plan rule {'lm_head': {'fsdp': 'keep'}}, or "
                 "fully_shard(..., reshard_after_forward=False)). For logits in training: look at them before "
@@ -70,7 +72,7 @@ class HeadCall:
         """Raise if the logits of this call would be computed from other weights than the loss was."""
         self.check_gathered()
         if (self.sharded and self.spent) or self.versions != [p._version for p in self.parameters]:
-            raise RuntimeError(
+            raise UnsupportedError(
                 "These logits were not computed in the forward (the loss did not need them), and the head's weight "
                 "has changed or been freed since. Look at them before backward and before the optimizer steps, use "
                 "model.eval(), or prepare_omni(..., lean_loss=False)."

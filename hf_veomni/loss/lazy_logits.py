@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.loss.head import HeadCall, Op, replay
 
 T = Tensor
@@ -81,7 +82,7 @@ class _Track(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         recipe, needed = ctx.recipe, ctx.needs_input_grad[1:]
         if recipe.real is not None and recipe.real._version != recipe.version:
-            raise RuntimeError(
+            raise UnsupportedError(
                 "These logits were changed in place and then handed to an autograd.Function, which torch functions do "
                 "not see: hand over `logits + 0`, or prepare with lean_loss=False."
             )

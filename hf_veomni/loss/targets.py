@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import apply
 
 Count = Tensor | float
@@ -82,7 +83,7 @@ def targets_and_count(
     if group is None:
         return targets, divisor
     if targets.dim() != 2:
-        raise ValueError(
+        raise UnsupportedError(
             f"`{name}` of shape {tuple(targets.shape)} must be [rows, tokens] under sequence parallelism: "
             "use sp_size=1."
         )

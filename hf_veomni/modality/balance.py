@@ -204,7 +204,7 @@ def balance_report(costs: Any, assignment: Assignment) -> BalanceReport:
     costs = np.asarray(costs, dtype=np.float64)
     n, m = len(assignment.rank_of), assignment.num_ranks
     if costs.shape != (n,):
-        raise ValueError(f"`costs` {list(costs.shape)} must have one number for each of the {n} assigned items")
+        raise ValueError(f"`costs` {list(costs.shape)} must have one number for each of the {n} assigned items.")
     mean = math.fsum(costs.tolist()) / m
     blocks = np.repeat(np.arange(m), [len(part) for part in np.array_split(np.arange(n), m)])
 
@@ -224,22 +224,24 @@ def balance_report(costs: Any, assignment: Assignment) -> BalanceReport:
 def _checked(costs: Any, num_ranks: int, patches: Any, max_patches: int | None) -> tuple[np.ndarray, np.ndarray]:
     costs = np.asarray(costs, dtype=np.float64)
     if not isinstance(num_ranks, int) or isinstance(num_ranks, bool) or num_ranks < 1:
-        raise ValueError(f"`num_ranks` ({num_ranks!r}) must be a positive integer")
+        raise ValueError(f"`num_ranks` ({num_ranks!r}) must be a positive integer.")
     wrong = ~(np.isfinite(costs) & (costs >= 0))
     if costs.ndim != 1 or wrong.any():
         value = costs.tolist() if costs.ndim != 1 else f"item {wrong.argmax()}: {costs[wrong.argmax()]:g}"
-        raise ValueError(f"`costs` ({value}) must be one number for each item, finite and not negative")
+        raise ValueError(f"`costs` ({value}) must be one number for each item, finite and not negative.")
     if (patches is None) != (max_patches is None):
-        raise ValueError("`patches` and `max_patches` go together: give both for a limit, or neither")
+        raise ValueError("`patches` and `max_patches` go together: give both for a limit, or neither.")
     if patches is None or max_patches is None:
         return costs, np.zeros(len(costs))
     patches = np.asarray(patches, dtype=np.float64)
     if patches.shape != costs.shape or not (np.isfinite(patches) & (patches >= 0)).all():
-        raise ValueError(f"`patches` ({patches.tolist()}) must be one number for each of the {len(costs)} items, >= 0")
+        raise ValueError(
+            f"`patches` ({patches.tolist()}) must be one number for each of the {len(costs)} items, >= 0."
+        )
     if len(patches) and patches.max() > max_patches:
         raise ValueError(
-            f"item {patches.argmax()} has {patches.max():g} patches, above `max_patches` ({max_patches}): raise it, "
-            "resize the item, or split it over the ranks (Ulysses in the tower)"
+            f"Item {patches.argmax()} has {patches.max():g} patches, above `max_patches` ({max_patches}): raise it, "
+            "resize the item, or split it over the ranks (Ulysses in the tower)."
         )
     return costs, patches
 
@@ -265,8 +267,8 @@ def _place(c: np.ndarray, p: np.ndarray, num_ranks: int, limit: float) -> np.nda
         else:
             return ranks
     raise ValueError(
-        f"found no place for {len(c)} items of {p.sum():g} patches on {num_ranks} ranks of `max_patches` ({limit:g}) "
-        f"each, {num_ranks * limit:g} in all: raise it, use more ranks or fewer items a row"
+        f"Found no place for {len(c)} items of {p.sum():g} patches on {num_ranks} ranks of `max_patches` ({limit:g}) "
+        f"each, {num_ranks * limit:g} in all: raise it, use more ranks or fewer items a row."
     )
 
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_veomni.errors import UnsupportedError
+
 MODALITIES = ("text", "image", "video", "audio")
 # Passes through (weights, attention): the backward of a linear layer makes two products, for its input and for its
 # weight; that of attention makes two for each of its two.
@@ -50,10 +52,10 @@ class Coefficients:
     def __post_init__(self) -> None:
         for value in (self.per_patch, *(pair for pair, _ in self.attention)):
             if not (np.isfinite(value) and value >= 0):
-                raise ValueError(f"coefficient {value!r} must be finite and not negative: measure or compute it anew")
+                raise ValueError(f"Coefficient {value!r} must be finite and not negative: measure or compute it anew.")
         for _, window in self.attention:
             if window is not None and not window > 0:
-                raise ValueError(f"window ({window!r}) must be above 0 patches, or None for full attention")
+                raise ValueError(f"Window ({window!r}) must be above 0 patches, or None for full attention.")
 
     def costs(self, patches: Any, segments: Any = 1) -> np.ndarray:
         """Cost of each item, float64 [n].
@@ -65,11 +67,11 @@ class Coefficients:
         """
         patches, segments = np.asarray(patches, dtype=np.float64), np.asarray(segments, dtype=np.float64)
         if patches.ndim != 1 or not (np.isfinite(patches) & (patches >= 0)).all():
-            raise ValueError(f"`patches` ({patches.tolist()}) must be one number for each item, finite, not negative")
+            raise ValueError(f"`patches` ({patches.tolist()}) must be one number for each item, finite, not negative.")
         if segments.shape not in ((), patches.shape) or not (segments >= 1).all():
             raise ValueError(
                 f"`segments` ({segments.tolist()}) must be a number, or one for each of the {len(patches)} items, "
-                "and at least 1: use 1 where all patches of an item attend to each other"
+                "and at least 1: use 1 where all patches of an item attend to each other."
             )
         span = patches / segments
         total = self.per_patch * patches
@@ -98,9 +100,9 @@ class Coefficients:
         Source: 2 FLOPs a weight and token, twice that backward (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
         """
         if modality not in MODALITIES:
-            raise ValueError(f"`modality` ({modality!r}) must be one of {', '.join(MODALITIES)}")
+            raise ValueError(f"`modality` ({modality!r}) must be one of {', '.join(MODALITIES)}.")
         if training not in PASSES:
-            raise ValueError(f"`training` ({training!r}) must be one of {', '.join(PASSES)}")
+            raise ValueError(f"`training` ({training!r}) must be one of {', '.join(PASSES)}.")
         weights, attention = PASSES[training]
         again = int(checkpointed and training != "frozen")
         width, layers, heads = (_read(config, names, modality) for names in (_WIDTH, _LAYERS, _HEADS))
@@ -132,10 +134,12 @@ class Coefficients:
         if patches.shape != seconds.shape or patches.ndim != 1 or len(np.unique(patches)) < 2:
             raise ValueError(
                 f"`patches` {patches.tolist()} and `seconds` {seconds.tolist()} must be pairs of at least two "
-                "different sizes: measure the smallest and the largest item at least"
+                "different sizes: measure the smallest and the largest item at least."
             )
         if not (np.isfinite(seconds) & (seconds > 0) & (patches > 0)).all():
-            raise ValueError(f"`seconds` {seconds.tolist()} and `patches` must be finite and above 0: drop the others")
+            raise ValueError(
+                f"`seconds` {seconds.tolist()} and `patches` must be finite and above 0: drop the others."
+            )
         columns = np.stack([patches, patches**2 / np.asarray(segments)], axis=1) / seconds[:, None]
         scale = columns.max(axis=0)  # patches^2 is large: keep the problem well conditioned
         found = np.linalg.lstsq(columns / scale, np.ones(len(seconds)), rcond=None)[0] / scale
@@ -154,7 +158,9 @@ class CostModel:
     def __post_init__(self) -> None:
         unknown = set(self.coefficients) - set(MODALITIES)
         if unknown or not self.coefficients:
-            raise ValueError(f"modalities {sorted(unknown)} must be some of {', '.join(MODALITIES)}, and at least one")
+            raise ValueError(
+                f"Modalities {sorted(unknown)} must be some of {', '.join(MODALITIES)}, and at least one."
+            )
 
     @classmethod
     def from_config(
@@ -168,13 +174,13 @@ class CostModel:
             checkpointed: as there.
 
         Raises:
-            ValueError: a part that cannot be read; the message names it.
+            UnsupportedError: a part that cannot be read; the message names it.
         """
         parts = _parts(getattr(config, "thinker_config", None) or config)
         modes = {name: training if isinstance(training, str) else training.get(name, "trained") for name in parts}
         if not isinstance(training, str) and not set(training) <= set(parts):
             raise ValueError(
-                f"`training` names {sorted(set(training) - set(parts))}, but {_name(config)} has {sorted(parts)}"
+                f"`training` names {sorted(set(training) - set(parts))}, but {_name(config)} has {sorted(parts)}."
             )
         return cls(
             {name: Coefficients.from_config(part, name, modes[name], checkpointed) for name, part in parts.items()}
@@ -193,15 +199,15 @@ class CostModel:
         names = np.full(len(patches), modality) if isinstance(modality, str) else np.asarray(modality, dtype=str)
         if names.shape != patches.shape:
             raise ValueError(
-                f"`modality` {list(names.shape)} and `patches` {list(patches.shape)} must be equally many"
+                f"`modality` {list(names.shape)} and `patches` {list(patches.shape)} must be equally many."
             )
         if segments is None and "video" in names:
-            raise ValueError("`segments` is missing for video: give the frames of each item (grid t), 1 for others")
+            raise ValueError("`segments` is missing for video: give the frames of each item (grid t), 1 for others.")
         parts = np.broadcast_to(np.asarray(1 if segments is None else segments), patches.shape)
         total = np.zeros(len(patches))
         for name in dict.fromkeys(names.tolist()):
             if name not in self.coefficients:
-                raise ValueError(f"no coefficients for modality {name!r}: this model has {sorted(self.coefficients)}")
+                raise ValueError(f"No coefficients for modality {name!r}: this model has {sorted(self.coefficients)}.")
             here = names == name
             total[here] = self.coefficients[name].costs(patches[here], parts[here])
         return total
@@ -217,9 +223,9 @@ def _read(config: Any, names: Sequence[str], modality: str) -> int:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
-    raise ValueError(
+    raise UnsupportedError(
         f"{_name(config)} has none of {', '.join(names)} as a positive number, so the cost of its {modality} is "
-        "unknown: measure some items and use Coefficients.fit"
+        "unknown: measure some items and use Coefficients.fit."
     )
 
 
@@ -236,9 +242,9 @@ def _parts(config: Any) -> dict[str, Any]:
         elif hasattr(config, "vocab_size"):
             parts = {"text": config}
         else:
-            raise ValueError(
+            raise UnsupportedError(
                 f"{_name(config)} has no text_config, vision_config or audio_config, and is none of them (vocab_size, "
-                "patch_size, num_mel_bins): give its parts to Coefficients.from_config, or measure, Coefficients.fit"
+                "patch_size, num_mel_bins): give its parts to Coefficients.from_config, or measure, Coefficients.fit."
             )
     return parts
 
@@ -277,9 +283,9 @@ def _text_windows(config: Any, layers: int) -> list[tuple[int, float | None]]:
     }
     unknown = sorted(set(types) - set(windows))
     if unknown:
-        raise ValueError(
+        raise UnsupportedError(
             f"{_name(config)} has layers of type {', '.join(unknown)}, known are {', '.join(windows)}: measure some "
-            "rows and use Coefficients.fit"
+            "rows and use Coefficients.fit."
         )
     return [(types.count(kind), window) for kind, window in windows.items()]
 

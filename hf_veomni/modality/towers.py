@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from hf_veomni import hf
 from hf_veomni.comm.gather import gather_shards
 from hf_veomni.context import Encoding, current, within
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.fsdp.unused import GiveZeros
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment, assign_items
@@ -71,8 +72,8 @@ def attach_towers(
         attention: "auto" has towers that run whole items, and whose attention is sdpa, use the varlen attention.
 
     Raises:
-        ValueError: a rule of the plan that shards what ranks cannot be made to run together, or asks for balance where
-            items cannot be told apart.
+        UnsupportedError: a rule of the plan that shards what ranks cannot be made to run together, or asks for balance
+            where items cannot be told apart.
     """
     rules = state.plan.match_modules(name for name, _ in model.named_modules() if name)
     methods = find_methods(model)
@@ -140,7 +141,7 @@ def _check_rules(model: PreTrainedModel, rules: Any, methods: Sequence[tuple[nn.
     for name, rule in rules.items():
         kind = rule.get("sp")
         if kind in ("balance", "replicate", "ulysses") and name not in towers:
-            raise ValueError(
+            raise UnsupportedError(
                 f"The rule 'sp: {kind}' names `{name}`, which is no tower whose items can be told apart: name one of "
                 f"{sorted(towers) or 'none (the model has none)'}."
             )
@@ -150,7 +151,7 @@ def _check_rules(model: PreTrainedModel, rules: Any, methods: Sequence[tuple[nn.
             known = [owner for owner, _ in methods if name in units_of(owner, _name_of(model, owner), rules)]
             reason = why_not(known[0]) if known else "no `get_*_features` of the model runs it"
             if reason is not None:
-                raise ValueError(
+                raise UnsupportedError(
                     f"The rule 'fsdp: {rule['fsdp']}' names `{name}`, which only rows with its modality run, and the "
                     f"other ranks cannot be made to wait for them, since {reason}. Leave the rule out: it is sharded "
                     "with all that is no layer."
@@ -286,7 +287,7 @@ def _split(features: Any, count: int) -> list[Tensor]:
         features = features if features.dim() == 3 and len(features) == count else features.flatten(0, -2).chunk(count)
     blocks = [block.flatten(0, -2) for block in features]
     if len(blocks) != count:
-        raise ValueError(
+        raise UnsupportedError(
             f"A tower gave {len(blocks)} blocks of features for {count} items, so they cannot be shared among the SP "
             "ranks: run it on all of them, with the rule {'<name of the tower>': {'sp': 'replicate'}} of the plan."
         )

@@ -42,6 +42,7 @@ from hf_veomni.attention.mask import MaskSpec
 from hf_veomni.attention.varlen import varlen_attention
 from hf_veomni.comm.gather import gather_shards
 from hf_veomni.context import Encoding, current
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment
 from hf_veomni.modality.exchange import exchange_rows, find_ranks
@@ -290,19 +291,19 @@ def check_cut(tower: nn.Module, name: str, sp_size: int) -> None:
     """Whether the patches of a tower can be cut.
 
     Raises:
-        ValueError: a tower of another kind, or fewer heads than ranks.
+        UnsupportedError: a tower of another kind, or fewer heads than ranks.
     """
     config: Any = getattr(tower, "config", None)
     kind = getattr(config, "model_type", None)
     if kind not in FRAMES:
-        raise ValueError(
+        raise UnsupportedError(
             f"The rule 'sp: ulysses' names `{name}` ({type(tower).__name__}, model type {kind!r}), whose patches "
             f"cannot be cut: it takes towers of the model types {', '.join(sorted(FRAMES))}. Use 'balance' (whole "
             "items, the default) or 'replicate' for this one."
         )
     heads = getattr(config, "num_heads", None) or config.num_attention_heads
     if heads < sp_size:
-        raise ValueError(
+        raise UnsupportedError(
             f"The rule 'sp: ulysses' names `{name}`, whose {heads} attention heads `sp_size` ({sp_size}) must not "
             f"exceed: use sp_size={heads} or less, or 'sp: balance' for it."
         )

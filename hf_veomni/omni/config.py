@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTraine
 from transformers.configuration_utils import SubConfigSpec
 
 from hf_veomni import hf
+from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.yaml_files import read_mapping
 
 # Modality -> the keyword of the model's forward that carries it.
@@ -51,7 +52,7 @@ def _check_keys(values: Any, valid: Iterable[str], where: str) -> None:
     for key in values:
         if key not in valid:
             near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.0)
-            raise ValueError(f"Unknown key '{key}' in `{where}`: did you mean '{near[0]}'?")
+            raise ValueError(f"Unknown key '{key}' in `{where}`: did you mean '{near[0]}'?.")
 
 
 def _config_keys(kind: type[PreTrainedConfig]) -> set[str]:
@@ -138,6 +139,7 @@ class OmniConfig(PreTrainedConfig):
     codec_config: dict | PreTrainedConfig | None = None
     tie_word_embeddings: bool = False
 
+    @override
     def __post_init__(self, **kwargs: Any) -> None:
         public = {key: value for key, value in kwargs.items() if not key.startswith("_")}
         _check_keys(public, _config_keys(type(self)), "OmniConfig")
@@ -203,11 +205,15 @@ class OmniConfig(PreTrainedConfig):
             raise ValueError("`foundation` (None) must be given: `config` or `checkpoint` of a causal LM.")
         return config
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         """As transformers writes it, without the checkpoints that the parts came from."""
         values = super().to_dict()
         values.pop("_checkpoints", None)
         return values
+
+
+require_overrides(OmniConfig)
 
 
 __all__ = ["CONFIG_FIELDS", "DECODERS", "ENCODERS", "PROJECTORS", "OmniConfig"]

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, JanusVQVAE
 
+from hf_veomni.errors import UnsupportedError
+
 
 class DecoderMixin:
     """A decoder of one modality: the foundation's hidden states in, items of the modality out.
@@ -93,7 +95,7 @@ class ImageDecoder(_CodeDecoder):
 
     def __init__(self, config: Any, hidden_size: int, options: dict[str, Any]) -> None:
         if config.model_type != "janus_vqgan":
-            raise ValueError(f"An image decoder must be of type 'janus_vqgan', not '{config.model_type}'.")
+            raise UnsupportedError(f"An image decoder must be of type 'janus_vqgan', not '{config.model_type}'.")
         super().__init__(JanusVQVAE._from_config(config), config.num_embeddings, hidden_size, options)
         self.num_codes = config.num_patches**2
         # Each level but the last halves the picture.
@@ -140,7 +142,7 @@ class AudioDecoder(_CodeDecoder):
 
     def __init__(self, config: Any, hidden_size: int, options: dict[str, Any]) -> None:
         if config.model_type not in _CODECS:
-            raise ValueError(f"An audio decoder must be of type 'mimi' or 'dac', not '{config.model_type}'.")
+            raise UnsupportedError(f"An audio decoder must be of type 'mimi' or 'dac', not '{config.model_type}'.")
         self.num_codebooks, self.frame_size = _CODECS[config.model_type](config)
         self.codebook_size: int = config.codebook_size
         self.sampling_rate: int = config.sampling_rate

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
+from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.omni.config import DECODERS, ENCODERS
 from hf_veomni.omni.decoders import write_wav
 
@@ -30,6 +32,7 @@ class OmniGenerationMixin(GenerationMixin):
     encoders: Any
     decoders: Any
 
+    @override
     def prepare_inputs_for_generation(
         self: Any, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
@@ -41,6 +44,7 @@ class OmniGenerationMixin(GenerationMixin):
             inputs.update({key: None for key in INPUTS if key in inputs})
         return inputs
 
+    @override
     def _expand_inputs_for_generation(self: Any, expand_size: int = 1, **kwargs: Any) -> Any:
         """Rows for beams and several answers: features are repeated item by item, which is right for one a row."""
         ids = kwargs.get("input_ids")
@@ -48,12 +52,13 @@ class OmniGenerationMixin(GenerationMixin):
             if kwargs.get(key) is not None and ids is not None:
                 counts = (ids == self._token_id(f"encoders.{name}")).sum(1)
                 if len(kwargs[key]) != len(ids) or bool((counts != counts[0]).any()):
-                    raise ValueError(
+                    raise UnsupportedError(
                         f"`{key}` has {len(kwargs[key])} items for {len(ids)} prompts: beams and several answers need "
                         "one item in each prompt. Use num_beams=1 and num_return_sequences=1."
                     )
         return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)  # type: ignore[misc]
 
+    @override
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, for text: placeholders, which stand for nothing that is said, are never chosen."""
         placeholders = [part["token_id"] for part in (*self.config.encoders.values(), *self.config.decoders.values())]
@@ -143,6 +148,9 @@ class OmniGenerationMixin(GenerationMixin):
             if len(codes) == (num_codes or decoder.num_codes):
                 return torch.cat(codes, 1)
             out = self(input_ids=placeholder, **{hf.CACHE: out[hf.CACHE], key: codes[-1]})
+
+
+require_overrides(OmniGenerationMixin)
 
 
 __all__ = ["INPUTS", "OmniGenerationMixin"]

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.omni.config import CONFIG_FIELDS, DECODERS, ENCODERS, OmniConfig
 from hf_veomni.omni.decoders import AudioDecoder, ImageDecoder
 from hf_veomni.omni.generation import OmniGenerationMixin
@@ -303,7 +304,9 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
 
 def _num_targets(labels: Tensor, kwargs: Mapping[str, Any]) -> Any:
     if kwargs.get("shift_labels") is not None:
-        raise ValueError("`shift_labels` cannot be split over the heads of text and codes: pass `labels`, unshifted.")
+        raise UnsupportedError(
+            "`shift_labels` cannot be split over the heads of text and codes: pass `labels`, unshifted."
+        )
     given = kwargs.get("num_items_in_batch")
     return (labels[:, 1:] != -100).sum() if given is None else given
 

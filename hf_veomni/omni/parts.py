@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from hf_veomni.errors import UnsupportedError
+
 
 def zero_of(outputs: Tensor) -> Tensor:
     """Nothing, with a gradient of zeros to all that made `outputs`."""
@@ -77,7 +79,7 @@ def _size(config: PreTrainedConfig, name: str) -> int:
     value = getattr(config, name, None)
     value = value[0] if isinstance(value, (list, tuple)) and len(set(value)) == 1 else value
     if not isinstance(value, int):
-        raise ValueError(
+        raise UnsupportedError(
             f"A vision encoder of type '{config.model_type}' has `{name}` {value!r}, and one number is needed: use "
             "SigLIP, CLIP, ViT or another tower for square pictures of one size."
         )
@@ -115,7 +117,7 @@ class AudioEncoder(_Encoder):
 
     def __init__(self, config: Any, hidden_size: int, options: dict[str, Any]) -> None:
         if config.model_type != "whisper":
-            raise ValueError(f"An audio encoder must be of type 'whisper', not '{config.model_type}'.")
+            raise UnsupportedError(f"An audio encoder must be of type 'whisper', not '{config.model_type}'.")
         self.pool: int = options.get("pool", 1)
         if config.max_source_positions % self.pool:
             raise ValueError(

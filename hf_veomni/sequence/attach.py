@@ -27,6 +27,7 @@ from hf_veomni.attention.packing import tell_packing, untell_packing
 from hf_veomni.attention.registry import adopt, release, select
 from hf_veomni.attention.varlen import VARLEN_NAME, register_varlen_attention
 from hf_veomni.context import Call, CheckpointCarrier, Row, current, enter, is_cut, leave
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import forget
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.checks import (
@@ -260,7 +261,7 @@ class SequenceAttachment:
         else:
             requested = hf.uses_cache(inputs)
         if requested and torch.is_grad_enabled() and self.state.sp_size > 1:
-            raise ValueError(
+            raise UnsupportedError(
                 "`use_cache=True` or `past_key_values` cannot be combined with gradients under sequence parallelism: "
                 "leave them out in training, or generate under torch.no_grad()."
             )
@@ -316,7 +317,7 @@ class SequenceAttachment:
                 if self.state.sp_size > 1 or name == VARLEN_NAME:
                     _registry.wrap_all(_wrap_attention)  # selected or registered after `prepare_omni`
                 if not _registry.is_wrapped(name) and self.state.sp_size > 1:
-                    raise ValueError(
+                    raise UnsupportedError(
                         f"Attention '{name}' is unknown to transformers' AttentionInterface: register it."
                     )
 
@@ -365,10 +366,8 @@ class SequenceAttachment:
             return output
         tables = output if isinstance(output, tuple) else (output,)
         if any(table.shape[-2] != row.padded for table in tables):
-            shapes = [tuple(table.shape) for table in tables]
-            raise ValueError(
-                f"{type(module).__name__} returned tables of shapes {shapes}, not [..., {row.padded}, width]."
-            )
+            kind, shapes = type(module).__name__, [tuple(table.shape) for table in tables]
+            raise UnsupportedError(f"{kind} returned tables of shapes {shapes}, not [..., {row.padded}, width].")
         sliced = tuple(shard_sequence(table, -2, self.state) for table in tables)
         return sliced if isinstance(output, tuple) else sliced[0]
 
@@ -393,7 +392,7 @@ def attach_sequence(
         whole_output: put the stack's output together again, for a head that does not work token by token.
 
     Raises:
-        ValueError: the model has no seam, or fewer query heads than sp_size.
+        UnsupportedError: the model has no seam, or fewer query heads than sp_size.
     """
     if attention not in ("auto", "keep"):
         raise ValueError(f"`attention` ({attention!r}) must be 'auto' or 'keep'.")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import on_host, with_values
 
 _EDGES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
@@ -51,7 +52,7 @@ def attach_boundaries(model: nn.Module) -> Callable[[], None]:
         if not told_by:
             return (args, kwargs | {"attention_mask": mask}) if counts and "attention_mask" in kwargs else None
         if not takes:
-            raise ValueError(
+            raise UnsupportedError(
                 f"{told_by} tells of packed documents, but {type(module).__name__} takes no `position_ids`, by which "
                 "they are kept apart: give it one document a row."
             )
@@ -126,7 +127,7 @@ def count_from(begins: Tensor) -> Tensor:
 def _check_text(model: nn.Module, inputs: Mapping[str, Any], told_by: str) -> None:
     items = [name for name in inputs if name.endswith("_grid_thw") and inputs[name] is not None]
     if items and "mrope_section" in str(getattr(hf.text_config(model), "rope_parameters", None)):
-        raise ValueError(
+        raise UnsupportedError(
             f"{told_by} tells of packed documents, and beside `{items[0]}` positions are those of each document: "
             "give `position_ids` [4, rows, tokens], as OmniDataCollatorWithPacking(model_config=...) makes them."
         )

@@ -12,6 +12,7 @@ from hf_veomni import hf
 from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.mask import MaskSpec
 from hf_veomni.attention.varlen import VARLEN_NAME
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import apply, on_host
 from hf_veomni.sequence.context_length import Context
 from hf_veomni.sequence.inspect import Seam
@@ -54,7 +55,7 @@ def row_documents(positions: Tensor, num_rows: int, filler: int = 0) -> Document
 
 
 def check_documents(traits: Traits, documents: Documents, mask: Any, positions: Tensor, *, filled: bool) -> None:
-    """Raises ValueError where documents are too long or would see each other.
+    """Raises UnsupportedError where documents are too long or would see each other.
 
     Args:
         filled: whether the last document is the dummy that fills a row up.
@@ -66,20 +67,20 @@ def check_documents(traits: Traits, documents: Documents, mask: Any, positions: 
         return
     lengths = [length for row in documents.lengths for length in row[: len(row) - filled]]
     if traits.context.mixes(lengths) and not _only_padded(positions, mask):
-        raise ValueError(
+        raise UnsupportedError(
             f"Packed documents of {min(lengths)} to {max(lengths)} tokens: from more than {traits.context.switch} on "
             f"the rope of {traits.name} has other frequencies, and a row has one set for all. Give longer documents "
             "rows of their own."
         )
     if traits.scales_rows:
-        raise ValueError(
+        raise UnsupportedError(
             f"{traits.name} scales embeddings by the share of masked tokens in a row (`token_dropout`), which is not "
             "that of each packed document: train it on one document a row, or set `token_dropout` to False."
         )
     if not traits.seam.attentions:
         return
     if not traits.makes_masks:
-        raise ValueError(
+        raise UnsupportedError(
             f"Packed documents would see each other: {traits.name} makes its attention mask without transformers' "
             "masking functions. Train it on one document a row."
         )
@@ -95,29 +96,31 @@ def check_documents(traits: Traits, documents: Documents, mask: Any, positions: 
             out = "train this family on one document a row"
         if mask is not None and traits.masks_pack:
             out = f"leave the mask out, or {out}"
-        raise ValueError(f"Packed documents are not kept apart {why} with attention '{name}': {out}.")
+        raise UnsupportedError(f"Packed documents are not kept apart {why} with attention '{name}': {out}.")
 
 
 def check_available(inputs: Mapping[str, Any], config: Any, *, crosses: bool) -> None:
-    """Raises ValueError for what a cut row has no answer to: foreign keys without a seam, all attention weights.
+    """Raises UnsupportedError for what a cut row has no answer to: foreign keys without a seam, all attention weights.
 
     Args:
         crosses: whether some attention's keys may come from elsewhere, which are cut by head then.
     """
     for name in ("cross_attention_states", "encoder_hidden_states"):
         if inputs.get(name) is not None and not crosses:
-            raise ValueError(
+            raise UnsupportedError(
                 f"`{name}` is not available under sequence parallelism: cross-attention keeps its keys whole, and "
                 "they would be exchanged as if they were cut. Use sp_size=1."
             )
     if inputs.get("output_attentions") or getattr(config, "output_attentions", False):
-        raise ValueError("`output_attentions` is not available under sequence parallelism: no rank has all weights.")
+        raise UnsupportedError(
+            "`output_attentions` is not available under sequence parallelism: no rank has all weights."
+        )
 
 
 def check_counted(name: str, limit: int | None, longest: int) -> None:
-    """Raises ValueError where a layer that counts positions in its slice would count too far."""
+    """Raises UnsupportedError where a layer that counts positions in its slice would count too far."""
     if limit is not None and longest > limit:
-        raise ValueError(
+        raise UnsupportedError(
             f"A document or slice of {longest} tokens is too long for {name}: from token {limit + 1} on it "
             "scales queries by their place in the row (`attn_temperature_tuning`), which a layer counts in its "
             f"slice. Keep documents, and rows / sp_size, to {limit} tokens."
@@ -130,20 +133,20 @@ def restarts(positions: Tensor) -> bool:
 
 
 def check_masks_above(name: str, documents: Documents, mask: Any, *, filled: bool) -> None:
-    """Raises ValueError for packed documents where the model has made its masks above the text stack."""
+    """Raises UnsupportedError for packed documents where the model has made its masks above the text stack."""
     packed = any(len(row) > 1 + filled for row in documents.lengths)
     if packed and isinstance(mask, (dict, MaskSpec)):
-        raise ValueError(
+        raise UnsupportedError(
             f"{name} makes its masks above the text stack, where packed documents are not known: train it on "
             "one document a row, or use its text-only class."
         )
 
 
 def check_mask_given(name: str, mask: Any) -> None:
-    """Raises ValueError for rows whose mask the attention kernel would choose (`looks_ahead_by_kernel`)."""
+    """Raises UnsupportedError for rows whose mask the attention kernel would choose (`looks_ahead_by_kernel`)."""
     plain = isinstance(mask, Tensor) and mask.dim() == 2
     if mask is None or plain or (isinstance(mask, MaskSpec) and not mask.evaluate):
-        raise ValueError(
+        raise UnsupportedError(
             f"{name} was given no `token_type_ids`: what its tokens see then depends on the attention kernel (stock "
             "sdpa looks ahead, stock eager does not). Pass them, 0 for the prefix and 1 for what is to be learned, as "
             "its processor returns them for a text with a suffix."
@@ -151,9 +154,9 @@ def check_mask_given(name: str, mask: Any) -> None:
 
 
 def check_text_positions(positions: Tensor, mask: Any) -> None:
-    """Raises ValueError for mRoPE's [3, B, S] with several documents in a row, which only [4, B, S] can tell apart."""
+    """Raises UnsupportedError for several documents in a row under mRoPE's [3, B, S]: [4, B, S] tells them apart."""
     if positions.dim() == 3 and positions.shape[0] != 4 and begins_again(positions, mask):
-        raise ValueError(
+        raise UnsupportedError(
             f"`position_ids` {tuple(positions.shape)} restart within a row, but without text positions documents "
             "cannot be told apart: pass [4, rows, tokens], text positions first."
         )
@@ -184,17 +187,17 @@ def _restarts_between_tokens(positions: Tensor, mask: Tensor) -> bool:
 
 
 def check_slice(name: str, hidden: Any, padded: int, sp_size: int) -> None:
-    """Raises ValueError where the stack `name` returned other hidden states than [B, padded / sp_size, ...]."""
+    """Raises UnsupportedError where the stack `name` returned other hidden states than [B, padded / sp_size, ...]."""
     if isinstance(hidden, Tensor) and hidden.shape[1] * sp_size != padded:
-        raise ValueError(
+        raise UnsupportedError(
             f"{name} returned {hidden.shape[1]} tokens where a slice of {padded} over {sp_size} ranks was expected: "
             "its forward puts the row together again and cannot be cut."
         )
 
 
 def refuse_unshared(name: str, stack: str) -> NoReturn:
-    """Raises ValueError: the model `name` did without its stack."""
-    raise ValueError(
+    """Raises UnsupportedError: the model `name` did without its stack."""
+    raise UnsupportedError(
         f"The forward of {name} did not call {stack}, which is what shares rows: every rank of the SP group has "
         "computed all of it. Use sp_size=1."
     )

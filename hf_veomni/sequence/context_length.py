@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.sequence.origin import Origin
 
 
@@ -48,9 +49,9 @@ class Context:
         )
 
     def check(self, longest: int) -> None:
-        """Raises ValueError for a document of too many tokens."""
+        """Raises UnsupportedError for a document of too many tokens."""
         if self.limit is not None and longest > self.limit:
-            raise ValueError(
+            raise UnsupportedError(
                 f"A document of {longest} tokens is longer than the model's context ({self.told_by}, {self.limit}): "
                 f"{self.way_out}."
             )

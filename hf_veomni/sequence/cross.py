@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hf_veomni import hf
 from hf_veomni.attention.mask import MaskSpec
 from hf_veomni.attention.mask_reader import required
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import ParallelState
 
 # What attention modules call the states of another sequence.
@@ -81,7 +82,7 @@ def cut_queries(module: nn.Module, mask: Any, tokens: int, state: ParallelState)
     missing = tokens * state.sp_size - mask.shape[-2]
     if 0 <= missing < state.sp_size:  # a mask made above the stack knows nothing of the padding
         return F.pad(mask, (0, 0, 0, missing)).narrow(-2, tokens * state.sp_rank, tokens)
-    raise ValueError(
+    raise UnsupportedError(
         f"The mask of a cross-attention ({type(module).__name__}) has shape {tuple(mask.shape)}, not "
         f"[.., {tokens * state.sp_size} or 1, keys], so it cannot be cut: use sp_size=1."
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.sequence.inspect import Seam
 
 _POOLERS = ("pooler",)
@@ -56,7 +57,7 @@ def map_hidden(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """The output of a stack with its last hidden states replaced.
 
     Raises:
-        ValueError: no hidden states where transformers puts them.
+        UnsupportedError: no hidden states where transformers puts them.
     """
     if isinstance(output, Tensor):
         return function(output)
@@ -64,7 +65,7 @@ def map_hidden(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return (function(output[0]), *output[1:])
     hidden = output.get("last_hidden_state") if isinstance(output, ModelOutput) else None
     if not isinstance(output, ModelOutput) or not isinstance(hidden, Tensor):
-        raise ValueError(
+        raise UnsupportedError(
             f"A stack returned {type(output).__name__} without `last_hidden_state`, so its output cannot be put "
             "together again: use sp_size=1."
         )

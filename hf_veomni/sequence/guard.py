@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import on_host
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.generation import is_generating
@@ -42,7 +43,7 @@ def _check_router_loss(model: nn.Module, inputs: Mapping[str, Any], reason: str)
     if wanted is None:
         wanted = getattr(hf.text_config(model), "output_router_logits", False)
     if wanted and inputs.get("labels") is not None:
-        raise ValueError(
+        raise UnsupportedError(
             "`output_router_logits` adds a load-balancing loss of this rank's tokens alone at sp_size > 1, which is "
             f"not that of the row ({reason}): set it to False in the config, or use sp_size=1."
         )
@@ -51,7 +52,7 @@ def _check_router_loss(model: nn.Module, inputs: Mapping[str, Any], reason: str)
 def _check_unchanged(model: nn.Module, known: set[str]) -> None:
     new = next((name for name, _ in model.named_parameters() if name not in known), None)
     if new is not None:
-        raise ValueError(
+        raise UnsupportedError(
             f"Parameter '{new}' came after `prepare_omni`: apply PEFT first and shard the model with its adapters, "
             "which otherwise are neither equal on the ranks nor reduced over them."
         )
@@ -60,7 +61,7 @@ def _check_unchanged(model: nn.Module, known: set[str]) -> None:
 def _check_layerdrop(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(drop := getattr(module, "layerdrop", 0), float) and drop > 0:
-            raise ValueError(
+            raise UnsupportedError(
                 f"`layerdrop` ({drop}) of `{name}` lets every rank skip other layers, and then they wait for each "
                 "other for ever: set this attribute to 0, or load the model with the config's `layerdrop`, "
                 "`encoder_layerdrop` and `decoder_layerdrop` at 0."
@@ -91,11 +92,11 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
                 _check_layerdrop(module)
             checked.add(module.training)
         if "packed" in reasons and inputs.get("attention_mask") is None and _is_packed(inputs.get("position_ids")):
-            raise ValueError(f"Packed rows would not be kept apart: {reasons['packed']}")
+            raise UnsupportedError(f"Packed rows would not be kept apart: {reasons['packed']}")
         mask = inputs.get("attention_mask")
         cached = hf.uses_cache(inputs)
         if cached and _is_whole(mask) and _is_packed(inputs.get("position_ids")):
-            raise ValueError(
+            raise UnsupportedError(
                 "Packed documents would see each other with `use_cache=True` or `past_key_values`: leave the cache "
                 "out, or run the documents one by one."
             )
@@ -104,15 +105,15 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
         if "router" in reasons:
             _check_router_loss(module, inputs, reasons["router"])
         if "labels" in reasons and "whole" not in reasons and inputs.get("labels") is not None:
-            raise ValueError(f"No loss over a cut row: {reasons['labels']}")
+            raise UnsupportedError(f"No loss over a cut row: {reasons['labels']}")
         keep = inputs.get("logits_to_keep", 0)
         if cached and inputs.get("labels") is not None:
-            raise ValueError(
+            raise UnsupportedError(
                 "`labels` with `use_cache=True` or `past_key_values` is not available at sp_size > 1: every "
                 "rank runs the whole row then. Leave the cache out to get a loss."
             )
         if not cached and (isinstance(keep, Tensor) or keep != 0):
-            raise ValueError(
+            raise UnsupportedError(
                 f"`logits_to_keep` ({keep!r}) counts from the end of the full row, which no rank of an SP group "
                 "holds: leave it out and slice what `gather_sequence` returns."
             )

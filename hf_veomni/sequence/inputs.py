@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import apply, on_host, remember, with_values
 from hf_veomni.sequence.checks import check_text_positions, restarts
 
@@ -36,7 +37,7 @@ def prepare_mask(
         takes_mask: the stack's forward has an `attention_mask`.
 
     Raises:
-        ValueError: rows to be filled up of a model that would attend otherwise with the mask that this takes.
+        UnsupportedError: rows to be filled up of a model that would attend otherwise with the mask that this takes.
     """
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == like.shape[:2]:
@@ -45,7 +46,7 @@ def prepare_mask(
             inputs["attention_mask"] = mask = None  # an all-ones mask would switch stock packing off
     if fill and mask is None and takes_mask:
         if on_demand:
-            raise ValueError(
+            raise UnsupportedError(
                 f"{name} attends otherwise with an `attention_mask` than without one, so a row of {like.shape[1]} "
                 f"tokens cannot be filled up to a multiple of {sp_size}: pass a mask."
             )

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.sequence.cross import merges_keys
 from hf_veomni.sequence.mixers import Mixer, find_mixers, find_unknown
 from hf_veomni.sequence.offer import attention_paths, offer_rule, stack_paths
@@ -51,8 +52,8 @@ class Seam:
     max_counted: int | None = None
 
 
-def _refuse(model: nn.Module, reason: str) -> ValueError:
-    return ValueError(
+def _refuse(model: nn.Module, reason: str) -> UnsupportedError:
+    return UnsupportedError(
         f"{type(model).__name__} has no seam for sequence parallelism or packed rows: {reason}. Use sp_size=1 with "
         "one document a row for it."
     )
@@ -136,7 +137,7 @@ def _unseen(layer: nn.Module, name: str, known: Set[nn.Module]) -> list[str]:
 
 
 def _check_stack(model: nn.Module, decoder: nn.Module, holder: nn.Module, layers: nn.ModuleList) -> None:
-    """Raises ValueError where the stack does more with whole rows than to run its layers on them."""
+    """Raises UnsupportedError where the stack does more with whole rows than to run its layers on them."""
     if notes_shape(decoder) and not views_as_row(decoder):
         raise _refuse(model, "its stack reshapes what its layers return to the shape of the full row")
     if "pooling_mask" in inspect.unwrap(type(decoder).forward).__code__.co_varnames:
@@ -152,7 +153,7 @@ def _check_stack(model: nn.Module, decoder: nn.Module, holder: nn.Module, layers
 def _check_types(
     model: nn.Module, config: Any, layers: Mapping[str, nn.Module], gathered: Container[nn.Module]
 ) -> None:
-    """Raises ValueError for layers of an unknown type in which some attention is not on whole documents."""
+    """Raises UnsupportedError for layers of an unknown type in which some attention is not on whole documents."""
     types = getattr(config, "layer_types", None) or ()
     for (name, layer), kind in zip(layers.items(), types, strict=False):
         if kind in _LAYER_TYPES | _HYBRID_TYPES:
@@ -184,7 +185,7 @@ def find_seam(
         names: of all modules, as the plan knows them; an encoder's are those in the whole model.
 
     Raises:
-        ValueError: names the rule that the model breaks.
+        UnsupportedError: names the rule that the model breaks.
     """
     names = {module: name for name, module in model.named_modules()} if names is None else names
     decoder, holder, layers = _decoder(model, gathered, names)
@@ -208,7 +209,7 @@ def find_seam(
 
 
 def check_heads(model: PreTrainedModel, sp_size: int) -> None:
-    """Raises ValueError where `sp_size` exceeds the number of query heads, for layers that share them out."""
+    """Raises UnsupportedError where `sp_size` exceeds the number of query heads, for layers that share them out."""
     heads = getattr(hf.text_config(model), "num_attention_heads", None)
     if heads is not None:
         head_layout(heads, heads, sp_size)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_veomni.context import Row
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.shard import shard_sequence
 from hf_veomni.sequence.stack import own_names
@@ -34,7 +35,7 @@ def cut_call(layer: nn.Module, args: tuple, kwargs: dict, row: Row, state: Paral
         row: `cut` is set once a layer has got its slice.
 
     Raises:
-        ValueError: the first layer is not given [rows, tokens, width].
+        UnsupportedError: the first layer is not given [rows, tokens, width].
     """
     inputs = {**dict(zip(_parameters(type(layer)), args, strict=False)), **kwargs}
     name = next(iter(inputs))
@@ -42,7 +43,7 @@ def cut_call(layer: nn.Module, args: tuple, kwargs: dict, row: Row, state: Paral
     dim = 2 if hasattr(layer, "altup") else 1  # Gemma 3n has several streams of rows, others of each token
     if not row.cut and (hidden.dim() not in (3, 4) or hidden.shape[dim] != row.padded):
         kind = type(layer).__name__.removeprefix("FSDP")
-        raise ValueError(
+        raise UnsupportedError(
             f"{kind} takes hidden states of shape {tuple(hidden.shape)}, not [rows, {row.padded}, ..., width], so "
             "this model cannot be cut along its sequence: use sp_size=1."
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_veomni.attention.mask import MaskSpec
 from hf_veomni.comm.gather import gather_shards
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import apply
 from hf_veomni.mesh import ParallelState
 
@@ -82,7 +83,7 @@ def pad_inputs(inputs: dict[str, Any], extra: int, pad_token_id: int) -> dict[st
         inputs: `input_ids` [B, S] or `inputs_embeds` [B, S, H]; `position_ids` [..., S]; `attention_mask` [B, S].
 
     Raises:
-        ValueError: an attention mask that is already expanded to [B, 1, S, S] or per layer type.
+        UnsupportedError: an attention mask that is already expanded to [B, 1, S, S] or per layer type.
     """
     if not extra:
         return inputs
@@ -94,7 +95,7 @@ def pad_inputs(inputs: dict[str, Any], extra: int, pad_token_id: int) -> dict[st
         padded["attention_mask"] = {k: x if x is None else x.lengthened(extra) for k, x in mask.items()}
     elif mask is not None:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise ValueError(
+            raise UnsupportedError(
                 f"`attention_mask` ({type(mask).__name__}) is expanded already, so it cannot take {extra} more: "
                 "pass a [batch, tokens] mask or none, or make the row a multiple of sp_size."
             )

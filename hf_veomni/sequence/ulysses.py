@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_veomni.comm.all_to_all import all_to_all, exchange
+from hf_veomni.errors import UnsupportedError
 
 Span = tuple[int, int]
 
@@ -51,14 +52,14 @@ def head_layout(num_query: int, num_key_value: int, sp_size: int) -> HeadLayout:
     """Deal `num_query` heads out to `sp_size` ranks, neighbours together, sizes differing by at most one.
 
     Raises:
-        ValueError: more ranks than query heads, or query heads that are no multiple of the key/value heads.
+        UnsupportedError: more ranks than query heads, or query heads that are no multiple of the key/value heads.
     """
     if sp_size > num_query:
-        raise ValueError(
+        raise UnsupportedError(
             f"`sp_size` ({sp_size}) must not exceed the number of query heads ({num_query}): use at most {num_query}."
         )
     if num_query % num_key_value:
-        raise ValueError(
+        raise UnsupportedError(
             f"The number of query heads ({num_query}) must be a multiple of the key/value heads ({num_key_value})."
         )
     group = num_query // num_key_value

@@ -15,6 +15,8 @@ from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType, DynamoBackend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from hf_veomni.errors import UnsupportedError
+from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer.adapt import adapt_accelerator
 from hf_veomni.trainer.launcher import release_launcher
@@ -65,25 +67,31 @@ class OmniParallelismConfig(ParallelismConfig):
             "data_group": None
         }
 
+    @override
     def to_json(self) -> dict[str, Any]:
         return self.plan.to_dict()
 
     @property
+    @override
     def cp_enabled(self) -> bool:
         return False
 
     @property
+    @override
     def non_dp_dim_names(self) -> list[str]:
         return ["cp"] if self.plan.sp_size > 1 else []
 
     @property
+    @override
     def dp_shard_cp_dim_names(self) -> list[str]:
         return (["dp_shard"] if self.dp_shard_enabled else []) + self.non_dp_dim_names
 
     @property
+    @override
     def dp_cp_dim_names(self) -> list[str]:
         return self.dp_dim_names + self.non_dp_dim_names
 
+    @override
     def build_device_mesh(self, device_type: str) -> DeviceMesh | None:
         """Mesh (dp_replicate, dp_shard, cp) of the whole world; None in a world of one rank.
 
@@ -98,6 +106,7 @@ class OmniParallelismConfig(ParallelismConfig):
             self.data_group = mesh["dp_replicate", "dp_shard"]._flatten("dp").get_group()
         return mesh
 
+    @override
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
         """Called at the end of accelerate's state setup: check the fit, then adapt this one Accelerator."""
         if accelerator.num_processes != self.plan.world_size:
@@ -110,15 +119,18 @@ class OmniParallelismConfig(ParallelismConfig):
         owned = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
         # An Accelerator that is handed a plugin exports the switch again, on the CPU too, where it has no effect.
         if kind in owned or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-            raise ValueError(
+            raise UnsupportedError(
                 f"Accelerator was given a plugin for {kind.value if kind in owned else 'FSDP'}, but the plan "
                 f"({self.plan}) shards the model: leave the plugin out."
             )
         dynamo: Any = accelerator.state.dynamo_plugin
         if dynamo.backend != DynamoBackend.NO:
-            raise ValueError(
+            raise UnsupportedError(
                 f"`dynamo_plugin` ({dynamo.backend.value}) would put another module around the model of the plan "
                 f"({self.plan}): leave it out (also `dynamo_backend` of the launcher) and call "
                 "`compile_layers(model)`, or give `torch_compile=True` to OmniTrainingArguments."
             )
         adapt_accelerator(accelerator, self.plan, self.data_group)
+
+
+require_overrides(OmniParallelismConfig)

@@ -25,6 +25,7 @@ from hf_veomni.checkpoint import (
     unwrap_optimizer,
 )
 from hf_veomni.fsdp import check_not_replaced
+from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.mesh import get_parallel_state
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer.counting import count_data_ranks
@@ -71,6 +72,7 @@ class _PlanScheduler(AcceleratedScheduler):
 
     data_ranks = 1
 
+    @override
     def step(self, *args: Any, **kwargs: Any) -> None:
         # With `split_batches` set the stock method makes one step, after all its checks.
         stepping = self.step_with_optimizer and self.gradient_state.sync_gradients
@@ -78,6 +80,9 @@ class _PlanScheduler(AcceleratedScheduler):
             total = getattr(self.scheduler, "total_steps", None)
             if total is None or self.scheduler._step_count <= total:
                 super().step(*args, **kwargs)
+
+
+require_overrides(_PlanScheduler)
 
 
 def adapt_accelerator(accelerator: Accelerator, plan: ParallelPlan, group: dist.ProcessGroup | None) -> None:

@@ -10,6 +10,8 @@ from typing import Any, get_type_hints
 import torch
 from transformers import TrainingArguments
 
+from hf_veomni.errors import UnsupportedError
+from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer.accelerate import OmniParallelismConfig
 from hf_veomni.trainer.launcher import release_launcher
@@ -77,13 +79,16 @@ class OmniTrainingArguments(TrainingArguments):
                 setattr(cls, name, copy(own))
         cls.__annotations__ = declared | get_annotations(cls)
 
+    @override
     def __post_init__(self) -> None:
         self._check_decorated()
         plan = ParallelPlan.parse(self.plan or None)
         check_given(self)
         given = self.parallelism_config
         if given is not None and not isinstance(given, OmniParallelismConfig):
-            raise ValueError(f"`parallelism_config` ({type(given).__name__}) does not go with a plan: leave it out.")
+            raise UnsupportedError(
+                f"`parallelism_config` ({type(given).__name__}) does not go with a plan: leave it out."
+            )
         release_launcher(plan)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate starts every process as if it were alone
@@ -111,6 +116,7 @@ class OmniTrainingArguments(TrainingArguments):
                 f"the fields of {left_out[0]} would be lost: put `@dataclass` before the class."
             )
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         """As in TrainingArguments: plain values, the plan included. What follows from the plan is left out."""
         values = super().to_dict()
@@ -118,3 +124,6 @@ class OmniTrainingArguments(TrainingArguments):
         values["plan"] = plan.to_dict()
         values["parallelism_config"] = None
         return values
+
+
+require_overrides(OmniTrainingArguments)

@@ -11,6 +11,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import has_length
 
 from hf_veomni.data import BalancedBatchSampler, attention_cost
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import ParallelState
 
 _DOCUMENT_LENGTHS, _COST = "document_lengths", "cost"
@@ -27,10 +28,10 @@ def check_budget(arguments: Any, dataset: Any) -> None:
     """Refuse a training set that no budget can be planned for.
 
     Raises:
-        ValueError: a stream.
+        UnsupportedError: a stream.
     """
     if arguments.token_budget is not None and dataset is not None and not has_length(dataset):
-        raise ValueError(
+        raise UnsupportedError(
             f"`token_budget` ({arguments.token_budget}) needs the lengths of all samples before training, and "
             f"`train_dataset` ({type(dataset).__name__}) is a stream: leave `token_budget` out and pack the stream "
             "with pack_dataset(dataset, max_tokens)."

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert import ExpertCounter, ExpertLoad, find_biases, update_biases
 from hf_veomni.mesh import get_parallel_state
 
@@ -32,13 +33,13 @@ class ExpertLoadCallback(TrainerCallback):
             picture: draw `expert_load.png` into the output directory at the end (needs the "plot" extra).
 
         Raises:
-            ValueError: a model without experts, or a speed for routers that have no such bias.
+            UnsupportedError: a model without experts, or a speed for routers that have no such bias.
         """
         base = hf.base_model(model)
         self.counter = ExpertCounter(base, get_parallel_state(model).ep_size)
         self.biases = find_biases(base, self.counter.modules) if bias_speed else []
         if bias_speed and not self.biases:
-            raise ValueError(
+            raise UnsupportedError(
                 f"`router_bias_update_speed` ({bias_speed}) has no effect on {type(base).__name__}: its routers have "
                 "no `e_score_correction_bias`. Leave it at 0, and set `output_router_logits` for a balancing loss."
             )

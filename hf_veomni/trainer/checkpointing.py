@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,11 +29,16 @@ from hf_veomni.checkpoint import (
     together,
 )
 from hf_veomni.checkpoint.manifest import MANIFEST, STAGING, find_damage, publish, recover, write_manifest
+from hf_veomni.errors import UnsupportedError
+from hf_veomni.hf.require import override
 from hf_veomni.trainer.adapt import is_prepared
 
 logger = logging.get_logger(__name__)
 
-_Trainer: Any = object
+if TYPE_CHECKING:
+    from hf_veomni.trainer.loop import BatchingMixin as _Trainer
+else:
+    _Trainer = object
 
 OPTIMIZER_DIRECTORY = "optimizer"  # torch DCP, one file a rank, by parameter name
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -104,14 +109,14 @@ def fit_groups(scheduler: dict[str, Any], count: int) -> dict[str, Any]:
     """A scheduler's state for another number of parameter groups: Trainer makes one for each mesh of the plan.
 
     Raises:
-        ValueError: the groups had different schedules, so it is unknown which new group goes on with which.
+        UnsupportedError: the groups had different schedules, so it is unknown which new group goes on with which.
     """
     fitted = dict(scheduler)
     for name in ("base_lrs", "_last_lr", "lr_lambdas"):
         values = scheduler.get(name)
         if isinstance(values, list) and len(values) != count:
             if any(value != values[0] for value in values):
-                raise ValueError(
+                raise UnsupportedError(
                     f"The checkpoint's scheduler has {len(values)} parameter groups with different `{name}` ({values})"
                     f", this plan makes {count}: resume under the plan that wrote it."
                 )
@@ -127,6 +132,7 @@ class CheckpointingMixin(_Trainer):
     manifest, or not at all, whatever ends the process. An error on one rank is raised on all of them.
     """
 
+    @override
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not is_prepared(self.model):
             super()._save(output_dir, state_dict)
@@ -142,13 +148,16 @@ class CheckpointingMixin(_Trainer):
 
     _staging: Path | None = None  # in place of the run's directory while a checkpoint is written
 
+    @override
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
+    @override
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # else it would upload a directory that is about to move
             super()._push_from_checkpoint(checkpoint_folder)
 
+    @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Written beside its place, flushed, described by a manifest, then renamed: see `checkpoint.manifest`."""
         root, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -186,6 +195,7 @@ class CheckpointingMixin(_Trainer):
             if step == self.state.global_step or best.exists():
                 self.state.best_model_checkpoint = str(best)
 
+    @override
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.parallel_state.world_size == 1:
             super()._save_optimizer_and_scheduler(output_dir)
@@ -195,14 +205,17 @@ class CheckpointingMixin(_Trainer):
             if self.args.should_save:
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
+    @override
     def _save_scaler(self, output_dir: str) -> None:
         with together(f"Saving the gradient scaler to '{output_dir}'"):
             super()._save_scaler(output_dir)
 
+    @override
     def _save_rng_state(self, output_dir: str) -> None:
         with together(f"Saving the random state to '{output_dir}'"):
             super()._save_rng_state(output_dir)
 
+    @override
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's `train`. With `resume_from_checkpoint=True`, from the newest checkpoint that is complete.
 
@@ -212,18 +225,26 @@ class CheckpointingMixin(_Trainer):
         checkpoint = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         return super().train(checkpoint, *args, **kwargs)
 
+    @override
     def _init_training_state(
-        self, max_steps: int, steps_per_epoch: int, num_epochs: int, checkpoint: str | None, trial: Any
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
     ) -> tuple[int, int]:
         """Epochs that are done, and batches that are done of the next one.
 
         The length of a stream is unknown, and Trainer, which takes it for one epoch of `max_steps`, would skip in the
         first epoch what was read in several. The state tells: its epoch is epochs + batches / (steps * accumulation).
         """
-        done = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
-        if checkpoint is None or num_epochs < sys.maxsize:
+        done = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None or num_train_epochs < sys.maxsize:
             return done
-        saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         epochs = max(0, math.ceil(saved.epoch or 0) - 1)
         batches = ((saved.epoch or 0) - epochs) * saved.max_steps * self.args.gradient_accumulation_steps
         return epochs, 0 if self.args.ignore_data_skip else round(batches)
@@ -245,6 +266,7 @@ class CheckpointingMixin(_Trainer):
         assert found[0] is not None
         return found[0]
 
+    @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target: Any = self.model if model is None else model
         if is_prepared(target):
@@ -252,6 +274,7 @@ class CheckpointingMixin(_Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, target)
 
+    @override
     def _load_best_model(self) -> None:
         if not is_prepared(self.model):
             super()._load_best_model()
@@ -259,6 +282,7 @@ class CheckpointingMixin(_Trainer):
         assert self.state.best_model_checkpoint is not None
         load_plain(self.model, self.state.best_model_checkpoint)
 
+    @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return

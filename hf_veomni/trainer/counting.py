@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator, PartialState
 
+from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.plan import ParallelPlan
 
 
@@ -17,20 +18,26 @@ class _DataRanks(Accelerator):
     omni_plan: ParallelPlan
 
     @property
+    @override
     def num_processes(self) -> int:
         """Data ranks. `accelerator.state.num_processes` are all ranks."""
         return self.omni_plan.dp_size
 
     @property
+    @override
     def is_last_process(self) -> bool:
         return self.state.is_last_process
 
     @contextmanager
+    @override
     def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
         """A part of `inputs` for each data rank; the ranks of an SP group get the same one."""
         reader: Any = _Reader(self.omni_plan)
         with PartialState.split_between_processes(reader, inputs, apply_padding=apply_padding) as part:
             yield part
+
+
+require_overrides(_DataRanks)
 
 
 class _Reader:

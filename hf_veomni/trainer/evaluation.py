@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from transformers.trainer_utils import has_length
 
 from hf_veomni import hf
 from hf_veomni.fsdp import check_dtype_can_change, held_weights
+from hf_veomni.hf.require import override
 from hf_veomni.loss import has_lean_loss, lean_evaluation
 from hf_veomni.mesh import ParallelState, get_parallel_state
 from hf_veomni.prepare import whole_output
@@ -23,7 +24,10 @@ from hf_veomni.trainer.loaders import Filler
 from hf_veomni.trainer.losses import overrides
 from hf_veomni.trainer.windows import InStep
 
-_Trainer: Any = object
+if TYPE_CHECKING:
+    from hf_veomni.trainer.loop import BatchingMixin as _Trainer
+else:
+    _Trainer = object
 
 # Methods in which code of the user may look at what the model returns.
 _LOOK_AT_OUTPUTS = ("compute_loss", "training_step", "prediction_step")
@@ -92,19 +96,23 @@ class EvaluationMixin(_Trainer):
         finally:
             self._outputs_are_whole = False
 
+    @override
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         with self._whole(self.model, overrides(self, *_LOOK_AT_OUTPUTS)):
             super()._run_epoch(*args, **kwargs)
 
+    @override
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         # Steps a second are those of a data rank; the rest of the view is this process.
         with self._counting_data_ranks(self.args.process_index):
             return super().evaluate(*args, **kwargs)
 
+    @override
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         with self._counting_data_ranks(self.args.process_index):
             return super().predict(*args, **kwargs)
 
+    @override
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, in step on all ranks, whatever the loader.
 
@@ -115,13 +123,13 @@ class EvaluationMixin(_Trainer):
             ValueError: as `get_batch_samples` does; on every rank.
         """
         state: ParallelState = self.parallel_state
-        loader = dataloader if state.world_size == 1 else InStep(dataloader, state, self.args.device)
+        loader: Any = dataloader if state.world_size == 1 else InStep(dataloader, state, self.args.device)
         self._evaluates_stream = not has_length(getattr(dataloader, "dataset", None))
         self._eval_losses = []
         if state.world_size > 1 and self.args.bf16_full_eval and not self.is_in_train:
             check_dtype_can_change(self.model, torch.bfloat16)
         with self._whole(self.model, overrides(self, *_LOOK_AT_OUTPUTS)):
-            output = super().evaluation_loop(loader, *args, **kwargs)
+            output: Any = super().evaluation_loop(loader, *args, **kwargs)
         name, loss = f"{kwargs.get('metric_key_prefix', 'eval')}_loss", self._loss_of_all_items()
         # What a `prediction_step` of the user's own returns is averaged by Trainer, as it is.
         if loss is not None and name in output.metrics and not overrides(self, "prediction_step"):
@@ -130,6 +138,7 @@ class EvaluationMixin(_Trainer):
         counted = self._evaluates_stream and isinstance(loader, InStep)
         return output._replace(num_samples=loader.num_rows) if counted else output
 
+    @override
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -143,6 +152,7 @@ class EvaluationMixin(_Trainer):
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
 
+    @override
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
@@ -161,7 +171,7 @@ class EvaluationMixin(_Trainer):
         if found[0] is not None and not isinstance(inputs, Filler):
             # `predict_with_generate` takes the model's loss as it is, a mean over the same items.
             counted = self._counted or getattr(self.args, "predict_with_generate", False)
-            items = self._get_num_items_in_batch([inputs], self.args.device) if counted else None
+            items: Any = self._get_num_items_in_batch([inputs], self.args.device) if counted else None
             self._eval_losses.append((found[0], items))
         return found
 

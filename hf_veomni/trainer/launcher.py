@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.plan import ACCELERATE_ENV_VARIABLE, ACCELERATE_PREFIX, ParallelPlan
 
 # Switches that would put a second owner on the model. `transformers` reads the last one in `from_pretrained`, where it
@@ -75,10 +76,10 @@ def release_launcher(plan: ParallelPlan) -> None:
     """
     for variable, reason in _REFUSED.items():
         if os.environ.get(variable, "").lower() == "true":
-            raise ValueError(f"{variable}=true, exported by the launcher, does not go with a plan: {reason}.")
+            raise UnsupportedError(f"{variable}=true, exported by the launcher, does not go with a plan: {reason}.")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
-        raise ValueError(
+        raise UnsupportedError(
             f"`dynamo_backend` ({backend}) in the launcher's yaml is not available under a plan: the sequence is cut "
             "by hooks that torch.compile does not trace. Set it to 'no'."
         )

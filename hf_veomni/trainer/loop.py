@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_veomni import hf
 from hf_veomni.data import OmniDataCollatorWithPacking
+from hf_veomni.hf.require import override
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
 from hf_veomni.sequence.randomness import own_stream
 from hf_veomni.trainer.adapt import deferred_reduction, is_prepared
@@ -30,10 +31,8 @@ from hf_veomni.trainer.loaders import (
 from hf_veomni.trainer.losses import LossMixin
 from hf_veomni.trainer.windows import BATCHES, REAL, TOKENS, exchange_facts, take
 
-_Trainer: Any = object  # the Trainer class behind the mixins; typed as Any, since it may be one from another library
 
-
-class BatchingMixin(LossMixin, _Trainer):
+class BatchingMixin(LossMixin):
     """Overrides of Trainer for a world where several ranks read the same rows."""
 
     _micro_step = 0
@@ -47,6 +46,7 @@ class BatchingMixin(LossMixin, _Trainer):
         # Not prepared: a model that one rank trains as it is.
         return get_parallel_state(self.model) if is_prepared(self.model) else init_parallel_state(self.args.plan)
 
+    @override
     def get_cp_size(self) -> int:
         return 1
 
@@ -60,6 +60,7 @@ class BatchingMixin(LossMixin, _Trainer):
         finally:
             self.args = arguments
 
+    @override
     def _get_dataloader(
         self, dataset: Any, description: str, *args: Any, is_training: bool = False, **kwargs: Any
     ) -> Any:
@@ -74,6 +75,7 @@ class BatchingMixin(LossMixin, _Trainer):
             self._train_batches = batches
         return loader
 
+    @override
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.token_budget is not None:
             # Not `train_dataset`: Trainer has taken its columns of lengths away.
@@ -86,6 +88,7 @@ class BatchingMixin(LossMixin, _Trainer):
             return EpochSeeded(sampler, seed)
         return sampler
 
+    @override
     def _set_signature_columns_if_needed(self) -> None:
         """What our collator reads beside the model's arguments stays: raw messages, or the samples of a packed row."""
         made = self._signature_columns is None
@@ -94,12 +97,14 @@ class BatchingMixin(LossMixin, _Trainer):
             known = self._signature_columns
             self._signature_columns = [*known, *(name for name in self.data_collator.reads if name not in known)]
 
+    @override
     def get_total_train_batch_size(self, args: Any) -> int:
         if self._budget is None:
             return super().get_total_train_batch_size(args)
         rows = len(self._budget.lengths) / len(self._budget)  # of a step on all data ranks, on average
         return max(1, round(rows * args.gradient_accumulation_steps))
 
+    @override
     def _run_epoch(self, *args: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
         set_epoch(train_dataloader, epoch)
         self._epoch_is_over = False
@@ -109,6 +114,7 @@ class BatchingMixin(LossMixin, _Trainer):
             self._last_batch = next(iter(train_dataloader.base_dataloader), None)
         super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
+    @override
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
@@ -171,6 +177,7 @@ class BatchingMixin(LossMixin, _Trainer):
             labels = labels[..., 1:] if self._loss_shifts_labels else labels
         return labels.ne(-100).sum()
 
+    @override
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """Called outside of training only: tokens of these batches alone, as one process counts them."""
         if self.parallel_state.world_size == 1:
@@ -179,6 +186,7 @@ class BatchingMixin(LossMixin, _Trainer):
             return None
         return torch.stack([self._count_items(batch) for batch in batch_samples]).sum().to(device)
 
+    @override
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         state = self.parallel_state
         self._micro_step += 1
@@ -190,9 +198,11 @@ class BatchingMixin(LossMixin, _Trainer):
             with own_stream(self.args.device, self.args.seed, self.state.global_step, self._micro_step, place):
                 return super().training_step(model, inputs, num_items_in_batch)
 
+    @override
     def _defer_fsdp_gradient_reduction(self) -> Any:
         return deferred_reduction(self.model) if is_prepared(self.model) else super()._defer_fsdp_gradient_reduction()
 
+    @override
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, with the loss of all ranks since the last log, where Trainer adds this rank's.
 
@@ -203,12 +213,14 @@ class BatchingMixin(LossMixin, _Trainer):
             self._tr_loss /= self.parallel_state.world_size
         return super()._finalize_training(*args, **kwargs)
 
+    @override
     def floating_point_ops(self, inputs: Any) -> float:
         """Of this rank: the ranks of an SP group share a row."""
         if isinstance(inputs, Filler):
             return 0
         return super().floating_point_ops(inputs) / self.parallel_state.sp_size
 
+    @override
     def _track_num_input_tokens(self, inputs: Any) -> None:
         if isinstance(inputs, Filler):
             inputs = {k: v[:0] if isinstance(v, Tensor) else v for k, v in inputs.items()}

@@ -16,14 +16,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_veomni.expert import counting_no_tokens
+from hf_veomni.hf.require import override
 
-_Trainer: Any = object
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from hf_veomni.mesh import ParallelState
+
+    class _Trainer(Trainer):
+        """The Trainer class behind the mixins, which may be one of another library, with arguments of ours."""
+
+        args: Any
+        model: Any
+        optimizer: Any
+        lr_scheduler: Any
+        compute_loss: Any
+        parallel_state: ParallelState
+
+else:
+    _Trainer = object
 
 _LIBRARIES = ("hf_veomni", "transformers", "trl")
 
@@ -56,6 +73,7 @@ class LossMixin(_Trainer):
     _computes_loss = False
     _counted = False  # whether Trainer has scaled a loss as one that was divided by a number of items
 
+    @override
     def get_tp_size(self) -> int:
         """Ranks that share a batch: those of an SP group.
 

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, Trainer
 from hf_veomni import hf
 from hf_veomni.compile import compile_layers
 from hf_veomni.data import OmniDataCollatorWithPacking
+from hf_veomni.errors import UnsupportedError
+from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.mesh import get_parallel_state
 from hf_veomni.prepare import prepare_omni
 from hf_veomni.trainer.adapt import is_prepared
@@ -35,7 +37,7 @@ def _with_adapters(model: nn.Module, peft_config: PeftConfig | None) -> nn.Modul
     if isinstance(model, PeftModel):
         raise ValueError("`peft_config` was given, but `model` is a PeftModel already: leave one of them out.")
     if is_prepared(model):
-        raise ValueError(
+        raise UnsupportedError(
             "`peft_config` was given, but `model` is prepared already: adapters are added before the parameters are "
             "sharded. Hand over the plain model, or call get_peft_model before prepare_omni."
         )
@@ -55,7 +57,7 @@ def _stays_stock(model: nn.Module, args: Any) -> bool:
         return False
     try:
         hf.base_model(model)
-    except ValueError:
+    except UnsupportedError:
         return True
     return False
 
@@ -75,7 +77,7 @@ def _prepare(model: nn.Module, args: Any) -> None:
     if state.world_size > 1:
         for name in _LAYERDROP:
             if getattr(base.config, name, 0):
-                raise ValueError(
+                raise UnsupportedError(
                     f"`{name}` ({getattr(base.config, name)}) in the model's config lets ranks skip different layers, "
                     "and then they wait for each other for ever: set it to 0."
                 )
@@ -149,6 +151,7 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
             )
         return args
 
+    @override
     def call_model_init(self, trial: Any = None) -> Any:
         model = _with_adapters(super().call_model_init(trial), self._omni_peft_config)
         _prepare(model, self.args)
@@ -157,10 +160,12 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
             self._watch_experts(model)
         return model
 
+    @override
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Without accelerate's wrapper around the compiled model: the layers are compiled in place."""
         return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": None}
 
+    @override
     def create_accelerator_and_postprocess(self) -> None:
         """The first thing that Trainer's constructor does with its model, which whoever comes before has finished."""
         super().create_accelerator_and_postprocess()
@@ -182,7 +187,7 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
 
     def _check_packing(self) -> None:
         if not is_prepared(self.model) and isinstance(self.data_collator, OmniDataCollatorWithPacking):
-            raise ValueError(
+            raise UnsupportedError(
                 f"`data_collator` packs rows, whose documents {type(self.model).__name__} would not keep apart: it is "
                 "trained as it is, since `prepare_omni` takes transformers models without virtual tokens. Use a "
                 "collator that pads, or LoRA on a transformers model."
@@ -203,19 +208,24 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
             loss.label_smoothing = float(self.args.label_smoothing_factor)
         return hasattr(loss, "label_smoothing")
 
+    @override
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Collective if the experts' load is logged: every rank calls it, as Trainer does."""
         if self.args.log_expert_load and self._expert_load is not None and "loss" in logs:
             logs = {**logs, **self._expert_load.take(self.state.global_step)}
         super().log(logs, *args, **kwargs)
 
+    @override
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         if self.parallel_state.world_size > 1:
-            raise ValueError(
+            raise UnsupportedError(
                 f"`hyperparameter_search` does not go with the plan ({self.parallel_state.plan}): a trial would leave "
                 "its process groups behind. Start one run per trial."
             )
         return super().hyperparameter_search(*args, **kwargs)
+
+
+require_overrides(OmniTrainerMixin, Trainer)
 
 
 class OmniTrainer(OmniTrainerMixin, Trainer):

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.prepare import prepare_omni
 from hf_veomni.trainer.adapt import is_prepared
@@ -58,8 +59,8 @@ def check_trl(trainer: Any, args: Any, model: Any) -> None:
     """Refuse, over several ranks, what reads whole parameters or samples while it trains.
 
     Raises:
-        ValueError: a trainer that is not known to work, an argument of one that does not, or a prepared `PeftModel`
-            for a trainer that compares it with a copy of its adapter.
+        UnsupportedError: a trainer that is not known to work, an argument of one that does not, or a prepared
+            `PeftModel` for a trainer that compares it with a copy of its adapter.
     """
     plan: ParallelPlan = args.plan
     if plan.world_size == 1 or not is_trl(trainer):
@@ -72,18 +73,18 @@ def check_trl(trainer: Any, args: Any, model: Any) -> None:
                 "it samples answers between its steps, for which each rank would need the whole parameters, and deals "
                 "the prompts out by process, so that the ranks of an SP group would train on different rows"
             )
-        raise ValueError(
+        raise UnsupportedError(
             f"{names[0]} of TRL does not go with the plan ({plan}): {reason}. Use {', '.join(_SUPPORTED)}, or one "
             "process."
         )
     for name in ("precompute_ref_log_probs", "sync_ref_model"):
         if getattr(args, name, False):
-            raise ValueError(
+            raise UnsupportedError(
                 f"`{name}` (True) of TRL's {names[0]} does not go with the plan ({plan}): it reads whole parameters, "
                 "and each rank holds a part. Leave it out; the reference model is sharded like the trained one."
             )
     if set(names) & set(_WITH_REFERENCE) and isinstance(model, PeftModel) and is_prepared(model):
-        raise ValueError(
+        raise UnsupportedError(
             f"`model` is prepared already, but {trl_name(trainer)} compares its adapter with a frozen copy, which "
             "comes before the parameters are sharded: hand over the PeftModel as it was before `prepare_omni`."
         )

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers.training_args import OptimizerNames
 
+from hf_veomni.errors import UnsupportedError
+
 # Optimizers whose update of an element needs no other element of the parameter, or that are torch's own on DTensors.
 _SHARDED_OPTIMIZERS = frozenset(
     {
@@ -34,7 +36,7 @@ class Refusal:
         value = getattr(arguments, self.name, None)
         if self.refused(value):
             shown = getattr(value, "value", value)
-            raise ValueError(f"`{self.name}` ({shown!r}) does not go with {owner}: {self.reason}.")
+            raise UnsupportedError(f"`{self.name}` ({shown!r}) does not go with {owner}: {self.reason}.")
 
 
 def _given(value: Any) -> bool:
@@ -104,13 +106,13 @@ _BUDGETED = (
 
 
 def check_given(arguments: Any) -> None:
-    """Refuse what no plan goes with. Raises ValueError that names the argument, its value and the way out."""
+    """Refuse what no plan goes with. Raises UnsupportedError that names the argument, its value and the way out."""
     for refusal in _ALWAYS:
         refusal.check(arguments)
 
 
 def check_sharded(arguments: Any) -> None:
-    """Refuse what a world of several ranks does not go with. Raises ValueError as `check_given` does."""
+    """Refuse what a world of several ranks does not go with. Raises UnsupportedError as `check_given` does."""
     for refusal in _SHARDED:
         refusal.check(arguments)
     for refusal in _LOADERS:

@@ -61,7 +61,7 @@ class RankPool:
                 killed, and the next case starts new ones.
         """
         replies = self._replies(function, args, kwargs, timeout)
-        if any(reply.kind for reply in replies.values()):
+        if any(reply.kinds for reply in replies.values()):
             raise RanksFailed(self._report(function, replies))
         return [pickle.loads(replies[rank].value) for rank in range(self.world_size)]
 
@@ -78,10 +78,10 @@ class RankPool:
 
         Args:
             match: regular expression that each message must contain.
-            kind: class name of the exception.
+            kind: name of the exception's class, or of one that it inherits from.
         """
         replies = self._replies(function, args, kwargs, timeout)
-        if any(reply.kind != kind or not re.search(match, reply.message) for reply in replies.values()):
+        if any(kind not in reply.kinds or not re.search(match, reply.message) for reply in replies.values()):
             wanted = f"{kind} matching {match!r} was expected on every rank."
             raise RanksFailed(f"{wanted}\n{self._report(function, replies)}")
         return [replies[rank].message for rank in range(self.world_size)]
@@ -165,7 +165,7 @@ class RankPool:
                 except (EOFError, ConnectionResetError):
                     self._processes[rank].join(GRACE)
                     died[rank] = self._processes[rank].exitcode
-                if rank in died or replies[rank].kind:
+                if rank in died or replies[rank].kinds:
                     deadline = min(deadline, time.monotonic() + GRACE)
         return replies, died
 
@@ -189,7 +189,7 @@ class RankPool:
         lines = [f"{function.__module__}.{function.__qualname__} on {self.world_size} ranks:"]
         found = {rank: f"died with exit code {code}" for rank, code in (died or {}).items()}
         for rank, reply in replies.items():  # in the order in which they came, so the cause stands first
-            found[rank] = f"raised {reply.kind}: {reply.message}\n{reply.traceback}" if reply.kind else "returned"
+            found[rank] = f"raised {reply.kinds[0]}: {reply.message}\n{reply.traceback}" if reply.kinds else "returned"
         found |= {rank: f"was still running:\n{stack}" for rank, stack in (stacks or {}).items()}
         for rank, what in found.items():
             lines += [f"---- rank {rank} {what}", self._tail(rank, self._offsets[rank])]

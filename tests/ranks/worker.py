@@ -35,10 +35,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Reply:
-    """What one rank answers. `value` is pickled; `kind` is the exception's class name, empty if it returned."""
+    """What one rank answers. `value` is pickled; `kinds` are the names of the exception's class and of
+    those it inherits from, none if it returned."""
 
     value: bytes = b""
-    kind: str = ""
+    kinds: tuple[str, ...] = ()
     message: str = ""
     traceback: str = ""
 
@@ -91,7 +92,8 @@ def _run(case: Case) -> Reply:
         args, kwargs = pickle.loads(case.arguments)
         return Reply(value=pickle.dumps(function(*args, **kwargs)))
     except BaseException as error:  # a rank that stops answering would look like a hang
-        return Reply(kind=type(error).__name__, message=str(error), traceback=traceback.format_exc())
+        kinds = tuple(owner.__name__ for owner in type(error).__mro__)
+        return Reply(kinds=kinds, message=str(error), traceback=traceback.format_exc())
 
 
 @contextmanager

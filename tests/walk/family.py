@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_veomni.errors import UnsupportedError
+
 TOLERANCE = 1e-5  # relative to the largest entry, fp32
 EXACT = 1e-8  # in fp64, without the casts to fp32 of a family's own code
 _OFFERED = re.compile(r"'([^']+)': \{'sp': 'gather'\}")
@@ -56,7 +58,7 @@ def _line(reason: object) -> str:
     if isinstance(reason, BaseException):
         kind = type(reason).__name__
         text = " ".join(str(reason).split())[:400]
-        return text if isinstance(reason, ValueError) else f"{kind}: {text}"
+        return text if isinstance(reason, UnsupportedError) else f"{kind}: {text}"
     return str(reason)
 
 
@@ -118,7 +120,7 @@ def _walk(model_type: str, plan: str, dtype: torch.dtype) -> Record:
     except tiny.NoText as error:
         return record.end("not_applicable", str(error))
     except Exception as error:
-        return record.end("unbuildable", error if not isinstance(error, ValueError) else f"ValueError: {error}"[:400])
+        return record.end("unbuildable", error)
     return _Comparison(record, model, plan).run()
 
 
@@ -162,11 +164,11 @@ class _Comparison:
         try:
             prepared = self._prepare()
         except Exception as error:
-            return record.end("refused" if isinstance(error, ValueError) else "crashes", error)
+            return record.end("refused" if isinstance(error, UnsupportedError) else "crashes", error)
         try:
             error, where = self._compare(prepared, plain)
         except Exception as error:
-            return record.end("refused" if _is_ours(error) else "crashes", error)
+            return record.end("refused" if isinstance(error, UnsupportedError) else "crashes", error)
         record.error, record.where = max(record.error, error), where
         if not error <= self.limit:
             return record.end("wrong", f"{where} is off by {error:.1e} relative")
@@ -181,7 +183,7 @@ class _Comparison:
                 setattr(record, name, f"the stock model does not take it: {_line(found.args[0])}")
                 continue
             except Exception as found:
-                setattr(record, name, ("" if _is_ours(found) else "crashes: ") + _line(found))
+                setattr(record, name, ("" if isinstance(found, UnsupportedError) else "crashes: ") + _line(found))
                 continue
             if not error <= self.limit:
                 return record.end("wrong", f"{name} rows: {where} is off by {error:.1e} relative")
@@ -198,7 +200,7 @@ class _Comparison:
         while True:
             try:
                 return prepare_omni(self.copy, replace(plan, modules=rules))
-            except ValueError as error:
+            except UnsupportedError as error:
                 offered = [pattern for pattern in _OFFERED.findall(str(error)) if pattern not in rules]
                 if not offered:
                     raise
@@ -250,7 +252,7 @@ class _Comparison:
             try:
                 loss = prepared(**rows.inputs).loss
                 self.record.loss = self.record.loss or "model"
-            except ValueError as error:
+            except UnsupportedError as error:
                 if "No loss over a cut row" not in str(error):
                     raise
                 self.with_labels = own_loss = False
@@ -300,15 +302,6 @@ def relative(got: Tensor, wanted: Tensor, floor: float = 0.0) -> float:
 
 def _without_labels(inputs: Batch) -> Batch:
     return {k: v for k, v in inputs.items() if k != "labels"}
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether hf_veomni raised it: a refusal is a ValueError from the package, or what its mask object lacks."""
-    trace, last = error.__traceback__, ""
-    while trace is not None:
-        last = trace.tb_frame.f_code.co_filename
-        trace = trace.tb_next
-    return isinstance(error, (ValueError, AttributeError)) and "hf_veomni" in last
 
 
 def _output(out: Any) -> Tensor:

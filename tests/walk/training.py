@@ -31,7 +31,7 @@ def omni_logs(model_type: str, plan: str, rule: str = "") -> Logs | str:
     Args:
         rule: names of modules that run under the plan's rule "sp: gather", as a record has them.
     """
-    from hf_veomni import OmniTrainer, OmniTrainingArguments, ParallelPlan
+    from hf_veomni import OmniTrainer, OmniTrainingArguments, ParallelPlan, UnsupportedError
 
     parsed = ParallelPlan.parse(plan)
     if rule and parsed.sp_size > 1:
@@ -39,7 +39,7 @@ def omni_logs(model_type: str, plan: str, rule: str = "") -> Logs | str:
     rows = ROWS // (2 if plan == "dp_shard=2" else 1)
     try:
         return _run(model_type, OmniTrainer, OmniTrainingArguments, rows, plan=parsed)
-    except ValueError as error:
+    except UnsupportedError as error:
         return " ".join(str(error).split())[:400]
 
 

@@ -101,7 +101,7 @@ class Alignment:
                     f"{where}: {tokens} {modality} placeholder tokens ({', '.join(map(str, ids))}) in `input_ids` and "
                     + (f"{features} {modality} features" if features is not None else f"{modality} features")
                     + " in its other columns: make both with one call of the processor, cut no text after it "
-                    "(truncation), and keep its options those of the model"
+                    "(truncation), and keep its options those of the model."
                 )
 
     def _features(self, where: str, modality: str, items: Mapping[str, Tensor]) -> int | None:
@@ -113,7 +113,7 @@ class Alignment:
             if pixels is not None and pixels.dim() == 2 and len(pixels) != patches:
                 raise ValueError(
                     f"{where}: `{_PATCHES[modality]}` has {len(pixels)} {modality} patches and `{_GRIDS[modality]}` "
-                    f"tells of {patches}: make both with one call of the processor"
+                    f"tells of {patches}: make both with one call of the processor."
                 )
             merge = self._merge_size(modality)
             return None if merge is None else patches // merge**2

@@ -20,6 +20,7 @@ from hf_veomni import hf
 from hf_veomni.data.layouts import Layout, read_layout, template_options, with_parts, without_none
 from hf_veomni.data.media.decode import BrokenItemError, name_of, open_image, read_audio
 from hf_veomni.data.modalities import RAW_COLUMNS, TEXT_COLUMNS
+from hf_veomni.errors import UnsupportedError
 
 TRAIN_ON = ("all", "assistant", "last")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -57,7 +58,7 @@ class RawReader:
 
     def __init__(self, processor: Any, train_on: str = "all", further: Sequence[str] = ()) -> None:
         if train_on not in TRAIN_ON:
-            raise ValueError(f"`train_on` ({train_on!r}) must be one of {', '.join(map(repr, TRAIN_ON))}")
+            raise ValueError(f"`train_on` ({train_on!r}) must be one of {', '.join(map(repr, TRAIN_ON))}.")
         self.processor, self.train_on, self.further = processor, train_on, frozenset(further)
         self.tokenizer = getattr(processor, "tokenizer", processor)
 
@@ -83,7 +84,7 @@ class RawReader:
             if self.train_on != "all" and not layout.completes:
                 raise ValueError(
                     f"{where}: train_on={self.train_on!r} needs the turns of `messages`, and the sample has `text`: "
-                    "give messages, `prompt` and `completion`, or `input_ids` with `labels`"
+                    "give messages, `prompt` and `completion`, or `input_ids` with `labels`."
                 )
             chosen = None if self.train_on == "all" else [(layout.begin, len(layout.text))]
             return Prompt(layout.text, given, chosen)
@@ -123,9 +124,9 @@ class RawReader:
         offsets, replaced = output.pop("offset_mapping", None), output.pop("text_replacement_offsets", None)
         if prompt.spans is not None:
             if offsets is None or (prompt.items and not replaced):
-                raise ValueError(
+                raise UnsupportedError(
                     f"{where}: {type(self.processor).__name__} does not tell where its tokens stand in the text, so "
-                    f"train_on={self.train_on!r} is impossible: use a fast tokenizer, or give `labels`"
+                    f"train_on={self.train_on!r} is impossible: use a fast tokenizer, or give `labels`."
                 )
             output["assistant_masks"] = _token_mask(offsets[0], prompt.spans, replaced[0] if replaced else [])
         return output
@@ -162,14 +163,14 @@ class RawReader:
             raise ValueError(
                 f"{where}: train_on={self.train_on!r} and no turn of the assistant (roles: "
                 f"{', '.join(sorted({str(message['role']) for message in messages}))}): choose train_on='all', or "
-                "remove the sample"
+                "remove the sample."
             )
         wanted = turns[-1:] if self.train_on == "last" else turns
         template = self._template(options.get("tools") is not None)
         if isinstance(template, str) and _GENERATION.search(template):
             spans = _marked_spans(self.tokenizer, template, messages, options)
             if not spans:
-                raise ValueError(f"{where}: the template marks no turn as generated: choose train_on='all'")
+                raise ValueError(f"{where}: the template marks no turn as generated: choose train_on='all'.")
             return spans[-len(wanted) :] if self.train_on == "last" or layout.begin else spans
         return [self._span(where, messages, index, text, options) for index in wanted]
 
@@ -183,10 +184,10 @@ class RawReader:
         begin = len(os.path.commonprefix([prompt, after]))
         if not (text.startswith(after) and begin >= len(before)):
             earlier = "" if self.train_on == "last" else "choose train_on='last', whose turn nothing rewrites, "
-            raise ValueError(
+            raise UnsupportedError(
                 f"{where}: the chat template does not build turn {index} on the turns before it, or rewrites it for "
                 f"those behind, so train_on={self.train_on!r} cannot find it: {earlier}mark the turns with "
-                "{% generation %} in the template, or give `labels`"
+                "{% generation %} in the template, or give `labels`."
             )
         return begin, len(after.rstrip())
 
@@ -196,8 +197,8 @@ def sampling_rate(processor: Any) -> int:
     maker = getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None) or processor
     rate = getattr(maker, "sampling_rate", None)
     if not isinstance(rate, int):
-        raise ValueError(
-            f"{type(processor).__name__} takes no sounds: it has no feature extractor with a sampling rate"
+        raise UnsupportedError(
+            f"{type(processor).__name__} takes no sounds: it has no feature extractor with a sampling rate."
         )
     return rate
 
@@ -211,10 +212,10 @@ def _given_items(where: str, sample: Mapping[str, Any]) -> dict[str, list[Any]]:
         if not values:
             continue
         if modality == "video":
-            raise ValueError(
+            raise UnsupportedError(
                 f"{where}: videos (`{name}`) are not decoded here: run the processor on them first (dataset.map; the "
                 "video processors of transformers need torchvision) and hand over what it makes, such as "
-                "`pixel_values_videos` and `video_grid_thw`, or give some frames as `images`"
+                "`pixel_values_videos` and `video_grid_thw`, or give some frames as `images`."
             )
         given[modality] = [*given.get(modality, []), *values]
     return given
@@ -241,9 +242,9 @@ def _plain_messages(
                 if kind in _KINDS[1:]:
                     items.setdefault(kind, []).append(_value(where, part, kind, waiting))
                 elif kind in _FOREIGN:
-                    raise ValueError(
+                    raise UnsupportedError(
                         f"{where}: a part of type '{kind}' in `messages` is not read here: give {{'type': "
-                        f"'{_FOREIGN[kind]}', 'path': ...}}, with a path or bytes"
+                        f"'{_FOREIGN[kind]}', 'path': ...}}, with a path or bytes."
                     )
             content = [
                 {k: v for k, v in p.items() if k in _KEPT or p.get("type", "text") not in _KINDS} for p in parts
@@ -254,7 +255,7 @@ def _plain_messages(
         if left := len(list(waiting[modality])):
             raise ValueError(
                 f"{where}: {len(values)} items in its columns of {modality}s and only {len(values) - left} parts of "
-                f"type '{modality}' without a value in `messages`: they must be equally many"
+                f"type '{modality}' without a value in `messages`: they must be equally many."
             )
     if "video" in items:
         _given_items(where, {"videos": items["video"]})
@@ -268,7 +269,7 @@ def _value(where: str, part: dict[str, Any], kind: str, waiting: dict[str, Any])
     value = next(waiting.get(kind, iter(())), None)
     if value is None:
         raise ValueError(
-            f"{where}: a part of type '{kind}' in `messages` has no value, and no column `{kind}s` either"
+            f"{where}: a part of type '{kind}' in `messages` has no value, and no column `{kind}s` either."
         )
     return value
 

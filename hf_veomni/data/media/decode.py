@@ -19,6 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from hf_veomni.errors import UnsupportedError
+
 _ORIENTATION, _ROTATED = 0x0112, (5, 6, 7, 8)  # the exif tag, and its values that swap height and width
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 _UNKNOWN_SIZE = 0xFFFFF000  # what writers of streams put in the place of a size begins about here
@@ -109,7 +111,7 @@ def _picture_bytes(value: Any) -> np.ndarray:
         array = array[..., 0]
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise ValueError(
-            f"arrays of pictures must hold bytes (uint8) [height, width, 3], not {array.dtype} {list(array.shape)}"
+            f"arrays of pictures must hold bytes (uint8) [height, width, 3], not {array.dtype} {list(array.shape)}."
         )
     return array
 
@@ -124,7 +126,7 @@ def _array(value: Any) -> np.ndarray:
 def _check_mode(image: Any) -> None:
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"mode {image.mode!r} has no known white, and Pillow would cut it off at 255: convert it to 8 or 16 bits"
+            f"mode {image.mode!r} has no known white, and Pillow would cut it off at 255: convert it to 8 or 16 bits."
         )
 
 
@@ -161,7 +163,9 @@ def read_audio(value: Any, rate: int, name: str) -> np.ndarray:
         raise BrokenItemError(f"{name} is no sound that can be read: {type(error).__name__}: {error}") from error
     samples = samples.mean(axis=1) if samples.ndim == 2 else samples
     if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
-        raise BrokenItemError(f"{name} has shape {list(samples.shape)}: a sound needs finite samples, one a time step")
+        raise BrokenItemError(
+            f"{name} has shape {list(samples.shape)}: a sound needs finite samples, one a time step."
+        )
     return resample(samples.astype(np.float32, copy=False), own_rate or rate, rate)
 
 
@@ -184,7 +188,7 @@ def audio_samples(value: Any, rate: int, name: str) -> int:
                 info = _soundfile().info(_source(value))
                 count, own_rate = info.frames, info.samplerate
         if not count:
-            raise ValueError("it has no samples")
+            raise ValueError("it has no samples.")
     except Exception as error:
         raise BrokenItemError(f"{name} is no sound that can be read: {type(error).__name__}: {error}") from error
     return count if own_rate == rate else math.ceil(count * rate / own_rate)
@@ -225,7 +229,7 @@ def _source(value: Any) -> Any:
         return io.BytesIO(value)
     if isinstance(value, str | os.PathLike):
         return os.fspath(value)
-    raise TypeError(f"it is of type {type(value).__name__}, and must be a path, bytes or an array")
+    raise TypeError(f"it is of type {type(value).__name__}, and must be a path, bytes or an array.")
 
 
 def _opened(value: Any) -> BinaryIO:
@@ -247,7 +251,7 @@ def _given_samples(value: Any) -> tuple[np.ndarray | None, int | None]:
         return None, None
     if array.size and (array.dtype.kind not in "fi" or (array.dtype.kind == "i" and array.itemsize > 4)):
         raise ValueError(
-            f"its array holds {array.dtype}, of which the loudest value is not known: give floats in [-1, 1], or int16"
+            f"its array holds {array.dtype}, whose loudest value is not known: give floats in [-1, 1], or int16."
         )
     return array.T if array.ndim == 2 and array.shape[0] < array.shape[1] else array, rate
 
@@ -277,11 +281,11 @@ def _read_header(file: BinaryIO) -> _Wav | None:
             begin = file.tell()
             there = file.seek(0, os.SEEK_END) - begin
             if there < size < _UNKNOWN_SIZE:
-                raise ValueError(f"the wav file ends after {there} of {size} bytes of samples")
+                raise ValueError(f"the wav file ends after {there} of {size} bytes of samples.")
             size = min(size, there)
             wav = _Wav(form[0], form[1], form[2], form[5], begin, size)
             if not (wav.channels and wav.rate):
-                raise ValueError(f"the wav file tells of {wav.channels} channels and {wav.rate} samples a second")
+                raise ValueError(f"the wav file tells of {wav.channels} channels and {wav.rate} samples a second.")
             return wav if (wav.kind, wav.bits) in _WAV_TYPES else None
         if name == b"fmt ":
             data = file.read(size + size % 2)
@@ -292,7 +296,7 @@ def _read_header(file: BinaryIO) -> _Wav | None:
                 form = (struct.unpack("<H", data[24:26])[0], *form[1:])
         else:
             file.seek(size + size % 2, os.SEEK_CUR)
-    raise ValueError("the wav file ends before its samples")
+    raise ValueError("the wav file ends before its samples.")
 
 
 _WAV_TYPES = {
@@ -322,7 +326,7 @@ def _soundfile() -> Any:
     try:
         import soundfile  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(
-            "only wav (PCM or floats) is read without soundfile: pip install soundfile, or convert it to wav"
+        raise UnsupportedError(
+            "only wav (PCM or floats) is read without soundfile: pip install soundfile, or convert it to wav."
         ) from error
     return soundfile

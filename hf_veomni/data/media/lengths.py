@@ -17,6 +17,7 @@ from hf_veomni import hf
 from hf_veomni.data.media.alignment import AUDIO_RULES, TILE_RULES
 from hf_veomni.data.media.chat import RawReader, sampling_rate
 from hf_veomni.data.media.decode import BrokenItemError, audio_samples, image_size, name_of
+from hf_veomni.errors import UnsupportedError
 
 # (modality of each item, patches of each, parts of each that do not attend to each other) -> cost of each
 CostFunction = Callable[[list[str], list[int], list[int]], Any]
@@ -166,7 +167,9 @@ class SizeReader:
     def _token(self, modality: str) -> str:
         token = getattr(self.processor, f"{modality}_token", None)
         if token is None:
-            raise ValueError(f"{type(self.processor).__name__} has no `{modality}_token`, so it takes no {modality}s")
+            raise UnsupportedError(
+                f"{type(self.processor).__name__} has no `{modality}_token`, so it takes no {modality}s."
+            )
         return getattr(token, "content", token)
 
     def _try(self, modality: str, size: Any, count: int = 1) -> str:
@@ -184,9 +187,9 @@ class SizeReader:
         output = self.processor(text=[text], return_text_replacement_offsets=True, **inputs)
         replaced = output.get("text_replacement_offsets")
         if not replaced or len(replaced[0]) != count:
-            raise ValueError(
+            raise UnsupportedError(
                 f"{type(self.processor).__name__} does not tell what becomes of its placeholders, so lengths are not "
-                "known before decoding: run it first (dataset.map) and pack its output"
+                "known before decoding: run it first (dataset.map) and pack its output."
             )
         return replaced[0][0]["replacement"]
 
@@ -197,7 +200,7 @@ def _expand(where: str, text: str, replacements: Mapping[str, list[str]], proces
         pieces = text.split(getattr(token, "content", token))
         if len(pieces) - 1 != len(texts):
             raise ValueError(
-                f"{where}: {len(pieces) - 1} placeholders ({token}) for {len(texts)} {modality}s: each item needs one"
+                f"{where}: {len(pieces) - 1} placeholders ({token}) for {len(texts)} {modality}s: each item needs one."
             )
         text = "".join(part for pair in zip(pieces, [*texts, ""], strict=True) for part in pair)
     return text

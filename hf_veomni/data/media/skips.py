@@ -16,7 +16,7 @@ ON_ERROR = ("raise", "skip")
 
 def check_on_error(value: Any) -> None:
     if value not in ON_ERROR:
-        raise ValueError(f"`on_error` ({value!r}) must be one of {', '.join(map(repr, ON_ERROR))}")
+        raise ValueError(f"`on_error` ({value!r}) must be one of {', '.join(map(repr, ON_ERROR))}.")
 
 
 class SkipLog:

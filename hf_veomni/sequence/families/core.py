@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.cross import cut_queries
 from hf_veomni.sequence.exchange import exchanged, masked
@@ -159,7 +160,9 @@ def _bert(
         return owner.forward(module, hidden, *args, **kwargs)
     others = ("encoder_hidden_states", "entity_hidden_states", *hf.CACHE_NAMES, "head_mask")
     if any(isinstance(inputs.get(name), Tensor) for name in others):
-        raise ValueError(f"{type(module).__name__} takes no states of another sequence under sequence parallelism.")
+        raise UnsupportedError(
+            f"{type(module).__name__} takes no states of another sequence under sequence parallelism."
+        )
     heads, width = module.num_attention_heads, module.attention_head_size
 
     def split(x: Tensor) -> Tensor:
@@ -309,7 +312,7 @@ def _bart(
     if not is_cut():
         return owner.forward(module, hidden_states, *args, **kwargs)
     if any(inputs.get(name) is not None for name in ("attn_prompt", *hf.CACHE_NAMES)):
-        raise ValueError(f"{type(module).__name__} takes no prompts and no cache under sequence parallelism.")
+        raise UnsupportedError(f"{type(module).__name__} takes no prompts and no cache under sequence parallelism.")
     mask = inputs.get("attention_mask")
     if inputs.get("key_value_states") is not None:  # whole, and each token looks at them for itself
         inputs["attention_mask"] = cut_queries(module, mask, hidden_states.shape[1], state)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.exchange import exchanged
 
@@ -65,7 +66,9 @@ def deberta_forward(
     if not is_cut():
         return owner.forward(module, hidden_states, *args, **kw)
     if inputs.get("query_states") is not None:
-        raise ValueError(f"{type(module).__name__} takes no queries of another sequence under sequence parallelism.")
+        raise UnsupportedError(
+            f"{type(module).__name__} takes no queries of another sequence under sequence parallelism."
+        )
     width = module.attention_head_size
     fused = hasattr(module, "in_proj")  # of each head its query, key and value
     projections = ("in_proj",) if fused else ("query_proj", "key_proj", "value_proj")

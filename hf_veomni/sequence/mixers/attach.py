@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from hf_veomni.context import Row, current
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.mixers.table import FunctionRegistry, Mixer, run_mixer
 from hf_veomni.sequence.shard import shard_sequence
@@ -73,9 +74,9 @@ class LinearAttachment:
         _registry.acquire(self, self._callers())  # kernels may have been put in place since
 
     def check_called(self, row: Row) -> None:
-        """Raises ValueError where the forward that worked on `row` has called no mixer."""
+        """Raises UnsupportedError where the forward that worked on `row` has called no mixer."""
         if not row.mixer_calls:
-            raise ValueError(
+            raise UnsupportedError(
                 f"None of the modules of {type(self.decoder).__name__} that mix tokens by themselves was called, "
                 f"`{self.mixers[0].name}` among them: the model has put others in their place since `prepare_omni`, "
                 "which would mix the tokens of a slice alone. Load it so that it keeps them (BigBird: with "

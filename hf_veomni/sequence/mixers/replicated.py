@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_veomni.comm import gather_shards
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.sequence.mixers.functions import MixerCall
 
 # What belongs to another sequence, which every rank has whole; what says which tokens see each other; and tables that
@@ -47,7 +48,7 @@ class _Kept:
 
     @classmethod
     def __torch_function__(cls, function: Any, *_: Any) -> Any:
-        raise ValueError(
+        raise UnsupportedError(
             f"`{getattr(function, '__name__', function)}` was called on what a module under the rule 'sp: gather' "
             "handed on to one that is not: name all modules of the stack that share it, or none."
         )
@@ -71,7 +72,7 @@ def run_gathered(
     reduce-scatter (sum).
 
     Raises:
-        ValueError: an input of which it is not known how to cut it.
+        UnsupportedError: an input of which it is not known how to cut it.
     """
     _check(call, hidden_states, inputs)
     part, length = hidden_states.shape[1], call.documents.row_length
@@ -103,8 +104,8 @@ def run_gathered(
     return getattr(template, "_make", tuple)(whole_output)  # of a named tuple
 
 
-def _refuse(reason: str) -> ValueError:
-    return ValueError(f"A module under the rule 'sp: gather' {reason}: use sp_size=1 with one document a row.")
+def _refuse(reason: str) -> UnsupportedError:
+    return UnsupportedError(f"A module under the rule 'sp: gather' {reason}: use sp_size=1 with one document a row.")
 
 
 def _check(call: MixerCall, hidden_states: Any, inputs: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_veomni import hf
 from hf_veomni.context import current, within
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import ParallelState
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.sequence.families.lightning import check_lightning, run_lightning
@@ -75,7 +76,7 @@ def find_mixers(layers: Sequence[tuple[str, nn.Module]], gathered: Set[nn.Module
     """The mixers in `layers`, given with their names; `gathered` are those that the plan has on whole documents.
 
     Raises:
-        ValueError: a gathered module holds experts.
+        UnsupportedError: a gathered module holds experts.
     """
     found: dict[nn.Module, Mixer] = {}
     inside: set[nn.Module] = set()
@@ -89,7 +90,7 @@ def find_mixers(layers: Sequence[tuple[str, nn.Module]], gathered: Set[nn.Module
     for mixer in found.values():
         for name, module in mixer.module.named_modules(prefix=mixer.name):
             if mixer.scheme == "gather" and hf.is_experts_module(module):
-                raise ValueError(
+                raise UnsupportedError(
                     f"The rule 'sp: gather' names `{mixer.name}`, of which `{name}` ({type(module).__name__}) is cut "
                     "in a way of its own: name only the module that mixes tokens."
                 )
@@ -122,11 +123,11 @@ class Gathered:
         return cls(frozenset(map(model.get_submodule, named)), names)
 
     def check(self, mixers: Iterable[Mixer]) -> None:
-        """Raises ValueError where a rule names a module that is not one of `mixers`, nor a part of one."""
+        """Raises UnsupportedError where a rule names a module that is not one of `mixers`, nor a part of one."""
         used = {module for mixer in mixers for module in mixer.module.modules()}
         unused = sorted(self.names[module] for module in self.modules - used)
         if unused:
-            raise ValueError(
+            raise UnsupportedError(
                 f"The rule 'sp: gather' names `{unused[0]}`, which is no module inside of a decoder layer: name the "
                 "module that mixes tokens, for example '*.linear_attn'."
             )
@@ -158,13 +159,13 @@ def _is_inside(path: str, outer: str) -> bool:
 
 
 def check_mixer_heads(mixers: Iterable[Mixer], sp_size: int) -> None:
-    """Raises ValueError where a mixer has fewer heads than `sp_size`."""
+    """Raises UnsupportedError where a mixer has fewer heads than `sp_size`."""
     for mixer in mixers:
         kind = type(mixer.module).__name__
         attribute = "num_attention_heads" if mixer.scheme == "lightning" else _BY_FUNCTIONS.get(kind)
         if mixer.scheme == "gather" or attribute is None or sp_size <= (heads := getattr(mixer.module, attribute)):
             continue
-        raise ValueError(
+        raise UnsupportedError(
             f"`sp_size` ({sp_size}) must not exceed the {heads} heads of `{mixer.name}` ({kind}): use at most "
             f"{heads}, or a rule of the plan, modules={{'*.{mixer.name.rpartition('.')[2]}': {{'sp': 'gather'}}}}, "
             "which computes the row up to sp times."
@@ -220,13 +221,13 @@ def run_mixer(module: nn.Module, scheme: str, state: ParallelState, /, *args: An
     """The forward of a mixer on this rank's tokens; stands in for `module.forward`.
 
     Raises:
-        ValueError: called outside of the prepared model's forward, where documents are not known; or with a cache that
-            the model was not called with.
+        UnsupportedError: called outside of the prepared model's forward, where documents are not known; or with a
+            cache that the model was not called with.
     """
     forward = partial(type(module).forward, module)
     row, documents = current().row, current().documents
     if row is None:
-        raise ValueError(
+        raise UnsupportedError(
             f"{type(module).__name__} was called outside of the forward of its prepared model, where packed documents "
             "are not known: call the model; for activation checkpointing use `model.gradient_checkpointing_enable()`."
         )
@@ -234,7 +235,7 @@ def run_mixer(module: nn.Module, scheme: str, state: ParallelState, /, *args: An
     if documents is None:
         return forward(*args, **kwargs)
     if any(kwargs.get(name) is not None for name in hf.CACHE_NAMES):
-        raise ValueError(
+        raise UnsupportedError(
             f"{type(module).__name__} was given a cache, which holds the state of whole rows: call the model without "
             "`cache_params`, or with `use_cache=True` under torch.no_grad()."
         )

@@ -70,16 +70,30 @@ def _fail_on_one_rank(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "match"),
+    ("name", "kind", "match"),
     [
-        ("meta", "Parameter 'model.embed_tokens.weight' is on the meta device"),
-        ("seam", "OpenAIGPTLMHeadModel has no seam"),
-        ("plan", r"Plan entry 'sp=two'"),
+        ("meta", "ValueError", "Parameter 'model.embed_tokens.weight' is on the meta device"),
+        ("seam", "UnsupportedError", "OpenAIGPTLMHeadModel has no seam"),
+        ("plan", "ValueError", r"Plan entry 'sp=two'"),
     ],
 )
-def test_a_refusal_on_one_rank_reaches_all(ranks, name, match):
-    messages = ranks(2).raises(_fail_on_one_rank, name, match=match, timeout=30)
-    assert messages[0].startswith("This rank (0) stops because rank 1 of 2 failed: ValueError: ")
+def test_a_refusal_on_one_rank_reaches_all(ranks, name, kind, match):
+    messages = ranks(2).raises(_fail_on_one_rank, name, match=match, kind=kind, timeout=30)
+    assert messages[0].startswith(f"This rank (0) stops because rank 1 of 2 failed: {kind}: ")
+
+
+def _refuse_a_file_on_one_rank() -> None:
+    from hf_veomni import UnsupportedError
+    from hf_veomni.checkpoint import together
+
+    with together("Reading"):
+        if dist.get_rank() == 1:
+            raise UnsupportedError("No such layout.")
+
+
+def test_a_refused_file_on_one_rank_is_unsupported_on_all(ranks):
+    messages = ranks(2).raises(_refuse_a_file_on_one_rank, match="No such layout", kind="UnsupportedError", timeout=30)
+    assert messages[0] == "Reading failed on rank 1: UnsupportedError: No such layout."
 
 
 def _different_plans() -> None:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.loss import LeanLogits, attach_lean_loss
 from tests.models import VOCABULARY, build_model
 
@@ -199,7 +200,7 @@ def test_gradients_under_fsdp_equal_one_process(ranks, name, adapter, units):
 
 
 def test_a_head_that_is_freed_after_its_forward_gives_a_clear_error(ranks):
-    ranks(2).raises(_fsdp, "llama", "none", "head freed", kind="RuntimeError", match="keep the head gathered")
+    ranks(2).raises(_fsdp, "llama", "none", "head freed", kind="UnsupportedError", match="keep the head gathered")
 
 
 def _two_forwards(name: str, adapter: str, lean: bool) -> dict[str, Tensor]:
@@ -269,7 +270,7 @@ def _late_looks() -> tuple[bool, list[str]]:
     for _ in range(2):  # freed; and gathered again for another forward, perhaps with other weights
         try:
             late.logits.exp()
-        except RuntimeError as error:
+        except UnsupportedError as error:
             messages.append(str(error))
         model(input_ids=ids, labels=ids, use_cache=False)
     return torch.equal(early.logits.exp(), seen), messages

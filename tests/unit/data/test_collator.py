@@ -129,7 +129,7 @@ def test_pad_to_multiple_of_adds_a_document_without_targets(processor, pad):
         ),
         ([{"input_ids": [[1, 2], [3, 4]]}], "`input_ids` has shape (2, 2)"),
         ([{"input_ids": [0.5]}], "`input_ids` holds float64, and must hold integers"),
-        ([{"input_ids": []}], "none of the 1 samples of the batch has a token"),
+        ([{"input_ids": []}], "None of the 1 samples of the batch has a token"),
         ([], "empty list of samples"),
     ],
 )

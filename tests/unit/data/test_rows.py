@@ -154,7 +154,7 @@ def test_what_cannot_be_packed_late_is_refused(qwen, picture_files):
     with pytest.raises(ValueError, match=r"`overlong` \('split'\) would cut through pictures or sounds"):
         pack_dataset(source, 200, overlong="split", processor=qwen[1])
     with pytest.raises(
-        ValueError, match="sample 0 has .* tokens, more than `max_tokens`.* or choose overlong='drop'$"
+        ValueError, match="sample 0 has .* tokens, more than `max_tokens`.* or choose overlong='drop'.$"
     ):
         pack_dataset(source, 8, processor=qwen[1])
     assert sum(len(r["samples"]) for r in pack_dataset(source, 40, overlong="drop", processor=qwen[1])) < 12
@@ -231,15 +231,15 @@ def test_a_mixture_that_makes_no_sense_is_refused():
     one = Dataset.from_list([{"text": "a"}])
     for sources, weights, message in (
         ([one], [1, 2], "2 weights for 1 sources"),
-        ([one, one], [1, 0], r"weight \(0\) of source 1 must be above 0"),
+        ([one, one], [1, 0], r"Weight \(0\) of source 1 must be above 0"),
         ({"a": one}, {"b": 1}, "`weights` names b and `sources` a"),
         (
             {"a": one, "b": Dataset.from_list([{"text": 3}])},
             None,
-            "column `text` is .*int64.* in source b and .*string",
+            "Column `text` is .*int64.* in source b and .*string",
         ),
         ([], None, "at least one source"),
-        ([one, [1]], None, "source 1 is a list"),
+        ([one, [1]], None, "Source 1 is a list"),
     ):
         with pytest.raises(ValueError, match=message):
             mix_datasets(sources, weights)

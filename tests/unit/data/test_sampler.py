@@ -200,7 +200,7 @@ def test_a_loaded_state_is_not_silently_replayed_from_another_epoch():
     state = sampler.state_dict()
     resumed = BalancedBatchSampler(LENGTHS, 512)
     resumed.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"epoch 0 is set while the loaded state stands in epoch 2.*set_epoch\(2\)"):
+    with pytest.raises(ValueError, match=r"Epoch 0 is set while the loaded state stands in epoch 2.*set_epoch\(2\)"):
         resumed.set_epoch(0)
     resumed.set_epoch(2)
     assert len(list(resumed)) == len(sampler) - 1
@@ -298,13 +298,13 @@ def test_attention_cost_counts_linear_and_quadratic_work():
     [
         (([3, 9], 8), {}, "sample 1 (9 tokens, cost 9) must fit `max_tokens` (8)"),
         (([3, 0], 8), {}, "sample 1 (0 tokens, cost 0) must have at least one token"),
-        (([1.5], 8), {}, "lengths of type float64 must be whole numbers of tokens"),
+        (([1.5], 8), {}, "Lengths of type float64 must be whole numbers of tokens"),
         (
             ([1.0, float("nan")], 8),
             {"lengths": [1, 2]},
             "sample 1 (2 tokens, cost nan) must have a finite cost above 0",
         ),
-        (([1.0], 8), {"lengths": [1, 2]}, "costs [1] and `lengths` [2] must hold one number for each sample"),
+        (([1.0], 8), {"lengths": [1, 2]}, "Costs [1] and `lengths` [2] must hold one number for each sample"),
         (([], 8), {}, "and at least one"),
         (([3], 0), {}, "`max_tokens` (0) must be a positive integer"),
         (([3], 8, 2, 2), {}, "`rank` (2) must be one of 0..1, or None"),

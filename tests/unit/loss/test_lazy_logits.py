@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import nested_detach
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.loss import LeanLogits, attach_lean_loss
 from tests.models import VOCABULARY, build_model, padded_batch
 
@@ -225,7 +226,7 @@ def test_an_autograd_function_of_the_logits_of_a_tied_model():
 def test_an_autograd_function_after_a_change_in_place_is_refused(model):
     lean, _ = _pair(model)
     lean[..., 5] = 0
-    with pytest.raises(RuntimeError, match=r"changed in place.*hand over `logits \+ 0`"):
+    with pytest.raises(UnsupportedError, match=r"changed in place.*hand over `logits \+ 0`"):
         _SumOfSquares.apply(lean).backward()
     _SumOfSquares.apply(lean + 0).backward()
 
@@ -312,7 +313,7 @@ def test_a_look_after_backward_is_right_until_the_weights_change(model):
     (out.loss + late.loss).backward()
     assert out.logits.exp().shape == (2, 7, VOCABULARY)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
-    with pytest.raises(RuntimeError, match="Look at them before backward and before the optimizer steps"):
+    with pytest.raises(UnsupportedError, match="Look at them before backward and before the optimizer steps"):
         late.logits.exp()
     assert out.logits.exp().shape == (2, 7, VOCABULARY), "computed before the step, so still there"
 
@@ -322,6 +323,6 @@ def test_a_freed_weight_gives_a_clear_error(model):
     model.lm_head.weight.untyped_storage().resize_(0)
     for use in (lambda: logits.exp(), lambda: model.loss_function(logits, LABELS)):
         with pytest.raises(
-            RuntimeError, match=r"freed by FSDP.*model.eval\(\), or prepare_omni\(..., lean_loss=False"
+            UnsupportedError, match=r"freed by FSDP.*model.eval\(\), or prepare_omni\(..., lean_loss=False"
         ):
             use()

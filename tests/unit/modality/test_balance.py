@@ -209,7 +209,7 @@ def test_report_reads_well():
         (lambda: assign_items([1.0], 0), "`num_ranks` (0) must be a positive integer"),
         (lambda: assign_items([1.0], 2, patches=[1]), "`patches` and `max_patches` go together"),
         (lambda: assign_items([1.0], 2, patches=[1, 2], max_patches=3), "must be one number for each of the 1 items"),
-        (lambda: assign_items([1, 1], 2, patches=[1, 4], max_patches=3), "item 1 has 4 patches, above"),
+        (lambda: assign_items([1, 1], 2, patches=[1, 4], max_patches=3), "Item 1 has 4 patches, above"),
         (lambda: assign_items([1] * 3, 2, patches=[2] * 3, max_patches=3), "3 items of 6 patches on 2 ranks"),
         (lambda: balance_report([1.0], assign_items([1.0, 2.0], 2)), "for each of the 2 assigned items"),
     ],
