@@ -87,7 +87,6 @@ def test_the_recorder_sees_new_threads_and_puts_the_profile_function_back() -> N
     finally:
         sys.setprofile(before)
     assert "ParallelPlan.from_string" in recorder.result().functions["plan.py"]
-    assert recorder.result().entries["plan.py"] == 1
 
 
 @pytest.mark.parametrize(("question", "file", "line"), LANDMARKS)
