@@ -127,11 +127,8 @@ class ForwardContext:
 
 _NOTHING = ForwardContext()
 _current: ContextVar[ForwardContext] = ContextVar("hf_veomni_forward", default=_NOTHING)
-
-
-def current() -> ForwardContext:
-    """The context of the forward that runs; an empty one outside of any."""
-    return _current.get()
+# The context of the forward that runs; an empty one outside of any.
+current = _current.get
 
 
 def enter(owner: object, **fields: Any) -> None:
