@@ -162,6 +162,11 @@ def within(**fields: Any) -> Iterator[None]:
         leave(owner)
 
 
+def is_generating(model: nn.Module) -> bool:
+    """Whether the call of `model` comes from its own `generate`."""
+    return any(one is model for one in current().generating)
+
+
 def is_cut() -> bool:
     """Whether layers see slices; the rule where nothing is known of the row."""
     row = current().row
