@@ -127,11 +127,8 @@ class ForwardContext:
 
 _NOTHING = ForwardContext()
 _current: ContextVar[ForwardContext] = ContextVar("hf_veomni_forward", default=_NOTHING)
-
-
-def current() -> ForwardContext:
-    """The context of the forward that runs; an empty one outside of any."""
-    return _current.get()
+# The context of the forward that runs; an empty one outside of any.
+current = _current.get
 
 
 def enter(owner: object, **fields: Any) -> None:
@@ -163,6 +160,11 @@ def within(**fields: Any) -> Iterator[None]:
         yield
     finally:
         leave(owner)
+
+
+def is_generating(model: nn.Module) -> bool:
+    """Whether the call of `model` comes from its own `generate`."""
+    return any(one is model for one in current().generating)
 
 
 def is_cut() -> bool:

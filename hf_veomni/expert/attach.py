@@ -20,10 +20,9 @@ from torch import nn
 from hf_veomni import hf
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert.families import adopt, is_adoptable
-from hf_veomni.expert.forward import ExpertsForward
+from hf_veomni.expert.forward import ExpertsForward, KeepRoutes
 from hf_veomni.expert.layout import ExpertsModule, check_experts, find_experts
 from hf_veomni.expert.lora import attach_adapters, check_adapters, has_adapters, stack_adapters
-from hf_veomni.expert.recompute import KeepRoutes
 from hf_veomni.mesh import ParallelState
 
 

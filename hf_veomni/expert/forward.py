@@ -1,9 +1,20 @@
-"""What an experts module calls in place of its stock forward: dispatch, compute, combine."""
+"""What an experts module calls in place of its stock forward: dispatch, compute, combine.
+
+Under activation checkpointing routes are made once:
+
+    forward          routes are made: counts exchanged and read back, tokens sorted
+    recomputation    the same routes again: no exchange, no read, no sort
+
+A router whose scores are equal up to rounding could choose otherwise the second time, with sizes that ranks do not
+agree on; the order of the forward is kept with the sizes, so that both are always of one choice. What is kept is 8
+bytes a (token, expert) pair.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,10 +23,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from hf_veomni import hf
-from hf_veomni.context import current, within
+from hf_veomni.context import CheckpointCarrier, current, within
 from hf_veomni.expert.compute import LowRank, compute_as_selected, compute_experts, keep_connected
-from hf_veomni.expert.dispatch import combine, dispatch, make_route
-from hf_veomni.expert.recompute import recall_route
+from hf_veomni.expert.dispatch import Route, combine, dispatch, make_route
 
 _ADAPTERS, _ROWS = "_omni_adapters", "_omni_rows"
 
@@ -45,6 +55,12 @@ def stop_rows(experts: nn.Module) -> None:
     vars(experts).pop(_ROWS, None)
 
 
+def _recall_route(make: Callable[[], Route]) -> Route:
+    """The next route of the layer that runs: `make()`, or in a recomputation that of the forward."""
+    recorded = current().recorded
+    return make() if recorded is None else replace(recorded.recall(make))  # what is kept has nothing derived from it
+
+
 class ExpertsForward(hf.EPImplementation):
     """Forward of an experts module: (hidden states [t, H], expert ids [t, K], weights [t, K]) -> [t, H].
 
@@ -61,7 +77,7 @@ class ExpertsForward(hf.EPImplementation):
         self.num_experts = int(experts.num_experts) * ranks  # type: ignore[operator]  # the module counts its own
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        route = recall_route(partial(make_route, top_k_index, self.num_experts, self.group))
+        route = _recall_route(partial(make_route, top_k_index, self.num_experts, self.group))
         rows = dispatch(hidden_states, route, top_k_index.shape[-1], self.group)
         count = len(rows)
         if _ROWS in vars(self.experts) and is_training_forward(self.experts):
@@ -81,3 +97,22 @@ def set_adapters(experts: nn.Module, adapters: Callable[[], Mapping[str, Sequenc
     vars(experts).pop(_ADAPTERS, None)
     if adapters is not None:
         vars(experts)[_ADAPTERS] = adapters
+
+
+class KeepRoutes:
+    """Puts the carrier around what checkpoints the layers; checkpointing may be switched on at any time."""
+
+    def __init__(self, model: nn.Module, experts: Iterable[str]) -> None:
+        """`experts`: names of the experts modules. A layer around them is checkpointed, or a stack checkpoints it."""
+        paths = [name.split(".") for name in experts]
+        around = dict.fromkeys(".".join(path[:depth]) for path in paths for depth in range(len(path)))
+        self.around = [model.get_submodule(name) for name in around]
+        self.handle = model.register_forward_pre_hook(self.enter)
+
+    def enter(self, model: nn.Module, args: tuple) -> None:
+        if model.training:
+            hf.wrap_checkpointing(self.around, CheckpointCarrier)
+
+    def remove(self) -> None:
+        self.handle.remove()
+        hf.restore_checkpointing(self.around, CheckpointCarrier)

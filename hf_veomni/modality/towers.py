@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 from hf_veomni import hf
 from hf_veomni.comm.gather import gather_shards
-from hf_veomni.context import Encoding, current, within
+from hf_veomni.context import Encoding, current, is_generating, within
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.fsdp.unused import GiveZeros
 from hf_veomni.mesh import ParallelState
@@ -42,7 +42,6 @@ from hf_veomni.modality.items import FRAMES, Items, find_items
 from hf_veomni.modality.ready import ReadyTower
 from hf_veomni.modality.schedule import FEATURES, TowerPasses, units_of, used_features, why_not
 from hf_veomni.modality.ulysses_vit import TowerCut, check_cut
-from hf_veomni.sequence.generation import is_generating
 
 _METHODS = {f"get_{modality}_features": modality for modality in ("image", "video", "audio")}
 # PEFT's `modules_to_save` puts a wrapper with two copies in a module's place, whose name users know.

@@ -26,7 +26,7 @@ from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.packing import tell_packing, untell_packing
 from hf_veomni.attention.registry import adopt, release, select
 from hf_veomni.attention.varlen import VARLEN_NAME, register_varlen_attention
-from hf_veomni.context import Call, CheckpointCarrier, Row, current, enter, is_cut, leave
+from hf_veomni.context import Call, CheckpointCarrier, Row, current, enter, is_cut, is_generating, leave
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import forget
 from hf_veomni.mesh import ParallelState
@@ -47,7 +47,7 @@ from hf_veomni.sequence.families.bias import attach_bias
 from hf_veomni.sequence.families.core import attach_patch, has_patch
 from hf_veomni.sequence.families.deepstack import cut_deepstack
 from hf_veomni.sequence.gather_points import find_exit, map_hidden, pooling_modules, text_encoder
-from hf_veomni.sequence.generation import attach_generate, detach_generate, is_generating
+from hf_veomni.sequence.generation import attach_generate, detach_generate
 from hf_veomni.sequence.inputs import find_positions, prepare_mask
 from hf_veomni.sequence.inspect import Seam, check_heads, find_seam
 from hf_veomni.sequence.layer_inputs import cut_call

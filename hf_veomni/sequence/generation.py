@@ -13,11 +13,6 @@ from hf_veomni.context import current, within
 _GENERATE = "generate"
 
 
-def is_generating(model: nn.Module) -> bool:
-    """Whether the call of `model` comes from its own `generate`."""
-    return any(one is model for one in current().generating)
-
-
 def _generate(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with within(generating=(*current().generating, model)):
         return original(*args, **kwargs)

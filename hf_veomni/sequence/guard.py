@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
+from hf_veomni.context import is_generating
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import on_host
 from hf_veomni.mesh import ParallelState
-from hf_veomni.sequence.generation import is_generating
 
 
 def _check_labels(inputs: Mapping[str, Any]) -> None:
