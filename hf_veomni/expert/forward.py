@@ -31,7 +31,8 @@ _idle: ContextVar[bool] = ContextVar("hf_veomni_idle", default=False)
 
 @contextmanager
 def counting_no_tokens() -> Iterator[None]:
-    """Within this context a model's tokens count neither in its router's loss nor in the load of its experts."""
+    """Within this context a model's tokens count neither in its router's loss nor in the load of its experts, and
+    what a loss gathers for its log comes from the other data ranks."""
     token = _idle.set(True)
     try:
         yield

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
 from hf_veomni import hf
+from hf_veomni.expert import counting_no_tokens
 from hf_veomni.fsdp import check_dtype_can_change, held_weights
 from hf_veomni.loss import has_lean_loss, lean_evaluation
 from hf_veomni.mesh import ParallelState, get_parallel_state
@@ -152,6 +153,8 @@ class EvaluationMixin(_Trainer):
         lean = lean and is_prepared(model) and has_lean_loss(model)
         own = overrides(self, *_LOOK_AT_OUTPUTS)
         with self._as_one_process(own), self._accumulating_nothing(), ExitStack() as stack:
+            if isinstance(inputs, Filler):
+                stack.enter_context(counting_no_tokens())
             if lean:
                 stack.enter_context(lean_evaluation(model))
                 stack.enter_context(held_weights(model) if own else nullcontext())

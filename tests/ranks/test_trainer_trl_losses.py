@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("trl", reason="needs the extra `trl`")
 
-from tests.ranks.trl_runs import assert_same_logs, omni, stock, stock_trainer
+from tests.ranks.trl_runs import assert_same_logs, logged, omni, omni_trainer, stock, stock_trainer
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("SFT", "dense", {}),
@@ -67,6 +67,36 @@ def test_data_ranks_evaluate_the_losses_of_their_batches(ranks, tmp_path, kind, 
         if "eval_aux_loss" in batches[0]:
             aux = sum(batch["eval_aux_loss"] for batch in batches) / len(batches)
             assert found[-1]["eval_aux_loss"] == pytest.approx(aux, rel=1e-5)
+
+
+UNEVEN = [("SFT", "dense"), ("SFT", "mixtral"), ("DPO", "dense"), ("Reward", "reward"), ("KTO", "dense")]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("kind", "model"), UNEVEN)
+def test_batches_that_keep_a_rank_in_step_are_not_logged(ranks, tmp_path, kind, model, accumulation):
+    """The last batches of an epoch and of the evaluation are real on one rank alone."""
+    more: dict[str, Any] = dict(max_steps=-1, num_train_epochs=1, gradient_accumulation_steps=accumulation)
+    more |= dict(num_rows=10 if accumulation == 1 else 13, eval_rows=6, train_sampling_strategy="sequential")
+    more |= {"loss_type": "apo_zero_unpaired"} if kind == "KTO" else {}
+    but = ["num_input_tokens_seen", *(["eval_loss"] if kind == "SFT" else [])]
+    but += ["eval_aux_loss"] if model == "mixtral" else []
+    if accumulation > 1:  # batches of 2, 2 and 1 rows have another mean than batches of 4 and 1
+        more["learning_rate"] = 0.0
+        but += [] if model == "dense" and kind == "SFT" else ["loss", "train_loss", "grad_norm"]
+    expected = stock(kind, str(tmp_path / "stock"), model, **more)
+    for found in ranks(2).run(omni, kind, "dp_shard=2", str(tmp_path / "omni"), model, **more, **HALF, timeout=120):
+        assert_same_logs(found, expected, but=tuple(but))
+
+
+@pytest.mark.parametrize(("kind", "model"), UNEVEN[:-1])
+def test_batches_that_fill_the_last_window_of_a_stream_are_not_logged(tmp_path, kind, model):
+    """Three rows in a window of four, in one process."""
+    more: dict[str, Any] = dict(max_steps=1, num_rows=3, per_device_train_batch_size=1)
+    expected = stock(kind, str(tmp_path / "stock"), model, gradient_accumulation_steps=3, **more)
+    trainer = omni_trainer(kind, "", str(tmp_path / "omni"), model, gradient_accumulation_steps=4, **more)
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    assert_same_logs(logged(trainer), expected, but=("epoch",))
 
 
 @pytest.mark.parametrize("plan", ["sp=2", "dp_shard=2"])
