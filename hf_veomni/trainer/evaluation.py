@@ -19,6 +19,7 @@ from hf_veomni.fsdp import check_dtype_can_change, held_weights
 from hf_veomni.loss import has_lean_loss, lean_evaluation
 from hf_veomni.mesh import ParallelState, get_parallel_state
 from hf_veomni.prepare import whole_output
+from hf_veomni.sequence.running import current_call
 from hf_veomni.trainer.adapt import is_prepared
 from hf_veomni.trainer.loaders import Filler
 from hf_veomni.trainer.losses import overrides
@@ -61,12 +62,20 @@ def whole_outputs(model: nn.Module, lazy: bool = True) -> Iterator[None]:
     if not is_prepared(model) or get_parallel_state(model).sp_size == 1:
         yield
         return
-    # On the model inside, which user code may call past its PEFT wrapper.
-    handle = hf.base_model(model).register_forward_hook(lambda _, args, output: _put_together(model, output, lazy))
+    base: Any = hf.base_model(model)  # which user code may call past its PEFT wrapper, and its stack past both
+
+    def put_together(module: nn.Module, args: Any, output: Any) -> Any:
+        if module is base or current_call.get() is None:
+            return _put_together(model, output, lazy)
+        return None
+
+    parts = dict.fromkeys([base, base.base_model, hf.decoder_stack(base)])
+    handles = [part.register_forward_hook(put_together) for part in parts]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class EvaluationMixin(_Trainer):
