@@ -16,13 +16,14 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("SFT", "dense", {"label_smoothing_factor": 0.1}),
     ("SFT", "qwen3_moe", {}),
     ("SFT", "mixtral", {"router_aux_loss_coef": 0.5}),
+    ("SFT", "exaone_moe", {"router_aux_loss_coef": 0.5}),
     ("DPO", "lora", {"loss_type": ["sigmoid", "ipo"]}),
     ("DPO", "qwen3_moe", {"router_aux_loss_coef": 0.5}),
     ("Reward", "reward", {"center_rewards_coefficient": 0.1}),
     ("KTO", "dense", {"loss_type": "apo_zero_unpaired"}),
     ("KTO", "mixtral", {"loss_type": "apo_zero_unpaired"}),
 ]
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "exaone_moe")
 HALF = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
 
 

@@ -43,6 +43,22 @@ def tiny_qwen_moe() -> nn.Module:
     return model
 
 
+def tiny_exaone_moe() -> nn.Module:
+    """A mixture whose own forward has no router loss; TRL adds it."""
+    from transformers import ExaoneMoeConfig, ExaoneMoeForCausalLM
+
+    sizes = dict(hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2, head_dim=8)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, n_group=1)
+    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, num_shared_experts=1, topk_group=1)
+    torch.manual_seed(1)
+    model = ExaoneMoeForCausalLM(ExaoneMoeConfig(vocab_size=VOCABULARY, first_k_dense_replace=0, **sizes, **ids))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.1)
+    return model
+
+
 def two_dtypes() -> nn.Module:
     """The final norm in another dtype than the head."""
     model = tiny_model().double()
@@ -57,6 +73,7 @@ MODELS: dict[str, Any] = {
     "reward": reward_model,
     "mixtral": tiny_mixtral,
     "qwen3_moe": tiny_qwen_moe,
+    "exaone_moe": tiny_exaone_moe,
 }
 
 
