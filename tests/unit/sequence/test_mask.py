@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedConfig, masking_utils
 
+from hf_veomni.host import knows
 from hf_veomni.sequence import pattern as pattern_module
 from hf_veomni.sequence.blocks import plan_blocks
 from hf_veomni.sequence.documents import Documents
@@ -281,3 +282,11 @@ def test_masks_made_by_transformers_are_read(monkeypatch: pytest.MonkeyPatch) ->
         assert (spec.before, spec.after, spec.evaluate) == (*limits, False)
         config._attn_implementation = "sdpa"
         assert dense(spec).equal(getattr(masking_utils, name)(config, **inputs, position_ids=position_ids)[:, 0])
+
+
+def test_a_lengthened_mask_is_known_on_the_host() -> None:
+    """Its padding is made, not read from a device."""
+    spec = make_spec(masking_utils.causal_mask_function).lengthened(3)
+    assert knows(spec.padding)
+    assert dense(spec)[:, :S, :S].equal(dense(make_spec(masking_utils.causal_mask_function)))
+    assert not dense(spec)[:, :, S:].any()
