@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_veomni import hf
+from hf_veomni.host import on_host, with_values
 
 _EDGES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 _NUMBERS = "seq_idx"
@@ -26,7 +27,8 @@ _OPTIONS = (*_EDGES, _NUMBERS, "max_length_q", "max_length_k")
 def attach_boundaries(model: nn.Module) -> Callable[[], None]:
     """Turn other forms of boundaries into `position_ids` before anything else sees a call of the model.
 
-    Reads one number back where there is a mask of whole numbers, and another where positions are given as well.
+    Waits for the device where there is a mask of whole numbers that the host does not know, which then has its values
+    there for all below, and once more where it tells of documents and positions are given as well.
 
     Returns:
         A function that removes this.
@@ -41,15 +43,17 @@ def attach_boundaries(model: nn.Module) -> Callable[[], None]:
         given = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs.get("input_ids")
         if not isinstance(given, Tensor):
             return None
+        mask: Any = inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point() and mask.dtype != torch.bool:
+            inputs["attention_mask"] = mask = with_values(mask, on_host(mask))
         begins, told_by = find_boundaries(inputs, given)
         if not told_by:
-            return None
+            return (args, {**kwargs, "attention_mask": mask}) if "attention_mask" in kwargs else None
         if not takes:
             raise ValueError(
                 f"{told_by} tells of packed documents, but {type(module).__name__} takes no `position_ids`, by which "
                 "they are kept apart: give it one document a row."
             )
-        mask: Any = inputs.get("attention_mask")
         real = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
         positions = inputs.get("position_ids")
         if positions is None:
@@ -90,7 +94,7 @@ def find_boundaries(inputs: Mapping[str, Any], given: Tensor) -> tuple[Tensor, s
         begins[:, 1:] |= numbers.diff(dim=1) != 0
         told_by.append(f"`{_NUMBERS}`")
     if isinstance(mask, Tensor) and mask.shape == given.shape[:2] and not mask.is_floating_point():
-        if mask.dtype != torch.bool and bool((mask > 1).any()):
+        if mask.dtype != torch.bool and bool((on_host(mask) > 1).any()):
             begins[:, 1:] |= mask.diff(dim=1) != 0
             told_by.append("`attention_mask` with numbers above 1")
     return begins, " and ".join(told_by)

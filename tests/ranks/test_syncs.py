@@ -45,6 +45,11 @@ def test_dense_rows_of_the_collator_wait_for_nothing(ranks: Any) -> None:
         assert (found["forward"], found["backward"]) == (0, 0), found["sites"]
 
 
+def test_a_mask_of_whole_numbers_is_read_once(ranks: Any) -> None:
+    for found in ranks(2).run(_count, ("dense", "padded", "sp=2", False), timeout=120):
+        assert found["forward"] == 1, found["sites"]
+
+
 BATCHES = [packed_batch(lengths, seed=seed) for seed, lengths in enumerate([(9, 1, 14), (20, 3), (5, 6, 7)])]
 
 
