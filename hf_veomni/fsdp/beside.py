@@ -25,11 +25,12 @@ def watch_parts(model: PreTrainedModel) -> None:
     watch = _Watch(model)
     callers: dict[Any, None] = dict.fromkeys([model, model.base_model, hf.decoder_stack(model)])
     for caller in callers:
-        caller.register_forward_pre_hook(watch.enter)
+        caller.register_forward_pre_hook(watch.enter, prepend=True)
         caller.register_forward_hook(watch.leave, always_call=True)
+    get_ready: Any = torch.compiler.disable(watch.get_ready)
     for part in dict.fromkeys([*callers, model.get_output_embeddings(), watch.embeddings]):
         if isinstance(part, nn.Module) and part is not model:
-            part.register_forward_pre_hook(watch.get_ready, prepend=True)  # before FSDP2's own
+            part.register_forward_pre_hook(get_ready, prepend=True)  # before FSDP2's own
 
 
 class _Watch:
@@ -41,15 +42,12 @@ class _Watch:
         except NotImplementedError:  # of sounds
             pass
 
-    @torch.compiler.disable
     def enter(self, module: nn.Module, args: Any) -> None:
         self.running += 1
 
-    @torch.compiler.disable
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.running -= 1
+        self.running = max(0, self.running - 1)  # called too where a hook raised before `enter`
 
-    @torch.compiler.disable
     def get_ready(self, module: nn.Module, args: Any) -> None:
         if self.running:
             return

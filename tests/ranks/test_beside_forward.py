@@ -86,3 +86,21 @@ def test_embeddings_sharded_with_the_root_are_refused(ranks, how):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stack_and_head_of_ones_own_call(ranks, family):
     _check(ranks, family, "stack", "dp_shard=2")
+
+
+def _after_a_refusal(plan: str) -> float:
+    """A call that is refused leaves no trace: embeddings of the next forward are within it."""
+    from hf_veomni import prepare_omni
+
+    model = prepare_omni(_build("gpt2"), plan)
+    ids = torch.arange(3, 34)[None]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="`labels`"):
+            model(ids, labels=ids[:, :5])
+    return float(model(ids, labels=ids, use_cache=False).loss)
+
+
+def test_a_refused_call_leaves_no_trace(ranks):
+    ids = torch.arange(3, 34)[None]
+    expected = float(_build("gpt2")(ids, labels=ids).loss)
+    assert ranks(2).run(_after_a_refusal, "sp=2", timeout=60) == pytest.approx([expected] * 2, rel=1e-5)

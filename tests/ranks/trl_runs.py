@@ -61,7 +61,7 @@ def tiny_exaone_moe() -> nn.Module:
 
 def two_dtypes() -> nn.Module:
     """The final norm in another dtype than the head."""
-    model = tiny_model().double()
+    model: Any = tiny_model().double()
     model.model.norm.float()
     return model
 
