@@ -2,7 +2,7 @@
 
 from hf_veomni.expert.attach import attach_experts, check_model
 from hf_veomni.expert.counts import ExpertCounter, ExpertLoad, find_biases, update_biases
-from hf_veomni.expert.forward import counting_no_tokens
+from hf_veomni.expert.forward import counting_no_tokens, counts_tokens
 from hf_veomni.expert.lora import AdapterLayout, find_layouts
 from hf_veomni.expert.router_loss import attach_router_loss
 
@@ -14,6 +14,7 @@ __all__ = [
     "attach_router_loss",
     "check_model",
     "counting_no_tokens",
+    "counts_tokens",
     "find_biases",
     "find_layouts",
     "update_biases",

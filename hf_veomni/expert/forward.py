@@ -36,7 +36,8 @@ def is_training_forward(module: nn.Module) -> bool:
 
 
 def counting_no_tokens() -> AbstractContextManager[None]:
-    """Within this context a model's tokens count neither in its router's loss nor in the load of its experts."""
+    """Within this context a model's tokens count neither in its router's loss nor in the load of its experts, and
+    what a loss gathers for its log comes from the other data ranks."""
     return within(idle=True)
 
 

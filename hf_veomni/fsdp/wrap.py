@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_veomni import hf
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.fsdp.beside import watch_parts
 from hf_veomni.fsdp.dtypes import cast_inputs, split_by_dtype
 from hf_veomni.fsdp.storage import check_no_scalars, check_own_storage, make_contiguous
 from hf_veomni.fsdp.unused import watch_experts
@@ -291,6 +292,7 @@ def shard_parameters(
     if not experts:  # those of an expert group have a forward of their own
         watch_experts(model)
     model.register_forward_hook(_reshard_after_inference)
+    watch_parts(model)
     if hasattr(model, "generate"):  # of an encoder-decoder it calls the encoder before the model
         register_fsdp_forward_method(model, "generate")
     hf.mark_fsdp_managed(model)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
 from hf_veomni import hf
+from hf_veomni.context import current
+from hf_veomni.expert import counting_no_tokens
 from hf_veomni.fsdp import check_dtype_can_change, held_weights
 from hf_veomni.hf.require import override
 from hf_veomni.loss import has_lean_loss, lean_evaluation
@@ -64,12 +66,20 @@ def whole_outputs(model: nn.Module, lazy: bool = True) -> Iterator[None]:
     if not is_prepared(model) or get_parallel_state(model).sp_size == 1:
         yield
         return
-    # On the model inside, which user code may call past its PEFT wrapper.
-    handle = hf.base_model(model).register_forward_hook(lambda _, args, output: _put_together(model, output, lazy))
+    base: Any = hf.base_model(model)  # which user code may call past its PEFT wrapper, and its stack past both
+
+    def put_together(module: nn.Module, args: Any, output: Any) -> Any:
+        if module is base or current().call is None:
+            return _put_together(model, output, lazy)
+        return None
+
+    parts = dict.fromkeys([base, base.base_model, hf.decoder_stack(base)])
+    handles = [part.register_forward_hook(put_together) for part in parts]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class EvaluationMixin(_Trainer):
@@ -162,6 +172,8 @@ class EvaluationMixin(_Trainer):
         lean = lean and is_prepared(model) and has_lean_loss(model)
         own = overrides(self, *_LOOK_AT_OUTPUTS)
         with self._as_one_process(own), self._accumulating_nothing(), ExitStack() as stack:
+            if isinstance(inputs, Filler):
+                stack.enter_context(counting_no_tokens())
             if lean:
                 stack.enter_context(lean_evaluation(model))
                 stack.enter_context(held_weights(model) if own else nullcontext())

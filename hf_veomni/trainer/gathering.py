@@ -10,6 +10,7 @@ from accelerate.utils.operations import recursively_apply
 from torch import Tensor
 
 from hf_veomni.comm import all_gather
+from hf_veomni.expert import counts_tokens
 
 
 def gather_rows(data: Any, group: dist.ProcessGroup | None) -> Any:
@@ -17,7 +18,8 @@ def gather_rows(data: Any, group: dist.ProcessGroup | None) -> Any:
 
     Args:
         data: tensors [b, ...], alike in all but the first size (the last batch of an epoch may be short); a scalar
-            counts as one row.
+            counts as one row. In the loss of a batch that only keeps its rank in step (`counting_no_tokens`) they are
+            none; if it is so on all ranks, they count.
         group: one rank of each SP group; None if there is one data rank.
 
     Returns:
@@ -32,15 +34,17 @@ def _gather_one(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     rows = tensor.detach().clone()[None] if tensor.dim() == 0 else tensor.detach().contiguous()
     if group is None:
         return rows
-    counts: list[int] = all_gather(rows.new_tensor([rows.shape[0]], dtype=torch.long), group).tolist()
-    longest = max(counts)
+    size = rows.shape[0]
+    sizes = all_gather(rows.new_tensor([[size, size * counts_tokens()]], dtype=torch.long), group)
+    longest = int(sizes[:, 0].max())
+    counts: list[int] = sizes[:, int(sizes[:, 1].any())].tolist()
     if rows.shape[0] < longest:
         rows = torch.cat([rows, rows.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
     as_bytes = rows.dtype == torch.bool  # gloo has no bool
     sent = rows.view(torch.uint8) if as_bytes else rows
     out = all_gather(sent, group)
     out = out.view(torch.bool) if as_bytes else out
-    if len(set(counts)) == 1:
+    if set(counts) == {longest}:
         return out
     return torch.cat([part[:count] for part, count in zip(out.split(longest), counts, strict=True)])
 
@@ -74,12 +78,13 @@ def _reduce_one(tensor: Tensor, reduction: str, group: dist.ProcessGroup | None)
 
 
 def gather_objects(data: list[Any], group: dist.ProcessGroup | None) -> list[Any]:
-    """The lists of all data ranks as one list, in data-rank order.
+    """The lists of all data ranks as one list, in data-rank order; which of them count is as in `gather_rows`.
 
     Collective: one all-gather of pickled objects over `group`.
     """
     if group is None:
         return list(data)
-    parts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, data, group=group)
-    return [entry for part in parts for entry in part]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, (counts_tokens(), data), group=group)
+    counted = [part for counts, part in found if counts] or [part for _, part in found]
+    return [entry for part in counted for entry in part]

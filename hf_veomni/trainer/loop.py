@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from hf_veomni.trainer.loaders import (
     set_epoch,
 )
 from hf_veomni.trainer.losses import LossMixin
+from hf_veomni.trainer.trl import noting_nothing
 from hf_veomni.trainer.windows import BATCHES, REAL, TOKENS, exchange_facts, take
 
 
@@ -36,6 +37,7 @@ class BatchingMixin(LossMixin):
     """Overrides of Trainer for a world where several ranks read the same rows."""
 
     _micro_step = 0
+    _most_real = 0  # batches of the window that are no fillers, on the data rank that has most
     _epoch_is_over = False
     _train_batches: WholeBatches | None = None
     _last_batch: Any = None
@@ -136,7 +138,8 @@ class BatchingMixin(LossMixin):
             return [], None  # of a stream Trainer goes on asking, `max_steps` times
         if state.world_size == 1:
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-            self._num_real, self._epoch_is_over = len(batches), not batches
+            self._num_real = self._most_real = len(batches)
+            self._epoch_is_over = not batches
             return self._fill_window(batches, num_batches if batches else 0), num_items
         batches, error = take(epoch_iterator, num_batches)
         ends = self._train_batches is not None and self._train_batches.ends_with_filler
@@ -149,6 +152,9 @@ class BatchingMixin(LossMixin):
         self._epoch_is_over = not batches
         groups = facts[:: state.sp_size]
         self._num_real = int(groups[:, REAL].sum()) / state.dp_size
+        self._most_real = int(groups[:, REAL].max())
+        if (loader := self.accelerator.gradient_state.active_dataloader) is not None:
+            loader.remainder = -1  # no row comes twice, so `gather_for_metrics` has nothing to cut off
         counted = bool(batches) and self._counts_items(batches[0])
         return batches, torch.tensor(int(groups[:, TOKENS].sum()), device=device) if counted else None
 
@@ -190,7 +196,8 @@ class BatchingMixin(LossMixin):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         state = self.parallel_state
         self._micro_step += 1
-        with self._averaging(0.0 if isinstance(inputs, Filler) else 1.0):
+        logged = nullcontext() if self._micro_step <= self._most_real else noting_nothing(self)
+        with self._averaging(0.0 if isinstance(inputs, Filler) else 1.0), logged:
             if state.world_size == 1:
                 return super().training_step(model, inputs, num_items_in_batch)
             # Not dist.get_rank(): replicas of the same plan on another launcher's numbering draw the same masks.

@@ -6,6 +6,9 @@ whole rows (`fused_head`). Reference models are sharded like the model that is t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import wraps
 from typing import Any
 
@@ -21,6 +24,7 @@ from hf_veomni.trainer.fused_head import cut_fused_head
 
 _SUPPORTED = ("SFTTrainer", "DPOTrainer", "RewardTrainer", "KTOTrainer")
 _WITH_REFERENCE = ("DPOTrainer", "KTOTrainer")
+_NOTES = ("_metrics", "_total_train_tokens")  # what their losses note for the log
 _SAMPLING = ("GRPOTrainer", "RLOOTrainer", "DistillationTrainer")
 
 
@@ -35,6 +39,16 @@ def is_trl(trainer: Any) -> bool:
 def trl_name(trainer: Any) -> str:
     """The class of TRL behind a trainer, as its documentation calls it."""
     return f"TRL's {_bases(trainer)[0]}"
+
+
+@contextmanager
+def noting_nothing(trainer: Any) -> Iterator[None]:
+    """Around a batch that counts on no rank: what a trainer of TRL notes of it for its log is forgotten."""
+    kept = {name: deepcopy(vars(trainer)[name]) for name in _NOTES if name in vars(trainer) and is_trl(trainer)}
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
 
 
 def adapt_trl(trainer: Any, accelerator: Any) -> None:

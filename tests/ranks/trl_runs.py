@@ -43,12 +43,37 @@ def tiny_qwen_moe() -> nn.Module:
     return model
 
 
+def tiny_exaone_moe() -> nn.Module:
+    """A mixture whose own forward has no router loss; TRL adds it."""
+    from transformers import ExaoneMoeConfig, ExaoneMoeForCausalLM
+
+    sizes = dict(hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2, head_dim=8)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, n_group=1)
+    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, num_shared_experts=1, topk_group=1)
+    torch.manual_seed(1)
+    model = ExaoneMoeForCausalLM(ExaoneMoeConfig(vocab_size=VOCABULARY, first_k_dense_replace=0, **sizes, **ids))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def two_dtypes() -> nn.Module:
+    """The final norm in another dtype than the head."""
+    model: Any = tiny_model().double()
+    model.model.norm.float()
+    return model
+
+
 MODELS: dict[str, Any] = {
     "dense": tiny_model,
+    "two_dtypes": two_dtypes,
     "lora": lora_model,
     "reward": reward_model,
     "mixtral": tiny_mixtral,
     "qwen3_moe": tiny_qwen_moe,
+    "exaone_moe": tiny_exaone_moe,
 }
 
 
@@ -71,12 +96,15 @@ def rows(kind: str, count: int) -> Dataset:
     return Dataset.from_list([{**row, "label": bool(place % 3)} for place, row in enumerate(answers)])
 
 
-def options(kind: str, folder: str, model: str, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def options(
+    kind: str, folder: str, model: str, num_rows: int = 24, eval_rows: int = 4, **more: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments, and the rest of a trainer."""
     arguments = Run().all_arguments(output_dir=folder, max_steps=3, per_device_train_batch_size=4)
     arguments |= {"per_device_eval_batch_size": 4, "bf16": False, "max_length": 40, **more}
     data = rows(kind, 24)
-    found: dict[str, Any] = {"train_dataset": data, "eval_dataset": data.select(range(4))}
+    found: dict[str, Any] = {"train_dataset": data.select(range(num_rows))}
+    found["eval_dataset"] = data.select(range(eval_rows))
     found |= {"processing_class": word_tokenizer(), "model": MODELS[model]()}
     if kind in ("DPO", "KTO") and model != "lora":
         found["ref_model"] = MODELS[model]()
@@ -98,12 +126,18 @@ def logged(trainer: Any) -> list[dict[str, float]]:
     return [_numbers(entry) for entry in trainer.state.log_history]
 
 
-def stock(kind: str, folder: str, model: str, trainer_options: dict[str, Any] | None = None, **more: Any) -> list:
+def stock_trainer(
+    kind: str, folder: str, model: str, trainer_options: dict[str, Any] | None = None, **more: Any
+) -> Any:
     import trl
 
     arguments, found = options(kind, folder, model, **more)
     config = getattr(trl, f"{kind}Config")(**arguments)
-    return logged(getattr(trl, f"{kind}Trainer")(args=config, **found, **(trainer_options or {})))
+    return getattr(trl, f"{kind}Trainer")(args=config, **(found | (trainer_options or {})))
+
+
+def stock(kind: str, folder: str, model: str, **more: Any) -> list[dict[str, float]]:
+    return logged(stock_trainer(kind, folder, model, **more))
 
 
 def omni_trainer(
@@ -116,7 +150,7 @@ def omni_trainer(
     config = dataclass(type("Config", (OmniTrainingArguments, getattr(trl, f"{kind}Config")), {}))
     trainer = type(f"My{kind}", (OmniTrainerMixin, getattr(trl, f"{kind}Trainer")), {})
     arguments, found = options(kind, folder, model, **more)
-    return trainer(args=config(**arguments, plan=plan), **found, **(trainer_options or {}))
+    return trainer(args=config(**arguments, plan=plan), **(found | (trainer_options or {})))
 
 
 def omni(kind: str, plan: str, folder: str, model: str, **more: Any) -> list[dict[str, float]]:

@@ -46,6 +46,21 @@ class _OwnLabels:
         return (loss, outputs) if return_outputs else loss
 
 
+class _Stack:
+    """Calls the stack and the head itself."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.pop("labels")
+        base = getattr(model, "get_base_model", lambda: model)()
+        hidden = base.model(**inputs).last_hidden_state
+        logits = base.lm_head(hidden)
+        items = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = _summed(logits, labels) / items + 0 * hidden[:, -1].sum()
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
 class _EveryProcess:
     """As Trainer's own: what is divided by the items of all processes counts for as many, since DDP averages."""
 
@@ -91,6 +106,7 @@ class _AddedInOneProcess(_Added):
 KINDS: dict[str, tuple[type, type, bool | None]] = {  # ours, that of the stock trainer, and what it is told
     "last_token": (_LastToken, _LastToken, False),
     "own_labels": (_OwnLabels, _OwnLabels, None),
+    "stack": (_Stack, _Stack, None),
     "every_process": (_EveryProcess, _EveryProcess, None),
     "added": (_Added, _AddedInOneProcess, True),
 }

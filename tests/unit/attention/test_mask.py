@@ -18,6 +18,7 @@ from hf_veomni.attention.blocks import plan_blocks
 from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.mask import MaskSpec, omni_mask
 from hf_veomni.attention.mask_reader import Pattern, read_pattern
+from hf_veomni.host import knows
 from tests.unit.attention.dense import documents_set
 
 S = 24
@@ -281,3 +282,11 @@ def test_masks_made_by_transformers_are_read(monkeypatch: pytest.MonkeyPatch) ->
         assert (spec.before, spec.after, spec.evaluate) == (*limits, False)
         config._attn_implementation = "sdpa"
         assert dense(spec).equal(getattr(masking_utils, name)(config, **inputs, position_ids=position_ids)[:, 0])
+
+
+def test_a_lengthened_mask_is_known_on_the_host() -> None:
+    """Its padding is made, not read from a device."""
+    spec = make_spec(masking_utils.causal_mask_function).lengthened(3)
+    assert knows(spec.padding)
+    assert dense(spec)[:, :S, :S].equal(dense(make_spec(masking_utils.causal_mask_function)))
+    assert not dense(spec)[:, :, S:].any()
