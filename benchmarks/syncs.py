@@ -124,7 +124,7 @@ def run(case: tuple, options: argparse.Namespace, device: torch.device) -> dict[
     if plan is not None and device.type == "cuda":
         sum_and_divide(model)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     model.train()
     counter = SyncCounter(device)
     model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).loss.backward()
