@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pytest
@@ -153,8 +153,8 @@ def test_every_field_of_a_trl_config_keeps_its_default(tmp_path, name, first):
     values: dict[str, Any] = dict(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     found, expected = dataclass(type("Arguments", bases, {}))(**values), stock(**values)
     expected.accelerator_config.dispatch_batches = False  # ours: a stream's rows may be packed
-    for field in fields(expected):
-        assert getattr(found, field.name) == getattr(expected, field.name), field.name
+    for each in fields(expected):
+        assert getattr(found, each.name) == getattr(expected, each.name), each.name
     assert found.plan.world_size == 1
 
 
@@ -163,6 +163,7 @@ def test_own_defaults_and_a_missing_decorator(tmp_path):
     class Theirs(TrainingArguments):
         learning_rate: float = 0.5
         extra: int = 3
+        label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "theirs"})
 
     @dataclass
     class Mine(OmniTrainingArguments, Theirs):
@@ -170,6 +171,8 @@ def test_own_defaults_and_a_missing_decorator(tmp_path):
 
     made = Mine(str(tmp_path), use_cpu=True, report_to=[])
     assert (made.learning_rate, made.extra, made.warmup_steps, made.weight_decay) == (0.5, 3, 7, 0.0)
+    assert made.label_names == ["labels"]
+    assert next(f for f in fields(made) if f.name == "label_names").metadata["help"] == "theirs"
     with pytest.raises(ValueError, match="put `@dataclass` before the class"):
         type("Bad", (OmniTrainingArguments, Theirs), {})(str(tmp_path))
 
