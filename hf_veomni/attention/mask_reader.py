@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from hf_veomni.hf.require import VersionError
+
 MaskFunction = Callable[..., Any]
 
 
@@ -48,12 +50,12 @@ def required(name: str) -> Any:
     """A function of `masking_utils`.
 
     Raises:
-        ImportError: this version of transformers has none of that name.
+        VersionError: this version of transformers has none of that name.
     """
     try:
         return getattr(masking_utils, name)
     except AttributeError:
-        raise ImportError(
+        raise VersionError(
             f"transformers.masking_utils has no `{name}`, which the varlen attention reads masks with (verified with "
             "transformers 5.23 and 5.24): install one of these, or keep the model's attention with attention='keep'."
         ) from None
@@ -107,7 +109,7 @@ def read_pattern(function: MaskFunction) -> Pattern:
     """Read a mask function of transformers, as far as its closures are known.
 
     Raises:
-        ImportError: transformers lacks one of the closures that are known here.
+        VersionError: transformers lacks one of the closures that are known here.
     """
     name, held = _read(function)
     match name:
