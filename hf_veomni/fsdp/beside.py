@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 
 
 def watch_parts(model: PreTrainedModel) -> None:
@@ -55,7 +56,7 @@ class _Watch:
         if module is self.embeddings and trained and not isinstance(module, FSDPModule):
             name = next(name for name, part in self.model.named_modules() if part is module)
             kind = type(self.model).__name__.removeprefix("FSDP")
-            raise ValueError(
+            raise UnsupportedError(
                 f"'{name}' of {kind} was called beside the model's forward, and its gradient would be lost, since it "
                 f"is sharded with the root: make it a unit of its own by a rule of the plan, "
                 f"{{'modules': {{'{name}': {{'fsdp': 'keep'}}}}}}, or hand `input_ids` to the model."

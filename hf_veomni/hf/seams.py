@@ -138,6 +138,8 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "torch._subclasses": ("FakeTensor",),
     "torch.distributed.device_mesh:DeviceMesh": ("_flatten",),
     "torch.distributed.distributed_c10d": ("_get_default_store",),
+    "torch.distributed.fsdp:FSDPModule": ("_get_fsdp_state",),
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState": ("_lazy_init",),
     "torch.distributed.tensor._utils": ("compute_local_shape_and_global_offset",),
     "torch.nn:Module": ("_buffers", "_parameters"),
     "torch.optim.lr_scheduler:LRScheduler": ("_last_lr", "_step_count"),

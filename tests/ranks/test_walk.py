@@ -62,7 +62,7 @@ def test_family_equals_one_rank_on_more(ranks, family, size):
     ("family", "reason"),
     [
         ("colpali", "no `token_type_ids`"),
-        ("funnel", "did not call FunnelDecoder"),
+        ("funnel", "outside of the backbone"),
         ("xlnet", "takes hidden states of shape"),
         ("aimv2_text_model", "pass a mask"),
         ("mobilebert", "mix neighbours"),

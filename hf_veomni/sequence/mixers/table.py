@@ -226,6 +226,11 @@ def run_mixer(module: nn.Module, scheme: str, state: ParallelState, /, *args: An
     """
     forward = partial(type(module).forward, module)
     row, documents = current().row, current().documents
+    if row is None and current().call is not None:
+        raise UnsupportedError(
+            f"{type(module).__name__} runs outside of the backbone that shares sequences, where documents and slices "
+            "are not known. Use sp_size=1."
+        )
     if row is None:
         raise UnsupportedError(
             f"{type(module).__name__} was called outside of the forward of its prepared model, where packed documents "
