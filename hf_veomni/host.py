@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 class Remembered(Tensor):
@@ -76,8 +77,8 @@ def forget(tensor: Tensor) -> Tensor:
 def with_values(tensor: Tensor, host: Tensor) -> Tensor:
     """`tensor` with `host`, values that were read from it or that it was made of."""
     plain, host = forget(tensor), forget(host)
-    if plain.is_inference():
-        return plain  # whose changes torch does not count
+    if plain.is_inference() or isinstance(plain, FakeTensor):
+        return plain  # torch does not count changes of the one, and makes no subclass of the other
     own = host.device == plain.device and is_same(host, plain)
     made: Any = plain.as_subclass(Remembered)
     made._host, made._versions = None if own else host, (_version(plain), _version(host))

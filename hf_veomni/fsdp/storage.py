@@ -18,7 +18,7 @@ def check_own_storage(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta or not parameter.numel():
             continue
-        place = (parameter.untyped_storage().data_ptr(), int(parameter.storage_offset()))
+        place = (parameter.untyped_storage()._cdata, int(parameter.storage_offset()))  # fakes have no address
         other = found.setdefault(place, name)
         if other != name:
             raise UnsupportedError(

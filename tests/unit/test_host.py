@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from accelerate.utils import send_to_device
+from torch._subclasses import FakeTensorMode
 from torch.utils.data import DataLoader
 
 from hf_veomni.host import apply, forget, knows, on_host, remember, with_values
@@ -79,3 +80,11 @@ def test_inference_tensors_are_asked() -> None:
         values = remember(torch.arange(3), DEVICE)
         values.add_(1)
         assert not knows(values)
+
+
+def test_fakes_stay_fakes() -> None:
+    """Of a dry run: they have no values, and nothing says that they have."""
+    with FakeTensorMode():
+        ids = torch.zeros(3, dtype=torch.long)
+        made = with_values(ids, torch.zeros(3, dtype=torch.long))
+        assert made is ids and not knows(made)
