@@ -136,7 +136,8 @@ def build(family: str, small: bool, dtype: torch.dtype, device: str) -> Any:
     auto = T.AutoModelForImageTextToText if family == "vlm" else T.AutoModelForCausalLM
     model = auto.from_config(config, dtype=dtype)  # not cast afterwards: tables of positions stay fp32 then
     generator = torch.Generator().manual_seed(0)
-    scale = 0.6 * (SMALL if small else LARGE).hidden ** -0.5
+    # At 0.6 the stock model with linear attention is off by 1 in bf16, which would let anything pass.
+    scale = (0.15 if family == "linear" else 0.6) * (SMALL if small else LARGE).hidden ** -0.5
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.empty(parameter.shape).normal_(0, scale, generator=generator)
