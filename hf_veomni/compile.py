@@ -6,9 +6,12 @@ from typing import Any
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from hf_veomni import hf
 from hf_veomni.errors import UnsupportedError
+
+logger = logging.get_logger(__name__)
 
 
 def compile_layers(model: nn.Module, **options: Any) -> None:
@@ -21,6 +24,9 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
         model: a transformers model or a `PeftModel` on one.
         options: as in torch.compile, for example `backend="inductor"`, `mode="max-autotune-no-cudagraphs"`.
 
+    Beside activation checkpointing nothing is compiled, which a warning says: torch's checkpoint keeps its compiler out
+    of what it runs, and of what it runs again.
+
     Raises:
         UnsupportedError: the model has no layers of the kind that transformers can checkpoint one by one.
     """
@@ -30,5 +36,15 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
             f"{type(model).__name__} has no layers (`GradientCheckpointingLayer`) to compile one by one: leave "
             "compilation off, or call `compile` on modules of your choice."
         )
+    if any(layer.gradient_checkpointing for layer in layers):
+        warn_of_checkpointing()
     for layer in layers:
         layer.compile(**options)
+
+
+def warn_of_checkpointing() -> None:
+    """Say that compilation has no effect."""
+    logger.warning(
+        "Layers under activation checkpointing are not compiled: torch keeps its compiler out of what its checkpoint "
+        "runs. Leave one of the two off."
+    )

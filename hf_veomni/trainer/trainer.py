@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_veomni import hf
-from hf_veomni.compile import compile_layers
+from hf_veomni.compile import compile_layers, warn_of_checkpointing
 from hf_veomni.data import OmniDataCollatorWithPacking
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.require import override, require_overrides
@@ -69,6 +69,8 @@ def _prepare(model: nn.Module, args: Any) -> None:
     if not is_prepared(model):
         prepare_omni(model, args.plan, mp_policy=_precision(args))
     if args.torch_compile:
+        if args.gradient_checkpointing:  # which Trainer turns on later
+            warn_of_checkpointing()
         compile_layers(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
     state = get_parallel_state(model)
     if state.plan != args.plan:
