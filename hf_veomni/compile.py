@@ -24,8 +24,8 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
         model: a transformers model or a `PeftModel` on one.
         options: as in torch.compile, for example `backend="inductor"`, `mode="max-autotune-no-cudagraphs"`.
 
-    Beside activation checkpointing nothing is compiled, which a warning says: torch's checkpoint keeps its compiler out
-    of what it runs, and of what it runs again.
+    Beside activation checkpointing nothing is compiled, which a warning says: torch's checkpoint keeps its compiler
+    out of what it runs, and of what it runs again.
 
     Raises:
         UnsupportedError: the model has no layers of the kind that transformers can checkpoint one by one.

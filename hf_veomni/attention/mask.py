@@ -1,8 +1,8 @@
 """What a token may attend to, as a small object in place of an S x S mask.
 
-A mask function is read (`pattern`) into limits, which an attention uses without a mask, and spans of tokens that see
-nothing outside: documents without their padding, cut into chunks where the model has them. A function that cannot be
-read is evaluated by transformers' own code, block by block and never outside of a document.
+A mask function is read (`mask_reader`) into limits, which an attention uses without a mask, and spans of tokens that
+see nothing outside: documents without their padding, cut into chunks where the model has them. A function that cannot
+be read is evaluated by transformers' own code, block by block and never outside of a document.
 
 Shapes: B rows; S tokens of a full row; m queries and n keys of one block.
 """

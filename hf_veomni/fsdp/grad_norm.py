@@ -26,7 +26,7 @@ def clip_grad_norm_(
     Returns:
         The norm of all gradients together, before clipping: a plain scalar, the same on all ranks.
 
-    Collectives: one all-reduce of a scalar for each mesh and its axes.
+    Collectives: for each parameter of a mesh one all-reduce of a number over its axes.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     groups: dict[object, list[Tensor]] = {}

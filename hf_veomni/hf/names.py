@@ -1,4 +1,4 @@
-"""What touches private names of transformers and peft, but for masks (`sequence/pattern`) and files (`hf_weights`).
+"""What touches private names of transformers and peft, but for masks (`attention/mask_reader`) and files (`weights`).
 
 Verified against transformers 5.23 and 5.24, peft 0.20 and 0.21.
 """

@@ -1,7 +1,7 @@
 """The loss of a causal language model: one token-count rule, and no full logits in training.
 
-Read in this order: `rule` (which targets this rank scores, and what the sum is divided by), `stand_in` (what the head
-returns in place of logits), `chunked` (the sum over tokens, chunk by chunk), `attach` (installs both on a model).
+Read in this order: `targets` (which targets this rank scores, and what the sum is divided by), `lazy_logits` (what the
+head returns in place of logits), `chunked` (the sum over tokens, chunk by chunk), `attach` (installs both on a model).
 """
 
 from hf_veomni.loss.attach import CausalLMLoss, attach_lean_loss, has_lean_loss, lean_evaluation

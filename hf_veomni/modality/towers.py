@@ -2,7 +2,7 @@
 
     get_image_features (also video, audio) of the model; lm_encode of an OmniModel's encoders
         the ranks of an SP group hold the same items; each encodes its share (`assign_items`)
-        one all-to-all of features to the slices with their tokens (`slices`); backward: the reverse one
+        one all-to-all of features to the slices with their tokens (`exchange`); backward: the reverse one
         else, one all-gather [rows, width]; backward: a reduce-scatter (sum) to the rank that encoded them
     decoder stack, pre-hook
         every parameter outside of the stack gets a gradient, of zeros where a row lacks the modality
@@ -13,7 +13,7 @@ is their sum. Of an item that one rank runs, the reduce-scatter sums first and t
 
 What is moved: each rank gets the features of the tokens of its slice, rows * width / sp elements, once for all layers
 and for each deep layer. Where a family is not known to use features for these tokens alone, each rank gets all:
-(sp - 1) / sp * rows * width elements. Under the rule `sp: ulysses` patches are cut instead of items (`patches`).
+(sp - 1) / sp * rows * width elements. Under the rule `sp: ulysses` patches are cut instead of items (`ulysses_vit`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
       block            every layer works on p patches
         attention      patches for heads, attention within frames or windows of all, heads for patches (`ulysses`)
       merger           p / m features, of whole merge units
-    tower, post-hook   features to the ranks whose slices have their tokens, or to all (`slices`)
+    tower, post-hook   features to the ranks whose slices have their tokens, or to all (`exchange`)
 
 The towers' own code runs unchanged: what they compute from the grid of all patches (boundaries, positions, windows,
 interpolation) they also take ready-made, and their attention asks transformers' AttentionInterface with boundaries if

@@ -5,7 +5,7 @@
     mask       [B, 1, S', E]   made for the full row, or [B, 1, 1, E]; this rank's queries are cut out
 
 The output is this rank's [B, s, H, D]. The gradient of the keys is that of this rank's queries alone; where they come
-from a cut encoder, its exit adds the ranks' up (`whole`).
+from a cut encoder, its exit adds the ranks' up (`gather_points`).
 """
 
 from __future__ import annotations
