@@ -169,3 +169,8 @@ def get_parallel_state(model: nn.Module) -> ParallelState:
         if state is not None:
             return state
     raise ValueError(f"{type(model).__name__} is not prepared: call `prepare_omni(model, plan)` first.")
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether `prepare_omni` was called on the model."""
+    return any("_omni_parallel_state" in module.__dict__ for module in model.modules())

@@ -19,7 +19,7 @@ from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer.adapt import adapt_accelerator
-from hf_veomni.trainer.launcher import release_launcher
+from hf_veomni.trainer.validation import release_launcher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

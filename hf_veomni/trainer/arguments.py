@@ -14,8 +14,7 @@ from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer.accelerate import OmniParallelismConfig
-from hf_veomni.trainer.launcher import release_launcher
-from hf_veomni.trainer.validation import check_budgeted, check_given, check_sharded
+from hf_veomni.trainer.validation import check_budgeted, check_given, check_sharded, release_launcher
 
 _FIELDS = "__dataclass_fields__"
 

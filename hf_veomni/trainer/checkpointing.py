@@ -31,7 +31,7 @@ from hf_veomni.checkpoint import (
 from hf_veomni.checkpoint.manifest import MANIFEST, STAGING, find_damage, publish, recover, write_manifest
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.require import override
-from hf_veomni.trainer.adapt import is_prepared
+from hf_veomni.mesh import is_prepared
 
 logger = logging.get_logger(__name__)
 

@@ -19,12 +19,11 @@ from hf_veomni.expert import counting_no_tokens
 from hf_veomni.fsdp import check_dtype_can_change, held_weights
 from hf_veomni.hf.require import override
 from hf_veomni.loss import has_lean_loss, lean_evaluation
-from hf_veomni.mesh import ParallelState, get_parallel_state
+from hf_veomni.mesh import ParallelState, get_parallel_state, is_prepared
 from hf_veomni.prepare import whole_output
-from hf_veomni.trainer.adapt import is_prepared
 from hf_veomni.trainer.loaders import Filler
+from hf_veomni.trainer.loop import InStep
 from hf_veomni.trainer.losses import overrides
-from hf_veomni.trainer.windows import InStep
 
 if TYPE_CHECKING:
     from hf_veomni.trainer.loop import BatchingMixin as _Trainer

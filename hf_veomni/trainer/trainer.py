@@ -16,15 +16,14 @@ from hf_veomni.compile import compile_layers, warn_of_checkpointing
 from hf_veomni.data import OmniDataCollatorWithPacking
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.require import override, require_overrides
-from hf_veomni.mesh import get_parallel_state
+from hf_veomni.mesh import get_parallel_state, is_prepared
 from hf_veomni.prepare import prepare_omni
-from hf_veomni.trainer.adapt import is_prepared
 from hf_veomni.trainer.arguments import OmniTrainingArguments
-from hf_veomni.trainer.budget import check_budget
 from hf_veomni.trainer.callbacks import ExpertLoadCallback
 from hf_veomni.trainer.checkpointing import CheckpointingMixin
 from hf_veomni.trainer.counting import count_processes
 from hf_veomni.trainer.evaluation import EvaluationMixin
+from hf_veomni.trainer.loaders import check_budget
 from hf_veomni.trainer.loop import BatchingMixin
 from hf_veomni.trainer.trl import adapt_trl, check_trl, is_trl, trl_name
 

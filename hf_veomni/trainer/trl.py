@@ -1,7 +1,13 @@
 """TRL's trainers behind the mixin. TRL is not imported: a class is known by its module. Verified against TRL 1.16.
 
 They load and adapt the model, score tokens with a fused head and compute their losses themselves, from the scores of
-whole rows (`fused_head`). Reference models are sharded like the model that is trained.
+whole rows. Reference models are sharded like the model that is trained.
+
+The fused head is a forward that TRL puts on the model, which scores hidden states instead of returning logits:
+`model(..., labels=labels, fused_lm_head=True)`. Labels that are shifted already it takes as `shift_labels` [B, s],
+beside hidden states [B, s, H], which is what a rank holds. So none of it is replaced: one hook hands over the labels,
+another gathers the scores. It reads the head's weight beside its module, of which FSDP2 knows nothing, so the head is
+gathered before.
 """
 
 from __future__ import annotations
@@ -9,18 +15,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import wraps
+from dataclasses import fields, replace
+from functools import partial, wraps
 from typing import Any
 
+import torch.nn.functional as F
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from hf_veomni import hf
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.expert import attach_router_loss
+from hf_veomni.mesh import ParallelState, get_parallel_state, is_prepared
 from hf_veomni.plan import ParallelPlan
-from hf_veomni.prepare import prepare_omni
-from hf_veomni.trainer.adapt import is_prepared
-from hf_veomni.trainer.fused_head import cut_fused_head
+from hf_veomni.prepare import gather_sequence, on_detach, prepare_omni
+from hf_veomni.sequence.shard import shard_sequence
 
 _SUPPORTED = ("SFTTrainer", "DPOTrainer", "RewardTrainer", "KTOTrainer")
 _WITH_REFERENCE = ("DPOTrainer", "KTOTrainer")
@@ -102,3 +113,61 @@ def check_trl(trainer: Any, args: Any, model: Any) -> None:
             f"`model` is prepared already, but {trl_name(trainer)} compares its adapter with a frozen copy, which "
             "comes before the parameters are sharded: hand over the PeftModel as it was before `prepare_omni`."
         )
+
+
+_MARK = "_omni_fused_head"
+_ROUTER = "transformers.models.mixtral.modeling_mixtral"
+
+
+def cut_fused_head(model: nn.Module) -> None:
+    """Let a prepared model's fused head take and return whole rows; without the head, nothing changes.
+
+    What comes back has the scores of all tokens but the first, [B, S - 1], on every rank of the SP group, and the
+    load-balancing loss of the routers, which the head takes from the module `_ROUTER`, over the tokens of all ranks.
+    A second call does nothing.
+
+    Collectives: one all-gather over the SP group for each score in a call; the backward is a reduce-scatter (sum). An
+    all-gather of the head over `fsdp`, where it is not gathered yet.
+    """
+    base, state = hf.base_model(model), get_parallel_state(model)
+    if hasattr(base, _MARK):
+        return
+    setattr(base, _MARK, True)
+    undo: list[Any] = [partial(delattr, base, _MARK)]
+    undo.append(base.register_forward_pre_hook(_gather_head, with_kwargs=True).remove)
+    if getattr(hf.text_config(base), "num_experts_per_tok", None):
+        undo.append(attach_router_loss(base, state, _ROUTER))
+    if state.sp_size > 1:
+        undo.append(base.register_forward_pre_hook(partial(_cut_labels, state), with_kwargs=True).remove)
+        undo.append(base.register_forward_hook(_gather_scores, with_kwargs=True).remove)
+    on_detach(base, undo)
+
+
+def _gather_head(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Whole weights until the backward has reduced their gradients, or the end of a forward without gradients."""
+    if kwargs.get("fused_lm_head"):
+        for module in model.get_output_embeddings().modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+
+
+def _cut_labels(state: ParallelState, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    if not kwargs.get("fused_lm_head"):
+        return args, kwargs
+    labels: Tensor = kwargs["labels"]
+    padding = 1 + -labels.shape[1] % state.sp_size  # the last token of a row has no next one
+    shifted = F.pad(labels[:, 1:], (0, padding), value=-100)
+    return args, {**kwargs, "labels": None, "shift_labels": shard_sequence(shifted, 1, state)}
+
+
+def _gather_scores(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    if not kwargs.get("fused_lm_head"):
+        return output
+    local = kwargs["shift_labels"].shape
+    whole: dict[str, Any] = {}
+    for field in fields(output):
+        value = getattr(output, field.name)
+        if isinstance(value, Tensor) and value.shape == local:
+            whole[field.name] = gather_sequence(value, model)[:, :-1]
+    # The mean over this rank's tokens alone, which no trainer that scores tokens reads.
+    return replace(output, **whole, loss=None)

@@ -14,8 +14,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer import OmniParallelismConfig, OmniTrainingArguments
-from hf_veomni.trainer.launcher import release_launcher
-from hf_veomni.trainer.validation import check_given, check_sharded
+from hf_veomni.trainer.validation import check_given, check_sharded, release_launcher
 
 
 def _arguments(tmp_path, **values):

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from hf_veomni import pack_dataset
 from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
-from hf_veomni.trainer.budget import sample_sizes
+from hf_veomni.trainer.loaders import sample_sizes
 from tests.ranks.training import PackedRows, Run, collate, tiny_model
 
 LENGTHS = [3, 7, 5, 2]

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from hf_veomni import OmniTrainer, OmniTrainerMixin, OmniTrainingArguments, detach_omni, prepare_omni
-from hf_veomni.trainer.fused_head import cut_fused_head
+from hf_veomni.trainer.trl import cut_fused_head
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
