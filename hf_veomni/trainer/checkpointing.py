@@ -153,11 +153,6 @@ class CheckpointingMixin(_Trainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     @override
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # else it would upload a directory that is about to move
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Written beside its place, flushed, described by a manifest, then renamed: see `checkpoint.manifest`."""
         root, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -165,12 +160,14 @@ class CheckpointingMixin(_Trainer):
             if self.args.should_save:
                 recover(root)
         self._staging, error = root / STAGING, None
+        self._push_from_checkpoint = lambda checkpoint_folder: None  # of a directory that is about to move
         try:
             super()._save_checkpoint(model, trial)
         except Exception as caught:
             error = caught
         finally:
             written, self._staging = self._staging / name, None
+            del self._push_from_checkpoint
         if error is not None and self.args.should_save:
             # Every step inside agrees on errors, so no rank writes any more.
             shutil.rmtree(written.parent, ignore_errors=True)
