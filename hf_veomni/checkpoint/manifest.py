@@ -75,22 +75,23 @@ def find_damage(directory: Path, *, contents: bool = False) -> str | None:
         contents: compare checksums too, which reads every file. Sizes are always compared.
     """
     try:
-        entries = json.loads((directory / MANIFEST).read_text())["files"]
+        stored = json.loads((directory / MANIFEST).read_text())["files"]
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in stored.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
-    for name, entry in entries.items():
+    for name, (size, _) in entries.items():
         path = directory / name
         if not path.resolve().is_relative_to(directory.resolve()):
             return f"its {MANIFEST} names a file outside of it ('{name}')"
         if not path.is_file():
             return f"'{name}' is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"'{name}' has {path.stat().st_size} bytes, not {entry['bytes']}"
+        if path.stat().st_size != size:
+            return f"'{name}' has {path.stat().st_size} bytes, not {size}"
     if contents:
         for name, digest in zip(entries, checksums([directory / name for name in entries]), strict=True):
-            if digest != entries[name]["sha256"]:
+            if digest != entries[name][1]:
                 return f"the contents of '{name}' have changed (checksum)"
     return None
 

@@ -160,6 +160,7 @@ class CheckpointingMixin(_Trainer):
             if self.args.should_save:
                 recover(root)
         self._staging, error = root / STAGING, None
+        own = vars(self).get("_push_from_checkpoint")
         self._push_from_checkpoint = lambda checkpoint_folder: None  # of a directory that is about to move
         try:
             super()._save_checkpoint(model, trial)
@@ -168,6 +169,7 @@ class CheckpointingMixin(_Trainer):
         finally:
             written, self._staging = self._staging / name, None
             del self._push_from_checkpoint
+            vars(self).update({} if own is None else {"_push_from_checkpoint": own})
         if error is not None and self.args.should_save:
             # Every step inside agrees on errors, so no rank writes any more.
             shutil.rmtree(written.parent, ignore_errors=True)

@@ -93,6 +93,10 @@ def damage(checkpoint: Path, kind: str) -> None:
         (checkpoint / MANIFEST).unlink()
     elif kind == "manifest empty":
         (checkpoint / MANIFEST).write_text("")
+    elif kind == "manifest of a list":
+        (checkpoint / MANIFEST).write_text('{"files": ["model.safetensors"]}')
+    elif kind == "manifest without sizes":
+        (checkpoint / MANIFEST).write_text('{"files": {"model.safetensors": {}}}')
     elif kind == "outside":
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         manifest["files"]["../secret"] = {"bytes": 0, "sha256": ""}
@@ -107,6 +111,8 @@ def damage(checkpoint: Path, kind: str) -> None:
         ("removed", r"'model.safetensors' is missing"),
         ("manifest removed", r"it has no manifest.json"),
         ("manifest empty", r"its manifest.json cannot be read"),
+        ("manifest of a list", r"its manifest.json cannot be read"),
+        ("manifest without sizes", r"its manifest.json cannot be read"),
         ("outside", r"names a file outside of it \('../secret'\)"),
     ],
 )
