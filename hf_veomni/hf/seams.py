@@ -1,7 +1,8 @@
-"""Every private or structural name of other libraries that this package relies on, required when it is imported.
+"""Private and structural names of other libraries that this package relies on, required when it is imported.
 
-The first place to look in with a new release of one of them. Names of single families are required where they are
-used. Overridden methods are marked with `override` and required where their class ends.
+The first place to look in with a new release of one of them. Names of single families and of torch's attention
+operators are not here: their own tests tell. Overridden methods are marked with `override` and required where their
+class ends.
 """
 
 from __future__ import annotations
