@@ -1,4 +1,4 @@
-"""Model flops of a training step on a packed row, and what devices can do at best.
+"""Model flops of a training step on a packed sequence, and what devices can do at best.
 
 T tokens, N weights of all matmuls in the layers, V x H the head, Hq query heads of width D, documents L_i:
 

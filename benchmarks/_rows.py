@@ -1,4 +1,4 @@
-"""Packed rows of random tokens in ragged documents, the same at each call."""
+"""Packed sequences of random tokens in ragged documents, the same at each call."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks activation_memory
 
-A dense model with grouped key/value heads and the lean loss, one packed row, gloo ranks on the CPU. Counted are the
-storages that the step makes (`_memory.py`), parameters, FSDP's gathered copies and gradients apart:
+A dense model with grouped key/value heads and the chunked loss, one packed sequence, gloo ranks on the CPU. Counted
+are the storages that the step makes (`_memory.py`), parameters, FSDP's gathered copies and gradients apart:
 
     held    live when the loss is there: what the forward keeps for the backward
     peak    the most that is ever live in forward and backward, temporaries included

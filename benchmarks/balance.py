@@ -6,7 +6,7 @@ Items are images of 64 to 4,096 patches (and one of 65,536 in "one huge"), costs
 config. Two checks, exit status 1 if one fails, each on every batch:
 
     max/mean <= 1.05, or within 1 % of what no assignment can be below where that is larger than 1.05 (`lower_bound`;
-        where that is weak, the optimum of the 9 to 14 dearest items alone, by a complete search)
+        where that is weak, the optimum of the 9 to 14 most expensive items alone, by a complete search)
     milliseconds (p80 over the batches) < 5 for 64 items
 
 Time is CPU time of the process on one thread, so that other work on the machine does not count.
@@ -85,8 +85,8 @@ def is_missed(report: BalanceReport, costs: np.ndarray) -> bool:
     """Whether this assignment misses the target although some other may be better by more than 1 %."""
     if report.balanced <= max(TARGET, NEAR_BOUND * report.bound):
         return False
-    dearest, limit = np.sort(costs)[::-1], report.balanced * costs.sum() / report.num_ranks / NEAR_BOUND
-    return all(fit(dearest[: report.num_ranks + more], report.num_ranks, limit) for more in range(1, 7))
+    costly, limit = np.sort(costs)[::-1], report.balanced * costs.sum() / report.num_ranks / NEAR_BOUND
+    return all(fit(costly[: report.num_ranks + more], report.num_ranks, limit) for more in range(1, 7))
 
 
 def measure_row(tower: str, name: str, num_items: int, num_ranks: int, batches: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Speed of the collator on raw pictures and sounds, from files to a packed row, with and without loader workers.
+"""Speed of the collator on raw pictures and sounds, from files to a packed sequence, with and without loader workers.
 
     python -m benchmarks collator [--samples 64] [--workers 0 1 2]
 

@@ -68,7 +68,7 @@ _DELTA = {
 
 @dataclass(frozen=True)
 class Family:
-    """One scheme. Widths in elements a token: `dealt` goes to one rank, `shared` to every one, `back` returns."""
+    """One scheme. Widths in elements a token: `assigned` goes to one rank, `shared` to every one, `back` returns."""
 
     model_type: str
     config: dict[str, Any]
@@ -76,7 +76,7 @@ class Family:
     projection: str
     function: str  # of the modelling file, which scans
     size: Callable[[Any], int]  # tokens x heads of one call, by its arguments
-    dealt: int = 0
+    assigned: int = 0
     shared: int = 0
     back: int = 0
     convolved: int = 0
@@ -87,22 +87,22 @@ FAMILIES = {
     "gated delta rule": Family(
         "qwen3_5_text", {**_DELTA, **_LINEAR}, "linear_attn", "in_proj_qkv", "torch_chunk_gated_delta_rule",
         lambda a: a[2].shape[:3].numel(),
-        dealt=2 * GROUPS * STATE + HEADS * (WIDTH + 2), back=HEADS * WIDTH, convolved=2 * GROUPS * STATE + INNER,
+        assigned=2 * GROUPS * STATE + HEADS * (WIDTH + 2), back=HEADS * WIDTH, convolved=2 * GROUPS * STATE + INNER,
     ),
     "Mamba-2": Family(
         "mamba2", {**_MAMBA2, "expand": 2}, "mixer", "in_proj", "mamba2_chunk_scan",
         lambda a: a[0].shape[:3].numel(),
-        dealt=HEADS * (WIDTH + 1) + 2 * GROUPS * STATE, back=INNER, convolved=INNER + 2 * GROUPS * STATE,
+        assigned=HEADS * (WIDTH + 1) + 2 * GROUPS * STATE, back=INNER, convolved=INNER + 2 * GROUPS * STATE,
     ),
     "Mamba-1": Family(
         "mamba", {"state_size": STATE, "expand": 2}, "mixer", "in_proj", "mamba_selective_scan",
         lambda a: a[0].numel(),
-        dealt=3 * INNER, shared=2 * STATE, back=INNER, convolved=INNER,
+        assigned=3 * INNER, shared=2 * STATE, back=INNER, convolved=INNER,
     ),
     "lightning": Family(
         "minimax", {**_LINEAR, "num_local_experts": 2}, "self_attn", "qkv_proj", "apply_mask_to_padding_states",
         lambda a: a[0].numel() // (3 * HIDDEN // HEADS),
-        dealt=3 * HIDDEN, back=HIDDEN, tables=2 * HIDDEN // HEADS,
+        assigned=3 * HIDDEN, back=HIDDEN, tables=2 * HIDDEN // HEADS,
     ),
     "short convolution": Family(
         "lfm2", {"layer_types": ["conv"] * LAYERS, "conv_L_cache": KERNEL}, "conv", "in_proj", "causal_conv1d_fn",
@@ -116,7 +116,7 @@ def expected_bytes(family: Family, scheme: str, tokens: int, sp_size: int) -> fl
     part, others = tokens // sp_size, sp_size - 1
     if scheme == "gather":
         return 4 * others * part * (2 * HIDDEN + family.tables)
-    exchanged = part * ((family.dealt + family.back) * others / sp_size + family.shared * others)
+    exchanged = part * ((family.assigned + family.back) * others / sp_size + family.shared * others)
     return 2 * 4 * (exchanged + others * (KERNEL - 1) * family.convolved)
 
 
@@ -215,7 +215,7 @@ def work(rank: int, folder: str, rows: dict[str, list[int]], sp_size: int) -> No
 
 
 def summarize(key: str, sp_size: int, ranks: list[dict[str, Any]], one: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """One row of the result; ratios are of the dearest rank to sp = 1."""
+    """One row of the result; ratios are of the most expensive rank to sp = 1."""
     name, row, scheme = key.split("/")
     return {
         "family": name,

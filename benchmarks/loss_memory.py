@@ -1,20 +1,20 @@
-"""Peak memory and time of a training step with the full logits and with the lean loss.
+"""Peak memory and time of a training step with the full logits and with the chunked loss.
 
     python -m benchmarks loss_memory [--device auto|cpu|cuda]
 
 A Qwen3 of one layer with a vocabulary of 151,936, the head trained or frozen (as under LoRA). Three ways to the loss:
 
     stock   transformers' own: logits [S, V], their fp32 copy, their softmax, their gradient
-    lean    `attach_lean_loss`
+    chunked    `attach_chunked_loss`
     torch   `torch.nn.functional.linear_cross_entropy`, what PyTorch has for the purpose
 
 Rows "trace": most bytes that tensors take at once in head and loss of `--trace-tokens`, forward and backward, on the
 meta device, so that a stock step that fits no machine at hand is counted too (`_memory.py`). Rows "measured": a real
 step of `--tokens`; memory is the growth of the resident set (CPU) or of the allocator's peak (CUDA) in a process of
-its own, seconds (of CPU time; wall time on CUDA) are of interleaved steps in one process, `step_ratio` is lean / stock
-of the same round. Rows "accuracy": loss and gradients in bf16 against fp64.
+its own, seconds (of CPU time; wall time on CUDA) are of interleaved steps in one process, `step_ratio` is chunked /
+stock of the same round. Rows "accuracy": loss and gradients in bf16 against fp64.
 
-Exit status 1 if loss or gradients of the lean step differ from stock's, or if it holds more than a third of stock's
+Exit status 1 if loss or gradients of the chunked step differ from stock's, or if it holds more than a third of stock's
 bytes.
 """
 
@@ -36,12 +36,12 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks._memory import MemoryLog
 from benchmarks._record import quantiles, record
-from hf_veomni.loss import attach_lean_loss
+from hf_veomni.loss import attach_chunked_loss
 from hf_veomni.loss.head import default_chunk_tokens
 
 # torch's own function came with 2.13; CUDA images still carry older ones.
 LinearCrossEntropyOptions: Any = getattr(torch.nn, "LinearCrossEntropyOptions", None)
-VARIANTS = ("stock", "lean", "torch") if LinearCrossEntropyOptions else ("stock", "lean")
+VARIANTS = ("stock", "chunked", "torch") if LinearCrossEntropyOptions else ("stock", "chunked")
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-4}
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
@@ -69,10 +69,10 @@ def build(options: argparse.Namespace, device: str, frozen: bool) -> PreTrainedM
 def make_step(model: PreTrainedModel, variant: str, ids: Tensor) -> Callable[[], Tensor]:
     """A step that leaves the gradients in the model and returns the loss."""
     hidden_bytes = ids.numel() * model.config.hidden_size * model.dtype.itemsize
-    tokens = default_chunk_tokens(model.config.vocab_size, hidden_bytes, ids.device.type)  # as the lean loss
+    tokens = default_chunk_tokens(model.config.vocab_size, hidden_bytes, ids.device.type)  # as the chunked loss
 
     def step() -> Tensor:
-        detach = attach_lean_loss(model) if variant == "lean" else None
+        detach = attach_chunked_loss(model) if variant == "chunked" else None
         model.zero_grad(set_to_none=True)
         if variant == "torch":
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
@@ -96,8 +96,8 @@ def random_ids(options: argparse.Namespace, tokens: int, device: str) -> Tensor:
 def trace(options: argparse.Namespace, variant: str, frozen: bool) -> int:
     """Most live bytes of head and loss, without data."""
     model = build(options, "meta", frozen)
-    if variant == "lean":
-        attach_lean_loss(model)
+    if variant == "chunked":
+        attach_chunked_loss(model)
     shape, dtype = (1, options.trace_tokens), model.lm_head.weight.dtype
     hidden = torch.empty(*shape, options.hidden, dtype=dtype, device="meta", requires_grad=True)
     labels = torch.empty(shape, dtype=torch.long, device="meta")
@@ -140,7 +140,7 @@ def measured_peak(options: argparse.Namespace, variant: str, frozen: bool) -> in
 
 
 def seconds_and_difference(options: argparse.Namespace, frozen: bool) -> dict[str, Any]:
-    """Interleaved steps of all variants: seconds, and how far lean is from stock."""
+    """Interleaved steps of all variants: seconds, and how far chunked is from stock."""
     model = build(options, options.device, frozen)
     ids = random_ids(options, options.tokens, options.device)
     steps = {variant: make_step(model, variant, ids) for variant in VARIANTS}
@@ -158,12 +158,12 @@ def seconds_and_difference(options: argparse.Namespace, frozen: bool) -> dict[st
                 seconds[variant].append(clock() - begin)
             elif variant != "torch":
                 found[variant] = float(loss), [p.grad.cpu() for p in model.parameters() if p.grad is not None]
-    (stock, expected), (lean, gradients) = found["stock"], found["lean"]
+    (stock, expected), (chunked, gradients) = found["stock"], found["chunked"]
     errors = [float((x - y).float().norm() / y.float().norm()) for x, y in zip(gradients, expected, strict=True)]
     return {
         "seconds": {variant: quantiles(values) for variant, values in seconds.items()},
-        "step_ratio": quantiles([x / y for x, y in zip(seconds["lean"], seconds["stock"], strict=True)]),
-        "loss_difference": abs(lean - stock) / stock,
+        "step_ratio": quantiles([x / y for x, y in zip(seconds["chunked"], seconds["stock"], strict=True)]),
+        "loss_difference": abs(chunked - stock) / stock,
         "gradient_difference": max(errors),
     }
 
@@ -191,7 +191,7 @@ def accuracy(device: str) -> list[dict[str, Any]]:
             chunks = LinearCrossEntropyOptions(batch_chunk_size=64, chunking_method=None)
             loss = F.linear_cross_entropy(x[0], w, targets[0], reduction="sum", options=chunks)
         else:
-            detach = attach_lean_loss(model, lean=variant == "lean", chunk_tokens=64)
+            detach = attach_chunked_loss(model, chunked=variant == "chunked", chunk_tokens=64)
             loss = model.loss_function(model.lm_head(x), None, shift_labels=targets, num_items_in_batch=1)
             detach()
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(gradients(loss, x, w), exact, strict=True)]
@@ -233,7 +233,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for frozen in (False, True):
         head = {"head": "frozen" if frozen else "trained"} | shape
-        peaks = {variant: trace(options, variant, frozen) for variant in ("stock", "lean")}
+        peaks = {variant: trace(options, variant, frozen) for variant in ("stock", "chunked")}
         rows.append({"kind": "trace", **head, "tokens": options.trace_tokens, "peak_bytes": peaks})
         peaks = {variant: measured_peak(options, variant, frozen) for variant in VARIANTS}
         row = {"kind": "measured", **head, "tokens": options.tokens, "peak_bytes": peaks}
@@ -248,14 +248,14 @@ def main() -> None:
 
 
 def passed(rows: list[dict[str, Any]], dtype: torch.dtype) -> bool:
-    """Whether the lean step is the stock step, and takes less than a third of its memory."""
+    """Whether the chunked step is the stock step, and takes less than a third of its memory."""
     measured = [row for row in rows if row["kind"] == "measured"]
     same = all(
         row["loss_difference"] < LOSS_TOLERANCE[dtype] and row["gradient_difference"] < GRADIENT_TOLERANCE[dtype]
         for row in measured
     )
     traces = [row["peak_bytes"] for row in rows if row["kind"] == "trace"]
-    return same and all(3 * peak["lean"] < peak["stock"] for peak in traces)
+    return same and all(3 * peak["chunked"] < peak["stock"] for peak in traces)
 
 
 if __name__ == "__main__":

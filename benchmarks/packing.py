@@ -122,8 +122,8 @@ def collator_rows(corpus: str, source: Dataset, max_tokens: int, repeats: int) -
             assert all(torch.equal(made[key], expected[key]) for key in made), "not what the stock collator makes"
     rows = []
     for what, collator, batches in (
-        ("collate packed rows, lists", ours, lists),
-        ("collate packed rows, numpy", ours, arrays),
+        ("collate packed sequences, lists", ours, lists),
+        ("collate packed sequences, numpy", ours, arrays),
         ("collate documents, lists", ours, raw),
         ("collate documents, lists, stock DataCollatorWithFlattening", stock, raw),
     ):

@@ -1,12 +1,12 @@
 """A training step at real layer shapes: tokens/s, MFU and peak memory, next to stock transformers.
 
-    python -m benchmarks step                           on a CUDA device: 4 layers of Llama-3-8B, packed rows 8K to 64K
-    python -m benchmarks step --device cpu              the same code, small
+    python -m benchmarks step                           on a CUDA device: 4 layers of Llama-3-8B, packed sequences 8K
+    to 64K python -m benchmarks step --device cpu              the same code, small
 
-Step = forward, backward and AdamW on one packed row. The contenders share one model and take turns in blocks:
+Step = forward, backward and AdamW on one packed sequence. The contenders share one model and take turns in blocks:
 
     ours          prepare_omni with a plan of ones: varlen attention, loss without the full logits
-    stock sdpa    transformers as it comes: an S x S mask for the packed row, full logits
+    stock sdpa    transformers as it comes: an S x S mask for the packed sequence, full logits
     stock flash_attention_2, _3    the same with that package's varlen kernel, where it is installed
 
 MFU is model flops (`_flops.py` has the formula: attention counts the causal half of each document) over the peak of
@@ -132,7 +132,7 @@ def first_layers(model: PreTrainedModel) -> Iterator[None]:
 
 
 class Bench:
-    """One model and its optimizer on one device; what is done with a packed row."""
+    """One model and its optimizer on one device; what is done with a packed sequence."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, torch.device(options.device)
@@ -278,7 +278,7 @@ def check_all(bench: Bench) -> dict[str, dict[str, Any]]:
 
 
 def measure_row(bench: Bench, lengths: list[int], rate: float) -> list[dict[str, Any]]:
-    """All contenders on one packed row, in turns. One mapping a contender."""
+    """All contenders on one packed sequence, in turns. One mapping a contender."""
     options = bench.options
     bench.load(lengths)
     results = check_all(bench)
@@ -361,7 +361,7 @@ def show(row: dict[str, Any]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = device_parser(__doc__.split("\n")[0], TOLERANCE)
-    parser.add_argument("--tokens", type=int, nargs="+", help="lengths of the packed rows")
+    parser.add_argument("--tokens", type=int, nargs="+", help="lengths of the packed sequences")
     parser.add_argument("--median", type=int, help="tokens of the median document; 0: one document fills the row")
     for name in ("layers", "hidden", "heads", "kv-heads", "intermediate", "vocab", "rounds", "steps"):
         parser.add_argument(f"--{name}", type=int)

@@ -1,8 +1,8 @@
-"""How often a micro-batch makes the host wait for the device, against the stock model on the same packed row.
+"""How often a micro-batch makes the host wait for the device, against the stock model on the same packed sequence.
 
     python -m benchmarks syncs     # gloo ranks on the CPU, where `_syncs.py` follows the values; or ranks on a GPU
 
-    dense, experts, vision    four layers each; a packed row as the collator makes it
+    dense, experts, vision    four layers each; a packed sequence as the collator makes it
     own                       the same row as plain tensors, of which the host knows nothing
     padded                    a row with an attention mask in place of packing
     checkpointing             the layers run again in the backward

@@ -8,7 +8,7 @@ and take turns. Of the slowest or fullest rank:
     seconds     CPU time of a step; a rank that waits does not compute
     peak        bytes of activations (`_memory.py`), text stack included
 
-With one picture `balance` has nothing to deal out. The bound of both is 1/sp for the tower's part.
+With one picture `balance` has nothing to assign. The bound of both is 1/sp for the tower's part.
 
 Exit status 1 if a gradient of the tower differs from that of the tower whole, or if a rule that shares (frames of the
 video; Ulysses for both) is not below 0.75 of the whole in seconds or in peak.

@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=DEFAULT_OUTPUT, help="checkpoint folder or Hub id (%(default)s)")
     parser.add_argument("--output_dir", default="outputs/accelerate_loop", help="where the adapter goes (%(default)s)")
-    parser.add_argument("--max_tokens", type=int, default=2048, help="length of a packed row (%(default)s)")
+    parser.add_argument("--max_tokens", type=int, default=2048, help="length of a packed sequence (%(default)s)")
     parser.add_argument("--max_steps", type=int, default=16, help="optimizer steps (%(default)s)")
     parser.add_argument("--accumulation", type=int, default=1, help="rows of a data rank in a step (%(default)s)")
     parser.add_argument("--learning_rate", type=float, default=4e-3)

@@ -1,4 +1,4 @@
-r"""LoRA fine-tuning of a stock checkpoint on packed rows, under whatever plan the launcher passes on.
+r"""LoRA fine-tuning of a stock checkpoint on packed sequences, under whatever plan the launcher passes on.
 
     accelerate launch --config_file accelerate_configs/cpu_sp2.yaml examples/finetune_lora.py
     python examples/finetune_lora.py                                       # one process, the same numbers
@@ -36,7 +36,7 @@ GB = 10**9
 @dataclass
 class ScriptArguments:
     model: str = field(default=DEFAULT_OUTPUT, metadata={"help": "Checkpoint folder or Hub id."})
-    max_tokens: int = field(default=2048, metadata={"help": "Length of a packed row, in tokens."})
+    max_tokens: int = field(default=2048, metadata={"help": "Length of a packed sequence, in tokens."})
     dtype: str = field(default="bfloat16", metadata={"help": "Type that the weights are loaded in."})
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
     lora_experts: bool = field(default=False, metadata={"help": "Adapt the experts of a mixture besides attention."})

@@ -57,12 +57,12 @@ def _check_spelling(model: str, known: list[str]) -> None:
 
 
 def _live(model: str) -> None:
-    """The row of the model's family, and the test of its seam on a model of this config, on meta."""
+    """The row of the model's family, and the test of its shard points on a model of this config, on meta."""
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     from hf_veomni.errors import UnsupportedError
-    from hf_veomni.sequence.inspect import find_seam
+    from hf_veomni.sequence.inspect import find_shard_points
     from hf_veomni.support import load_matrix
 
     try:
@@ -82,11 +82,11 @@ def _live(model: str) -> None:
         except ValueError:
             built = AutoModel.from_config(config)
     try:
-        seam = find_seam(built)
+        points = find_shard_points(built)
     except UnsupportedError as error:
         console.print(f"this model   refused: {error}", soft_wrap=True)
         raise typer.Exit(1) from error
-    console.print(f"this model   can be cut: {len(seam.layers)} layers, {len(seam.attentions)} attention modules")
+    console.print(f"this model   can be cut: {len(points.layers)} layers, {len(points.attentions)} attention modules")
 
 
 @app.command()

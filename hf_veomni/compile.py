@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 def compile_layers(model: nn.Module, **options: Any) -> None:
     """Compile each layer of the stacks by itself, decoder and towers: after `prepare_omni`, whose hooks stay in force.
 
-    All layers of a kind share their graphs, so that it takes seconds where the whole model takes minutes. The model
+    All layers of a kind share their graphs, so that it takes seconds where the full model takes minutes. The model
     itself stays what it is: state dict, saving, PEFT and `generate` do not notice.
 
     Args:

@@ -4,7 +4,7 @@
     generate          generating
     prepared model    call, router_loss, ids
       tower           encoding
-      decoder stack   row, documents
+      backbone        row, documents
         mixer         mixer
 
 A backward runs outside of them all, on a GPU even in a thread of its own, where no ContextVar is set. What activation
@@ -34,12 +34,12 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Row:
-    """What one forward of one stack works on. `whole`: no slicing, every rank of the SP group runs the full row."""
+    """What one forward of one backbone works on. `full`: no slicing, every rank of the SP group runs the full row."""
 
     owner: object  # the SequenceAttachment
     length: int
     padded: int
-    whole: bool
+    full: bool
     cut: bool = False  # whether a layer has got its slice
     gathered: bool = False  # whether the layers' output has been put together again
     layouts: dict[Any, Any] = field(default_factory=dict)  # index tensors, made once for all mixers
@@ -48,12 +48,12 @@ class Row:
 
 @dataclass(eq=False)
 class Call:
-    """One call of a prepared model, around that of its stack."""
+    """One call of a prepared model, around that of its backbone."""
 
     owner: object  # the SequenceAttachment
-    cached: bool  # whether a cache was asked for; some families hand their stack the default of their config
-    positions: Tensor | None  # Mamba's model does not hand them on to its stack
-    row: Row | None = None  # the last one that its stack was called with
+    cached: bool  # whether a cache was asked for; some families hand their backbone the default of their config
+    positions: Tensor | None  # Mamba's model does not hand them on to its backbone
+    row: Row | None = None  # the last one that its backbone was called with
 
 
 class Encoding(NamedTuple):
@@ -103,10 +103,11 @@ class ForwardContext:
         generating: models whose `generate` runs, the innermost last.
         call: of a prepared model.
         router_loss: in place of the family's load-balancing loss.
-        ids: `input_ids` [B, S] of the prepared model's call, unless every rank runs the whole row in it.
+        ids: `input_ids` [B, S] of the prepared model's call, unless every rank runs the full row in it.
         encoding: the method that turns items into features, where it runs on a share of them.
-        row: that a stack works on; None outside of it, and where a user's own means of checkpointing run layers again.
-        documents: packed in the row [B, S]; masks are created from them. None where every rank runs the whole row.
+        row: that a backbone works on; None outside of it, and where a user's own means of checkpointing run layers
+            again.
+        documents: packed in the row [B, S]; masks are created from them. None where every rank runs the full row.
         mixer: the call that the functions of its modelling file serve; None leaves them as they are.
         recorded: of the checkpointed call that runs; None outside of any.
         entries: what `leave` puts back, the innermost first.
@@ -170,7 +171,7 @@ def is_generating(model: nn.Module) -> bool:
 def is_cut() -> bool:
     """Whether layers see slices; the rule where nothing is known of the row."""
     row = current().row
-    return row is None or not row.whole
+    return row is None or not row.full
 
 
 class CheckpointCarrier:

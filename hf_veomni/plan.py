@@ -55,10 +55,11 @@ class ParallelPlan:
         modules: rules by module-name pattern (`fnmatch`), for example `{"lm_head": {"fsdp": "keep"}}`. Rules:
             `fsdp`: "free" gives the module an FSDP unit of its own that frees its weight after forward; "keep" one
             that keeps it gathered until its backward.
-            `sp`: "gather" runs a module that mixes tokens (a state space, an attention of its own kind) on whole
-            documents and slices its output: right for any, at up to sp times the compute. A tower of pictures, videos
-            or sounds: "balance" (the default) deals whole items and runs of frames out to the SP ranks, "ulysses" cuts
-            the patches of each call over them, for a picture too large for one, and "replicate" runs the tower on all.
+            `sp`: "gather" runs a module that mixes tokens (a state space, an attention of its own kind) on full
+            documents and slices its output: right for any, at up to sp times the compute. A tower of images, videos
+            or audio clips: "balance" (the default) assigns complete items and runs of frames to the SP ranks,
+            "ulysses" cuts the patches of each call over them, for an image too large for one, and "replicate" runs the
+            tower on all.
 
     Raises:
         ValueError: a size that is no positive integer, sizes that do not fit each other, or an unknown rule.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -14,10 +15,10 @@ from torch.distributed.tensor import DTensor
 from hf_veomni import hf
 from hf_veomni.checkpoint import (
     PendingWeights,
-    adopt_weights,
     attach_stock_calls,
     materialize_weights,
     plan_weights,
+    retain_weights,
 )
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert import attach_experts, attach_router_loss, check_model
@@ -30,7 +31,7 @@ from hf_veomni.fsdp import (
     synchronize_parameters,
 )
 from hf_veomni.hf import peft as hf_peft
-from hf_veomni.loss import LeanLogits, attach_lean_loss
+from hf_veomni.loss import LazyLogits, attach_chunked_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state, settle_device
 from hf_veomni.modality.towers import attach_towers
 from hf_veomni.plan import ParallelPlan
@@ -116,7 +117,7 @@ def _parallelize(
             model.to(state.device)
     synchronize_parameters(model, state.device)
     if pending is not None:
-        adopt_weights(model, pending)
+        retain_weights(model, pending)
     undo: list[Callable[[], Any]] = []
     experts = attach_experts(base, state, undo)
     shard_parameters(base, state, mp_policy, experts)
@@ -134,11 +135,12 @@ def prepare_omni(
     plan: ParallelPlan | str | None = None,
     *,
     attention: str = "auto",
-    lean_loss: bool = True,
+    chunked_loss: bool = True,
     mp_policy: MixedPrecisionPolicy | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    lean_loss: bool | None = None,
 ) -> Model:
-    """Make a stock model train under a plan: sharded parameters, sequence parallelism, packed rows, a lean loss.
+    """Make a stock model train under a plan: sharded parameters, sequence parallelism, packing, a chunked loss.
 
     The model takes full rows [B, S], the same on all ranks of an SP group, and returns this rank's logits [B, s, V];
     `out.loss` is the loss of the full row on every rank. Gradients averaged over the fsdp mesh (which FSDP does) are
@@ -149,10 +151,11 @@ def prepare_omni(
         model: a transformers model, or a `PeftModel` on one.
         plan: `ParallelPlan`, string, mapping or yaml path; None reads what the launcher passed on.
         attention: "auto" selects the varlen attention in place of sdpa; "keep" leaves the model's choice.
-        lean_loss: compute the training loss without the full logits.
+        chunked_loss: compute the training loss without the full logits.
         mp_policy: FSDP2's mixed precision policy.
         checkpoint: for a model built on the meta device: folder or Hub id of its safetensors files, as from_pretrained
             takes them. Each rank reads its part; adapters of a `PeftModel` are initialised alike on all ranks.
+        lean_loss: the old name of `chunked_loss`, until the next release.
 
     Returns:
         The same model object.
@@ -165,6 +168,9 @@ def prepare_omni(
             not the model's. The model is as it was then.
         UnsupportedError: the plan asks for something that is not there for this model. The model is as it was then.
     """
+    if lean_loss is not None:
+        warnings.warn("`lean_loss` is now called `chunked_loss`.", FutureWarning, stacklevel=2)
+        chunked_loss = lean_loss
     settle_device()  # before the first collective
     with RaiseTogether():
         base = hf.base_model(model)
@@ -180,7 +186,7 @@ def prepare_omni(
             undo.append(hf_peft.call_with_hooks(model))
             check_model(base, state)
             state.plan.match_modules(name for name, _ in base.named_modules() if name)
-            _attach(base, state, attention, lean_loss, undo, apart=not hf_peft.picks_tokens_by_place(model))
+            _attach(base, state, attention, chunked_loss, undo, apart=not hf_peft.picks_tokens_by_place(model))
         _parallelize(model, state, mp_policy, pending)
     except BaseException:
         for step in reversed(undo):
@@ -191,7 +197,7 @@ def prepare_omni(
 
 
 def _attach(
-    base: Any, state: ParallelState, attention: str, lean_loss: bool, undo: list[Callable[[], Any]], apart: bool
+    base: Any, state: ParallelState, attention: str, chunked_loss: bool, undo: list[Callable[[], Any]], apart: bool
 ) -> None:
     """Everything but the parameters. Adds to `undo` how to take each piece off.
 
@@ -205,16 +211,16 @@ def _attach(
     if not apart:
         reasons["packed"] = "activated LoRA counts tokens from the end of the row. Train it on one document a row."
     try:
-        undo.append(attach_lean_loss(base, state.sp_group, lean=lean_loss))
+        undo.append(attach_chunked_loss(base, state.sp_group, chunked=chunked_loss))
     except UnsupportedError as error:
         reasons["labels"] = str(error)
     try:
-        headless = hf.decoder_stack(base) is base  # hands out hidden states, of which every rank has its part
-        attachment = attach_sequence(base, state, attention, whole_output="labels" in reasons and not headless)
+        headless = hf.find_backbone(base) is base  # hands out hidden states, of which every rank has its part
+        attachment = attach_sequence(base, state, attention, full_output="labels" in reasons and not headless)
         setattr(base, _SEQUENCE, attachment)
         undo.extend([attachment.detach, partial(delattr, base, _SEQUENCE)])
-        if attachment.exit is not None:
-            reasons["whole"] = "the head works on the whole row"
+        if attachment.gather_point is not None:
+            reasons["full"] = "the head works on the full row"
     except UnsupportedError as error:
         named = any(
             rules.get("sp") == "gather" for rules in state.plan.modules.values()
@@ -275,11 +281,11 @@ def gather_sequence(local: Tensor, model: nn.Module, length: int | None = None) 
     return local if attachment is None else attachment.gather(local, length)
 
 
-def whole_output(output: Tensor, model: nn.Module, lazy: bool = True) -> Tensor:
+def full_output(output: Tensor, model: nn.Module, lazy: bool = True) -> Tensor:
     """[B, S, ...] of what a call of the model returned as this rank's slice; any other tensor as it is.
 
     Args:
-        lazy: of logits that were not computed, gather the hidden states, from which each rank computes whole logits
+        lazy: of logits that were not computed, gather the hidden states, from which each rank computes full logits
             where it looks at them; otherwise gather the logits.
 
     Collective: as `gather_sequence`, where `output` is a slice.
@@ -288,9 +294,9 @@ def whole_output(output: Tensor, model: nn.Module, lazy: bool = True) -> Tensor:
     if attachment is None or attachment.state.sp_size == 1 or not attachment.outputs.is_noted(output):
         return output
     take = partial(attachment.gather, length=attachment.outputs.length_of(output, False))
-    whole = output.of_tokens(take) if lazy and isinstance(output, LeanLogits) else take(output)
-    attachment.outputs.note_whole(whole)
-    return whole
+    full = output.of_tokens(take) if lazy and isinstance(output, LazyLogits) else take(output)
+    attachment.outputs.note_full(full)
+    return full
 
 
 def _attachment(model: nn.Module) -> SequenceAttachment | None:
@@ -298,4 +304,4 @@ def _attachment(model: nn.Module) -> SequenceAttachment | None:
     attachment: SequenceAttachment | None = getattr(base, _SEQUENCE, None)
     if attachment is None and not hasattr(base, _STATE):
         raise ValueError(f"{type(model).__name__} has no cut sequence: call `prepare_omni(model, plan)` first.")
-    return attachment  # None: a family that cannot be cut, at sp_size 1, so rows are whole
+    return attachment  # None: a family that cannot be cut, at sp_size 1, so rows are full

@@ -146,7 +146,7 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     # Norms without a cast to fp32: the one whose fp64 run is fp64 throughout.
     "stablelm": ("stablelm", {"partial_rotary_factor": 0.5}, "sdpa"),
-    # No seam: its stack reshapes what its last layer returns.
+    # No points: its stack reshapes what its last layer returns.
     "openai-gpt": ("openai-gpt", {"n_embd": 64, "n_layer": 2, "n_head": 4}, "eager"),
 }
 
@@ -176,7 +176,7 @@ def build_model(
 
 
 def packed_batch(lengths: Sequence[int], *, seed: int = 0) -> dict[str, Tensor]:
-    """One packed row [1, S] of documents of the given lengths, as the collator makes it.
+    """One packed sequence [1, S] of documents of the given lengths, as the collator makes it.
 
     Positions restart with each document, the first label of each is -100, and so are some more, as in a chat where
     only answers are learnt.
@@ -210,6 +210,6 @@ def count_targets(batch: dict[str, Tensor]) -> int:
 
 
 def document_lengths(batch: dict[str, Tensor]) -> list[int]:
-    """Tokens of each document of a packed row."""
+    """Tokens of each document of a packed sequence."""
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     return [end - begin for begin, end in zip(starts, [*starts[1:], batch["input_ids"].shape[1]], strict=True)]

@@ -1,4 +1,4 @@
-"""Loss, logits and gradients of a packed row, by the stock model one document at a time and by a prepared model.
+"""Loss, logits and gradients of a packed sequence, by the stock model one document at a time and by a prepared model.
 
 What is right comes from the stock model in fp64 on the CPU. What an error may be comes from the stock model in the
 dtype and on the device at hand: its own distance from fp64, or a floor where that is smaller by chance.
@@ -20,7 +20,7 @@ from benchmarks.on_gpu.families import Batch, to_device
 
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 MARGIN = 2.0  # over the stock model's own error
-APART = 4.0  # times the error of its documents alone: more on a packed row are documents that see each other
+APART = 4.0  # times the error of its documents alone: more on a packed sequence are documents that see each other
 
 
 @dataclass
@@ -78,7 +78,7 @@ def run_stock(model: Any, documents: list[Batch], device: str) -> Found:
 
 
 def run_prepared(model: Any, row: Batch, device: str) -> Found:
-    """A prepared model on the packed row. Under several ranks a collective, and the same on all of them."""
+    """A prepared model on the packed sequence. Under several ranks a collective, and the same on all of them."""
     from hf_veomni import gather_sequence
 
     batch = to_device(row, device)
@@ -99,13 +99,13 @@ def _gradients(model: Any) -> dict[str, Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            whole = _whole(parameter.grad)
+            whole = _full(parameter.grad)
             whole = layouts[name].to_plain(whole) if name in layouts else whole
             found[name] = whole.double().cpu()
     return found
 
 
-def _whole(gradient: Tensor) -> Tensor:
+def _full(gradient: Tensor) -> Tensor:
     """All of a gradient, on the CPU. Collective for a sharded one.
 
     On the host: torch's functional collectives crash on CUDA tensors over gloo.
@@ -155,7 +155,7 @@ def compare(got: Found, wanted: Found) -> Errors:
 def yardstick(family: str, model: Any, documents: list[Batch], row: Batch, device: str, wanted: Found) -> Errors:
     """Errors of the stock model in its dtype on its device; leaves it without gradients.
 
-    One document at a time, and on the packed row as well where stock keeps its documents apart: matmuls of other
+    One document at a time, and on the packed sequence as well where stock keeps its documents apart: matmuls of other
     shapes round in another way, and towers add up over all pictures of a row.
     """
     found = []

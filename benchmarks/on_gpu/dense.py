@@ -1,4 +1,4 @@
-"""Llama-3-8B's layers with AdamW in bf16: packed rows, and one document, next to stock in the same run."""
+"""Llama-3-8B's layers with AdamW in bf16: packed sequences, and one document, next to stock in the same run."""
 
 from __future__ import annotations
 

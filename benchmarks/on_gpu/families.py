@@ -1,4 +1,4 @@
-"""Stock models, one of each kind of attention and layer, and a packed row for each: what parity is measured on.
+"""Stock models, one of each kind of attention and layer, and a packed sequence for each: what parity is measured on.
 
 Shapes: S tokens of the row; the documents of the row are batches of one for the stock model.
 """
@@ -172,7 +172,7 @@ def text_row(documents: list[Batch]) -> Batch:
 
 
 def picture_documents(model: Any) -> tuple[list[Batch], Batch]:
-    """Samples with pictures by the stock processor, one by one, and the packed row of them."""
+    """Samples with pictures by the stock processor, one by one, and the packed sequence of them."""
     from hf_veomni import OmniDataCollatorWithPacking
     from tests import processors
 
@@ -193,7 +193,7 @@ def picture_documents(model: Any) -> tuple[list[Batch], Batch]:
 
 
 def inputs_of(family: str, small: bool, model: Any) -> tuple[list[Batch], Batch]:
-    """The documents for the stock model, and the packed row of them."""
+    """The documents for the stock model, and the packed sequence of them."""
     if family == "vlm":
         return picture_documents(model)
     documents = text_documents(small)

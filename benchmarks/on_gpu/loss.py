@@ -13,7 +13,7 @@ from benchmarks._memory import MemoryLog
 from benchmarks._record import quantiles
 from benchmarks._timing import timed
 from benchmarks.on_gpu.part import NOTE, Part
-from hf_veomni.loss import attach_lean_loss
+from hf_veomni.loss import attach_chunked_loss
 
 CHUNKS = (None, 256, 512, 1024, 2048, 4096)  # tokens at once; None is the package's own choice
 FULL = "full logits"
@@ -47,8 +47,8 @@ def loss(part: Part, tokens: int, hidden: int, vocabulary: int, trained: bool) -
     states = torch.randn(1, tokens, hidden, device=part.device, dtype=model.dtype)
     labels = torch.randint(0, vocabulary, (1, tokens), device=part.device)
 
-    def step(chunk: int | None, lean: bool) -> tuple[Tensor, list[Tensor]]:
-        detach = attach_lean_loss(model, chunk_tokens=chunk) if lean else lambda: None
+    def step(chunk: int | None, chunked: bool) -> tuple[Tensor, list[Tensor]]:
+        detach = attach_chunked_loss(model, chunk_tokens=chunk) if chunked else lambda: None
         x, weight = states.detach().requires_grad_(), model.lm_head.weight
         value = model.loss_function(model.lm_head(x), labels, vocabulary)
         gradients = torch.autograd.grad(value, [x, weight] if trained else [x])

@@ -1,4 +1,5 @@
-"""Loss, logits and gradients of a packed row against the stock model in fp64, family by family, in fp32 and bf16."""
+"""Loss, logits and gradients of a packed sequence against the stock model in fp64, family by family, in fp32 and
+bf16."""
 
 from __future__ import annotations
 

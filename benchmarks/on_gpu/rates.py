@@ -1,7 +1,7 @@
 """What the device reaches at the shapes of real layers: what a plan's time is predicted from.
 
-Matmuls of Llama-3-8B and of one of its ranks, attention over packed rows (forward, and forward with backward), experts
-by `grouped_mm`, and copies between the device and pinned memory of the host.
+Matmuls of Llama-3-8B and of one of its ranks, attention over packed sequences (forward, and forward with backward),
+experts by `grouped_mm`, and copies between the device and pinned memory of the host.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def matmuls(part: Part) -> None:
 
 
 def attention(part: Part) -> None:
-    """Kernels for packed rows, of equal documents so that sdpa can take them as a batch. Causal pairs count."""
+    """Kernels for packed sequences, of equal documents so that sdpa can take them as a batch. Causal pairs count."""
     if not part.cuda:
         part.row(NOTE, "the kernels need a CUDA device")
         return
@@ -150,7 +150,7 @@ def attention_kernels(ends: Tensor, document: int) -> dict[str, Callable[[Tensor
 
 
 class _CudnnRagged(torch.autograd.Function):
-    """cuDNN's attention on packed rows, which `varlen_attn` takes by itself in newer versions."""
+    """cuDNN's attention on packed sequences, which `varlen_attn` takes by itself in newer versions."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""A step at real layer shapes on a packed row, by `benchmarks/step.py`: as many layers as fit, one row a contender."""
+"""A step at real layer shapes on a packed sequence, by `benchmarks/step.py`: as many layers as fit, one row a
+contender."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Block(NamedTuple):
 
     queries: Span
     keys: Span
-    plain: bool  # a whole span, fully causal or fully bidirectional
+    plain: bool  # a full span, fully causal or fully bidirectional
 
 
 class Formula(NamedTuple):
@@ -47,7 +47,7 @@ class Formula(NamedTuple):
 
 
 def plan_blocks(spec: MaskSpec, size: int, *, split_plain: bool) -> tuple[Block, ...]:
-    """Blocks of at most `size` queries; spans that need no mask stay whole unless `split_plain`."""
+    """Blocks of at most `size` queries; spans that need no mask stay in one piece unless `split_plain`."""
     blocks = []
     for span in spec.spans:
         row, begin, end = span

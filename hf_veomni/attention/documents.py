@@ -1,6 +1,6 @@
 """Where the packed documents of a batch of rows begin and end.
 
-Shapes: B rows; S tokens of a full row; N documents of the whole batch. A row is a boundary too.
+Shapes: B rows; S tokens of a full row; N documents of the full batch. A row is a boundary too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Documents:
         lengths: tokens of every document, per row; each row sums to S.
         cu_seqlens: int32 [N + 1], where the documents begin in the flattened B*S tokens, and B*S.
         max_length: tokens of the longest document.
-        filler: tokens at the end of every row that only fill it up.
+        padding: tokens at the end of every row that only fill it up.
         positions: [1 or B, S], of which the documents were read, on the device and remembered on the host; None where
             they came otherwise.
     """
@@ -32,7 +32,7 @@ class Documents:
     lengths: tuple[tuple[int, ...], ...]
     cu_seqlens: Tensor
     max_length: int
-    filler: int = 0
+    padding: int = 0
     positions: Tensor | None = None
 
     @classmethod
@@ -54,7 +54,7 @@ class Documents:
 
     @classmethod
     def from_position_ids(cls, position_ids: Tensor) -> Documents:
-        """Documents of packed rows: one begins wherever a position is not its left neighbour's plus one.
+        """Documents of packed sequences: one begins wherever a position is not its left neighbour's plus one.
 
         Args:
             position_ids: [B, S] of the full rows. Waits for the device unless the host knows them (`host`).

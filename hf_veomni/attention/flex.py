@@ -13,8 +13,8 @@ size S x S is made for it.
 FlexAttention is compiled for the device, and what a device can take (widths, shared memory) shows when it is compiled:
 the first call of a kind runs 256 tokens forward and backward and compares them with the formula (`flex_works`).
 
-Shapes: B rows; S tokens of a full row, P of one that is padded to whole blocks; H query heads; K key/value heads; D, E
-widths of keys and of values. All are local to this rank and without collectives.
+Shapes: B rows; S tokens of a full row, P of one that is padded to complete blocks; H query heads; K key/value heads;
+D, E widths of keys and of values. All are local to this rank and without collectives.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _evaluate_limits(spec: MaskSpec) -> Limits | None:
 
 
 def make_block_mask(limits: Limits) -> BlockMask:
-    """The mask of rows that are padded to whole blocks, from limits of S tokens. Memory: 16 (P / 128)^2 B bytes."""
+    """The mask of rows that are padded to complete blocks, from limits of S tokens. Memory: 16 (P / 128)^2 B bytes."""
     rows, length = limits.low.shape
     blocks = max(2, -(-length // _BLOCK))  # one alone would be compiled for by itself
     own = torch.arange(length, blocks * _BLOCK, device=limits.low.device).expand(rows, -1)
@@ -148,7 +148,7 @@ def attend_flex(
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, formula: Formula, sinks: Tensor | None) -> Tensor:
-    """[B, H, S, E]. Rows are padded to whole blocks, which keeps short ones off the kernel for decoding."""
+    """[B, H, S, E]. Rows are padded to complete blocks, which keeps short ones off the kernel for decoding."""
     length, padded = query.shape[2], mask.shape[-2]
     query, key, value = (F.pad(x, (0, 0, 0, padded - length)).contiguous() for x in (query, key, value))
     shapes = (min(query.shape[0], 2), query.shape[1], key.shape[1], query.shape[3], value.shape[3])

@@ -75,7 +75,7 @@ class MaskSpec:
         """See `omni_mask`. `padding`: bool [B, S], True for tokens; `documents`: of the same rows, or None.
 
         Raises:
-            UnsupportedError: chunks over packed rows inside of a function that is not known.
+            UnsupportedError: chunks over packed sequences inside of a function that is not known.
         """
         self.num_rows, self.row_length, self.function = num_rows, row_length, function
         self.padding, self.documents, self.device = padding, documents, torch.device(device)
@@ -132,7 +132,7 @@ class MaskSpec:
         return max((span.end - span.begin for span in self.spans), default=0)
 
     @cached_property
-    def is_whole(self) -> bool:
+    def is_full(self) -> bool:
         """Whether every row is one span without padding."""
         return len(self.spans) == self.num_rows and all(s.end - s.begin == self.row_length for s in self.spans)
 
@@ -282,7 +282,7 @@ def omni_mask(
     Raises:
         UnsupportedError: packed documents are set for rows of another shape.
     """
-    if isinstance(attention_mask, MaskSpec):  # made above the stack: it counts as it is, as a tensor does
+    if isinstance(attention_mask, MaskSpec):  # made above the backbone: it counts as it is, as a tensor does
         return attention_mask
     function: MaskFunction = mask_function or required("causal_mask_function")
     documents = current().documents

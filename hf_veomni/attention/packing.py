@@ -1,4 +1,4 @@
-"""Packing that transformers would read off positions on the device is known already where a prepared stack runs.
+"""Packing that transformers would read off positions on the device is known already where a prepared backbone runs.
 
 For each mask that it makes, transformers compares positions with their neighbours and asks the device whether any
 document begins within a row (`find_packed_sequence_indices`, transformers 5.23). The documents of the row that runs

@@ -56,14 +56,14 @@ def select(user: Any, configs: Sequence[Any], option: str, replaced: Sequence[st
                 f"`attention` ({option!r}) must be {entry.option!r}, as for the prepared model that shares this "
                 "model's config object: give one of them a config of its own, copy.deepcopy(config)."
             )
-    adopt(user, configs, option, [hf.attention_name(config) for config in configs])
+    attach_user(user, configs, option, [hf.attention_name(config) for config in configs])
     for config in configs:
         if option == "auto" and hf.attention_name(config) in replaced:
             hf.set_attention_name(config, name)
     return [_shared[id(config)].previous for config in configs]
 
 
-def adopt(user: Any, configs: Sequence[Any], option: str, previous: Sequence[str]) -> None:
+def attach_user(user: Any, configs: Sequence[Any], option: str, previous: Sequence[str]) -> None:
     """Count a user whose configs have been switched already: a deep copy of a prepared model."""
     for config, name in zip(configs, previous, strict=True):
         _shared.setdefault(id(config), _Shared(config, option, name)).users.add(user)

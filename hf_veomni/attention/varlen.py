@@ -129,7 +129,7 @@ def choose_path(
 
 
 def _is_one_document_a_row(spec: MaskSpec) -> bool:
-    return spec.is_whole and spec.is_plain(spec.row_length)
+    return spec.is_full and spec.is_plain(spec.row_length)
 
 
 def _settle_autocast(*tensors: Tensor) -> Sequence[Tensor]:
@@ -184,12 +184,12 @@ def _attend_fused(query: Tensor, key: Tensor, value: Tensor, spec: MaskSpec, sca
     """One fused call per span, or per block of queries where a window is felt. Returns [B, S, H, E]."""
     width = value.shape[-1]
     query, key, value = _equal_widths(query, key, value)  # else sdpa falls back to full scores
-    whole = _is_one_document_a_row(spec)
-    if query.is_cuda and query.shape[1] != key.shape[1] and not (whole and kernel_applies(query, key, value)):
+    full = _is_one_document_a_row(spec)
+    if query.is_cuda and query.shape[1] != key.shape[1] and not (full and kernel_applies(query, key, value)):
         # Beside a mask, and in fp32, no fused CUDA kernel repeats heads.
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     grouped = query.shape[1] != key.shape[1]
-    if whole:
+    if full:
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=spec.causal, scale=scaling, enable_gqa=grouped
         )

@@ -2,7 +2,7 @@
 
 from hf_veomni.checkpoint.agree import agree, together
 from hf_veomni.checkpoint.files import staged
-from hf_veomni.checkpoint.load import PendingWeights, adopt_weights, materialize_weights, plan_weights
+from hf_veomni.checkpoint.load import PendingWeights, materialize_weights, plan_weights, retain_weights
 from hf_veomni.checkpoint.plain import gather_full_state, gather_plain_state, load_plain, save_plain
 from hf_veomni.checkpoint.state import (
     load_optimizer,
@@ -16,7 +16,7 @@ from hf_veomni.checkpoint.stock_calls import attach_stock_calls
 
 __all__ = [
     "PendingWeights",
-    "adopt_weights",
+    "retain_weights",
     "agree",
     "attach_stock_calls",
     "gather_full_state",

@@ -1,4 +1,4 @@
-"""An error on one rank becomes an error on every rank: otherwise the others wait in the next collective for ever."""
+"""An error on one rank becomes an error on every rank: otherwise the others deadlock in the next collective."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def agree(error: Exception | None, what: str) -> None:
 
 
 def meet(what: str, turn: int, limit: timedelta) -> None:
-    """Wait until every rank has come here, so that a call on the main process alone does not wait for ever.
+    """Wait until every rank has come here, so that a call on the main process alone does not deadlock.
 
     Args:
         what: the call in words.

@@ -1,7 +1,7 @@
 """Tensors of a checkpoint that are not read yet: what is done to them is noted, and a part is read when it is wanted.
 
 A conversion from the files' layout to the model's (one tensor an expert -> a stack, a fused projection -> three) is
-written by transformers for whole tensors. Run on the part that a rank owns it goes wrong, often silently:
+written by transformers for full tensors. Run on the part that a rank owns it goes wrong, often silently:
 
     files       gate [I, H], up [I, H] of each expert
     model       gate_up [E, 2 I, H], of which rank 0 of 2 owns rows 0 ... I - 1: all of gate, none of up
@@ -31,7 +31,7 @@ _RULES: dict[Any, Callable[..., Any]] = {}
 class LazyTensor(Tensor):
     """A tensor of which parts can be read. Operations on it give lazy tensors again, with global shapes.
 
-    What has a rule below is traced to the part of its inputs that it needs; any other operation runs on whole tensors
+    What has a rule below is traced to the part of its inputs that it needs; any other operation runs on full tensors
     when its result is read. An operation whose result is no tensor (a comparison) reads at once.
     """
 
@@ -44,7 +44,7 @@ class LazyTensor(Tensor):
         return lazy
 
     def read(self, box: Box | None = None) -> Tensor:
-        """The values in `box`, whole by default; a plain tensor on the CPU."""
+        """The values in `box`, full by default; a plain tensor on the CPU."""
         box = tuple(slice(0, size) for size in self.shape) if box is None else box
         sizes = [part.stop - part.start for part in box]
         if 0 in sizes:
@@ -57,7 +57,7 @@ class LazyTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rule = _RULES.get(func)
-        return rule(*args, **(kwargs or {})) if rule is not None else _run_whole(func, args, kwargs or {})
+        return rule(*args, **(kwargs or {})) if rule is not None else _run_full(func, args, kwargs or {})
 
 
 def open_lazy(path: str, handles: Any) -> dict[str, LazyTensor]:
@@ -75,12 +75,12 @@ def _from_file(handle: Any, key: str) -> LazyTensor:
     return LazyTensor(part.get_shape(), str_to_torch_dtype[part.get_dtype()], read)
 
 
-def _whole(value: Any) -> Any:
+def _full(value: Any) -> Any:
     """`value` with the lazy tensors in it read, contiguous as lazy ones claim to be: `view` depends on it."""
     return tree_map_only(LazyTensor, lambda lazy: lazy.read().contiguous(), value)
 
 
-def _run_whole(func: Any, args: Any, kwargs: Any) -> Any:
+def _run_full(func: Any, args: Any, kwargs: Any) -> Any:
     if func._schema.is_mutable:
         raise TypeError(f"{func} writes into a tensor of the checkpoint.")
     try:
@@ -90,8 +90,8 @@ def _run_whole(func: Any, args: Any, kwargs: Any) -> Any:
     except (NotImplementedError, RuntimeError):
         outcome = None
     if isinstance(outcome, Tensor):
-        return LazyTensor(outcome.shape, outcome.dtype, lambda box: func(*_whole(args), **_whole(kwargs))[box])
-    return func(*_whole(args), **_whole(kwargs))
+        return LazyTensor(outcome.shape, outcome.dtype, lambda box: func(*_full(args), **_full(kwargs))[box])
+    return func(*_full(args), **_full(kwargs))
 
 
 def _rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -152,7 +152,7 @@ def _slice(
     source: LazyTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> LazyTensor:
     if step != 1:
-        return _run_whole(aten.slice.Tensor, (source, dim, start, end, step), {})
+        return _run_full(aten.slice.Tensor, (source, dim, start, end, step), {})
     dim = dim % source.dim()
     begin, stop, _ = slice(start, end).indices(source.shape[dim])
     shape = [*source.shape]

@@ -1,8 +1,8 @@
 """Fill a model that was built on the meta device: each rank reads its own parts of the checkpoint's files.
 
-    plan_weights          before the model is touched: names, shapes and conversions of the whole checkpoint, no values
-    adopt_weights         everything on meta, in the dtypes of the values
-    (experts spread over EP, parameters sharded, all on meta)
+    plan_weights          before the model is touched: names, shapes and conversions of the complete checkpoint, no
+    values retain_weights         everything on meta, in the dtypes of the values
+    (experts sharded over EP, parameters sharded, all on meta)
     materialize_weights   memory for this rank's parts, and the parts read from the files
 
 transformers' loader runs on a copy of the model as it was built, with tensors that are not read yet (`lazy`), so that
@@ -149,7 +149,7 @@ def plan_weights(model: nn.Module, checkpoint: Checkpoint) -> PendingWeights:
     for name, parameter in plain.named_parameters():
         if not parameter.is_meta:
             raise UnsupportedError(
-                f"Parameter '{names[name]}' has values and others are on the meta device: build the whole model on "
+                f"Parameter '{names[name]}' has values and others are on the meta device: build the full model on "
                 "meta, or load all of it with from_pretrained."
             )
     pending = PendingWeights(checkpoint, {}, adapters, initialised, plain)
@@ -185,7 +185,7 @@ def _open(checkpoint: Checkpoint, files: ExitStack) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def adopt_weights(model: nn.Module, pending: PendingWeights) -> None:
+def retain_weights(model: nn.Module, pending: PendingWeights) -> None:
     """Put what has values already (adapters) on meta with the rest, and give all the dtypes of their values.
 
     Those dtypes are the ones that from_pretrained gives: families keep some tensors in fp32.
@@ -260,7 +260,7 @@ def _fill(target: Tensor, value: Tensor) -> None:
 
 @torch.no_grad()
 def read_converted(model: nn.Module, kind: type[PreTrainedModel], directory: Checkpoint) -> None:
-    """Read this rank's parts of a whole checkpoint into a transformers model that has its memory, sharded or not.
+    """Read this rank's parts of a complete checkpoint into a transformers model that has its memory, sharded or not.
 
     Not a collective.
 

@@ -1,7 +1,8 @@
-"""What makes a checkpoint whole: a manifest of its files, written last, and directories that reach the disk.
+"""What makes a checkpoint complete: a manifest of its files, written last, and directories that reach the disk.
 
 A checkpoint is written beside its place, flushed, described by its manifest, and then renamed. Whatever ends the
-process before the rename leaves the earlier checkpoints as they were; whatever ends it after leaves the new one whole.
+process before the rename leaves the earlier checkpoints as they were; whatever ends it after leaves the new one
+complete.
 
     output_dir/.incomplete/checkpoint-8/...            written and flushed
     output_dir/.incomplete/checkpoint-8/manifest.json  files, bytes and checksums, flushed
@@ -69,7 +70,7 @@ def write_manifest(directory: Path) -> None:
 
 
 def find_damage(directory: Path, *, contents: bool = False) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is whole.
+    """What is wrong with a checkpoint, in words; None if it is complete.
 
     Args:
         contents: compare checksums too, which reads every file. Sizes are always compared.
@@ -97,7 +98,7 @@ def find_damage(directory: Path, *, contents: bool = False) -> str | None:
 
 
 def publish(staging: Path, directory: Path) -> None:
-    """Rename a whole checkpoint into its place. One that is there already is replaced.
+    """Rename a complete checkpoint into its place. One that is there already is replaced.
 
     A process that ends in between leaves both in `STAGING`, from where `recover` brings them back.
     """
@@ -110,7 +111,8 @@ def publish(staging: Path, directory: Path) -> None:
 
 
 def recover(root: Path) -> list[Path]:
-    """Clean up after a save that was killed: whole checkpoints in `STAGING` go to their places, the rest is removed.
+    """Clean up after a save that was killed: complete checkpoints in `STAGING` go to their places, the rest is
+    removed.
 
     Returns:
         The checkpoints that were brought back.

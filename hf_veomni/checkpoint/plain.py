@@ -38,7 +38,7 @@ def _adapter_keys(model: PeftModel, name: str, state: Mapping[str, Tensor]) -> d
     return {key: names[id(tensor)] for key, tensor in saved.items()}
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _full(tensor: Tensor) -> Tensor:
     """The full tensor of a DTensor, gathered over its outer axes first: FSDP sharded what EP had left."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -49,7 +49,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def gather_full_state(model: nn.Module, *, keep: bool, names: set[str] | None = None) -> dict[str, Tensor]:
-    """Parameters and buffers in full on the CPU, one at a time, so that no rank holds a second whole model.
+    """Parameters and buffers in full on the CPU, one at a time, so that no rank holds a second full model.
 
     Args:
         keep: whether this rank wants them; the others take part and drop each tensor at once.
@@ -69,10 +69,10 @@ def gather_full_state(model: nn.Module, *, keep: bool, names: set[str] | None = 
             continue
         key = parameters.get(name, id(tensor))
         if key not in seen:
-            whole = _whole(tensor)
+            gathered = _full(tensor)
             if name in layouts:
-                whole = layouts[name].to_plain(whole).contiguous()
-            seen[key] = whole.detach().cpu() if keep else None
+                gathered = layouts[name].to_plain(gathered).contiguous()
+            seen[key] = gathered.detach().cpu() if keep else None
         value = seen[key]
         if value is not None:
             full[name] = value
@@ -112,7 +112,7 @@ def save_plain(
 ) -> None:
     """Save so that `from_pretrained` of stock transformers (or PEFT, for a `PeftModel`: adapters only) opens it.
 
-    Every rank must call it. The directory appears whole, or stays as it was if anything fails.
+    Every rank must call it. The directory appears complete, or stays as it was if anything fails.
 
     Args:
         write: whether this rank writes; true on rank 0 alone.

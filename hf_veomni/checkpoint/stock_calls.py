@@ -82,7 +82,7 @@ def _refuse(name: str, way_out: str, *args: Any, **kwargs: Any) -> NoReturn:
 
 
 def attach_stock_calls(model: nn.Module, base: nn.Module, world_size: int) -> Callable[[], None]:
-    """Let `save_pretrained` write whole models, and refuse by name what works on whole parameters.
+    """Let `save_pretrained` write full models, and refuse by name what works on full parameters.
 
     Returns:
         A function that takes both off again.

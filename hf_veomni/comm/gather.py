@@ -46,7 +46,7 @@ class _GatherFirst(torch.autograd.Function):
 
 
 def gather_shards(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """Concatenate the equal shards of all ranks along `dim`; every rank gets the whole.
+    """Concatenate the equal shards of all ranks along `dim`; every rank gets the full tensor.
 
     Args:
         x: this rank's shard; the same shape on every rank.
@@ -55,7 +55,7 @@ def gather_shards(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
         Global tensor, `group size` times as long along `dim`, shards in rank order.
 
     Collective: one all-gather over `group`; its backward is a reduce-scatter (sum) of the gradients that all ranks
-    have for the whole.
+    have for the full tensor.
     """
-    # Moved out here, so that a stand-in for logits is built in the graph of the model.
+    # Moved out here, so that lazy logits is built in the graph of the model.
     return _GatherFirst.apply(x.movedim(dim, 0).contiguous(), group).movedim(0, dim)

@@ -1,6 +1,6 @@
-"""The collator: a list of samples becomes one packed row.
+"""The collator: a list of samples becomes one packed sequence.
 
-T: tokens of the packed row, global (the model cuts the row for sequence parallelism, never the collator).
+T: tokens of the packed sequence, global (the model cuts the row for sequence parallelism, never the collator).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class OmniDataCollatorWithPacking:
 
     A sample is one of
 
-    - a document: `input_ids`, optional `labels`, and the columns of pictures, videos and sounds as the model's own
+    - a document: `input_ids`, optional `labels`, and the columns of images, videos and audio as the model's own
       processor makes them of this sample (`pixel_values`, `image_grid_thw`, `input_features`, ...);
     - a row that `pack_dataset` has packed;
     - with a `processor`, a raw sample: `messages`, `conversations`, `prompt` and `completion`, or `text`, and paths,
@@ -55,7 +55,7 @@ class OmniDataCollatorWithPacking:
             `pad_to_multiple_of`.
         pad_to_multiple_of: pads the row with one more document of padding tokens and labels -100, for kernels that
             want fixed sizes. Sequence parallelism needs no padding here.
-        columns: further keys of one number a token, packed like `input_ids` to [1, T]: whole numbers as torch.long,
+        columns: further keys of one number a token, packed like `input_ids` to [1, T]: integers as torch.long,
             others as torch.float32; 0 on padding.
         model_config: `model.config`. Tells the placeholder tokens and the features that each item becomes, and how the
             model counts positions: `get_rope_index` of its class, where it has one, numbers each document once.
@@ -63,9 +63,9 @@ class OmniDataCollatorWithPacking:
             `input_ids` [1, T] and those of its columns that the signature names; returns [1, T] or [axes, 1, T].
         train_on: labels that remain in raw samples of `messages`: "all", those of the "assistant", or of the "last"
             turn of the assistant. A column `assistant_masks` does the same for processed samples.
-        mask_placeholders: whether labels on placeholders of pictures, videos and sounds become -100.
+        mask_placeholders: whether labels on placeholders of images, videos and audio become -100.
         item_columns: further keys that count items along their first axis, joined along it.
-        on_error: what becomes of a raw sample with a picture or sound that cannot be read: "raise" an error that names
+        on_error: what becomes of a raw sample with an image or sound that cannot be read: "raise" an error that names
             it, or "skip" the sample; `skipped` counts them.
 
     Raises:
@@ -155,7 +155,7 @@ class OmniDataCollatorWithPacking:
         return row | join_items([sample.items for sample in items], [sample.where for sample in items])
 
     def _read(self, features: Sequence[Mapping[str, Any]]) -> list[Sample]:
-        """The samples, those of packed rows among them, broken ones left out if that was chosen."""
+        """The samples, those of packed sequences among them, broken ones left out if that was chosen."""
         samples, labelled = [], set()
         for where, given in _named(features):
             try:
@@ -257,13 +257,13 @@ class OmniDataCollatorWithPacking:
 
 
 def _remembered(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole numbers keep their values on the host as they travel, for models to find boundaries and targets there."""
+    """Integers keep their values on the host as they travel, for models to find boundaries and targets there."""
     return {name: values if values.is_floating_point() else remember(values) for name, values in batch.items()}
 
 
 def _named(features: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What to call each sample, those of packed rows among them, and its columns but for those that it does not have:
-    a table, and a mixture of sources, give every sample those of all."""
+    """What to call each sample, those of packed sequences among them, and its columns but for those that it does not
+    have: a table, and a mixture of sources, give every sample those of all."""
     index = 0
     for given in features:
         row = given[SAMPLES] if SAMPLES in given else (given,)

@@ -92,7 +92,7 @@ def _message(where: str, turn: Mapping[str, Any]) -> dict[str, Any]:
 
 def _content(where: str, message: Mapping[str, Any]) -> Any:
     """The content of a turn. `datasets` reads a string that happens to be JSON as what it says ("42" as 42), where it
-    keeps a column as JSON text; of whole numbers and truth values the string is known."""
+    keeps a column as JSON text; of integers and truth values the string is known."""
     content = message.get("content")
     if isinstance(content, bool | int):
         return json.dumps(content)

@@ -1,7 +1,7 @@
 """What the columns of a multimodal sample hold, and how the columns of several samples become those of one row.
 
 Two kinds beside `input_ids`: a token column has one number a token and is joined along the row; an item column counts
-patches, images, tiles, videos or sounds along its first axis and is joined along that. Decided by name, from tables.
+patches, images, tiles, videos or audio along its first axis and is joined along that. Decided by name, from tables.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ ITEM_COLUMNS: Mapping[str, ItemColumn] = {
     "audio_seqlens": ItemColumn("audio"),
 }
 _WIDTHS = {"image_grid_thw": 3, "video_grid_thw": 3, "image_grid_hw": 2, "image_sizes": 2, "spatial_shapes": 2}
-# Columns of raw samples: pictures and sounds that a processor has not seen yet.
+# Columns of raw samples: images and audio that a processor has not seen yet.
 RAW_COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(("image", "images"), "image"),
     **dict.fromkeys(("audio", "audios"), "audio"),
@@ -74,7 +74,7 @@ def is_raw(sample: Mapping[str, Any]) -> bool:
 
 
 def item_tensor(where: str, name: str, values: Any) -> Tensor:
-    """A column of items as a tensor: whole numbers as they are, or torch.long from lists.
+    """A column of items as a tensor: integers as they are, or torch.long from lists.
 
     Raises:
         ValueError: ragged lists, or something else that is no tensor.
@@ -153,8 +153,8 @@ def join_items(samples: Sequence[Mapping[str, Tensor]], names: Sequence[str]) ->
         names: what to call the samples in messages.
 
     Raises:
-        ValueError: a sample has images (or videos, or sounds) and lacks a column that others have for theirs; axes
-            that differ and that no column tells the padding of.
+        ValueError: a sample has images (or videos, or audio clips) and lacks a column that others have for theirs;
+            axes that differ and that no column tells the padding of.
     """
     has_rows = any(sample["pixel_attention_mask"].dim() == 4 for sample in samples if "pixel_attention_mask" in sample)
     plain = [without_rows(where, sample) for where, sample in zip(names, samples, strict=True)]

@@ -60,9 +60,9 @@ def pack_dataset(
     item_columns: Sequence[str] = (),
     on_error: str = "raise",
 ) -> AnyDataset:
-    """Pack documents into rows of at most `max_tokens`, each row several whole documents.
+    """Pack documents into rows of at most `max_tokens`, each row several complete documents.
 
-    Samples with pictures, videos or sounds (columns as the model's processor makes them, or raw ones that `processor`
+    Samples with images, videos or audio (columns as the model's processor makes them, or raw ones that `processor`
     is to read) become rows that hold their `samples`, undecoded, `document_lengths` and `cost`, the sum over them:
     lengths are read from the headers of files, and `OmniDataCollatorWithPacking`, with the same processor, decodes a
     row when it is trained on. What follows is about tokenised text.
@@ -89,7 +89,7 @@ def pack_dataset(
         columns: further columns of one number a token, packed along.
         num_proc: processes that write the rows of a `Dataset`.
         buffer_size: documents that an `IterableDataset` packs at a time (default 10,000, or 1,000 samples with
-            pictures or sounds): what is held in memory. A stream so keeps its shards, its `state_dict` and its
+            images or audio): what is held in memory. A stream so keeps its shards, its `state_dict` and its
             workers; the price is one row a buffer that is not full.
         processor: the model's own, for raw samples (`messages` or `text`, `images`, `audios`), or a tokenizer.
         cost: of the text and items of a sample, for example `CostModel.from_config(config).costs`; default its tokens.
@@ -118,12 +118,12 @@ def pack_dataset(
     source = dataset.select_columns(list(rules.columns.read)).with_format("arrow")
     pieces = plan_rows(*_scan(source, rules.columns), rules)
     packed = _write(dataset, source, pieces, rules, num_proc)
-    kind = dataset.format["type"]  # a transform of the user's is made for documents, not for packed rows
+    kind = dataset.format["type"]  # a transform of the user's is made for documents, not for packed sequences
     return packed.with_format(None if kind == "custom" else kind)
 
 
 def unpack(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The documents of one packed row, for a look at it.
+    """The documents of one packed sequence, for a look at it.
 
     Args:
         row: a row of `pack_dataset`, with `document_lengths`; or a batch of `OmniDataCollatorWithPacking`, whose

@@ -25,7 +25,7 @@ class Rules:
     strategy: str
     overlong: str
     columns: Any  # Columns of rows of text; names where rows are samples
-    can_cut: bool = True  # False where documents hold pictures or sounds
+    can_cut: bool = True  # False where documents hold images or audio
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Positions of a document that holds images, videos or sounds, as its model numbers them.
+"""Positions of a document that holds images, videos or audio, as its model numbers them.
 
 T: tokens of one document. A model with mRoPE takes several positions a token, [axes, rows, tokens]; of these the first
 axis counts tokens, as in text, and is where packed documents are told apart.

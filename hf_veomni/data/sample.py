@@ -1,4 +1,4 @@
-"""One sample of a batch, checked and cut into what a packed row is made of.
+"""One sample of a batch, checked and cut into what a packed sequence is made of.
 
 T: tokens of the sample. A sample is a document, or a text row that `pack_dataset` has packed from several.
 """

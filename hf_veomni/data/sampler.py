@@ -20,7 +20,7 @@ from torch.utils.data import Sampler
 
 from hf_veomni.data.planning import best_fit, members
 
-_EVEN_ENOUGH = 1.01  # a step whose dearest batch is within 1 % of the mean is left alone
+_EVEN_ENOUGH = 1.01  # a step whose most expensive batch is within 1 % of the mean is left alone
 
 Batch = np.ndarray  # sample indices
 Step = list[Batch]  # one batch for each data rank
@@ -34,7 +34,7 @@ def attention_cost(lengths: Any, hidden_size: int, layer_parameters: int | None 
     the causal half).
 
     Args:
-        lengths: tokens of each sample, [n]; or for packed rows the lengths of their documents (the column
+        lengths: tokens of each sample, [n]; or for packed sequences the lengths of their documents (the column
             `document_lengths`), a list of lists, since documents do not attend to each other.
         hidden_size: heads times head dimension of a layer.
         layer_parameters: weights of a layer that one token uses; default 12 * hidden_size ** 2 (a dense layer).
@@ -58,14 +58,14 @@ class BalancedBatchSampler(Sampler[list[int]]):
     Every data rank gets the same number of batches, `len()` of them, in every epoch. No sample is lost or seen twice
     in an epoch, with one exception for each choice of `drop_last`: the batches that are left over when R does not
     divide their number are dropped (`drop_last=True`, at most R - 1 batches, another choice each epoch), or some are
-    split in two until R does (the default); if there are too few samples for that, the cheapest are repeated.
+    split in two until R does (the default); if there are too few samples for that, the least expensive are repeated.
 
     It goes into `DataLoader(dataset, batch_sampler=sampler, collate_fn=OmniDataCollatorWithPacking(max_tokens))`:
 
     - `rank=r`: the batches of data rank r. The loader is used as it is, for example returned by `get_train_dataloader`
       of a Trainer; `accelerator.prepare` would shard it once more.
     - `rank=None`: the batches of all data ranks in turn, (step 0, rank 0), (step 0, rank 1), ... That is how
-      accelerate deals out the batches of a loader given to `accelerator.prepare`, so each data rank gets those meant
+      accelerate assigns the batches of a loader given to `accelerator.prepare`, so each data rank gets those meant
       for it. `len()` is then R times as large.
 
     `set_epoch` before every epoch: a prepared loader and the Trainer do it (accelerate 1.15 does not reach the sampler
@@ -129,7 +129,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
             )
         if self.lengths.dtype.kind not in "iu":
             raise ValueError(
-                f"Lengths of type {self.lengths.dtype} must be whole numbers of tokens: if they are costs, give the "
+                f"Lengths of type {self.lengths.dtype} must be integers of tokens: if they are costs, give the "
                 "lengths too (`lengths=`)."
             )
         self.lengths = self.lengths.astype(np.int64)
@@ -260,38 +260,40 @@ class BalancedBatchSampler(Sampler[list[int]]):
         return sorted(steps, key=lambda step: min(int(batch.min()) for batch in step))
 
     def _fill_up(self, batches: list[Batch], missing: int, max_tokens: int) -> list[Batch]:
-        """Split the dearest batches until `missing` more are there; when only single samples are left, repeat some."""
-        dearest = [(-self.costs[batch].sum(), index) for index, batch in enumerate(batches) if len(batch) > 1]
-        heapq.heapify(dearest)
+        """Split the most expensive batches until `missing` more are there; when only single samples are left, repeat
+        some."""
+        costly = [(-self.costs[batch].sum(), index) for index, batch in enumerate(batches) if len(batch) > 1]
+        heapq.heapify(costly)
         batches = list(batches)
-        while missing and dearest:
-            _, index = heapq.heappop(dearest)
-            halves = self._deal(batches[index], 2, max_tokens)
+        while missing and costly:
+            _, index = heapq.heappop(costly)
+            halves = self._assign(batches[index], 2, max_tokens)
             batches[index] = halves[0]
             batches.append(halves[1])
             for new in (index, len(batches) - 1):
                 if len(batches[new]) > 1:
-                    heapq.heappush(dearest, (-self.costs[batches[new]].sum(), new))
+                    heapq.heappush(costly, (-self.costs[batches[new]].sum(), new))
             missing -= 1
-        cheapest = sorted(batches, key=lambda batch: self.costs[batch].sum())
-        return batches + [cheapest[index % len(cheapest)] for index in range(missing)]
+        least = sorted(batches, key=lambda batch: self.costs[batch].sum())
+        return batches + [least[index % len(least)] for index in range(missing)]
 
     def _even_out(self, step: Step, max_tokens: int) -> Step:
-        """Deal the samples of a step out anew if that lowers the cost of its dearest batch."""
+        """Assign the samples of a step anew if that lowers the cost of its most expensive batch."""
         costs = [self.costs[batch].sum() for batch in step]
         if max(costs) <= _EVEN_ENOUGH * np.mean(costs):
             return step
-        dealt = self._deal(np.concatenate(step), len(step), max_tokens)
-        better = dealt and max(self.costs[batch].sum() for batch in dealt) < max(costs)
-        return dealt if better else step
+        assigned = self._assign(np.concatenate(step), len(step), max_tokens)
+        better = assigned and max(self.costs[batch].sum() for batch in assigned) < max(costs)
+        return assigned if better else step
 
-    def _deal(self, samples: np.ndarray, parts: int, max_tokens: int) -> list[Batch]:
-        """Longest-processing-time rule (Graham 1969): the dearest sample first, to the cheapest part that has room.
+    def _assign(self, samples: np.ndarray, parts: int, max_tokens: int) -> list[Batch]:
+        """Longest-processing-time rule (Graham 1969): the most expensive sample first, to the least expensive part
+        that has room.
 
         Returns an empty list if a part stays empty or a sample finds no room.
         """
         costs, tokens = np.zeros(parts), np.zeros(parts, dtype=np.int64)
-        dealt: list[list[int]] = [[] for _ in range(parts)]
+        assigned: list[list[int]] = [[] for _ in range(parts)]
         for sample in samples[np.argsort(-self.costs[samples], kind="stable")].tolist():
             room = tokens + self.lengths[sample] <= max_tokens
             if not room.any():
@@ -299,5 +301,5 @@ class BalancedBatchSampler(Sampler[list[int]]):
             part = int(np.where(room, costs, np.inf).argmin())
             costs[part] += self.costs[sample]
             tokens[part] += self.lengths[sample]
-            dealt[part].append(sample)
-        return [np.array(part) for part in dealt] if all(dealt) else []
+            assigned[part].append(sample)
+        return [np.array(part) for part in assigned] if all(assigned) else []

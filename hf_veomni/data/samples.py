@@ -1,7 +1,8 @@
-"""Packed rows of samples with pictures, videos and sounds: packing looks at lengths, reading a row reads the rest.
+"""Packed sequences of samples with images, videos and audio: packing looks at lengths, reading a row reads the rest.
 
 A row names its documents; their samples, undecoded, are fetched with it, and `OmniDataCollatorWithPacking` makes the
-one packed row of them, in the workers of a loader. So nothing is decoded twice and no pixel is written to disk again.
+one packed sequence of them, in the workers of a loader. So nothing is decoded twice and no pixel is written to disk
+again.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def pack_samples(
     check_on_error(meter.on_error)
     if rules.overlong not in ("error", "drop"):
         raise UnsupportedError(
-            f"`overlong` ({rules.overlong!r}) would cut through pictures or sounds: choose 'error' or 'drop', and cut "
+            f"`overlong` ({rules.overlong!r}) would cut through images or audio: choose 'error' or 'drop', and cut "
             "texts before the processor sees them."
         )
     if isinstance(dataset, IterableDataset):

@@ -26,12 +26,12 @@ _READ_NOT_CARRIED = ("attention_mask", "position_ids")
 
 @dataclass(frozen=True)
 class Columns:
-    """What is read from a source and what a packed row is made of.
+    """What is read from a source and what a packed sequence is made of.
 
     Attributes:
         read: the source's columns that packing reads.
         along: per-token columns packed like `input_ids`: `labels` if the source has them, and those asked for.
-        types: numpy type name of every column of a packed row, `input_ids` first.
+        types: numpy type name of every column of a packed sequence, `input_ids` first.
     """
 
     read: tuple[str, ...]
@@ -190,8 +190,8 @@ def _cut_padding(mask: np.ndarray, lengths: np.ndarray, names: Sequence[int]) ->
 
 
 def _check_positions(table: pa.Table, starts: np.ndarray, lengths: np.ndarray, names: Sequence[int]) -> None:
-    values, whole = flat_values(table, "position_ids")
-    first = np.cumsum(whole) - whole + starts
+    values, full = flat_values(table, "position_ids")
+    first = np.cumsum(full) - full + starts
     counted = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     found = values[np.repeat(first, lengths) + counted]
     if (wrong := np.flatnonzero(found != counted)).size:

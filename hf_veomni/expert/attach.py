@@ -1,4 +1,4 @@
-"""Spread the experts of a stock model over the EP group, through transformers' expert-parallel interface.
+"""Shard the experts of a stock model over the EP group, through transformers' expert-parallel interface.
 
     router          weights and ids of this rank's tokens, by the model's own code
     experts         `ExpertsForward` in place of the stock forward: dispatch, compute, combine
@@ -19,7 +19,7 @@ from torch import nn
 
 from hf_veomni import hf
 from hf_veomni.errors import UnsupportedError
-from hf_veomni.expert.families import adopt, is_adoptable
+from hf_veomni.expert.families import can_convert, convert
 from hf_veomni.expert.forward import ExpertsForward, KeepRoutes
 from hf_veomni.expert.layout import ExpertsModule, check_experts, find_experts
 from hf_veomni.expert.lora import attach_adapters, check_adapters, has_adapters, stack_adapters
@@ -39,7 +39,7 @@ def check_model(model: nn.Module, state: ParallelState) -> list[ExpertsModule]:
                 f"`experts_implementation` ('deepgemm_megamoe') of '{module.name}' exchanges tokens inside its kernel "
                 "and has no backward: select 'grouped_mm' to train with ep_size > 1."
             )
-        if has_adapters(module) and is_adoptable(module.experts):
+        if has_adapters(module) and can_convert(module.experts):
             if state.ep_size > 1:
                 raise UnsupportedError(
                     f"LoRA on '{module.name}' ({type(module.experts).__name__}) is not available with ep_size > 1: "
@@ -49,13 +49,13 @@ def check_model(model: nn.Module, state: ParallelState) -> list[ExpertsModule]:
             check_adapters(module)
     if state.ep_size > 1:
         return found
-    return [module for module in found if has_adapters(module) and not is_adoptable(module.experts)]
+    return [module for module in found if has_adapters(module) and not can_convert(module.experts)]
 
 
 def attach_experts(
     model: nn.Module, state: ParallelState, undo: list[Callable[[], Any]] | None = None
 ) -> list[nn.Module]:
-    """Spread the experts over the EP group, and compute adapters on them in low rank.
+    """Shard the experts over the EP group, and compute adapters on them in low rank.
 
     Args:
         model: the transformers model, its parameters equal on all ranks and not sharded yet.
@@ -69,8 +69,8 @@ def attach_experts(
     found, names = check_model(model, state), {module: name for name, module in model.named_modules()}
     plan: dict[str, str] = {}
     for module in found:
-        if is_adoptable(module.experts):
-            adopt(model.get_submodule(module.name.rpartition(".")[0]), module.experts)
+        if can_convert(module.experts):
+            convert(model.get_submodule(module.name.rpartition(".")[0]), module.experts)
         stacked = stack_adapters(module) if state.world_size > 1 else []
         plan.update({f"{names[module.outer]}.{name}": "grouped_gemm" for name in stacked})
         plan.update({f"{module.name}.{name}": "grouped_gemm" for name in module.parameters})

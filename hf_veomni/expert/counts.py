@@ -33,7 +33,7 @@ class ExpertLoad:
         tokens: [L, E] (token, expert) pairs, on the CPU.
         entropy: mean entropy of the routers' softmax over that of an even one, 0 to 1; None where a family does not
             show its router's logits.
-        dropped: pairs that a router chose and no expert computed; None where experts are not spread over ranks.
+        dropped: pairs that a router chose and no expert computed; None where experts are not sharded over ranks.
         ep_size: ranks that share each layer's experts.
     """
 
@@ -139,7 +139,7 @@ class ExpertCounter:
         tokens = torch.zeros(shape, dtype=torch.long, device=device) if self._tokens is None else self._tokens
         total, number = self._entropy or (torch.zeros((), device=device), 1)
         entropy = total.double() / number
-        spread = self.ep_size > 1
+        sharded = self.ep_size > 1
         computed = sum(start_rows(module.experts) for module in self.modules) - self._uncounted
         extra = torch.tensor([float(self._entropy is not None), float(computed)]).double()
         both = torch.cat([tokens.flatten().double(), entropy[None], extra.to(device)])
@@ -152,7 +152,7 @@ class ExpertCounter:
         return ExpertLoad(
             tokens=counts,
             entropy=float(both[-3] / both[-2]) if both[-2] else None,
-            dropped=int(counts.sum() - both[-1].round().long()) if spread else None,
+            dropped=int(counts.sum() - both[-1].round().long()) if sharded else None,
             ep_size=self.ep_size,
         )
 

@@ -99,7 +99,7 @@ def make_route(top_k_index: Tensor, num_experts: int, group: dist.ProcessGroup |
     return Route(order, arriving.view(ranks, -1).sum(0), arriving, send, receive, sizes)
 
 
-class _Spread(torch.autograd.Function):
+class _RepeatTokens(torch.autograd.Function):
     """x [t, H] -> [P, H] in the order of the experts; the gradient sums each token's K pairs, in a fixed order."""
 
     @staticmethod
@@ -151,8 +151,8 @@ def dispatch(x: Tensor, route: Route, top_k: int, group: dist.ProcessGroup | Non
     Collective: one all-to-all over `group`; its backward is the reverse.
     """
     if route.send is None or route.receive is None or group is None:
-        return _Spread.apply(x, route, top_k)
-    rows = _Spread.apply(_ScaleGradient.apply(x, float(dist.get_world_size(group))), route, top_k)
+        return _RepeatTokens.apply(x, route, top_k)
+    rows = _RepeatTokens.apply(_ScaleGradient.apply(x, float(dist.get_world_size(group))), route, top_k)
     rows = all_to_all(rows, group, route.send, route.receive)
     return _Reorder.apply(rows, route.arrival, _invert(route.arrival))
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 
-def is_adoptable(experts: nn.Module) -> bool:
-    """Whether `adopt` knows these experts."""
+def can_convert(experts: nn.Module) -> bool:
+    """Whether `convert` knows these experts."""
     return type(experts).__name__ in _FORWARDS
 
 
-def adopt(block: nn.Module, experts: nn.Module) -> None:
+def convert(block: nn.Module, experts: nn.Module) -> None:
     """Make a block call its experts as (hidden states, expert ids, weights), and give them transformers' flags."""
     flags = dict(has_gate=True, has_bias=False, is_transposed=True, has_post_expert_norm=False)
     vars(experts).update(

@@ -22,7 +22,7 @@ from torch import nn
 
 from hf_veomni import hf
 from hf_veomni.errors import UnsupportedError
-from hf_veomni.expert.families import is_adoptable
+from hf_veomni.expert.families import can_convert
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
             parents.setdefault(child, module)
     found = []
     for name, module in model.named_modules():
-        if hf.is_experts_module(module) or is_adoptable(module):
+        if hf.is_experts_module(module) or can_convert(module):
             outer = module
             while isinstance(parent := parents.get(outer), hf.ParamWrapper):
                 outer = parent
@@ -66,7 +66,7 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
 
 
 def check_experts(model: nn.Module, ep_size: int) -> list[ExpertsModule]:
-    """The experts modules, if they can be spread over `ep_size` ranks.
+    """The experts modules, if they can be sharded over `ep_size` ranks.
 
     Raises:
         UnsupportedError: a dense model, experts that are not stacked, or a number that `ep_size` does not divide,
@@ -77,12 +77,12 @@ def check_experts(model: nn.Module, ep_size: int) -> list[ExpertsModule]:
     if not found:
         routers = [key for key, module in model.named_modules() if "Router" in type(module).__name__]
         why = (
-            f"the experts that '{routers[0]}' routes to are not the stacked kind that transformers spreads over ranks"
+            f"the experts that '{routers[0]}' routes to are not the stacked kind that transformers shards over ranks"
             if routers
             else "it is a dense model"
         )
         raise UnsupportedError(
-            f"`ep_size` ({ep_size}) needs experts, and {name} has none to spread: {why}. Use ep_size=1."
+            f"`ep_size` ({ep_size}) needs experts, and {name} has none to shard: {why}. Use ep_size=1."
         )
     for module in found:
         if module.num_experts % ep_size:
@@ -108,7 +108,7 @@ def _check_unshared(found: list[ExpertsModule], ep_size: int) -> None:
             owner = owners.setdefault(id(getattr(module.experts, key)), name)
             if owner != name:
                 raise UnsupportedError(
-                    f"'{name}' is the same parameter as '{owner}', and `ep_size` ({ep_size}) spreads each layer's "
+                    f"'{name}' is the same parameter as '{owner}', and `ep_size` ({ep_size}) shards each layer's "
                     "experts by themselves: use ep_size=1."
                 )
 

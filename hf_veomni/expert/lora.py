@@ -130,20 +130,20 @@ def attach_adapters(module: ExpertsModule) -> Callable[[], None]:
     # Partials and objects, no closures: so a deep copy of the model calls its own experts.
     set_adapters(module.experts, partial(_active_adapters, module))
     module.outer.forward = partial(_call_experts, module.experts)  # type: ignore[method-assign]
-    spread = "forward" in vars(module.experts)
-    if not spread:  # every expert is here
+    sharded = "forward" in vars(module.experts)
+    if not sharded:  # every expert is here
         module.experts.forward = ExpertsForward(module.experts)  # type: ignore[method-assign]
-    return partial(_detach_adapters, module, spread)
+    return partial(_detach_adapters, module, sharded)
 
 
 def _call_experts(experts: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return experts.forward(hidden_states, *args, **kwargs)
 
 
-def _detach_adapters(module: ExpertsModule, spread: bool) -> None:
+def _detach_adapters(module: ExpertsModule, sharded: bool) -> None:
     del module.outer.forward
     set_adapters(module.experts, None)
-    if not spread:
+    if not sharded:
         del module.experts.forward
 
 

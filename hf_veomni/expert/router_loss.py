@@ -124,13 +124,13 @@ class _LossOfAllRanks:
         mask = self.inputs.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             mask = None
-        sp, whole = self.state.sp_size, local == rows * length
-        if mask is None and (whole or length % sp == 0):
+        sp, full = self.state.sp_size, local == rows * length
+        if mask is None and (full or length % sp == 0):
             return None
         if mask is None:
             mask = self._given().new_ones((rows, length), dtype=torch.bool)
         mask = mask[:, -length:].bool()
-        if not whole:
+        if not full:
             part = -(-length // sp)
             mask = F.pad(mask, (0, part * sp - length))[:, self.state.sp_rank * part :][:, :part]
         return mask.reshape(-1)

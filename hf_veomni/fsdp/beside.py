@@ -1,4 +1,5 @@
-"""Modules that users call beside the forward of a sharded model: embeddings for `inputs_embeds`, the stack, the head.
+"""Modules that users call beside the forward of a sharded model: embeddings for `inputs_embeds`, the backbone, the
+head.
 
 FSDP2 takes the module that runs first for the root of all, gathers what belongs to the root in the root's forward, and
 reduces its gradients once those of the root's inputs are there.
@@ -18,13 +19,13 @@ from hf_veomni.errors import UnsupportedError
 
 
 def watch_parts(model: PreTrainedModel) -> None:
-    """Let a sharded model's input embeddings, stack and head run before its forward, after it and without it.
+    """Let a sharded model's input embeddings, backbone and head run before its forward, after it and without it.
 
     Collective of such a call: an all-gather of the parameters that belong to the root, as a forward of the model has.
     They stay gathered until the next backward, or forward without gradients.
     """
     watch = _Watch(model)
-    callers: dict[Any, None] = dict.fromkeys([model, model.base_model, hf.decoder_stack(model)])
+    callers: dict[Any, None] = dict.fromkeys([model, model.base_model, hf.find_backbone(model)])
     for caller in callers:
         caller.register_forward_pre_hook(watch.enter, prepend=True)
         caller.register_forward_hook(watch.leave, always_call=True)
@@ -40,7 +41,7 @@ class _Watch:
         self.embeddings: nn.Module | None = None
         try:
             self.embeddings = model.get_input_embeddings()
-        except NotImplementedError:  # of sounds
+        except NotImplementedError:  # of audio clips
             pass
 
     def enter(self, module: nn.Module, args: Any) -> None:

@@ -54,18 +54,18 @@ def split_by_dtype(
 
     Args:
         units: modules and whether to keep them, innermost first.
-        ignored: parameters that stay whole.
+        ignored: parameters that stay unsharded.
 
     Raises:
         UnsupportedError: one module, or one adapter, holds trained parameters of several dtypes itself.
     """
-    claimed, whole = set(ignored), frozenset(ignored)
+    claimed, full = set(ignored), frozenset(ignored)
     taken = {module for modules, _ in units for module in modules}
     found: list[Unit] = []
     for part, keep in ((part, keep) for modules, keep in units for part in _parts(modules)):
         own = dict.fromkeys(p for module in part for p in module.parameters() if p not in claimed)
         claimed.update(own)
-        found += _split(tuple(part), keep, [p for p in own if p.requires_grad], taken, whole, model)
+        found += _split(tuple(part), keep, [p for p in own if p.requires_grad], taken, full, model)
         taken.update(module for unit in found for module in unit.modules)
     return found
 
@@ -94,21 +94,21 @@ def _split(
     keep: bool | None,
     trained: Sequence[nn.Parameter],
     taken: set[nn.Module],
-    whole: Parameters,
+    full: Parameters,
     model: nn.Module,
 ) -> list[Unit]:
     sizes: Counter[torch.dtype] = Counter()
     for parameter in trained:
         sizes[parameter.dtype] += parameter.numel()
     if len(sizes) < 2:
-        return [Unit(modules, keep, leave=whole)]
+        return [Unit(modules, keep, leave=full)]
     for main, _ in sizes.most_common():
         odd = frozenset(p for p in trained if p.dtype != main)
         try:
             inner = list(_inner_units(modules, keep, odd, set(taken)))
         except _Inseparable:
             continue
-        return [Unit(modules, keep, leave=odd | whole), *inner]
+        return [Unit(modules, keep, leave=odd | full), *inner]
     names = {parameter: name for name, parameter in model.named_parameters()}
     firsts = {p.dtype: names[p] for p in reversed(trained)}
     listed = ", ".join(f"'{name}' in {str(dtype).removeprefix('torch.')}" for dtype, name in firsts.items())

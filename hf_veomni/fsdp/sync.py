@@ -32,7 +32,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 class RaiseTogether:
-    """Within this context an error on some ranks becomes an error on all of them, which else would wait for ever.
+    """Within this context an error on some ranks becomes an error on all of them, which else would deadlock.
 
     The body must be free of collectives. A rank that had no error itself raises the message of the first rank that had
     one: as UnsupportedError where that rank refused, otherwise as ValueError.
@@ -128,10 +128,10 @@ def check_same_model(model: nn.Module) -> None:
 @torch.no_grad()
 def _broadcast(tensor: Tensor, device: torch.device) -> None:
     """Rank 0's values for all ranks, in place, by way of `device`."""
-    whole = tensor.detach().to(device).contiguous()
-    dist.broadcast(whole, src=0)
-    if whole.data_ptr() != tensor.data_ptr():
-        tensor.copy_(whole)
+    full = tensor.detach().to(device).contiguous()
+    dist.broadcast(full, src=0)
+    if full.data_ptr() != tensor.data_ptr():
+        tensor.copy_(full)
 
 
 def synchronize_parameters(model: nn.Module, device: torch.device | str = "cpu") -> list[str]:

@@ -32,12 +32,12 @@ def _stock_units(model: PreTrainedModel) -> dict[str, str]:
 
     Towers are no units of their own unless rules of the plan say so: they are gathered and reduced with the root.
     """
-    # A rank whose row has no picture does not run their tower, and nobody should have to wait for it there.
+    # A rank whose row has no image does not run their tower, and nobody should have to wait for it there.
     skipped = {module for tower in hf.towers(model) for module in tower.modules()}
     styles = hf.fsdp_styles(model) or {}
     units = {n: _STYLES[style] for n, style in styles.items() if model.get_submodule(n) not in skipped}
     names = {module: name for name, module in model.named_modules()}
-    layers = getattr(hf.decoder_stack(model), "layers", None)
+    layers = getattr(hf.find_backbone(model), "layers", None)
     if getattr(model.config, "sub_configs", None):  # parts that not every row runs
         blocks = list(layers) if isinstance(layers, nn.ModuleList) else []
     else:
@@ -141,7 +141,7 @@ def plan_units(model: PreTrainedModel, rules: Mapping[str, Mapping[str, str]]) -
 
 
 def _reshard_after_inference(model: nn.Module, args: Any, output: Any) -> None:
-    """Without a backward nothing would free the kept units: parameters would stay whole after an evaluation."""
+    """Without a backward nothing would free the kept units: parameters would stay unsharded after an evaluation."""
     setattr(model, _RAN, True)
     if not torch.is_grad_enabled() and not getattr(model, _HELD, False):
         _reshard(model)
@@ -185,7 +185,7 @@ def check_dtype_can_change(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _expert_placement(size: int) -> Callable[[nn.Parameter], Shard | None]:
-    """The dimension along which `size` ranks shard an expert parameter, of which each has whole experts.
+    """The dimension along which `size` ranks shard an expert parameter, of which each has complete experts.
 
     The first one that they divide: along the experts themselves ranks would stay empty once there are more ranks than
     experts on each.
@@ -254,12 +254,12 @@ def shard_parameters(
 
     Args:
         model: a transformers model with real parameters, the same on all ranks (`synchronize_parameters`).
-        experts: modules whose parameters are spread over the EP group; these are sharded over `efsdp`.
+        experts: modules whose parameters are sharded over the EP group; these are sharded over `efsdp`.
         mp_policy: FSDP2's mixed precision; None computes in the parameters' dtype.
 
     Returns:
         The same model, its parameters DTensors, but for those of modules that take no part in its forward (the VQ
-        models of an `OmniModel`), which stay whole. In a world of one rank it is returned as it is.
+        models of an `OmniModel`), which stay unsharded. In a world of one rank it is returned as it is.
 
     Collectives: per unit an all-gather before forward and backward, and a reduce-scatter (plus an all-reduce over the
     replicas) after backward.

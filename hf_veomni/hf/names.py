@@ -66,7 +66,7 @@ def base_model(model: Any) -> PreTrainedModel:
 
 
 def text_config(model: Any) -> Any:
-    """Configuration of the text stack."""
+    """Configuration of the text backbone."""
     return model.config.get_text_config(decoder=True)
 
 
@@ -101,7 +101,7 @@ def uses_attention_interface(module: nn.Module) -> bool:
 
 
 def towers(model: Any) -> list[nn.Module]:
-    """The encoders of pictures, videos and sounds that a model has beside its text stack."""
+    """The encoders of images, videos and audio that a model has beside its text backbone."""
     found = [model.get_encoder(modality=modality) for modality in ("image", "video", "audio")]
     return [tower for tower in dict.fromkeys(found) if isinstance(tower, nn.Module) and tower is not model]
 
@@ -114,7 +114,7 @@ def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
         return None
 
 
-def decoder_stack(model: PreTrainedModel) -> nn.Module:
+def find_backbone(model: PreTrainedModel) -> nn.Module:
     """The module with the decoder's `layers`, as far as transformers tells; Llama 4's `get_decoder` is one off."""
     decoder = model.get_decoder()
     return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
@@ -174,7 +174,8 @@ def _forward_tree(owner: type) -> ast.AST | None:
 
 
 def masks_follow_positions(decoder: nn.Module) -> bool:
-    """Whether the stack hands `position_ids` to the mask creation, so that stock masks separate packed documents."""
+    """Whether the backbone hands `position_ids` to the mask creation, so that stock masks separate packed
+    documents."""
     tree = _forward_tree(type(decoder))
     return tree is not None and any(_hands_positions_to_mask(node) for node in ast.walk(tree))
 
@@ -271,7 +272,7 @@ def _is_no_unused_rule(record: logging.LogRecord) -> bool:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is what activation checkpointing runs again as one: a layer of some stack."""
+    """Whether a module is what activation checkpointing runs again as one: a layer of some backbone."""
     return isinstance(module, GradientCheckpointingLayer)
 
 
@@ -308,7 +309,7 @@ def restore_loss(model: PreTrainedModel, loss: Callable[..., Tensor], own: Calla
 
 
 def iterate_configs(decoder: nn.Module, modules: Iterator[nn.Module]) -> list[Any]:
-    """The distinct config objects that the stack and its attention modules read."""
+    """The distinct config objects that the backbone and its attention modules read."""
     configs = {id(c): c for c in (getattr(m, "config", None) for m in (decoder, *modules)) if c is not None}
     return list(configs.values())
 

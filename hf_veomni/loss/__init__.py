@@ -4,7 +4,7 @@ Read in this order: `targets` (which targets this rank scores, and what the sum 
 head returns in place of logits), `chunked` (the sum over tokens, chunk by chunk), `attach` (installs both on a model).
 """
 
-from hf_veomni.loss.attach import CausalLMLoss, attach_lean_loss, has_lean_loss, lean_evaluation
-from hf_veomni.loss.lazy_logits import LeanLogits
+from hf_veomni.loss.attach import CausalLMLoss, attach_chunked_loss, chunked_evaluation, has_chunked_loss
+from hf_veomni.loss.lazy_logits import LazyLogits
 
-__all__ = ["CausalLMLoss", "LeanLogits", "attach_lean_loss", "has_lean_loss", "lean_evaluation"]
+__all__ = ["CausalLMLoss", "LazyLogits", "attach_chunked_loss", "has_chunked_loss", "chunked_evaluation"]

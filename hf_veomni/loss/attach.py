@@ -22,7 +22,7 @@ from hf_veomni.comm.gather import gather_shards
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.loss.chunked import full_precision, summed_loss
 from hf_veomni.loss.head import record_head_call
-from hf_veomni.loss.lazy_logits import LeanLogits, Recipe
+from hf_veomni.loss.lazy_logits import LazyLogits, Recipe
 from hf_veomni.loss.targets import Count, sum_over_sequence, targets_and_count
 
 
@@ -73,7 +73,8 @@ class CausalLMLoss:
         """Token losses of the full rows, summed and divided by `num_items_in_batch` or by the number of targets.
 
         Args:
-            logits: this rank's part [B, s, V], or a stand-in for it; also full rows [B, S, V] beside `labels`.
+            logits: this rank's part [B, s, V], or lazy logits in place of it; also full rows [B, S, V] beside
+                `labels`.
             labels: full rows [B, S], not shifted, the same on all ranks of the SP group.
             vocab_size: ignored; V is the last dimension of the logits.
             num_items_in_batch: targets over which the caller averages; None means the valid targets of these rows.
@@ -92,7 +93,7 @@ class CausalLMLoss:
         group = self._state.sp_group
         labels, shift_labels = (x if x is None else x.to(logits.device) for x in (labels, shift_labels))
         if shift_labels is None and labels is not None and labels.shape[-1] == logits.shape[-2] > 1:
-            group = None  # whole rows: every rank computes the loss of all of them
+            group = None  # full rows: every rank computes the loss of all of them
         targets, divisor = targets_and_count(
             labels, shift_labels, num_items_in_batch, logits.shape[-2], group, ignore_index
         )
@@ -108,7 +109,7 @@ class CausalLMLoss:
 
     def _sum(self, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
         smoothing = self._state.label_smoothing
-        if not isinstance(logits, LeanLogits) or logits.recipe.real is not None:
+        if not isinstance(logits, LazyLogits) or logits.recipe.real is not None:
             scores = logits.to(full_precision(logits.dtype)).flatten(0, -2)
             return F.cross_entropy(
                 scores, targets.flatten(), ignore_index=ignore_index, reduction="sum", label_smoothing=smoothing
@@ -119,7 +120,7 @@ class CausalLMLoss:
         return total
 
 
-class WholeRowLoss:
+class FullSequenceLoss:
     """A loss that somebody has set on a prepared model, which gets the logits of full rows [B, S, V] on every rank.
 
     Collective: one all-gather of hidden states over the SP group; its backward is a reduce-scatter (sum).
@@ -140,22 +141,22 @@ class WholeRowLoss:
             )
         length = given.shape[1]
 
-        def whole(x: Tensor) -> Tensor:
+        def full(x: Tensor) -> Tensor:
             return gather_shards(x, self.group, dim=1).narrow(1, 0, length)
 
-        logits = logits.of_tokens(whole) if isinstance(logits, LeanLogits) else whole(logits)
+        logits = logits.of_tokens(full) if isinstance(logits, LazyLogits) else full(logits)
         return self.loss(logits, labels, *args, **kwargs)
 
 
-def _adopt_loss(state: _State, model: PreTrainedModel, args: Any) -> None:
+def _take_loss(state: _State, model: PreTrainedModel, args: Any) -> None:
     """Before a forward: a loss that came after ours knows no slices."""
     current = model.loss_function
-    if state.attached and state.sp_group is not None and not isinstance(current, (CausalLMLoss, WholeRowLoss)):
-        model.loss_function = WholeRowLoss(current, state.sp_group)
+    if state.attached and state.sp_group is not None and not isinstance(current, (CausalLMLoss, FullSequenceLoss)):
+        model.loss_function = FullSequenceLoss(current, state.sp_group)
 
 
 class _HeadForward:
-    """Forward of the output head: a stand-in where only the loss will want the logits, else the original."""
+    """Forward of the output head: lazy logits where only the loss will want the logits, else the original."""
 
     def __init__(
         self, model: nn.Module, head: nn.Module, original: Callable[..., Tensor], state: _State, own: Any
@@ -169,7 +170,7 @@ class _HeadForward:
             sharded = isinstance(self.model, FSDPModule)
             call = record_head_call(self.head, self.original, args[0], sharded, self.state.chunk_tokens)
             if call is not None:
-                return LeanLogits.make(Recipe(call, call.dtype))
+                return LazyLogits.make(Recipe(call, call.dtype))
         return self.original(*args, **kwargs)
 
     def restore(self) -> None:
@@ -181,23 +182,23 @@ class _HeadForward:
             self.head.forward = self.own
 
 
-def attach_lean_loss(
+def attach_chunked_loss(
     model: nn.Module,
     sp_group: dist.ProcessGroup | None = None,
     *,
-    lean: bool = True,
+    chunked: bool = True,
     chunk_tokens: int | None = None,
     label_smoothing: float = 0.0,
 ) -> Callable[[], None]:
     """Replace the loss of a causal LM by one that knows sequence shards, and its head by one that computes no logits.
 
-    In training, with gradients, the head returns a `LeanLogits` stand-in; in evaluation, without gradients and in
-    generation, real logits (see `lean_evaluation`).
+    In training, with gradients, the head returns `LazyLogits`; in evaluation, without gradients and in
+    generation, real logits (see `chunked_evaluation`).
 
     Args:
         model: a transformers model whose forward calls `self.loss_function` for a causal LM, or a `PeftModel` on one.
-        sp_group: ranks that share the rows, in the order of their shards; None for whole rows.
-        lean: False keeps the full local logits and replaces only the loss.
+        sp_group: ranks that share the rows, in the order of their shards; None for full rows.
+        chunked: False keeps the full local logits and replaces only the loss.
         chunk_tokens: tokens whose logits are held at once; by default `default_chunk_tokens`.
         label_smoothing: see `CausalLMLoss.label_smoothing`.
 
@@ -214,8 +215,8 @@ def attach_lean_loss(
     loss = CausalLMLoss(state)
     loss.label_smoothing = label_smoothing
     own = hf.replace_loss(base, loss)
-    handle = base.register_forward_pre_hook(partial(_adopt_loss, state))
-    return partial(_detach, base, state, loss, own, _replace_head(base, head, state, lean), handle)
+    handle = base.register_forward_pre_hook(partial(_take_loss, state))
+    return partial(_detach, base, state, loss, own, _replace_head(base, head, state, chunked), handle)
 
 
 def _detach(
@@ -226,28 +227,28 @@ def _detach(
         return
     state.attached = False
     handle.remove()
-    if isinstance(model.loss_function, WholeRowLoss):
+    if isinstance(model.loss_function, FullSequenceLoss):
         model.loss_function = model.loss_function.loss
     hf.restore_loss(model, loss, own)
     if head is not None:
         head.restore()
 
 
-def has_lean_loss(model: nn.Module) -> bool:
-    """Whether `attach_lean_loss` is in force on `model`; families with a loss of their own keep it."""
+def has_chunked_loss(model: nn.Module) -> bool:
+    """Whether `attach_chunked_loss` is in force on `model`; families with a loss of their own keep it."""
     return isinstance(hf.base_model(model).loss_function, CausalLMLoss)
 
 
 @contextmanager
-def lean_evaluation(model: nn.Module) -> Iterator[None]:
-    """Within this context the attached head returns a stand-in in evaluation too: for when only the loss is wanted.
+def chunked_evaluation(model: nn.Module) -> Iterator[None]:
+    """Within this context the attached head returns lazy logits in evaluation too: for when only the loss is wanted.
 
     Raises:
         ValueError: no loss is attached to `model`.
     """
     loss = hf.base_model(model).loss_function
     if not isinstance(loss, CausalLMLoss):
-        raise ValueError(f"{type(model).__name__} has no loss attached: call `attach_lean_loss(model)` first.")
+        raise ValueError(f"{type(model).__name__} has no loss attached: call `attach_chunked_loss(model)` first.")
     previous, loss._state.evaluating = loss._state.evaluating, True
     try:
         yield
@@ -279,7 +280,7 @@ def _checked_head(model: PreTrainedModel) -> nn.Module:
     except TypeError as error:
         raise UnsupportedError(
             f"The output head of {name} ({type(head).__name__}) must take the hidden states alone: {error}. Use "
-            "lean_loss=False."
+            "chunked_loss=False."
         ) from error
     return head
 
@@ -296,8 +297,8 @@ def _calls_loss_function(model_class: type[nn.Module]) -> bool:
     return False
 
 
-def _replace_head(model: PreTrainedModel, head: nn.Module, state: _State, lean: bool) -> _HeadForward | None:
-    if not lean:
+def _replace_head(model: PreTrainedModel, head: nn.Module, state: _State, chunked: bool) -> _HeadForward | None:
+    if not chunked:
         return None
     replacement = _HeadForward(model, head, head.forward, state, vars(head).get("forward"))
     head.forward = replacement  # type: ignore[method-assign]

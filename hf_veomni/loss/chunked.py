@@ -1,4 +1,4 @@
-"""Sum of token losses from a stand-in, a chunk of logits at a time.
+"""Sum of token losses from lazy logits, a chunk of logits at a time.
 
 Shapes: N scored tokens of this rank, H hidden size, V vocabulary.
 
@@ -171,7 +171,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
-            raise UnsupportedError("The lean loss has no second derivatives: use prepare_omni(..., lean_loss=False).")
+            raise UnsupportedError(
+                "The chunked loss has no second derivatives: use prepare_omni(..., chunked_loss=False)."
+            )
         if ctx.at_once:
             (grad_hidden,) = ctx.saved_tensors
             return (grad_hidden * grads[0]).to(grad_hidden.dtype), None, None, None, None
@@ -224,7 +226,7 @@ def _score_classes(
 
 
 def _ranges(length: int, step: int) -> Iterator[tuple[int, int]]:
-    step = max(1, step if step < 64 else step // 64 * 64)  # whole tiles of a matmul
+    step = max(1, step if step < 64 else step // 64 * 64)  # complete tiles of a matmul
     return ((start, min(start + step, length)) for start in range(0, length, step))
 
 
@@ -249,7 +251,7 @@ def summed_loss(recipe: Recipe, targets: Tensor, ignore_index: int, label_smooth
     Tokens without a target are left out before the head is applied, so they cost nothing.
 
     Args:
-        recipe: of the stand-in, logits [..., V].
+        recipe: of the lazy logits, [..., V].
         targets: class indices [...], or `ignore_index`.
         label_smoothing: weight of the uniform distribution over the vocabulary.
 

@@ -65,7 +65,7 @@ class HeadCall:
                 "The head's weight has been freed by FSDP, so its logits cannot be computed any more. For the loss: "
                 "keep the head gathered between forward and backward (plan rule {'lm_head': {'fsdp': 'keep'}}, or "
                 "fully_shard(..., reshard_after_forward=False)). For logits in training: look at them before "
-                "backward, use model.eval(), or prepare_omni(..., lean_loss=False)."
+                "backward, use model.eval(), or prepare_omni(..., chunked_loss=False)."
             )
 
     def check_fresh(self) -> None:
@@ -75,7 +75,7 @@ class HeadCall:
             raise UnsupportedError(
                 "These logits were not computed in the forward (the loss did not need them), and the head's weight "
                 "has changed or been freed since. Look at them before backward and before the optimizer steps, use "
-                "model.eval(), or prepare_omni(..., lean_loss=False)."
+                "model.eval(), or prepare_omni(..., chunked_loss=False)."
             )
 
 

@@ -34,7 +34,7 @@ _IN_PLACE = {form: function for function, forms in _BINARY_IN_PLACE.items() for 
 _COMMUTATIVE = (torch.mul, torch.add)
 _CASTS = (T.float, T.double, T.half, T.bfloat16, T.to, T.type)
 _SAME_SHAPE_VIEWS = (T.view, T.reshape, torch.reshape, T.contiguous)
-# Answered from the stand-in's own metadata, without building anything.
+# Answered from the lazy logits' own metadata, without building anything.
 _QUERIES = frozenset(
     [getattr(T, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf")]
     + [getattr(T, name).__get__ for name in ("grad_fn", "grad", "_base", "_version", "output_nr", "is_cuda", "is_cpu")]
@@ -71,12 +71,12 @@ class Recipe:
 
 
 class _Track(torch.autograd.Function):
-    """Ties a stand-in to the graph, for code that torch functions do not see (another autograd.Function)."""
+    """Ties lazy logits to the graph, for code that torch functions do not see (another autograd.Function)."""
 
     @staticmethod
     def forward(ctx: Any, recipe: Recipe, *inputs: Tensor) -> Tensor:
         ctx.recipe, ctx.inputs = recipe, inputs
-        return LeanLogits(recipe)
+        return LazyLogits(recipe)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,12 +84,12 @@ class _Track(torch.autograd.Function):
         if recipe.real is not None and recipe.real._version != recipe.version:
             raise UnsupportedError(
                 "These logits were changed in place and then handed to an autograd.Function, which torch functions do "
-                "not see: hand over `logits + 0`, or prepare with lean_loss=False."
+                "not see: hand over `logits + 0`, or prepare with chunked_loss=False."
             )
         recipe.call.before_backward(grads[0])
         recipe.call.check_gathered()
         # From a leaf: else a tied weight would get the gradient of the embedding as well, and FSDP's hooks on the way
-        # would take the end of this nested backward for the end of the whole.
+        # would take the end of this nested backward for the end of the outer one.
         inputs = [ctx.inputs[0].detach().requires_grad_(), *ctx.inputs[1:]]
         with torch.enable_grad():
             logits = replay(recipe.ops, recipe.call.run(inputs[0]))
@@ -98,18 +98,18 @@ class _Track(torch.autograd.Function):
         return None, *(next(found) if need else None for need in needed)
 
 
-class LeanLogits(Tensor):
-    """Stand-in for logits [B, s, V] that were not computed.
+class LazyLogits(Tensor):
+    """Lazy logits: they stand for logits [B, s, V] that were not computed.
 
     Shape, dtype and device are answered at once. Scaling or capping by scalars and dtype casts are recorded and later
     replayed on each chunk of the loss. Any other function builds the real logits, once, with their graph; from then on
-    the stand-in is those logits, for the loss as well.
+    lazy logits are those logits, for the loss as well.
     """
 
     recipe: Recipe
 
     @staticmethod
-    def __new__(cls, recipe: Recipe) -> LeanLogits:
+    def __new__(cls, recipe: Recipe) -> LazyLogits:
         call = recipe.call
         shape = (*call.hidden.shape[:-1], call.vocabulary)
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=recipe.dtype, device=call.hidden.device)
@@ -118,7 +118,7 @@ class LeanLogits(Tensor):
 
     @classmethod
     def make(cls, recipe: Recipe) -> Tensor:
-        """A stand-in that requires grad exactly if the real logits would."""
+        """Lazy logits that require grad exactly if the real logits would."""
         if recipe.detached:
             return cls(recipe)
         return _Track.apply(recipe, recipe.call.hidden, *recipe.call.parameters)
@@ -128,11 +128,11 @@ class LeanLogits(Tensor):
         if self.recipe.real is not None:
             return take(self.recipe.real)
         call = self.recipe.call
-        return LeanLogits.make(replace(self.recipe, call=replace(call, hidden=take(call.hidden))))
+        return LazyLogits.make(replace(self.recipe, call=replace(call, hidden=take(call.hidden))))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         state = "not computed: any look at the values builds them" if self.recipe.real is None else "computed"
-        return f"LeanLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {state})"
+        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {state})"
 
     def __format__(self, spec: str) -> str:
         return format(repr(self), spec)
@@ -141,7 +141,7 @@ class LeanLogits(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if isinstance(first, LeanLogits) and first.recipe.real is None:
+        if isinstance(first, LazyLogits) and first.recipe.real is None:
             if _is_fsdp_hook(func, args):
                 return first.recipe.call.hooks.append(args[1])
             if func in _QUERIES or (func is T.type and len(args) == 1 and not kwargs):
@@ -150,17 +150,17 @@ class LeanLogits(Tensor):
             if answer is not None:
                 return answer
         elif func in _OUT_OF_PLACE and len(args) == 2 and _OUT_OF_PLACE[func] in _COMMUTATIVE and not kwargs:
-            if isinstance(args[1], LeanLogits) and args[1].recipe.real is None:
+            if isinstance(args[1], LazyLogits) and args[1].recipe.real is None:
                 answer = _record(_OUT_OF_PLACE[func], args[1], (first,))
                 if answer is not None:
                     return answer
-        args, kwargs = tree_map_only(LeanLogits, lambda x: x.recipe.build(), (args, kwargs))
+        args, kwargs = tree_map_only(LazyLogits, lambda x: x.recipe.build(), (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Below autograd: `_Track` carries the gradient.
-        args, kwargs = tree_map_only(LeanLogits, lambda x: x.recipe.build().detach(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(LazyLogits, lambda x: x.recipe.build().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -169,7 +169,7 @@ def _is_fsdp_hook(func: Any, args: Any) -> bool:
     return func is T.register_hook and str(getattr(args[1], "__module__", "")).startswith("torch.distributed.fsdp")
 
 
-def _lazily(func: Any, logits: LeanLogits, operands: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _lazily(func: Any, logits: LazyLogits, operands: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The answer to `func(logits, *operands, **kwargs)` that needs no real logits, if there is one."""
     if func in _CASTS:
         return _cast(func, logits, operands, kwargs)
@@ -182,9 +182,9 @@ def _lazily(func: Any, logits: LeanLogits, operands: tuple[Any, ...], kwargs: di
     if kwargs:
         return None
     if func in (T.detach, torch.detach):
-        return LeanLogits.make(replace(logits.recipe, call=logits.recipe.call.detach(), detached=True))
+        return LazyLogits.make(replace(logits.recipe, call=logits.recipe.call.detach(), detached=True))
     if func in (T.clone, torch.clone):
-        return LeanLogits.make(replace(logits.recipe))
+        return LazyLogits.make(replace(logits.recipe))
     if func in _OUT_OF_PLACE:
         return _record(_OUT_OF_PLACE[func], logits, operands)
     if func in _IN_PLACE:
@@ -206,12 +206,12 @@ def _takes_all(index: Any, shape: torch.Size) -> bool:
     )
 
 
-def _record(function: Callable[..., Tensor], logits: LeanLogits, operands: tuple[Any, ...]) -> Any:
+def _record(function: Callable[..., Tensor], logits: LazyLogits, operands: tuple[Any, ...]) -> Any:
     """Append an elementwise function with scalar operands; None if it is not one."""
     kept = []
     for operand in operands:
         if isinstance(operand, Tensor):
-            if operand.dim() or operand.requires_grad or isinstance(operand, LeanLogits):
+            if operand.dim() or operand.requires_grad or isinstance(operand, LazyLogits):
                 return None
             operand = operand.detach().clone()
         elif not isinstance(operand, (int, float)):
@@ -221,10 +221,10 @@ def _record(function: Callable[..., Tensor], logits: LeanLogits, operands: tuple
     if sample.device != logits.device:
         return None
     recipe = logits.recipe
-    return LeanLogits.make(replace(recipe, dtype=sample.dtype, ops=(*recipe.ops, (function, tuple(kept)))))
+    return LazyLogits.make(replace(recipe, dtype=sample.dtype, ops=(*recipe.ops, (function, tuple(kept)))))
 
 
-def _cast(func: Any, logits: LeanLogits, operands: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _cast(func: Any, logits: LazyLogits, operands: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Append a dtype cast; None if `func` does anything else (another device, a copy, the name of the type)."""
     if kwargs.keys() - {"dtype", "device", "non_blocking"} or any(isinstance(x, Tensor) for x in operands):
         return None
@@ -234,9 +234,9 @@ def _cast(func: Any, logits: LeanLogits, operands: tuple[Any, ...], kwargs: dict
     if sample.dtype == logits.dtype:
         return logits
     recipe = logits.recipe
-    return LeanLogits.make(replace(recipe, dtype=sample.dtype, ops=(*recipe.ops, (T.to, (sample.dtype,)))))
+    return LazyLogits.make(replace(recipe, dtype=sample.dtype, ops=(*recipe.ops, (T.to, (sample.dtype,)))))
 
 
-def _sample(logits: LeanLogits) -> Tensor:
+def _sample(logits: LazyLogits) -> Tensor:
     """An empty tensor of the logits' rank, dtype and device: what a function gives on it tells dtype and device."""
     return torch.empty((0,) * logits.dim(), dtype=logits.dtype, device=logits.device)

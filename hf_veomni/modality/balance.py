@@ -1,4 +1,4 @@
-"""Whole items to the ranks of a group, or samples to data ranks, so that the slowest rank is near the mean. Pure.
+"""Full items to the ranks of a group, or samples to data ranks, so that the slowest rank is near the mean. Pure.
 
 n items with a cost each, m ranks. Load of a rank: the sum of its items' costs; a step takes as long as the largest.
 
@@ -130,7 +130,7 @@ def assign_samples(
     """The steps of an epoch: BalancedBatchSampler's own, each evened out by the local search of `assign_items`.
 
     For training give `BalancedBatchSampler(costs, max_tokens, lengths=lengths)` itself the costs of a `CostModel`, the
-    sum over all modalities of a sample: it deals steps out by LPT, and resumes.
+    sum over all modalities of a sample: it assigns steps by LPT, and resumes.
 
     Args:
         costs: cost of each sample, [n].
@@ -158,9 +158,11 @@ def assign_samples(
 
 
 def lower_bound(costs: Any, num_ranks: int) -> float:
-    """What the largest load cannot be below: the mean, the dearest item, and k + 1 of the first k * m + 1 items.
+    """What the largest load cannot be below: the mean, the most expensive item, and k + 1 of the first k * m + 1
+    items.
 
-    The last: of the k * m + 1 dearest items some rank has k + 1, which cost at least what the cheapest of them do.
+    The last: of the k * m + 1 most expensive items some rank has k + 1, which cost at least what the least expensive
+    of them do.
     """
     c = np.sort(np.asarray(costs, dtype=np.float64))[::-1]
     if not len(c):
@@ -176,7 +178,7 @@ class BalanceReport:
     Attributes:
         num_items, num_ranks: what was assigned.
         contiguous: equal numbers of neighbouring items a rank.
-        round_robin: items dealt out in turn.
+        round_robin: items assigned in turn.
         balanced: the assignment.
         bound: what no assignment can be below.
     """
@@ -247,7 +249,8 @@ def _checked(costs: Any, num_ranks: int, patches: Any, max_patches: int | None) 
 
 
 def _place(c: np.ndarray, p: np.ndarray, num_ranks: int, limit: float) -> np.ndarray:
-    """LPT: the dearest item first, to the cheapest rank with room; under a limit, else the largest first."""
+    """LPT: the most expensive item first, to the least expensive rank with room; under a limit, else the largest
+    first."""
     for first in (range(len(c)), np.argsort(-p, kind="stable").tolist()):
         by_room = not isinstance(first, range)
         ranks, full = np.zeros(len(c), dtype=np.int64), [0.0] * num_ranks
@@ -273,10 +276,11 @@ def _place(c: np.ndarray, p: np.ndarray, num_ranks: int, limit: float) -> np.nda
 
 
 def _refine(c: np.ndarray, p: np.ndarray, ranks: np.ndarray, num_ranks: int, limit: float, goal: float) -> np.ndarray:
-    """Moves and swaps out of the dearest rank, the best one each time, until none helps.
+    """Moves and swaps out of the most expensive rank, the best one each time, until none helps.
 
-    A move is a swap with nothing. What counts is the dearer of the two ranks afterwards; since it is below the load
-    that the dearest rank had, the sum of squared loads falls and the search ends. No rank loses its last item.
+    A move is a swap with nothing. What counts is the more expensive of the two ranks afterwards; since it is below the
+    load that the most expensive rank had, the sum of squared loads falls and the search ends. No rank loses its last
+    item.
     """
     ranks = ranks.copy()
     nothing = np.zeros(num_ranks)
@@ -304,7 +308,8 @@ def _refine(c: np.ndarray, p: np.ndarray, ranks: np.ndarray, num_ranks: int, lim
 
 
 def _difference(c: np.ndarray, num_ranks: int, best: float) -> np.ndarray:
-    """Largest differencing: of the two partial partitions with the widest spread, dearest parts meet cheapest ones."""
+    """Largest differencing: of the two partial partitions with the widest spread, most expensive parts meet least
+    expensive ones."""
     del best
     empty: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * (num_ranks - 1)
     heap = [(-cost, item, [*empty, (cost, (item,))]) for item, cost in enumerate(c.tolist())]
@@ -324,7 +329,8 @@ def _difference(c: np.ndarray, num_ranks: int, best: float) -> np.ndarray:
 
 
 def _search(c: np.ndarray, num_ranks: int, best: float) -> np.ndarray | None:
-    """Depth first, cheapest rank first (Korf 1998), leaving out what cannot beat `best`; None if nothing does."""
+    """Depth first, least expensive rank first (Korf 1998), leaving out what cannot beat `best`; None if nothing
+    does."""
     costs, loads, ranks = c.tolist(), [0.0] * num_ranks, [0] * len(c)
     goal, nodes = lower_bound(c, num_ranks) * (1 + 1e-12), _NODES
     found: list[int] | None = None

@@ -41,7 +41,7 @@ class Coefficients:
     Attributes:
         per_patch: what grows with the patches.
         attention: for each kind of layer, (cost of a query-key pair in all layers of the kind, patches of its window
-            or None where a patch sees its whole segment).
+            or None where a patch sees its full segment).
         causal: whether a patch sees only those before it.
     """
 

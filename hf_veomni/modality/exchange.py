@@ -4,7 +4,7 @@
     all-to-all          each row goes to one rank: about rows * width / sp elements leave and arrive
     for the model       [rows of all items, width], zeros where the token is in another rank's slice
 
-The model scatters all of them into embeddings of the whole row, of which the first layer's hook keeps the slice: what
+The model scatters all of them into embeddings of the full row, of which the first layer's hook keeps the slice: what
 the zeros become is cut away. That is so in the families below; in others every rank gets all rows (`towers`).
 
 Shapes: S tokens of the row, S' = S padded to a multiple of sp, s = S'/sp tokens of a slice.
@@ -43,8 +43,8 @@ class IdsWatch:
 
     def enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        whole = hf.uses_cache(inputs)
-        enter(self, ids=None if whole else inputs.get("input_ids"))
+        full = hf.uses_cache(inputs)
+        enter(self, ids=None if full else inputs.get("input_ids"))
 
     def leave(self, model: nn.Module, args: tuple, output: Any) -> None:
         leave(self)

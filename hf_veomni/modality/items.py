@@ -1,13 +1,13 @@
-"""What a tower is called with, as items that can be encoded one by one: pictures, videos, sounds.
+"""What a tower is called with, as items that can be encoded one by one: images, videos, audio.
 
     patches and grid    pixel_values [P, D], image_grid_thw [n, 3]     Qwen-VL, Qwen-Omni, GLM-V; a long video in runs
     items first         pixel_values [n, ..], masks and sizes [n, ..]  LLaVA (videos too), Gemma 3, InternVL, Voxtral
-    rows of items       pixel_values [B, m, C, H, W], zeros as filler  Idefics 3, SmolVLM
-    sounds and masks    input_features [n, bins, T], mask [n, T]       Qwen-Omni, which is called for each sound
+    rows of items       pixel_values [B, m, C, H, W], zeros as padding  Idefics 3, SmolVLM
+    audio clips and masks    input_features [n, bins, T], mask [n, T]       Qwen-Omni, which is called for each sound
 
 A cost is in patches: attention is quadratic in those of one frame, the rest linear.
 
-A video of the towers in `FRAMES` is as many pictures as it has temporal patches: attention and windows end with each,
+A video of the towers in `FRAMES` is as many images as it has temporal patches: attention and windows end with each,
 and positions are those within it. So runs of its frames are items too, which are joined again behind the tower.
 """
 
@@ -27,7 +27,7 @@ from hf_veomni.host import on_host, remember
 Arguments = dict[str, Any]
 
 # Model types of towers whose temporal patches do not know of each other, as read and tried in transformers 5.23.
-# Others merge frames (Ernie 4.5 VL), attend to the whole clip (Kimi K2.5, MiniMax M3), have no videos (PaddleOCR-VL,
+# Others merge frames (Ernie 4.5 VL), attend to the full clip (Kimi K2.5, MiniMax M3), have no videos (PaddleOCR-VL,
 # HunYuan) or have not been tried (Video-Llama 3, dots3).
 FRAMES = {f"{family}_vision" for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")}
 FRAMES |= {f"{family}_vision" for family in ("qwen3_5_moe", "qwen4_exp", "glm4v", "glm4v_moe", "glm_ocr", "glm5_next")}
@@ -47,7 +47,7 @@ class Items:
         select: arguments of a call for the items of these indices.
         one_by_one: the tower joins what items give, so that only a call for each tells their rows apart.
         patches: of each item, where a grid tells.
-        parts: of each thing that the caller counts (a whole video), the items that it was cut into; None for one each.
+        parts: of each thing that the caller counts (a full video), the items that it was cut into; None for one each.
     """
 
     costs: list[float]
@@ -69,7 +69,7 @@ def find_items(arguments: Arguments, width: int, num_ranks: int = 0) -> Items | 
         arguments: with their names. Shapes as above.
         width: of the tower's hidden states, which says from how many patches on attention outweighs the rest.
         num_ranks: that share the items, where a long video may be cut into runs of frames (`FRAMES`); 0 leaves each
-            video whole.
+            video in full.
     """
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     if any(
@@ -85,8 +85,8 @@ def find_items(arguments: Arguments, width: int, num_ranks: int = 0) -> Items | 
         return _by_grid(arguments, name, grid, width, num_ranks) if len(tensors) == 1 and values.dim() == 2 else None
     if values.dim() == 5 and "pixel_attention_mask" in arguments:
         return _in_rows(arguments, name)
-    pictures = tensors.get("batch_num_images")  # of a sample, which are cut into patches where there is one alone
-    if pictures is not None and bool((on_host(pictures) != 1).any()):
+    images = tensors.get("batch_num_images")  # of a sample, which are cut into patches where there is one alone
+    if images is not None and bool((on_host(images) != 1).any()):
         return None
     if any(x.dim() == 0 or x.shape[0] != len(values) for x in tensors.values()):
         return None
@@ -141,7 +141,7 @@ def _first(arguments: Arguments, names: Sequence[str], values: Tensor) -> Items:
 
 
 def _in_rows(arguments: Arguments, name: str) -> Items | None:
-    """[B, m, ..] as one row of its real pictures. The features of several rows would come apart at other places."""
+    """[B, m, ..] as one row of its real images. The features of several rows would come apart at other places."""
     values: Tensor = arguments[name]
     masks = {key: x for key, x in arguments.items() if isinstance(x, Tensor) and key != name}
     if len(values) != 1 or any(x.shape[:2] != values.shape[:2] for x in masks.values()):

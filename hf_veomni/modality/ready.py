@@ -1,4 +1,4 @@
-"""What a vision tower computes from the grid of its items, made on the host, and its attention by whole boundaries.
+"""What a vision tower computes from the grid of its items, made on the host, and its attention by boundaries of items.
 
     tower, pre-hook    positions, boundaries, windows, interpolation of all patches, from a grid that the host knows
       attention        one call of the varlen kernel for all frames (or one fused call a frame), not one split a layer

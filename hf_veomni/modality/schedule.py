@@ -1,11 +1,11 @@
 """Towers with FSDP units of their own: all ranks run each tower as often as the one that runs it most.
 
-A unit's parameters are gathered by all ranks together, but a row without pictures runs no vision tower. So the ranks
+A unit's parameters are gathered by all ranks together, but a row without images runs no vision tower. So the ranks
 agree, and those with less to encode run the tower on ones in the shape of an item that another rank has had:
 
     forward of the module with the `get_*_features`    one all-reduce: which of them any rank will call
     each of these, in the order of that forward        one all-reduce: how often; once in a run, the shape of an item
-    decoder stack                                      what is left to run; the loss hangs on the outputs by zeros
+    backbone                                           what is left to run; the loss hangs on the outputs by zeros
 
 The order is that of the forward's code, so that passes meet on ranks whose rows differ, and their backwards too, which
 run in the reverse order of creation.
@@ -68,7 +68,7 @@ class TowerPasses:
         """Outputs of the stock method for each of `calls`, after as many passes as other ranks have more.
 
         Args:
-            smallest: a call for a single item, the cheapest one, whose shape others may need.
+            smallest: a call for a single item, the least expensive one, whose shape others may need.
 
         Collective: an all-reduce of one integer, and at first a broadcast of an item's shape.
         """
@@ -149,5 +149,5 @@ def _template(call: Arguments) -> Arguments:
 
 
 def _ones(template: Arguments, device: torch.device) -> Arguments:
-    """Ones and not zeros, which some families take for the padding between pictures."""
+    """Ones and not zeros, which some families take for the padding between images."""
     return tree_map_only(Tensor, lambda x: torch.ones_like(x, device=device) if x.is_meta else x.to(device), template)

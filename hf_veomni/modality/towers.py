@@ -4,12 +4,12 @@
         the ranks of an SP group hold the same items; each encodes its share (`assign_items`)
         one all-to-all of features to the slices with their tokens (`exchange`); backward: the reverse one
         else, one all-gather [rows, width]; backward: a reduce-scatter (sum) to the rank that encoded them
-    decoder stack, pre-hook
-        every parameter outside of the stack gets a gradient, of zeros where a row lacks the modality
+    backbone, pre-hook
+        every parameter outside of the backbone gets a gradient, of zeros where a row lacks the modality
 
 Why gradients are those of one rank: a rank's loss counts sp times in its backward, and FSDP takes the mean over the SP
-ranks. Of a tower that all ranks run whole, each has the gradient that comes from its slice; the mean of sp times those
-is their sum. Of an item that one rank runs, the reduce-scatter sums first and the mean divides after.
+ranks. Of a tower that all ranks run in full, each has the gradient that comes from its slice; the mean of sp times
+those is their sum. Of an item that one rank runs, the reduce-scatter sums first and the mean divides after.
 
 What is moved: each rank gets the features of the tokens of its slice, rows * width / sp elements, once for all layers
 and for each deep layer. Where a family is not known to use features for these tokens alone, each rank gets all:
@@ -68,7 +68,7 @@ def attach_towers(
     Args:
         model: a stock model; one without towers stays as it is.
         undo: gets how to take it off again.
-        attention: "auto" has towers that run whole items, and whose attention is sdpa, use the varlen attention.
+        attention: "auto" has towers that run complete items, and whose attention is sdpa, use the varlen attention.
 
     Raises:
         UnsupportedError: a rule of the plan that shards what ranks cannot be made to run together, or asks for balance
@@ -77,7 +77,7 @@ def attach_towers(
     rules = state.plan.match_modules(name for name, _ in model.named_modules() if name)
     methods = find_methods(model)
     _check_rules(model, rules, methods, state.sp_size)
-    decoder = hf.decoder_stack(model)
+    decoder = hf.find_backbone(model)
     passes: dict[nn.Module, TowerPasses] = {}
     if state.world_size > 1 and decoder is not model and not _runs_all(model):
         outside = _names_outside(model, decoder)
@@ -123,7 +123,7 @@ def _attach_passes(
 
 def _runs_all(model: nn.Module) -> bool:
     """Whether a model runs the same parts whatever a row holds, as an `OmniModel` does."""
-    return getattr(model, "merges_whole_features", False)
+    return getattr(model, "merges_full_features", False)
 
 
 def _tower(owner: Any, method: str) -> nn.Module:
@@ -158,15 +158,15 @@ def _check_rules(model: PreTrainedModel, rules: Any, methods: Sequence[tuple[nn.
 
 
 def _may_be_skipped(model: PreTrainedModel, module: nn.Module) -> bool:
-    """Whether rows without pictures or sounds do not run a module: a tower, a projector, or a part of them."""
+    """Whether rows without images or audio do not run a module: a tower, a projector, or a part of them."""
     if _runs_all(model) or not hf.towers(model):
         return False
-    inside = {p for other in (hf.decoder_stack(model), *_heads(model)) for p in other.parameters()}
+    inside = {p for other in (hf.find_backbone(model), *_heads(model)) for p in other.parameters()}
     return inside.isdisjoint(module.parameters())
 
 
 def _names_outside(model: nn.Module, decoder: nn.Module) -> list[str]:
-    """Trained parameters that a row without pictures or sounds may leave without gradient."""
+    """Trained parameters that a row without images or audio may leave without gradient."""
     inside = {p for module in (decoder, *_heads(model)) for p in module.parameters()}
     return [name for name, p in model.named_parameters() if p.requires_grad and p not in inside]
 
@@ -225,7 +225,7 @@ class _SharedMethod:
         return getattr(type(self.owner), self.name).__get__(self.owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if current().encoding is not None:  # a video method may call that of pictures, which has its share already
+        if current().encoding is not None:  # a video method may call that of images, which has its share already
             return self._stock(*args, **kwargs)
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         balanced = self.kind == "balance"
@@ -242,14 +242,14 @@ class _SharedMethod:
         """Outputs of the stock method."""
         if self.passes is None:
             return [self._stock(**call) for call in calls]
-        smallest = calls[0] if items is None else items.select([_cheapest(items)])
+        smallest = calls[0] if items is None else items.select([_least_expensive(items)])
         return self.passes.run(self.owner, self.name, calls, smallest)
 
     def _encode(self, items: Items, assignment: Assignment) -> Any:
         """Features of all items, as the stock method gives them, from this rank's share."""
         mine = assignment.items(self.state.sp_rank).tolist()
-        # A rank without an item encodes the cheapest one and hands out nothing of it.
-        chosen = mine or [_cheapest(items)]
+        # A rank without an item encodes the least expensive one and hands out nothing of it.
+        chosen = mine or [_least_expensive(items)]
         calls = [[i] for i in chosen] if items.one_by_one else [chosen]
         outputs = self._run([items.select(call) for call in calls], items)
         blocks = [_blocks(output, len(call)) for output, call in zip(outputs, calls, strict=True)]
@@ -261,8 +261,8 @@ class _SharedMethod:
         ranks = None
         if self.name in _METHODS:
             ranks = find_ranks(getattr(self.owner, "config", None), _METHODS[self.name], sum(sizes), self.state)
-        whole = [_exchange(torch.cat(kind), len(mine), sizes, assignment, ranks, self.state) for kind in kinds]
-        return _like(outputs[0], whole, items.join(sizes))
+        full = [_exchange(torch.cat(kind), len(mine), sizes, assignment, ranks, self.state) for kind in kinds]
+        return _like(outputs[0], full, items.join(sizes))
 
     def _known_sizes(self, items: Items) -> list[int] | None:
         """Rows that each item becomes, where its grid tells."""
@@ -272,7 +272,7 @@ class _SharedMethod:
         return [patches // unit for patches in items.patches]
 
 
-def _cheapest(items: Items) -> int:
+def _least_expensive(items: Items) -> int:
     return min(range(len(items.costs)), key=items.costs.__getitem__)
 
 
@@ -314,25 +314,25 @@ def _exchange(
         return exchange_rows(local, sizes, assignment, ranks, state)
     counts = assignment.num_rows(sizes).tolist()
     padded = F.pad(local, (0, 0, 0, max(counts) - len(local)))
-    whole = gather_shards(padded, state.sp_group, dim=0).unflatten(0, (state.sp_size, -1))
+    full = gather_shards(padded, state.sp_group, dim=0).unflatten(0, (state.sp_size, -1))
     order = torch.from_numpy(assignment.restore(sizes)).to(local.device, non_blocking=True)
-    return torch.cat([rows[:length] for rows, length in zip(whole, counts, strict=True)])[order]
+    return torch.cat([rows[:length] for rows, length in zip(full, counts, strict=True)])[order]
 
 
-def _like(output: Any, whole: list[Tensor], sizes: list[int]) -> Any:
+def _like(output: Any, full: list[Tensor], sizes: list[int]) -> Any:
     """An output of the stock method's kind with the features of all items in it, and nothing else."""
     if isinstance(output, Tensor):
-        return whole[0].unflatten(0, (len(sizes), -1))
+        return full[0].unflatten(0, (len(sizes), -1))
     name = next(name for name in FEATURES if output.get(name) is not None)
     shape = output[name]
-    features: Any = whole[0]
+    features: Any = full[0]
     if not isinstance(shape, Tensor):
-        features = whole[0].split(sizes)
+        features = full[0].split(sizes)
     elif shape.dim() == 3:
-        features = whole[0].unflatten(0, (len(sizes), -1))
-    # The Omni thinkers' sounds are the same tensor under both names, and are read under the second.
+        features = full[0].unflatten(0, (len(sizes), -1))
+    # The Omni thinkers' audio clips are the same tensor under both names, and are read under the second.
     found: dict[str, Any] = {key: features for key in FEATURES if output.get(key) is shape}
     if output.get("deepstack_features") is not None:
         split = not isinstance(output["deepstack_features"][0], Tensor)
-        found["deepstack_features"] = [kind.split(sizes) if split else kind for kind in whole[1:]]
+        found["deepstack_features"] = [kind.split(sizes) if split else kind for kind in full[1:]]
     return type(output)(**found)

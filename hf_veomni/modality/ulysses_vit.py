@@ -3,13 +3,13 @@
     tower, pre-hook    pixels [P, D] -> [p, D], with positions and tables of this rank's patches beside them
       block            every layer works on p patches
         attention      patches for heads, attention within frames or windows of all, heads for patches (`ulysses`)
-      merger           p / m features, of whole merge units
+      merger           p / m features, of complete merge units
     tower, post-hook   features to the ranks whose slices have their tokens, or to all (`exchange`)
 
 The towers' own code runs unchanged: what they compute from the grid of all patches (boundaries, positions, windows,
 interpolation) they also take ready-made, and their attention asks transformers' AttentionInterface with boundaries if
 its name is that of a flash kind. Towers with windows reorder patches; here the pixels come in that order already, so
-that their own reordering has nothing to do, and features go back to the order of the tokens when they are whole.
+that their own reordering has nothing to do, and features go back to the order of the tokens when they are full.
 
 What is moved: in each block 4 P D / sp elements of queries, keys, values and outputs leave a rank, and as many in the
 backward; of the features as much as of shared items (`towers`). Memory of the layers is 1/sp of that of all patches.
@@ -60,14 +60,14 @@ _BOUNDARIES = "_omni_boundaries"
 
 
 def cutting() -> Encoding | None:
-    """The `get_*_features` method that runs with patches cut; None where the tower runs whole."""
+    """The `get_*_features` method that runs with patches cut; None where the tower runs in full."""
     encoding = current().encoding
     return encoding if encoding is not None and encoding.cut else None
 
 
 @dataclass(frozen=True)
 class Boundaries:
-    """What is between boundaries of the whole sequence attends to itself; goes through the tower on their tensor."""
+    """What is between boundaries of the full sequence attends to itself; goes through the tower on their tensor."""
 
     spec: MaskSpec
     state: ParallelState | None  # None: this rank has all patches
@@ -89,7 +89,7 @@ def tower_attention(
     """Attention of a vision tower under "omni_tower_flash": within boundaries, through Ulysses where patches are cut.
 
     Args:
-        query: [1, H, p, D], or of all patches in a tower that runs whole; key and value alike.
+        query: [1, H, p, D], or of all patches in a tower that runs in full; key and value alike.
         cu_seq_lens_q: int, of all patches.
 
     Collectives: two all-to-alls over the SP group where patches are cut, and as many in the backward.
@@ -134,7 +134,7 @@ def register_tower_attention() -> str:
 
 
 class PatchSlices:
-    """Which patches each SP rank has: whole merge units, equally many, the last slices filled up. Pure.
+    """Which patches each SP rank has: complete merge units, equally many, the last slices filled up. Pure.
 
     Attributes:
         order: of the units in the tower, int64 [U], where it is not theirs.
@@ -233,8 +233,8 @@ class TowerCut:
     def _bound(self, edges: Tensor, slices: PatchSlices, device: torch.device) -> tuple[Tensor, int, list[int]]:
         """Boundaries with what fills the last slices as a part of its own; the longest part; lengths without it."""
         lengths = edges.diff().tolist()
-        filler = slices.num_filled - sum(lengths)
-        parts = [*lengths, filler] if filler else lengths
+        padding = slices.num_filled - sum(lengths)
+        parts = [*lengths, padding] if padding else lengths
         bound = torch.tensor([0, *accumulate(parts)], dtype=edges.dtype, device=edges.device)
         setattr(bound, _BOUNDARIES, Boundaries(_make_spec(parts, device), self.state))
         return bound, max(parts), lengths
@@ -249,11 +249,11 @@ class TowerCut:
             spatial_merge_size=self.config.spatial_merge_size,
             kwargs=inputs,
         )
-        for name, whole in zip(("interp_indices", "interp_weights"), found, strict=True):
-            inputs[name] = slices.take(whole, self.state.sp_rank)
+        for name, full in zip(("interp_indices", "interp_weights"), found, strict=True):
+            inputs[name] = slices.take(full, self.state.sp_rank)
 
     def cut_lengths(self, embeddings: nn.Module, args: tuple) -> tuple | None:
-        """Patches of each picture in this rank's slice, in place of those of all."""
+        """Patches of each image in this rank's slice, in place of those of all."""
         if self.slices is None:
             return None
         size = self.slices.part * self.unit
@@ -298,7 +298,7 @@ def check_cut(tower: nn.Module, name: str, sp_size: int) -> None:
     if kind not in FRAMES:
         raise UnsupportedError(
             f"The rule 'sp: ulysses' names `{name}` ({type(tower).__name__}, model type {kind!r}), whose patches "
-            f"cannot be cut: it takes towers of the model types {', '.join(sorted(FRAMES))}. Use 'balance' (whole "
+            f"cannot be cut: it takes towers of the model types {', '.join(sorted(FRAMES))}. Use 'balance' (complete "
             "items, the default) or 'replicate' for this one."
         )
     heads = getattr(config, "num_heads", None) or config.num_attention_heads

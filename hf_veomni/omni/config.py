@@ -93,7 +93,7 @@ def _check_options(options: Mapping[str, Any], where: str) -> None:
     for name in {"pool", "frames"} & set(options):
         value = options[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{where}.{name}` ({value!r}) must be a whole number from 1.")
+            raise ValueError(f"`{where}.{name}` ({value!r}) must be an integer from 1.")
     weight = options.get("loss_weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
         raise ValueError(f"`{where}.loss_weight` ({weight!r}) must be a number from 0.")
@@ -150,8 +150,8 @@ class OmniConfig(PreTrainedConfig):
         self.decoders = self._parts("decoders", self.decoders or {}, DECODERS)
         super().__post_init__(**kwargs)
         for name in ("vision_config", "audio_config"):  # of a model with a text side: its tower
-            whole = getattr(self, name)
-            setattr(self, name, getattr(whole, name, whole))
+            full = getattr(self, name)
+            setattr(self, name, getattr(full, name, full))
         if self.text_config is not None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
             self._check_tokens()

@@ -1,7 +1,7 @@
 """Decoders of an omni model: items of a modality as codes, which a head of their own predicts.
 
-Shapes: N items of a modality, n codes of an item, H width of the foundation, C codes there are; of sounds K codebooks,
-T frames, n = T K.
+Shapes: N items of a modality, n codes of an item, H width of the foundation, C codes there are; of audio clips K
+codebooks, T frames, n = T K.
 """
 
 from __future__ import annotations
@@ -91,39 +91,39 @@ class _CodeDecoder(DecoderMixin, nn.Module):
 
 
 class ImageDecoder(_CodeDecoder):
-    """Pictures as codes of Janus's VQ model."""
+    """Images as codes of Janus's VQ model."""
 
     def __init__(self, config: Any, hidden_size: int, options: dict[str, Any]) -> None:
         if config.model_type != "janus_vqgan":
             raise UnsupportedError(f"An image decoder must be of type 'janus_vqgan', not '{config.model_type}'.")
         super().__init__(JanusVQVAE._from_config(config), config.num_embeddings, hidden_size, options)
         self.num_codes = config.num_patches**2
-        # Each level but the last halves the picture.
+        # Each level but the last halves the image.
         self.size = config.num_patches * 2 ** (len(config.channel_multiplier) - 1)
 
     @torch.no_grad()
     def lm_encode(self, features: Tensor) -> Tensor:
-        """Pictures [N, channels, size, size] -> codes [N, n], row by row.
+        """Images [N, channels, size, size] -> codes [N, n], row by row.
 
         Raises:
-            ValueError: pictures of another size than the VQ model's.
+            ValueError: images of another size than the VQ model's.
         """
         if features.dim() != 4 or features.shape[-2:] != (self.size, self.size):
             raise ValueError(
-                f"Pictures of shape {tuple(features.shape)} must be [N, channels, {self.size}, {self.size}]: "
-                f"{self.num_codes} codes a picture. Resize them, or set `num_patches` of the VQ model."
+                f"Images of shape {tuple(features.shape)} must be [N, channels, {self.size}, {self.size}]: "
+                f"{self.num_codes} codes an image. Resize them, or set `num_patches` of the VQ model."
             )
         return self.vq.encode(features.to(self.vq.dtype)).image_tokens.view(len(features), -1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [N, n] -> pictures [N, channels, size, size].
+        """Codes [N, n] -> images [N, channels, size, size].
 
         Raises:
-            ValueError: another number of codes than a picture has.
+            ValueError: another number of codes than an image has.
         """
         if codes.dim() != 2 or codes.shape[1] != self.num_codes:
-            raise ValueError(f"Codes of shape {tuple(codes.shape)} must be [N, {self.num_codes}], one row a picture.")
+            raise ValueError(f"Codes of shape {tuple(codes.shape)} must be [N, {self.num_codes}], one row an image.")
         return self.vq.decode(codes)
 
 
@@ -135,7 +135,7 @@ _CODECS = {
 
 
 class AudioDecoder(_CodeDecoder):
-    """Sounds as codes of a Mimi or DAC codec: frame by frame, and in a frame one code of each codebook.
+    """Audio clips as codes of a Mimi or DAC codec: frame by frame, and in a frame one code of each codebook.
 
     A code of codebook k has the id k * codebook_size + code, so one embedding and one head serve all codebooks.
     """
@@ -155,21 +155,21 @@ class AudioDecoder(_CodeDecoder):
 
     @torch.no_grad()
     def lm_encode(self, features: Tensor) -> Tensor:
-        """Sounds [N, samples] or [N, 1, samples] -> codes [N, n], frame by frame.
+        """Audio clips [N, samples] or [N, 1, samples] -> codes [N, n], frame by frame.
 
         Raises:
             ValueError: a shape of more than one channel.
         """
-        sounds = features[:, None] if features.dim() == 2 else features
-        if sounds.dim() != 3 or sounds.shape[1] != 1:
-            raise ValueError(f"Sounds of shape {tuple(features.shape)} must be [N, samples] or [N, 1, samples].")
-        codes = self.vq.encode(sounds.to(self.vq.dtype)).audio_codes  # [N, K, T]
+        clips = features[:, None] if features.dim() == 2 else features
+        if clips.dim() != 3 or clips.shape[1] != 1:
+            raise ValueError(f"Audio clips of shape {tuple(features.shape)} must be [N, samples] or [N, 1, samples].")
+        codes = self.vq.encode(clips.to(self.vq.dtype)).audio_codes  # [N, K, T]
         first = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size
         return (codes + first[:, None]).transpose(1, 2).flatten(1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [N, n] -> sounds [N, samples].
+        """Codes [N, n] -> audio clips [N, samples].
 
         Raises:
             ValueError: a broken frame, or a code in the place of another codebook's.

@@ -1,4 +1,4 @@
-"""What an omni model generates: text, codes of pictures, codes of sounds.
+"""What an omni model generates: text, codes of images, codes of audio clips.
 
 Shapes: B prompts, S tokens of a prompt, n codes of an item.
 """
@@ -67,15 +67,15 @@ class OmniGenerationMixin(GenerationMixin):
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def generate_image(self, input_ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        """Draw a picture after each prompt.
+        """Draw an image after each prompt.
 
         Args:
-            input_ids: prompts [B, S] of one length, up to the place where a picture begins.
+            input_ids: prompts [B, S] of one length, up to the place where an image begins.
             options: `do_sample`, `temperature`, `generator`: choose codes at random, by the head's probabilities; else
                 the likeliest. Anything else is an input of the forward that belongs to the prompt.
 
         Returns:
-            Codes [B, n] and pictures [B, channels, size, size].
+            Codes [B, n] and images [B, channels, size, size].
 
         Raises:
             ValueError: the model has no image decoder.
@@ -91,15 +91,15 @@ class OmniGenerationMixin(GenerationMixin):
         path: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Make a sound after each prompt.
+        """Make an audio clip after each prompt.
 
         Args:
             input_ids, options: as in `generate_image`.
-            frames: length of the sounds; by default the config's `frames`.
+            frames: length of the audio clips; by default the config's `frames`.
             path: a wav file to write; of several prompts the files are called `name-0.wav`, `name-1.wav`, ...
 
         Returns:
-            Codes [B, n] and sounds [B, samples] between -1 and 1.
+            Codes [B, n] and audio clips [B, samples] between -1 and 1.
 
         Raises:
             ValueError: the model has no audio decoder.
@@ -107,12 +107,12 @@ class OmniGenerationMixin(GenerationMixin):
         decoder = self.decoders["audio"] if "audio" in self.decoders else None
         count = None if frames is None or decoder is None else frames * decoder.num_codebooks
         codes = self._generate_codes("audio", input_ids, num_codes=count, **options)
-        sounds = self.decoders["audio"].decode(codes)
-        for number, sound in enumerate(sounds if path is not None else ()):
+        clips = self.decoders["audio"].decode(codes)
+        for number, clip in enumerate(clips if path is not None else ()):
             assert path is not None
-            name = Path(path) if len(sounds) == 1 else Path(path).with_stem(f"{Path(path).stem}-{number}")
-            write_wav(name, sound, self.decoders["audio"].sampling_rate)
-        return codes, sounds
+            name = Path(path) if len(clips) == 1 else Path(path).with_stem(f"{Path(path).stem}-{number}")
+            write_wav(name, clip, self.decoders["audio"].sampling_rate)
+        return codes, clips
 
     @torch.no_grad()
     def _generate_codes(

@@ -52,8 +52,8 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
     decoder_classes: Mapping[str, Any] = {"image": ImageDecoder, "audio": AudioDecoder}
     foundation_class: type[PreTrainedModel] | None = None
 
-    # Features enter the row before it reaches the foundation's stack, so that it may be cut there.
-    merges_whole_features = True
+    # Features enter the row before it reaches the foundation's backbone, so that it may be cut there.
+    merges_full_features = True
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -113,7 +113,7 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
         return self
 
     def get_decoder(self) -> nn.Module:
-        """The foundation's stack."""
+        """The foundation's backbone."""
         return self.foundation.get_decoder()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -293,7 +293,7 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
         return loss
 
     def _run_foundation(self, **inputs: Any) -> tuple[Any, Tensor]:
-        """Output of the causal LM, and what its stack hands to its head."""
+        """Output of the causal LM, and what its backbone hands to its head."""
         hidden: list[Tensor] = []
         hook = self.get_decoder().register_forward_hook(lambda module, args, out: hidden.append(out[0]))
         try:

@@ -81,13 +81,13 @@ def _size(config: PreTrainedConfig, name: str) -> int:
     if not isinstance(value, int):
         raise UnsupportedError(
             f"A vision encoder of type '{config.model_type}' has `{name}` {value!r}, and one number is needed: use "
-            "SigLIP, CLIP, ViT or another tower for square pictures of one size."
+            "SigLIP, CLIP, ViT or another tower for square images of one size."
         )
     return value
 
 
 class VisionEncoder(_Encoder):
-    """Pictures [N, channels, size, size] through a vision model with `last_hidden_state` (SigLIP, CLIP, ViT)."""
+    """Images [N, channels, size, size] through a vision model with `last_hidden_state` (SigLIP, CLIP, ViT)."""
 
     def __init__(self, config: Any, hidden_size: int, options: dict[str, Any]) -> None:
         for name in ("image_size", "patch_size"):

@@ -1,10 +1,10 @@
-"""Install sequence parallelism and packing on a stock model: marks on attention modules, hooks around the stack.
+"""Install sequence parallelism and packing on a stock model: marks on attention modules, hooks around the backbone.
 
-    decoder stack     pre-hook    pads the row, finds the packed documents, switches the cache off
+    backbone          pre-hook    pads the row, finds the packed documents, switches the cache off
       rotary          post-hook   rope tables [.., S', D] -> [.., s, D]
       layer           pre-hook    hidden states [B, S', H] -> [B, s, H], in the first layer that sees the full row
         attention     mark        the registered attention function exchanges tokens for heads (`ulysses`)
-    decoder stack     post-hook   checks that what comes out is this rank's slice
+    backbone          post-hook   checks that what comes out is this rank's slice
 
 Embeddings, masks and positions are made at full length by the model's own code, so masks are right by construction.
 Module hooks run outside of activation checkpointing (transformers 5.23 checkpoints `forward`, not `__call__`), hence
@@ -24,14 +24,21 @@ from torch import Tensor, nn
 from hf_veomni import hf
 from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.packing import tell_packing, untell_packing
-from hf_veomni.attention.registry import adopt, release, select
+from hf_veomni.attention.registry import attach_user, release, select
 from hf_veomni.attention.varlen import VARLEN_NAME, register_varlen_attention
 from hf_veomni.context import Call, CheckpointCarrier, Row, current, enter, is_cut, is_generating, leave
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import forget
 from hf_veomni.mesh import ParallelState
+from hf_veomni.sequence.backbone import (
+    looks_ahead_by_kernel,
+    makes_masks,
+    masks_on_demand,
+    reads_padding,
+    views_as_row,
+)
 from hf_veomni.sequence.checks import (
-    Traits,
+    Capabilities,
     check_available,
     check_counted,
     check_documents,
@@ -46,22 +53,15 @@ from hf_veomni.sequence.cross import can_cross, cross_attention, is_cross, watch
 from hf_veomni.sequence.families.bias import attach_bias
 from hf_veomni.sequence.families.core import attach_patch, has_patch
 from hf_veomni.sequence.families.deepstack import cut_deepstack
-from hf_veomni.sequence.gather_points import find_exit, map_hidden, pooling_modules, text_encoder
+from hf_veomni.sequence.gather_points import find_gather_point, map_hidden, pooling_modules, text_encoder
 from hf_veomni.sequence.generation import attach_generate, detach_generate
 from hf_veomni.sequence.inputs import find_positions, prepare_mask
-from hf_veomni.sequence.inspect import Seam, check_heads, find_seam
+from hf_veomni.sequence.inspect import ShardPoints, check_heads, find_shard_points
 from hf_veomni.sequence.layer_inputs import cut_call
 from hf_veomni.sequence.mixers import Gathered, LinearAttachment, check_mixer_heads
 from hf_veomni.sequence.origin import find_origin
 from hf_veomni.sequence.outputs import Outputs
 from hf_veomni.sequence.shard import check_same_rows, gather_rows, pad_inputs, shard_sequence
-from hf_veomni.sequence.stack import (
-    looks_ahead_by_kernel,
-    makes_masks,
-    masks_on_demand,
-    reads_padding,
-    views_as_row,
-)
 from hf_veomni.sequence.ulysses import ulysses_attention
 
 _MARK = "_omni_sequence"
@@ -77,9 +77,9 @@ def _wrap_attention(inner: hf.AttentionFunction | None) -> hf.AttentionFunction:
         function = inner or hf.eager_attention(module)
         state: ParallelState | None = getattr(module, _MARK, None)
         row = current().row
-        if state is not None and is_cross(module) and not (row is not None and row.whole and state.sp_size > 1):
+        if state is not None and is_cross(module) and not (row is not None and row.full and state.sp_size > 1):
             return cross_attention(function, module, query, key, value, attention_mask, state, **kwargs)
-        if state is None or state.sp_group is None or (row is not None and row.whole):
+        if state is None or state.sp_group is None or (row is not None and row.full):
             return function(module, query, key, value, attention_mask, **kwargs)
         return ulysses_attention(
             function, module, query, key, value, attention_mask, group=state.sp_group, rank=state.sp_rank, **kwargs
@@ -96,7 +96,7 @@ class SequenceAttachment:
         model: nn.Module,
         state: ParallelState,
         attention: str = "auto",
-        whole_output: bool = False,
+        full_output: bool = False,
         gathered: Gathered | None = None,
         masks_as_tensors: bool = False,
     ) -> None:
@@ -104,47 +104,47 @@ class SequenceAttachment:
         self.model, self.state = hf.base_model(model), state
         self.name = type(self.model).__name__  # FSDP2 renames the class
         rules = Gathered.of(self.model, state.plan) if gathered is None else gathered
-        self.seam: Seam = find_seam(self.model, rules.modules, rules.names)
-        if self.seam.attentions:
+        self.points: ShardPoints = find_shard_points(self.model, rules.modules, rules.names)
+        if self.points.attentions:
             check_heads(self.model, state.sp_size)
-        check_mixer_heads(self.seam.mixers, state.sp_size)
+        check_mixer_heads(self.points.mixers, state.sp_size)
         self.config = hf.text_config(self.model)
-        self.exit = find_exit(self.model, self.seam, whole_output)
-        self._masks_as_tensors = any(map(has_patch, self.seam.attentions)) or rules.attend or masks_as_tensors
+        self.gather_point = find_gather_point(self.model, self.points, full_output)
+        self._masks_as_tensors = any(map(has_patch, self.points.attentions)) or rules.attend or masks_as_tensors
         self._masks_as_tensors |= reads_padding(self.model)
         self.encoder: SequenceAttachment | None = None
-        encoder = text_encoder(self.model, self.seam)
+        encoder = text_encoder(self.model, self.points)
         if encoder is not None:
             self.encoder = SequenceAttachment(encoder, state, attention, True, rules, self._masks_as_tensors)
             self._masks_as_tensors |= self.encoder._masks_as_tensors  # they may share a config
         if gathered is None:
-            rules.check([*self.seam.mixers, *(self.encoder.seam.mixers if self.encoder else ())])
+            rules.check([*self.points.mixers, *(self.encoder.points.mixers if self.encoder else ())])
         self.outputs = Outputs(state.sp_size)
         self._handles: list[Any] = []
-        self._configs = hf.iterate_configs(self.seam.decoder, iter(self.seam.attentions))
+        self._configs = hf.iterate_configs(self.points.decoder, iter(self.points.attentions))
         self._option = attention
-        self._signature = list(inspect.signature(self.seam.decoder.forward).parameters)
+        self._signature = list(inspect.signature(self.points.decoder.forward).parameters)
         self._model_signature = list(inspect.signature(self.model.forward).parameters)
-        self._views_as_row = views_as_row(self.seam.decoder) and self.exit is not self.seam.decoder
-        self._looks_ahead = any(not getattr(m, "is_causal", False) for m in self.seam.attentions)
-        self._origin = find_origin(self.seam.decoder, self.seam.layers)
-        self._traits = Traits(
+        self._views_as_row = views_as_row(self.points.decoder) and self.gather_point is not self.points.decoder
+        self._looks_ahead = any(not getattr(m, "is_causal", False) for m in self.points.attentions)
+        self._origin = find_origin(self.points.decoder, self.points.layers)
+        self._capabilities = Capabilities(
             self.name,
             Context.of(self.config, self._origin),
-            self.seam,
-            makes_masks([self.model, self.model.base_model, self.seam.decoder, self.seam.holder]),
-            hf.masks_follow_positions(self.seam.decoder),
+            self.points,
+            makes_masks([self.model, self.model.base_model, self.points.decoder, self.points.container]),
+            hf.masks_follow_positions(self.points.decoder),
             self._masks_as_tensors,
-            any(getattr(module, "token_dropout", False) for module in self.seam.decoder.modules()),
+            any(getattr(module, "token_dropout", False) for module in self.points.decoder.modules()),
         )
-        self._masks_on_demand = masks_on_demand(self.seam.decoder)
-        self._wants_mask = looks_ahead_by_kernel(self.seam.decoder, self.seam.attentions)
+        self._masks_on_demand = masks_on_demand(self.points.decoder)
+        self._wants_mask = looks_ahead_by_kernel(self.points.decoder, self.points.attentions)
         self._install()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A deep copy of the model has a copy of this, which counts for the copy's configs and for the registry."""
         vars(self).update(state)
-        adopt(self, self._configs, self._option, self._previous)
+        attach_user(self, self._configs, self._option, self._previous)
         _attached.add(self)
 
     def _install(self) -> None:
@@ -155,10 +155,10 @@ class SequenceAttachment:
         self._previous = select(self, self._configs, self._option, replaced, VARLEN_NAME)
         _registry.wrap_all(_wrap_attention)
         _attached.add(self)
-        for module in self.seam.attentions:
+        for module in self.points.attentions:
             setattr(module, _MARK, self.state)
-        self._handles += [watch_cross(m) for m in self.seam.attentions if can_cross(m)]
-        decoder = self.seam.decoder
+        self._handles += [watch_cross(m) for m in self.points.attentions if can_cross(m)]
+        decoder = self.points.decoder
         if self.model is not decoder:
             self._handles += [
                 self.model.register_forward_pre_hook(self._note_cache, with_kwargs=True),
@@ -169,26 +169,26 @@ class SequenceAttachment:
             decoder.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
         if self.state.sp_size > 1:
-            self._handles += [attach_patch(m, self.state, is_cut) for m in self.seam.attentions if has_patch(m)]
-            self._handles += [attach_bias(m, self.state.sp_size, is_cut) for m in self.seam.attentions]
-            if self.exit is not None and self.exit is not decoder:
-                self._handles.append(self.exit.register_forward_hook(self._gather_output))
-            if self._views_as_row:  # the stack reshapes what its last norm returns as if it were whole
+            self._handles += [attach_patch(m, self.state, is_cut) for m in self.points.attentions if has_patch(m)]
+            self._handles += [attach_bias(m, self.state.sp_size, is_cut) for m in self.points.attentions]
+            if self.gather_point is not None and self.gather_point is not decoder:
+                self._handles.append(self.gather_point.register_forward_hook(self._gather_output))
+            if self._views_as_row:  # the backbone reshapes what its last norm returns as if it were full
                 pooling = [decoder.get_submodule("ln_f")]
             else:
-                pooling = pooling_modules(self.seam, self.exit)
+                pooling = pooling_modules(self.points, self.gather_point)
             for module in pooling:
                 self._handles.append(module.register_forward_pre_hook(self._gather_input, with_kwargs=True))
             attach_generate(self.model)
-            self._handles += [m.register_forward_hook(self._shard_rope) for m in self.seam.rotary]
+            self._handles += [m.register_forward_hook(self._shard_rope) for m in self.points.rotary]
             self._handles += [
                 m.register_forward_pre_hook(self._shard_hidden, with_kwargs=True)  # pyright: ignore
-                for m in self.seam.layers
+                for m in self.points.layers
             ]
         self._checkpointed = [module for module in decoder.modules() if hasattr(module, "gradient_checkpointing")]
         self._linear = None
-        if self.seam.mixers:
-            self._linear = LinearAttachment(decoder, self.seam.mixers, self.state)
+        if self.points.mixers:
+            self._linear = LinearAttachment(decoder, self.points.mixers, self.state)
 
     def detach(self) -> None:
         """Remove hooks and marks, select the previous attention, and free the registry after the last model."""
@@ -200,7 +200,7 @@ class SequenceAttachment:
             self._linear.detach()
         hf.restore_checkpointing(self._checkpointed, CheckpointCarrier)
         detach_generate(self.model)
-        for module in self.seam.attentions:
+        for module in self.points.attentions:
             if _MARK in module.__dict__:
                 delattr(module, _MARK)
         release(self, self._configs)
@@ -211,22 +211,22 @@ class SequenceAttachment:
 
     def gather(self, local: Tensor, length: int | None = None) -> Tensor:
         """[B, s, ...] of this rank to [B, S, ...] without padding; S is that of the row it comes from, or `length`."""
-        length = self.outputs.length_of(local, self.exit is not None, length)
-        if self.outputs.is_whole(local) or (self.exit is not None and local.shape[1] == length):
-            return local  # the head has worked on the whole row
+        length = self.outputs.length_of(local, self.gather_point is not None, length)
+        if self.outputs.is_full(local) or (self.gather_point is not None and local.shape[1] == length):
+            return local  # the head has worked on the full row
         return gather_rows(local, length, self.state)
 
     def _enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         inputs = {**dict(zip(self._signature, args, strict=False)), **kwargs}
         given = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs.get("input_ids")
         if given is None:
-            return args, kwargs  # the stack's own error names what is missing
+            return args, kwargs  # the backbone's own error names what is missing
         length = given.shape[1]
-        whole = self._runs_whole(inputs)
-        extra = 0 if whole else -length % self.state.sp_size
-        row, documents = Row(self, length, length + extra, whole), None
-        if not whole:
-            if self.outputs.is_empty and self.state.sp_size > 1:  # once: a loader that deals wrongly always does
+        full = self._runs_unsharded(inputs)
+        extra = 0 if full else -length % self.state.sp_size
+        row, documents = Row(self, length, length + extra, full), None
+        if not full:
+            if self.outputs.is_empty and self.state.sp_size > 1:  # once: a loader that assigns wrongly always does
                 check_same_rows(given, self.state)
             inputs, documents = self._prepare(inputs, given, extra, row)
             self.outputs.add(length)
@@ -248,12 +248,12 @@ class SequenceAttachment:
         if call is None or call.owner is not self:
             return  # `_note_cache` did not run
         leave(call)
-        if call.row is not None and not call.row.whole and self.state.sp_size > 1:
+        if call.row is not None and not call.row.full and self.state.sp_size > 1:
             self.outputs.note(output, call.row.length)
         if output is not None and call.row is None and self.state.sp_size > 1:  # None: an error is on its way
-            refuse_unshared(self.name, type(self.seam.decoder).__name__.removeprefix("FSDP"))
+            refuse_unshared(self.name, type(self.points.decoder).__name__.removeprefix("FSDP"))
 
-    def _runs_whole(self, inputs: dict[str, Any]) -> bool:
+    def _runs_unsharded(self, inputs: dict[str, Any]) -> bool:
         """With a cache and in `generate` every rank of the SP group runs the full row."""
         call = current().call
         if call is not None and call.owner is self:
@@ -276,7 +276,7 @@ class SequenceAttachment:
             positions = call.positions
         positions = find_positions(positions, given, inputs.get("attention_mask"), self.config)
         # Tables of learned positions may begin elsewhere than at 0 (RoBERTa): the model makes its own positions then.
-        made = inputs.get("position_ids") is None and not (self.seam.rotary and "position_ids" in self._signature)
+        made = inputs.get("position_ids") is None and not (self.points.rotary and "position_ids" in self._signature)
         inputs = {**inputs, "position_ids": positions}
         if "use_cache" in self._signature or "use_cache" in inputs:
             inputs["use_cache"] = False
@@ -295,9 +295,9 @@ class SequenceAttachment:
         inputs = cut_deepstack(inputs, row.padded, self.state)
         inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
         documents = row_documents(inputs["position_ids"], given.shape[0], extra)
-        check_documents(self._traits, documents, mask, positions, filled=bool(extra))
+        check_documents(self._capabilities, documents, mask, positions, filled=bool(extra))
         check_masks_above(self.name, documents, inputs.get("attention_mask"), filled=bool(extra))
-        check_counted(self.name, self.seam.max_counted, max(row.padded // self.state.sp_size, documents.max_length))
+        check_counted(self.name, self.points.max_counted, max(row.padded // self.state.sp_size, documents.max_length))
         # transformers reads the mask; the rest may reach compiled modules, and compilers take plain tensors.
         inputs = {k: forget(x) if isinstance(x, Tensor) and k != "attention_mask" else x for k, x in inputs.items()}
         if made:
@@ -309,7 +309,9 @@ class SequenceAttachment:
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
         if self.state.sp_size > 1:
-            crosses = any(map(can_cross, self.seam.attentions)) or any(m.scheme == "gather" for m in self.seam.mixers)
+            crosses = any(map(can_cross, self.points.attentions)) or any(
+                m.scheme == "gather" for m in self.points.mixers
+            )
             check_available(inputs, self.config, crosses=crosses)
         for config in self._configs:
             name = hf.attention_name(config)
@@ -332,7 +334,7 @@ class SequenceAttachment:
         return joined
 
     def _join_output(self, decoder: nn.Module, output: Any, row: Row) -> Any:
-        if row.whole or row.gathered:
+        if row.full or row.gathered:
             return None
         if self._views_as_row:
             output = map_hidden(output, lambda hidden: shard_sequence(hidden, 1, self.state))
@@ -340,7 +342,7 @@ class SequenceAttachment:
             return output
         hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
         check_slice(type(decoder).__name__, hidden, row.padded, self.state.sp_size)
-        if self.exit is decoder:
+        if self.gather_point is decoder:
             return map_hidden(output, lambda hidden: gather_rows(hidden, row.length, self.state))
         if self.state.sp_size > 1:
             self.outputs.note(output, row.length)
@@ -348,21 +350,21 @@ class SequenceAttachment:
 
     def _gather_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
         row = current().row
-        if row is None or row.whole or row.owner is not self:
+        if row is None or row.full or row.owner is not self:
             return output
         row.gathered = True
         return map_hidden(output, lambda hidden: gather_rows(hidden, row.length, self.state))
 
     def _gather_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         row = current().row
-        if row is None or row.whole or row.owner is not self or not args:
+        if row is None or row.full or row.owner is not self or not args:
             return None
-        whole = gather_rows(args[0], row.padded if self._views_as_row else row.length, self.state)
-        return (whole, *args[1:]), kwargs
+        full = gather_rows(args[0], row.padded if self._views_as_row else row.length, self.state)
+        return (full, *args[1:]), kwargs
 
     def _shard_rope(self, module: nn.Module, args: tuple, output: Any) -> Any:
         row = current().row
-        if row is None or row.whole or row.owner is not self:
+        if row is None or row.full or row.owner is not self:
             return output
         tables = output if isinstance(output, tuple) else (output,)
         if any(table.shape[-2] != row.padded for table in tables):
@@ -374,13 +376,13 @@ class SequenceAttachment:
     @torch.compiler.disable
     def _shard_hidden(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         row = current().row
-        if row is None or row.whole or row.owner is not self:
+        if row is None or row.full or row.owner is not self:
             return None
         return cut_call(layer, args, kwargs, row, self.state)
 
 
 def attach_sequence(
-    model: nn.Module, state: ParallelState, attention: str = "auto", whole_output: bool = False
+    model: nn.Module, state: ParallelState, attention: str = "auto", full_output: bool = False
 ) -> SequenceAttachment:
     """Make a stock decoder-only model take full rows and work on this rank's slice; packed documents stay apart.
 
@@ -389,11 +391,11 @@ def attach_sequence(
         state: whose SP group shares the rows; with sp_size 1 only packing is installed.
         attention: "auto" selects the varlen attention where the model has sdpa (or eager and nothing else); "keep"
             leaves the selected implementation.
-        whole_output: put the stack's output together again, for a head that does not work token by token.
+        full_output: put the backbone's output together again, for a head that does not work token by token.
 
     Raises:
-        UnsupportedError: the model has no seam, or fewer query heads than sp_size.
+        UnsupportedError: the model has no shard points, or fewer query heads than sp_size.
     """
     if attention not in ("auto", "keep"):
         raise ValueError(f"`attention` ({attention!r}) must be 'auto' or 'keep'.")
-    return SequenceAttachment(model, state, attention, whole_output)
+    return SequenceAttachment(model, state, attention, full_output)

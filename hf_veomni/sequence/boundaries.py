@@ -2,7 +2,7 @@
 
     cu_seq_lens_q, cu_seq_lens_k   where documents begin in the flattened rows, and where the last ends; or cu_seqlens
     seq_idx                        [B, S], the number of each token's document
-    attention_mask                 [B, S] of whole numbers: 1, 1, 2, 2, 2, 0 are two documents and padding
+    attention_mask                 [B, S] of integers: 1, 1, 2, 2, 2, 0 are two documents and padding
 
 Below, positions alone tell documents apart. Shapes: B rows; S tokens of a full row.
 """
@@ -28,7 +28,7 @@ _OPTIONS = (*_EDGES, _NUMBERS, "max_length_q", "max_length_k")
 def attach_boundaries(model: nn.Module) -> Callable[[], None]:
     """Turn other forms of boundaries into `position_ids` before anything else sees a call of the model.
 
-    A mask of whole numbers of which the host does not know the values is read here, for all that ask after this; and
+    A mask of integers of which the host does not know the values is read here, for all that ask after this; and
     one number more where the mask tells of documents and positions are given as well.
 
     Returns:

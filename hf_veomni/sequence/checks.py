@@ -15,16 +15,16 @@ from hf_veomni.attention.varlen import VARLEN_NAME
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import apply, on_host
 from hf_veomni.sequence.context_length import Context
-from hf_veomni.sequence.inspect import Seam
+from hf_veomni.sequence.inspect import ShardPoints
 
 
 @dataclass(frozen=True)
-class Traits:
+class Capabilities:
     """What the checks look at.
 
     Attributes:
         makes_masks: with transformers' functions.
-        masks_pack: the stack hands positions to them, so stock masks separate documents.
+        masks_pack: the backbone hands positions to them, so stock masks separate documents.
         masks_as_tensors: some attention takes nothing else, so that no other can be selected.
         context: how long documents may be.
         scales_rows: its embeddings depend on the share of masked tokens in a row (ESM's token dropout).
@@ -32,18 +32,18 @@ class Traits:
 
     name: str
     context: Context
-    seam: Seam
+    points: ShardPoints
     makes_masks: bool
     masks_pack: bool
     masks_as_tensors: bool
     scales_rows: bool = False
 
 
-def row_documents(positions: Tensor, num_rows: int, filler: int = 0) -> Documents:
+def row_documents(positions: Tensor, num_rows: int, padding: int = 0) -> Documents:
     """The documents of rows, which begin where positions do not go on; [.., S] or mRoPE's [3 or 4, B, S].
 
     Args:
-        filler: tokens at the end that only fill the rows up.
+        padding: tokens at the end that only fill the rows up.
     """
     if positions.dim() == 3 and positions.shape[0] != 4:
         documents = Documents.from_lengths(((positions.shape[-1],),) * num_rows, device=positions.device)
@@ -51,56 +51,59 @@ def row_documents(positions: Tensor, num_rows: int, filler: int = 0) -> Document
         positions = apply(Tensor.__getitem__, positions, 0) if positions.dim() == 3 else positions
         documents = Documents.from_position_ids(apply(Tensor.expand, positions, num_rows, -1))
         documents = replace(documents, positions=positions)
-    return replace(documents, filler=filler)
+    return replace(documents, padding=padding)
 
 
-def check_documents(traits: Traits, documents: Documents, mask: Any, positions: Tensor, *, filled: bool) -> None:
+def check_documents(
+    capabilities: Capabilities, documents: Documents, mask: Any, positions: Tensor, *, filled: bool
+) -> None:
     """Raises UnsupportedError where documents are too long or would see each other.
 
     Args:
         filled: whether the last document is the dummy that fills a row up.
     """
-    traits.context.check(documents.max_length)
+    capabilities.context.check(documents.max_length)
     # The dummy document that fills a row up comes last, so a causal mask alone keeps the one before it apart.
     # Without attention there is no mask, and mixers keep documents apart by themselves.
     if all(len(row) <= 1 + filled for row in documents.lengths):
         return
     lengths = [length for row in documents.lengths for length in row[: len(row) - filled]]
-    if traits.context.mixes(lengths) and not _only_padded(positions, mask):
+    if capabilities.context.mixes(lengths) and not _only_padded(positions, mask):
         raise UnsupportedError(
-            f"Packed documents of {min(lengths)} to {max(lengths)} tokens: from more than {traits.context.switch} on "
-            f"the rope of {traits.name} has other frequencies, and a row has one set for all. Give longer documents "
-            "rows of their own."
+            f"Packed documents of {min(lengths)} to {max(lengths)} tokens: from more than "
+            f"{capabilities.context.switch} on the rope of {capabilities.name} has other frequencies, and a row has "
+            "one set for all. Give longer documents rows of their own."
         )
-    if traits.scales_rows:
+    if capabilities.scales_rows:
         raise UnsupportedError(
-            f"{traits.name} scales embeddings by the share of masked tokens in a row (`token_dropout`), which is not "
-            "that of each packed document: train it on one document a row, or set `token_dropout` to False."
+            f"{capabilities.name} scales embeddings by the share of masked tokens in a row (`token_dropout`), which "
+            "is not that of each packed document: train it on one document a row, or set `token_dropout` to False."
         )
-    if not traits.seam.attentions:
+    if not capabilities.points.attentions:
         return
-    if not traits.makes_masks:
+    if not capabilities.makes_masks:
         raise UnsupportedError(
-            f"Packed documents would see each other: {traits.name} makes its attention mask without transformers' "
-            "masking functions. Train it on one document a row."
+            f"Packed documents would see each other: {capabilities.name} makes its attention mask without "
+            "transformers' masking functions. Train it on one document a row."
         )
-    name = hf.attention_name(traits.seam.decoder.config)
+    name = hf.attention_name(capabilities.points.decoder.config)
     if name == VARLEN_NAME:
         return
     if _only_padded(positions, mask):
         return  # one document a row, with some positions for its padding
-    if mask is not None or not traits.masks_pack:
-        why = "beside an `attention_mask`" if mask is not None else f"by the masks of {traits.name}"
+    if mask is not None or not capabilities.masks_pack:
+        why = "beside an `attention_mask`" if mask is not None else f"by the masks of {capabilities.name}"
         out = f"let `prepare_omni` select '{VARLEN_NAME}' (attention='auto')"
-        if traits.masks_as_tensors:
+        if capabilities.masks_as_tensors:
             out = "train this family on one document a row"
-        if mask is not None and traits.masks_pack:
+        if mask is not None and capabilities.masks_pack:
             out = f"leave the mask out, or {out}"
         raise UnsupportedError(f"Packed documents are not kept apart {why} with attention '{name}': {out}.")
 
 
 def check_available(inputs: Mapping[str, Any], config: Any, *, crosses: bool) -> None:
-    """Raises UnsupportedError for what a cut row has no answer to: foreign keys without a seam, all attention weights.
+    """Raises UnsupportedError for what a cut row has no answer to: foreign keys without shard points, all attention
+    weights.
 
     Args:
         crosses: whether some attention's keys may come from elsewhere, which are cut by head then.
@@ -108,7 +111,7 @@ def check_available(inputs: Mapping[str, Any], config: Any, *, crosses: bool) ->
     for name in ("cross_attention_states", "encoder_hidden_states"):
         if inputs.get(name) is not None and not crosses:
             raise UnsupportedError(
-                f"`{name}` is not available under sequence parallelism: cross-attention keeps its keys whole, and "
+                f"`{name}` is not available under sequence parallelism: cross-attention keeps its keys in full, and "
                 "they would be exchanged as if they were cut. Use sp_size=1."
             )
     if inputs.get("output_attentions") or getattr(config, "output_attentions", False):
@@ -133,11 +136,11 @@ def restarts(positions: Tensor) -> bool:
 
 
 def check_masks_above(name: str, documents: Documents, mask: Any, *, filled: bool) -> None:
-    """Raises UnsupportedError for packed documents where the model has made its masks above the text stack."""
+    """Raises UnsupportedError for packed documents where the model has made its masks above the text backbone."""
     packed = any(len(row) > 1 + filled for row in documents.lengths)
     if packed and isinstance(mask, (dict, MaskSpec)):
         raise UnsupportedError(
-            f"{name} makes its masks above the text stack, where packed documents are not known: train it on "
+            f"{name} makes its masks above the text backbone, where packed documents are not known: train it on "
             "one document a row, or use its text-only class."
         )
 
@@ -187,7 +190,8 @@ def _restarts_between_tokens(positions: Tensor, mask: Tensor) -> bool:
 
 
 def check_slice(name: str, hidden: Any, padded: int, sp_size: int) -> None:
-    """Raises UnsupportedError where the stack `name` returned other hidden states than [B, padded / sp_size, ...]."""
+    """Raises UnsupportedError where the backbone `name` returned other hidden states than [B, padded / sp_size,
+    ...]."""
     if isinstance(hidden, Tensor) and hidden.shape[1] * sp_size != padded:
         raise UnsupportedError(
             f"{name} returned {hidden.shape[1]} tokens where a slice of {padded} over {sp_size} ranks was expected: "
@@ -195,9 +199,9 @@ def check_slice(name: str, hidden: Any, padded: int, sp_size: int) -> None:
         )
 
 
-def refuse_unshared(name: str, stack: str) -> NoReturn:
-    """Raises UnsupportedError: the model `name` did without its stack."""
+def refuse_unshared(name: str, backbone: str) -> NoReturn:
+    """Raises UnsupportedError: the model `name` did without its backbone."""
     raise UnsupportedError(
-        f"The forward of {name} did not call {stack}, which is what shares rows: every rank of the SP group has "
+        f"The forward of {name} did not call {backbone}, which is what shares rows: every rank of the SP group has "
         "computed all of it. Use sp_size=1."
     )

@@ -1,11 +1,11 @@
-"""Cross-attention of a cut stack: this rank's queries against whole keys, without an exchange.
+"""Cross-attention of a cut backbone: this rank's queries against full keys, without an exchange.
 
     queries    [B, H, s, D]    of this rank's tokens
     keys       [B, K, E, D]    of all tokens of the encoder, the same on every rank
     mask       [B, 1, S', E]   made for the full row, or [B, 1, 1, E]; this rank's queries are cut out
 
 The output is this rank's [B, s, H, D]. The gradient of the keys is that of this rank's queries alone; where they come
-from a cut encoder, its exit adds the ranks' up (`gather_points`).
+from a cut encoder, its gather point adds the ranks' up (`gather_points`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def cross_attention(
     state: ParallelState,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """Run an attention function on this rank's queries [B, H, s, D] and whole keys [B, K, E, D]."""
+    """Run an attention function on this rank's queries [B, H, s, D] and full keys [B, K, E, D]."""
     if isinstance(mask, MaskSpec):  # made where both sequences have the same length
         mask = _dense(mask)
     mask = cut_queries(module, mask, query.shape[2], state)
@@ -80,7 +80,7 @@ def cut_queries(module: nn.Module, mask: Any, tokens: int, state: ParallelState)
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-2] == 1 or state.sp_size == 1:
         return mask
     missing = tokens * state.sp_size - mask.shape[-2]
-    if 0 <= missing < state.sp_size:  # a mask made above the stack knows nothing of the padding
+    if 0 <= missing < state.sp_size:  # a mask made above the backbone knows nothing of the padding
         return F.pad(mask, (0, 0, 0, missing)).narrow(-2, tokens * state.sp_rank, tokens)
     raise UnsupportedError(
         f"The mask of a cross-attention ({type(module).__name__}) has shape {tuple(mask.shape)}, not "

@@ -1,4 +1,4 @@
-"""`generate` runs whole rows on every rank of an SP group, with a cache and without one."""
+"""`generate` runs full rows on every rank of an SP group, with a cache and without one."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def _is_packed(positions: Any) -> bool:
     )
 
 
-def _is_whole(mask: Any) -> bool:
+def _is_full(mask: Any) -> bool:
     return mask is None or (isinstance(mask, Tensor) and bool(on_host(mask).all()))
 
 
@@ -73,7 +73,7 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
 
     Args:
         reasons: why this model takes no "packed" rows, or computes no loss from "labels" or for its "router" under
-            its plan; "whole" where its head works on whole rows, so that it computes its own loss.
+            its plan; "full" where its head works on full rows, so that it computes its own loss.
 
     Returns:
         A function that removes the checks.
@@ -92,10 +92,10 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
                 _check_layerdrop(module)
             checked.add(module.training)
         if "packed" in reasons and inputs.get("attention_mask") is None and _is_packed(inputs.get("position_ids")):
-            raise UnsupportedError(f"Packed rows would not be kept apart: {reasons['packed']}")
+            raise UnsupportedError(f"Packed sequences would not be kept apart: {reasons['packed']}")
         mask = inputs.get("attention_mask")
         cached = hf.uses_cache(inputs)
-        if cached and _is_whole(mask) and _is_packed(inputs.get("position_ids")):
+        if cached and _is_full(mask) and _is_packed(inputs.get("position_ids")):
             raise UnsupportedError(
                 "Packed documents would see each other with `use_cache=True` or `past_key_values`: leave the cache "
                 "out, or run the documents one by one."
@@ -104,13 +104,13 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
             return
         if "router" in reasons and not inputs.get("fused_lm_head"):  # of TRL, which computes it itself
             _check_router_loss(module, inputs, reasons["router"])
-        if "labels" in reasons and "whole" not in reasons and inputs.get("labels") is not None:
+        if "labels" in reasons and "full" not in reasons and inputs.get("labels") is not None:
             raise UnsupportedError(f"No loss over a cut row: {reasons['labels']}")
         keep = inputs.get("logits_to_keep", 0)
         if cached and inputs.get("labels") is not None:
             raise UnsupportedError(
                 "`labels` with `use_cache=True` or `past_key_values` is not available at sp_size > 1: every "
-                "rank runs the whole row then. Leave the cache out to get a loss."
+                "rank runs the full row then. Leave the cache out to get a loss."
             )
         if not cached and (isinstance(keep, Tensor) or keep != 0):
             raise UnsupportedError(

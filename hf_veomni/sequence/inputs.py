@@ -1,4 +1,4 @@
-"""Positions and mask that the stack is called with, of the full row."""
+"""Positions and mask that the backbone is called with, of the full row."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def prepare_mask(
         like: [B, S, ...].
         fill: rows are to be filled up to a multiple of `sp_size` that all tokens would see.
         on_demand: the model attends otherwise with a mask than without one.
-        takes_mask: the stack's forward has an `attention_mask`.
+        takes_mask: the backbone's forward has an `attention_mask`.
 
     Raises:
         UnsupportedError: rows to be filled up of a model that would attend otherwise with the mask that this takes.

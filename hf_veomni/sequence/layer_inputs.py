@@ -1,11 +1,11 @@
 """What a layer is given besides hidden states: cut what has an entry for each token.
 
     [B, S', W]       features of its own for each token (Gemma 4's per-layer inputs)
-    [B, 1, S, 1]     a factor for each token (Mllama's rows that see no picture; Beam's scale of queries, of one row)
-    [B, S']          which tokens are sounds, of those that a layer treats apart (Higgs Audio); ids, by which
+    [B, 1, S, 1]     a factor for each token (Mllama's rows that see no image; Beam's scale of queries, of one row)
+    [B, S']          which tokens are audio clips, of those that a layer treats apart (Higgs Audio); ids, by which
                      experts are chosen (DeepSeek-V4)
 
-Masks, biases and the states of another sequence stay whole. Shapes: S tokens of a row, S' with padding.
+Masks, biases and the states of another sequence stay unsharded. Shapes: S tokens of a row, S' with padding.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from hf_veomni.context import Row
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import ParallelState
+from hf_veomni.sequence.backbone import own_names
 from hf_veomni.sequence.shard import shard_sequence
-from hf_veomni.sequence.stack import own_names
 
-_WHOLE = re.compile(r"attention_mask|causal_mask|bias|encoder|cross_|key_value|position|relative|past|cache")
+_FULL = re.compile(r"attention_mask|causal_mask|bias|encoder|cross_|key_value|position|relative|past|cache")
 
 
 def cut_call(layer: nn.Module, args: tuple, kwargs: dict, row: Row, state: ParallelState) -> tuple[tuple, dict] | None:
@@ -64,7 +64,7 @@ def cut_call(layer: nn.Module, args: tuple, kwargs: dict, row: Row, state: Paral
 
 
 def _cut(name: str, value: Any, rows: int, row: Row, state: ParallelState) -> Any:
-    if not isinstance(value, Tensor) or _WHOLE.search(name) or not value.dim() or value.shape[0] not in (1, rows):
+    if not isinstance(value, Tensor) or _FULL.search(name) or not value.dim() or value.shape[0] not in (1, rows):
         return value
     if value.dim() == 4 and value.shape[1] == value.shape[3] == 1 and row.length <= value.shape[2] <= row.padded:
         return shard_sequence(F.pad(value, (0, 0, 0, row.padded - value.shape[2])), 2, state)

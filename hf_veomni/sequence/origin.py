@@ -1,6 +1,7 @@
 """Learned positions that do not begin at 0: RoBERTa's and ESM's at the padding token plus one, Nystromformer's at 2.
 
-Packed rows count the tokens of each document from 0. What such a model itself gives a document alone is made here.
+Packed sequences count the tokens of each document from 0. What such a model itself gives a document alone is made
+here.
 
 Shapes: B rows; S tokens of the full row.
 """
@@ -13,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_veomni.sequence.stack import own_names
+from hf_veomni.sequence.backbone import own_names
 
 _MAKER = "create_position_ids_from_input_ids"
 
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """Where the positions of a stack begin.
+    """Where the positions of a backbone begin.
 
     Attributes:
         owner: the module that would make them.
@@ -58,10 +59,10 @@ class Origin:
         return torch.where(first == 0, own, counts)
 
 
-def find_origin(stack: nn.Module, layers: Iterable[nn.Module]) -> Origin | None:
-    """Where the positions of a stack begin, None if at 0 or if it has no learned ones."""
+def find_origin(backbone: nn.Module, layers: Iterable[nn.Module]) -> Origin | None:
+    """Where the positions of a backbone begin, None if at 0 or if it has no learned ones."""
     inside = {module for layer in layers for module in layer.modules()}
-    for module in stack.modules():
+    for module in backbone.modules():
         if module in inside:
             continue
         table = getattr(module, "position_embeddings", None)

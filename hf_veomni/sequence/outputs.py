@@ -39,7 +39,7 @@ class Outputs:
     def __init__(self, sp_size: int) -> None:
         self._sp_size = sp_size
         self._lengths: dict[int, set[int]] = {}  # s -> S of the rows that ran
-        self._outputs = WeakTensorKeyDictionary()  # output -> (S, whether it is whole)
+        self._outputs = WeakTensorKeyDictionary()  # output -> (S, whether it is full)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Outputs:
         memo[id(self)] = copied = Outputs(self._sp_size)
@@ -55,30 +55,30 @@ class Outputs:
         self._lengths.setdefault(self._part(length), set()).add(length)
 
     def note(self, output: Any, length: int) -> None:
-        """What a cut model or stack returned for a row of `length` tokens."""
+        """What a cut model or backbone returned for a row of `length` tokens."""
         for tensor in tensors_in(output):
-            if tensor.dim() >= 2 and tensor.shape[1] in (self._part(length), length) and not self.is_whole(tensor):
+            if tensor.dim() >= 2 and tensor.shape[1] in (self._part(length), length) and not self.is_full(tensor):
                 self._outputs[tensor] = (length, False)
                 node: Any = tensor.grad_fn
                 if node is not None:
                     node.metadata.setdefault(_MARK, (id(self), length))
 
-    def note_whole(self, tensor: Tensor) -> None:
+    def note_full(self, tensor: Tensor) -> None:
         """A tensor [B, S, ...] that has been put together."""
         self._outputs[tensor] = (tensor.shape[1], True)
 
-    def is_whole(self, tensor: Tensor) -> bool:
+    def is_full(self, tensor: Tensor) -> bool:
         return tensor in self._outputs and self._outputs[tensor][1]
 
     def is_noted(self, tensor: Tensor) -> bool:
         """Whether the model has returned this tensor, as a slice."""
-        return tensor in self._outputs and not self.is_whole(tensor)
+        return tensor in self._outputs and not self.is_full(tensor)
 
-    def length_of(self, local: Tensor, whole_fits: bool, length: int | None = None) -> int:
+    def length_of(self, local: Tensor, full_fits: bool, length: int | None = None) -> int:
         """S of the row that `local` [B, s, ...] is a slice of.
 
         Args:
-            whole_fits: whether outputs may be whole, [B, S, ...].
+            full_fits: whether outputs may be unsharded, [B, S, ...].
             length: S as the caller names it.
 
         Raises:
@@ -88,7 +88,7 @@ class Outputs:
             raise ValueError("No row has run through the model yet: call the model before `gather_sequence`.")
         part = local.shape[1] if local.dim() >= 2 else 0
         if length is not None:
-            if part not in (self._part(length), length if whole_fits else 0):
+            if part not in (self._part(length), length if full_fits else 0):
                 raise ValueError(
                     f"`local` {tuple(local.shape)} is no slice of a row of `length` ({length}) tokens, of which each "
                     f"of {self._sp_size} ranks has {self._part(length)}: pass the length of its row."
@@ -96,7 +96,7 @@ class Outputs:
             return length
         if local in self._outputs:
             return self._outputs[local][0]
-        if whole_fits and part in self._lengths.get(self._part(part), ()):
+        if full_fits and part in self._lengths.get(self._part(part), ()):
             return part
         fitting = self._lengths.get(part, set())
         if not fitting:

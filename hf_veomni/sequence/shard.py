@@ -77,7 +77,7 @@ _HANDLED = {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}
 
 
 def pad_inputs(inputs: dict[str, Any], extra: int, pad_token_id: int) -> dict[str, Any]:
-    """Lengthen everything in a decoder stack's inputs that has a sequence axis by `extra` tokens.
+    """Lengthen everything in a backbone's inputs that has a sequence axis by `extra` tokens.
 
     Args:
         inputs: `input_ids` [B, S] or `inputs_embeds` [B, S, H]; `position_ids` [..., S]; `attention_mask` [B, S].

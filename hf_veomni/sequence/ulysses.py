@@ -5,7 +5,7 @@
     attention       any function, with the mask of the full row
     all-to-all      all H heads, its s tokens               out     [B, s, H, D]
 
-Query heads are dealt out as evenly as the head count allows (9 heads over 2 ranks: 5 and 4). A rank gets the key/value
+Query heads are assigned as evenly as the head count allows (9 heads over 2 ranks: 5 and 4). A rank gets the key/value
 heads that its query heads read, so fewer key/value heads than ranks are replicated, and nothing else is sent.
 
 Shapes: B rows; S, s tokens of the full row and of this rank; H, h query heads; K, k key/value heads; D head width.
@@ -49,7 +49,7 @@ class HeadLayout:
 
 @lru_cache(maxsize=64)
 def head_layout(num_query: int, num_key_value: int, sp_size: int) -> HeadLayout:
-    """Deal `num_query` heads out to `sp_size` ranks, neighbours together, sizes differing by at most one.
+    """Assign `num_query` heads to `sp_size` ranks, neighbours together, sizes differing by at most one.
 
     Raises:
         UnsupportedError: more ranks than query heads, or query heads that are no multiple of the key/value heads.
@@ -96,8 +96,8 @@ class _SequenceToHeads(torch.autograd.Function):
         size, rank = dist.get_world_size(ctx.group), ctx.rank
         counts = [[span[peer][1] - span[peer][0] for span in ctx.spans] for peer in range(size)]
         mine = sum(counts[rank])
-        whole = torch.cat([grad.unflatten(2, (size, -1)) for grad in grads], dim=1)  # [B, n, sp, s, D]
-        send = whole.permute(2, 1, 0, 3, 4).flatten(0, 1)
+        full = torch.cat([grad.unflatten(2, (size, -1)) for grad in grads], dim=1)  # [B, n, sp, s, D]
+        send = full.permute(2, 1, 0, 3, 4).flatten(0, 1)
         received = exchange(send, ctx.group, [mine] * size, [sum(count) for count in counts])
         out = [grad.new_zeros(shape) for grad, shape in zip(grads, ctx.shapes, strict=True)]
         blocks = iter(received.split([n for count in counts for n in count]))

@@ -33,7 +33,7 @@ class Family:
         error: the largest, relative to the largest entry.
         exact_error: the largest in fp64, with the casts to fp32 of the family's own code taken out; None where it does
             not run so.
-        padded, packed: "works", or why not; a packed row is compared with each of its documents alone.
+        padded, packed: "works", or why not; a packed sequence is compared with each of its documents alone.
         trainer: the same of what OmniTrainer logs, compared with the stock Trainer in one process.
         rule: modules that run under the plan's rule "sp: gather" (at up to sp times their compute), or none.
     """

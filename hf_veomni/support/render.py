@@ -30,9 +30,9 @@ fp64 where the family's own rounding in fp32 is larger than 1e-5. Rows have odd 
 {counts}
 | all | {total} | {folders} | |
 
-What a rank does not share with its SP group it computes whole, in all families: encoders that take no tokens and are
-no towers (Whisper's, of sounds; docs/towers.md has those that are shared), cross-attention's keys, and heads that need
-whole rows (classification, masked tokens). Rows with a cache, as in `generate`, run whole too.
+What a rank does not share with its SP group it computes in full, in all families: encoders that take no tokens and are
+no towers (Whisper's, of audio clips; docs/towers.md has those that are shared), cross-attention's keys, and heads that
+need full rows (classification, masked tokens). Rows with a cache, as in `generate`, run in full too.
 
 *padded*: a batch with padding. *packed*: one row of several documents. *loss*: the model's own, or, where it has none
 for the walk to compare, one of all its outputs.
@@ -40,14 +40,14 @@ for the walk to compare, one of all its outputs.
 
 # Of a walk that trained, too.
 _TRAINED = """
-Packed rows are compared with the stock model on each document alone. *trainer*: loss and gradient norm that
+Packed sequences are compared with the stock model on each document alone. *trainer*: loss and gradient norm that
 OmniTrainer logs in two steps of two accumulated batches, under `sp=2` and under `dp_shard=2`, compared with the stock
 Trainer in one process.
 """
 
 _GATHERED = """
 {count} of those that work do so under a rule of the plan, `sp: gather` on the modules named beside them, which run
-whole documents on every rank at up to sp times their compute. Without it they are refused, and the refusal names it.
+full documents on every rank at up to sp times their compute. Without it they are refused, and the refusal names it.
 """
 
 
@@ -148,7 +148,9 @@ def _reasons(families: Iterable[Family]) -> str:
 def general_reason(family: Family) -> str:
     """The reason without the names of this one family, for the table."""
     text = family.reason
-    text = re.sub(r"^\w+ has no seam for sequence parallelism or packed rows: ", "", text)
+    text = re.sub(
+        r"^\w+ has no (?:seam|shard points) for sequence parallelism or packed (?:rows|sequences): ", "", text
+    )
     text = re.sub(r" Use sp_size=1.*$", "", text)
     text = re.sub(r"`[\w.]*\.\d+[\w.]*`", "a layer", text)
     text = re.sub(r" \((?=[A-Z])\w+\)", "", text)

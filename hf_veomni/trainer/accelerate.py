@@ -93,7 +93,7 @@ class OmniParallelismConfig(ParallelismConfig):
 
     @override
     def build_device_mesh(self, device_type: str) -> DeviceMesh | None:
-        """Mesh (dp_replicate, dp_shard, cp) of the whole world; None in a world of one rank.
+        """Mesh (dp_replicate, dp_shard, cp) of all ranks; None in a world of one rank.
 
         Collectives: creates process groups over all ranks.
         """

@@ -35,7 +35,7 @@ from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.mesh import is_prepared
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer.counting import count_data_ranks
-from hf_veomni.trainer.loaders import deal_to_data_ranks
+from hf_veomni.trainer.loaders import assign_to_data_ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 def deferred_reduction(model: nn.Module) -> Iterator[None]:
     """Accumulate gradients over micro-batches with as little communication as memory allows.
 
-    Gradients that no rank has reduced are as large as the parameters they belong to. A few of them (LoRA) wait whole
-    for the last micro-batch. All of them would cost what sharding saved, so a full fine-tune reduce-scatters every
-    time and puts off only the all-reduce over the replicas. The sums are the same.
+    Gradients that no rank has reduced are as large as the parameters they belong to. A few of them (LoRA) wait
+    unsharded for the last micro-batch. All of them would cost what sharding saved, so a full fine-tune reduce-scatters
+    every time and puts off only the all-reduce over the replicas. The sums are the same.
     """
     root = hf.base_model(model)
     if not isinstance(root, FSDPModule):
@@ -123,11 +123,11 @@ def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
     stock_model, stock_clip = accelerator.prepare_model, accelerator.clip_grad_norm_
     stock_scheduler, stock_optimizer = accelerator.prepare_scheduler, accelerator.prepare_optimizer
 
-    def dealing(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def assigning(stock: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(stock)
         def make_loader(*args: Any, **kwargs: Any) -> Any:
             loader = stock(*args, **kwargs)
-            deal_to_data_ranks(loader, plan.dp_size, accelerator.process_index // plan.sp_size)
+            assign_to_data_ranks(loader, plan.dp_size, accelerator.process_index // plan.sp_size)
             return loader
 
         return make_loader
@@ -163,8 +163,8 @@ def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
 
     accelerator.prepare_model, accelerator.clip_grad_norm_ = prepare_model, clip_grad_norm_
     accelerator.prepare_scheduler, accelerator.prepare_optimizer = prepare_scheduler, prepare_optimizer
-    accelerator.prepare_data_loader = dealing(accelerator.prepare_data_loader)
-    accelerator.skip_first_batches = dealing(accelerator.skip_first_batches)  # which makes another loader
+    accelerator.prepare_data_loader = assigning(accelerator.prepare_data_loader)
+    accelerator.skip_first_batches = assigning(accelerator.skip_first_batches)  # which makes another loader
     accelerator.no_sync = lambda model: deferred_reduction(model) if is_prepared(model) else nullcontext()
 
 

@@ -99,8 +99,8 @@ class OmniTrainingArguments(TrainingArguments):
         self.plan = parsed
         loaders: Any = self.accelerator_config
         if loaders.dispatch_batches is None:
-            # accelerate's default for streams: rank 0 reads, concatenates and cuts. Packed rows do not add up, and
-            # even one rank would cut the patches of a row's pictures to as many as it has rows.
+            # accelerate's default for streams: rank 0 reads, concatenates and cuts. Packed sequences do not add up,
+            # and even one rank would cut the patches of a row's images to as many as it has rows.
             loaders.dispatch_batches = False
         if plan.world_size > 1:
             check_sharded(self)

@@ -61,12 +61,12 @@ def _is_stock(checkpoint: Path) -> bool:
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str], *, contents: bool = False) -> Path:
-    """The newest checkpoint under `output_dir` that is whole, by its manifest. Damaged ones are named in a warning.
+    """The newest checkpoint under `output_dir` that is complete, by its manifest. Damaged ones are named in a warning.
 
-    One of the stock Trainer is whole if it has its state.
+    One of the stock Trainer is complete if it has its state.
 
     Args:
-        contents: compare checksums too, of as many as it takes to find a whole one.
+        contents: compare checksums too, of as many as it takes to find a complete one.
 
     Raises:
         ValueError: there is none.
@@ -79,7 +79,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str], *, contents: bo
         damage = _unreadable_state(checkpoint) if stock else find_damage(checkpoint, contents=contents)
         if damage is None:
             if damages:
-                logger.warning(f"'{checkpoint.name}' is the newest whole checkpoint: {'; '.join(damages)}.")
+                logger.warning(f"'{checkpoint.name}' is the newest complete checkpoint: {'; '.join(damages)}.")
             return checkpoint
         damages.append(f"{checkpoint.name}: {damage}")
     listed = f" ({'; '.join(damages)})" if damages else ""
@@ -128,8 +128,8 @@ class CheckpointingMixin(_Trainer):
     """Overrides of Trainer for files.
 
     A checkpoint has Trainer's layout: the model or adapter in its plain format, scheduler, random states and trainer
-    state; the optimizer lies in `optimizer/` as torch DCP, so that another plan can read it. It appears whole, with a
-    manifest, or not at all, whatever ends the process. An error on one rank is raised on all of them.
+    state; the optimizer lies in `optimizer/` as torch DCP, so that another plan can read it. It appears complete, with
+    a manifest, or not at all, whatever ends the process. An error on one rank is raised on all of them.
     """
 
     @override

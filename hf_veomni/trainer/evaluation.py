@@ -18,10 +18,10 @@ from hf_veomni.context import current
 from hf_veomni.expert import counting_no_tokens
 from hf_veomni.fsdp import check_dtype_can_change, held_weights
 from hf_veomni.hf.require import override
-from hf_veomni.loss import has_lean_loss, lean_evaluation
+from hf_veomni.loss import chunked_evaluation, has_chunked_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state, is_prepared
-from hf_veomni.prepare import whole_output
-from hf_veomni.trainer.loaders import Filler
+from hf_veomni.prepare import full_output
+from hf_veomni.trainer.loaders import DummyBatch
 from hf_veomni.trainer.loop import InStep
 from hf_veomni.trainer.losses import overrides
 
@@ -41,7 +41,7 @@ def _is_row(name: str) -> bool:
 def _put_together(model: nn.Module, output: Any, lazy: bool) -> Any:
     """Full-length logits and hidden states in place of this rank's slices; everything else as it is."""
     if isinstance(output, Tensor):
-        return whole_output(output, model, lazy) if output.dim() == 3 else output
+        return full_output(output, model, lazy) if output.dim() == 3 else output
     if isinstance(output, MutableMapping):
         for name in [name for name in output if _is_row(name)]:
             output[name] = _put_together(model, output[name], lazy)
@@ -65,14 +65,14 @@ def whole_outputs(model: nn.Module, lazy: bool = True) -> Iterator[None]:
     if not is_prepared(model) or get_parallel_state(model).sp_size == 1:
         yield
         return
-    base: Any = hf.base_model(model)  # which user code may call past its PEFT wrapper, and its stack past both
+    base: Any = hf.base_model(model)  # which user code may call past its PEFT wrapper, and its backbone past both
 
     def put_together(module: nn.Module, args: Any, output: Any) -> Any:
         if module is base or current().call is None:
             return _put_together(model, output, lazy)
         return None
 
-    parts = dict.fromkeys([base, base.base_model, hf.decoder_stack(base)])
+    parts = dict.fromkeys([base, base.base_model, hf.find_backbone(base)])
     handles = [part.register_forward_hook(put_together) for part in parts]
     try:
         yield
@@ -85,29 +85,29 @@ class EvaluationMixin(_Trainer):
     """Overrides of Trainer around `compute_loss` and `prediction_step`.
 
     Evaluation runs under SP. Loss: the mean over the label tokens of all batches. Logits: gathered over the SP group
-    before `preprocess_logits_for_metrics`, then over the data ranks, in dataset order and without fillers. When nobody
-    looks at logits, none are made.
+    before `preprocess_logits_for_metrics`, then over the data ranks, in dataset order and without dummy batches. When
+    nobody looks at logits, none are made.
     """
 
-    _outputs_are_whole = False
+    _outputs_are_full = False
     _evaluates_stream = False
     _eval_losses: list[tuple[Tensor, Tensor | None]]  # of the batches evaluated so far, and the items in each
 
     @contextmanager
-    def _whole(self, model: nn.Module, wanted: bool, lazy: bool = True) -> Iterator[None]:
-        if not wanted or self._outputs_are_whole:
+    def _full(self, model: nn.Module, wanted: bool, lazy: bool = True) -> Iterator[None]:
+        if not wanted or self._outputs_are_full:
             yield
             return
-        self._outputs_are_whole = True
+        self._outputs_are_full = True
         try:
             with whole_outputs(model, lazy):
                 yield
         finally:
-            self._outputs_are_whole = False
+            self._outputs_are_full = False
 
     @override
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        with self._whole(self.model, overrides(self, *_LOOK_AT_OUTPUTS)):
+        with self._full(self.model, overrides(self, *_LOOK_AT_OUTPUTS)):
             super()._run_epoch(*args, **kwargs)
 
     @override
@@ -137,7 +137,7 @@ class EvaluationMixin(_Trainer):
         self._eval_losses = []
         if state.world_size > 1 and self.args.bf16_full_eval and not self.is_in_train:
             check_dtype_can_change(self.model, torch.bfloat16)
-        with self._whole(self.model, overrides(self, *_LOOK_AT_OUTPUTS)):
+        with self._full(self.model, overrides(self, *_LOOK_AT_OUTPUTS)):
             output: Any = super().evaluation_loop(loader, *args, **kwargs)
         name, loss = f"{kwargs.get('metric_key_prefix', 'eval')}_loss", self._loss_of_all_items()
         # What a `prediction_step` of the user's own returns is averaged by Trainer, as it is.
@@ -153,10 +153,10 @@ class EvaluationMixin(_Trainer):
     ) -> Any:
         if num_items_in_batch is None and self._computes_loss and not model.training:  # TRL's evaluation hands none
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        # `compute_loss_func` gets full logits and full labels. Every rank of the SP group computes the whole loss from
+        # `compute_loss_func` gets full logits and full labels. Every rank of the SP group computes the full loss from
         # them; the gather's backward sums the equal gradients, and FSDP's mean over the group takes the sum back.
         looks = self.compute_loss_func is not None or self.label_smoother is not None
-        with self._whole(model, looks, lazy=False):
+        with self._full(model, looks, lazy=False):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -167,19 +167,19 @@ class EvaluationMixin(_Trainer):
     ) -> Any:
         if self.parallel_state.world_size > 1 or self._evaluates_stream:
             self.gather_function = partial(self._gather_results, inputs)
-        lean = prediction_loss_only and self.compute_loss_func is None and self.label_smoother is None
-        lean = lean and is_prepared(model) and has_lean_loss(model)
+        chunked = prediction_loss_only and self.compute_loss_func is None and self.label_smoother is None
+        chunked = chunked and is_prepared(model) and has_chunked_loss(model)
         own = overrides(self, *_LOOK_AT_OUTPUTS)
         with self._as_one_process(own), self._accumulating_nothing(), ExitStack() as stack:
-            if isinstance(inputs, Filler):
+            if isinstance(inputs, DummyBatch):
                 stack.enter_context(counting_no_tokens())
-            if lean:
-                stack.enter_context(lean_evaluation(model))
+            if chunked:
+                stack.enter_context(chunked_evaluation(model))
                 stack.enter_context(held_weights(model) if own else nullcontext())
             else:
-                stack.enter_context(self._whole(model, not prediction_loss_only))
+                stack.enter_context(self._full(model, not prediction_loss_only))
             found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if found[0] is not None and not isinstance(inputs, Filler):
+        if found[0] is not None and not isinstance(inputs, DummyBatch):
             # `predict_with_generate` takes the model's loss as it is, a mean over the same items.
             counted = self._counted or getattr(self.args, "predict_with_generate", False)
             items: Any = self._get_num_items_in_batch([inputs], self.args.device) if counted else None
@@ -220,10 +220,10 @@ class EvaluationMixin(_Trainer):
         return float(kept[0] / kept[1])
 
     def _gather_results(self, inputs: Any, data: Any) -> Any:
-        """Over the data ranks. A filler gives no rows; of a stream, whose end accelerate does not know, a short batch
-        gives as many entries as it has rows, its loss included."""
+        """Over the data ranks. A dummy batch gives no rows; of a stream, whose end accelerate does not know, a short
+        batch gives as many entries as it has rows, its loss included."""
         rows = find_batch_size(inputs) if self._evaluates_stream else None
-        if isinstance(inputs, Filler) or rows is not None:
-            kept = 0 if isinstance(inputs, Filler) else rows
+        if isinstance(inputs, DummyBatch) or rows is not None:
+            kept = 0 if isinstance(inputs, DummyBatch) else rows
             data = recursively_apply(lambda entries: entries[:kept], data)
         return self.accelerator.gather_for_metrics(data)

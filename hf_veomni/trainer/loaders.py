@@ -1,4 +1,4 @@
-"""Which rows a rank reads. Data ranks get whole batches of their own, the ranks of an SP group the same ones.
+"""Which rows a rank reads. Data ranks get complete batches of their own, the ranks of an SP group the same ones.
 
 Under a token budget `BalancedBatchSampler` makes the batches, in place of batches of so many rows.
 """
@@ -23,16 +23,16 @@ from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import ParallelState
 
 
-class WholeBatches(BatchSamplerShard):
+class UnsplitBatches(BatchSamplerShard):
     """Every `num_processes`-th batch, as one process would have made it.
 
     accelerate fills a short last batch up with rows from the beginning, which then weigh twice. Here a batch stays as
-    it is, and a data rank for which none is left runs the first batch once more as a filler, to keep in step: its
+    it is, and a data rank for which none is left runs the first batch once more as a dummy batch, to keep in step: its
     loss counts nothing in training, its outputs are cut off in evaluation.
     """
 
     @property
-    def ends_with_filler(self) -> bool:
+    def ends_with_dummy(self) -> bool:
         """Whether this rank's last batch is one that another rank had."""
         rest = len(self.batch_sampler) % self.num_processes
         return not self.drop_last and rest != 0 and self.process_index >= rest
@@ -52,7 +52,7 @@ class WholeBatches(BatchSamplerShard):
             yield mine or first
 
 
-class WholeStream(IterableDatasetShard):
+class UnsplitStream(IterableDatasetShard):
     """Every `num_processes`-th batch of a stream, and no row twice: accelerate fills the last round up with rows from
     the beginning. A data rank may so get one batch less than another."""
 
@@ -67,7 +67,7 @@ class WholeStream(IterableDatasetShard):
 
 
 class InOrder(IterableDataset):
-    """A stream that accelerate deals out in batches, as they come, and does not take apart by shards: so the rows of
+    """A stream that accelerate assigns in batches, as they come, and does not take apart by shards: so the rows of
     an evaluation have the order that one process would give them."""
 
     def __init__(self, dataset: Any) -> None:
@@ -77,23 +77,23 @@ class InOrder(IterableDataset):
         return iter(self.stream)
 
 
-def keep_batches_whole(loader: Any) -> WholeBatches | None:
-    """Turn the sharding that accelerate put on a loader into `WholeBatches` or `WholeStream`.
+def keep_batches_unsplit(loader: Any) -> UnsplitBatches | None:
+    """Turn the sharding that accelerate put on a loader into `UnsplitBatches` or `UnsplitStream`.
 
     Returns:
         The batch sampler of this rank, or None where accelerate did not shard (one data rank, a sampler that knows its
         rank) or sharded a stream.
     """
     if type(loader.dataset) is IterableDatasetShard:
-        loader.dataset.__class__ = WholeStream
+        loader.dataset.__class__ = UnsplitStream
     sampler = getattr(loader, "batch_sampler", None)
     if type(sampler) is BatchSamplerShard and sampler.num_processes > 1:
-        sampler.__class__ = WholeBatches
-    return sampler if isinstance(sampler, WholeBatches) else None
+        sampler.__class__ = UnsplitBatches
+    return sampler if isinstance(sampler, UnsplitBatches) else None
 
 
 class _CountingDataRanks:
-    """accelerate's state for a loader that rank 0 reads and deals out: the rows go to data ranks."""
+    """accelerate's state for a loader that rank 0 reads and assigns: the rows go to data ranks."""
 
     def __init__(self, state: Any, data_ranks: int) -> None:
         self._state, self.num_processes = state, data_ranks
@@ -102,7 +102,7 @@ class _CountingDataRanks:
         return getattr(self._state, name)
 
 
-def deal_to_data_ranks(loader: Any, data_ranks: int, data_rank: int) -> None:
+def assign_to_data_ranks(loader: Any, data_ranks: int, data_rank: int) -> None:
     """Let the ranks of an SP group have the same rows of a stream that rank 0 reads, which is what accelerate does
     with streams unless `dispatch_batches=False`. Other loaders stay as they are."""
     if not isinstance(loader, DataLoaderDispatcher):
@@ -159,11 +159,11 @@ class DataRankView:
         return getattr(self._arguments, name)
 
 
-class Filler(dict):
+class DummyBatch(dict):
     """A batch that only keeps a rank in step: its loss counts nothing."""
 
     @classmethod
-    def of(cls, batch: Any) -> Filler:
+    def of(cls, batch: Any) -> DummyBatch:
         return cls(batch)
 
 
@@ -223,7 +223,7 @@ def budget_sampler(arguments: Any, dataset: Any, state: ParallelState, hidden_si
             f"`token_budget` ({arguments.token_budget}) must hold every sample, and sample {index} has "
             f"{lengths[index]} tokens: raise it, or split documents."
         )
-    counted = isinstance(dataset, datasets.Dataset) and _COST in dataset.column_names  # pictures and sounds included
+    counted = isinstance(dataset, datasets.Dataset) and _COST in dataset.column_names  # images and audio included
     return TokenBudgetSampler(
         np.asarray(dataset.with_format(None)[_COST][:]) if counted else attention_cost(documents, hidden_size),
         arguments.token_budget,

@@ -26,13 +26,13 @@ from hf_veomni.sequence.randomness import own_stream
 from hf_veomni.trainer.adapt import deferred_reduction
 from hf_veomni.trainer.loaders import (
     DataRankView,
+    DummyBatch,
     EpochSeeded,
-    Filler,
     InOrder,
     TokenBudgetSampler,
-    WholeBatches,
+    UnsplitBatches,
     budget_sampler,
-    keep_batches_whole,
+    keep_batches_unsplit,
     set_epoch,
 )
 from hf_veomni.trainer.losses import LossMixin
@@ -43,9 +43,9 @@ class BatchingMixin(LossMixin):
     """Overrides of Trainer for a world where several ranks read the same rows."""
 
     _micro_step = 0
-    _most_real = 0  # batches of the window that are no fillers, on the data rank that has most
+    _most_real = 0  # batches of the window that are no dummy batches, on the data rank that has most
     _epoch_is_over = False
-    _train_batches: WholeBatches | None = None
+    _train_batches: UnsplitBatches | None = None
     _last_batch: Any = None
     _budget: TokenBudgetSampler | None = None
 
@@ -78,7 +78,7 @@ class BatchingMixin(LossMixin):
             dataset = InOrder(dataset)
         with self._counting_data_ranks(self.parallel_state.dp_rank):
             loader = super()._get_dataloader(dataset, description, *args, is_training=is_training, **kwargs)
-        batches = keep_batches_whole(loader)
+        batches = keep_batches_unsplit(loader)
         if is_training:
             self._train_batches = batches
         return loader
@@ -98,7 +98,8 @@ class BatchingMixin(LossMixin):
 
     @override
     def _set_signature_columns_if_needed(self) -> None:
-        """What our collator reads beside the model's arguments stays: raw messages, or the samples of a packed row."""
+        """What our collator reads beside the model's arguments stays: raw messages, or the samples of a packed
+        sequence."""
         made = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if made and isinstance(self.data_collator, OmniDataCollatorWithPacking):
@@ -129,7 +130,7 @@ class BatchingMixin(LossMixin):
         """The micro-batches of one optimizer step, and the tokens in them over all data ranks.
 
         Returns:
-            batches: `num_batches` on every rank, or none. Where rows ran out, fillers take their place.
+            batches: `num_batches` on every rank, or none. Where rows ran out, dummy batches take their place.
             num_items: label tokens of the window over all data ranks, or None where the model computes its own mean.
 
         Collective: one all-gather of a few integers over all ranks.
@@ -148,9 +149,9 @@ class BatchingMixin(LossMixin):
             self._epoch_is_over = not batches
             return self._fill_window(batches, num_batches if batches else 0), num_items
         batches, error = take(epoch_iterator, num_batches)
-        ends = self._train_batches is not None and self._train_batches.ends_with_filler
+        ends = self._train_batches is not None and self._train_batches.ends_with_dummy
         if batches and ends and self.accelerator.gradient_state.end_of_dataloader:
-            batches[-1] = Filler.of(batches[-1])
+            batches[-1] = DummyBatch.of(batches[-1])
         tokens = sum((self._count_items(batch) for batch in batches), start=torch.zeros((), dtype=torch.long))
         held = self._last_batch is not None
         facts = exchange_facts(batches, tokens, held=held, error=error, state=state, device=device)
@@ -172,14 +173,14 @@ class BatchingMixin(LossMixin):
         the full number from a stream, would leave the gradients of a short window over for the next one."""
         if batches:
             self._last_batch = batches[-1]
-        return batches + [Filler.of(self._last_batch) for _ in range(length - len(batches))]
+        return batches + [DummyBatch.of(self._last_batch) for _ in range(length - len(batches))]
 
     def _counts_items(self, batch: Any) -> bool:
         return "labels" in batch and bool(self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
 
     def _count_items(self, batch: Any) -> Tensor:
-        """Label tokens of a batch that some position predicts: the rule of the loss. None in a filler."""
-        if isinstance(batch, Filler):
+        """Label tokens of a batch that some position predicts: the rule of the loss. None in a dummy batch."""
+        if isinstance(batch, DummyBatch):
             return torch.zeros((), dtype=torch.long)
         labels = batch.get("shift_labels")
         if labels is None:
@@ -203,7 +204,7 @@ class BatchingMixin(LossMixin):
         state = self.parallel_state
         self._micro_step += 1
         logged = nullcontext() if self._micro_step <= self._most_real else noting_nothing(self)
-        with self._averaging(0.0 if isinstance(inputs, Filler) else 1.0), logged:
+        with self._averaging(0.0 if isinstance(inputs, DummyBatch) else 1.0), logged:
             if state.world_size == 1:
                 return super().training_step(model, inputs, num_items_in_batch)
             # Not dist.get_rank(): replicas of the same plan on another launcher's numbering draw the same masks.
@@ -229,13 +230,13 @@ class BatchingMixin(LossMixin):
     @override
     def floating_point_ops(self, inputs: Any) -> float:
         """Of this rank: the ranks of an SP group share a row."""
-        if isinstance(inputs, Filler):
+        if isinstance(inputs, DummyBatch):
             return 0
         return super().floating_point_ops(inputs) / self.parallel_state.sp_size
 
     @override
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        if isinstance(inputs, Filler):
+        if isinstance(inputs, DummyBatch):
             inputs = {k: v[:0] if isinstance(v, Tensor) else v for k, v in inputs.items()}
         super()._track_num_input_tokens(inputs)
 
@@ -252,7 +253,7 @@ def take(iterator: Iterator[Any], count: int) -> tuple[list[Any], Exception | No
             batches.append(next(iterator))
     except StopIteration:
         pass
-    except Exception as error:  # every kind: the other ranks must hear of it, or wait for ever
+    except Exception as error:  # every kind: the other ranks must hear of it, or deadlock
         return batches, error
     return batches, None
 
@@ -278,11 +279,11 @@ def exchange_facts(
 
     Args:
         num_tokens: label tokens in them.
-        held: whether an earlier batch of this pass is at hand, to be run again as a filler.
+        held: whether an earlier batch of this pass is at hand, to be run again as a dummy batch.
         error: what went wrong while they were read.
 
     Returns:
-        int64 [ranks, 7] on the CPU, with the columns named above; `REAL` are the batches that are no fillers.
+        int64 [ranks, 7] on the CPU, with the columns named above; `REAL` are the batches that are no dummy batches.
 
     Collective: one all-gather over all ranks.
 
@@ -290,7 +291,7 @@ def exchange_facts(
         ValueError: ranks of an SP group read different rows, or a data rank got none at all while others did.
         Exception: `error`, or on the other ranks one of its kind that names the rank.
     """
-    real = [batch for batch in batches if not isinstance(batch, Filler)]
+    real = [batch for batch in batches if not isinstance(batch, DummyBatch)]
     facts = (
         len(batches),
         num_tokens,
@@ -327,7 +328,7 @@ def _check_rows(facts: Tensor, state: ParallelState) -> None:
 class InStep:
     """A loader for evaluation that ends on all ranks at once: a rank whose rows ran out runs its last batch again.
 
-    Shards of a stream differ in length, and a rank alone in a gather would wait for ever.
+    Shards of a stream differ in length, and a rank alone in a gather would deadlock.
 
     Attributes:
         num_rows: rows that all data ranks have read so far.
@@ -343,10 +344,10 @@ class InStep:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def _ends_with_filler(self) -> bool:
+    def _ends_with_dummy(self) -> bool:
         """Whether the batch that was read last is one that another rank had."""
         sampler = getattr(self._loader, "batch_sampler", None)
-        return isinstance(sampler, WholeBatches) and sampler.ends_with_filler and self._loader.end_of_dataloader
+        return isinstance(sampler, UnsplitBatches) and sampler.ends_with_dummy and self._loader.end_of_dataloader
 
     def __iter__(self) -> Iterator[Any]:
         """Collective: one all-gather over all ranks for each batch. Raises as `exchange_facts` does."""
@@ -359,8 +360,8 @@ class InStep:
             )
             if not facts[:, BATCHES].any():
                 return
-            if found and self._ends_with_filler():
-                found = [Filler.of(found[0])]
+            if found and self._ends_with_dummy():
+                found = [DummyBatch.of(found[0])]
             self.num_rows += int(facts[:: self._state.sp_size, ROWS].sum())
             last = found[0] if found else last
-            yield last if found else Filler.of(last)
+            yield last if found else DummyBatch.of(last)

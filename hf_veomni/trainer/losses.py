@@ -1,6 +1,6 @@
 """What `compute_loss` sees in training: a batch of one process, whatever the plan and the accumulation.
 
-The loss of an optimizer step is the mean over its R batches, micro-batches of all data ranks without fillers:
+The loss of an optimizer step is the mean over its R batches, micro-batches of all data ranks without dummy batches:
 
     loss = (sum over the batches of what `compute_loss` returns) / R
 
@@ -69,7 +69,7 @@ class _AloneAccelerator:
 class LossMixin(_Trainer):
     """Overrides of Trainer for the normalisation of the loss, whoever computes it."""
 
-    _num_real: float = 0  # batches of the window that are no fillers, a data rank
+    _num_real: float = 0  # batches of the window that are no dummy batches, a data rank
     _computes_loss = False
     _counted = False  # whether Trainer has scaled a loss as one that was divided by a number of items
 
@@ -104,7 +104,7 @@ class LossMixin(_Trainer):
 
     @contextmanager
     def _averaging(self, factor: float) -> Iterator[None]:
-        """Around a `training_step`: its loss counts `factor` (0 for a filler) in the mean over the window.
+        """Around a `training_step`: its loss counts `factor` (0 for a dummy batch) in the mean over the window.
 
         What `compute_loss` returns is scaled already, so that a `training_step` of the user's own may do without what
         Trainer's does. A class that says `loss_is_scaled_for_ga` takes the mean over the window itself, and what is

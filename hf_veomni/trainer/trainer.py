@@ -80,7 +80,7 @@ def _prepare(model: nn.Module, args: Any) -> None:
             if getattr(base.config, name, 0):
                 raise UnsupportedError(
                     f"`{name}` ({getattr(base.config, name)}) in the model's config lets ranks skip different layers, "
-                    "and then they wait for each other for ever: set it to 0."
+                    "and then they deadlock: set it to 0."
                 )
         # Trainer's mark of a model that owns its placement and gradient reduction: no DDP, no second sharding.
         base._is_distributed_loading_by_transformers = True

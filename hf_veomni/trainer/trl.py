@@ -1,7 +1,7 @@
 """TRL's trainers behind the mixin. TRL is not imported: a class is known by its module. Verified against TRL 1.16.
 
 They load and adapt the model, score tokens with a fused head and compute their losses themselves, from the scores of
-whole rows. Reference models are sharded like the model that is trained.
+full rows. Reference models are sharded like the model that is trained.
 
 The fused head is a forward that TRL puts on the model, which scores hidden states instead of returning logits:
 `model(..., labels=labels, fused_lm_head=True)`. Labels that are shifted already it takes as `shift_labels` [B, s],
@@ -63,7 +63,7 @@ def noting_nothing(trainer: Any) -> Iterator[None]:
 
 
 def adapt_trl(trainer: Any, accelerator: Any) -> None:
-    """Over several ranks: let the fused head take whole rows, and shard the models that a trainer of TRL hands to
+    """Over several ranks: let the fused head take full rows, and shard the models that a trainer of TRL hands to
     accelerate for evaluation, its reference model."""
     plan: ParallelPlan = trainer.args.plan
     if plan.world_size == 1 or not is_trl(trainer):
@@ -81,7 +81,7 @@ def adapt_trl(trainer: Any, accelerator: Any) -> None:
 
 
 def check_trl(trainer: Any, args: Any, model: Any) -> None:
-    """Refuse, over several ranks, what reads whole parameters or samples while it trains.
+    """Refuse, over several ranks, what reads full parameters or samples while it trains.
 
     Raises:
         UnsupportedError: a trainer that is not known to work, an argument of one that does not, or a prepared
@@ -95,7 +95,7 @@ def check_trl(trainer: Any, args: Any, model: Any) -> None:
         reason = "nobody has compared it with one process"
         if set(names) & set(_SAMPLING):
             reason = (
-                "it samples answers between its steps, for which each rank would need the whole parameters, and deals "
+                "it samples answers between its steps, for which each rank would need the full parameters, and deals "
                 "the prompts out by process, so that the ranks of an SP group would train on different rows"
             )
         raise UnsupportedError(
@@ -105,7 +105,7 @@ def check_trl(trainer: Any, args: Any, model: Any) -> None:
     for name in ("precompute_ref_log_probs", "sync_ref_model"):
         if getattr(args, name, False):
             raise UnsupportedError(
-                f"`{name}` (True) of TRL's {names[0]} does not go with the plan ({plan}): it reads whole parameters, "
+                f"`{name}` (True) of TRL's {names[0]} does not go with the plan ({plan}): it reads full parameters, "
                 "and each rank holds a part. Leave it out; the reference model is sharded like the trained one."
             )
     if set(names) & set(_WITH_REFERENCE) and isinstance(model, PeftModel) and is_prepared(model):
@@ -120,7 +120,7 @@ _ROUTER = "transformers.models.mixtral.modeling_mixtral"
 
 
 def cut_fused_head(model: nn.Module) -> None:
-    """Let a prepared model's fused head take and return whole rows; without the head, nothing changes.
+    """Let a prepared model's fused head take and return full rows; without the head, nothing changes.
 
     What comes back has the scores of all tokens but the first, [B, S - 1], on every rank of the SP group, and the
     load-balancing loss of the routers, which the head takes from the module `_ROUTER`, over the tokens of all ranks.
@@ -144,7 +144,7 @@ def cut_fused_head(model: nn.Module) -> None:
 
 
 def _gather_head(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Whole weights until the backward has reduced their gradients, or the end of a forward without gradients."""
+    """Full weights until the backward has reduced their gradients, or the end of a forward without gradients."""
     if kwargs.get("fused_lm_head"):
         for module in model.get_output_embeddings().modules():
             if isinstance(module, FSDPModule):
@@ -164,10 +164,10 @@ def _gather_scores(model: nn.Module, args: tuple, kwargs: dict[str, Any], output
     if not kwargs.get("fused_lm_head"):
         return output
     local = kwargs["shift_labels"].shape
-    whole: dict[str, Any] = {}
+    full: dict[str, Any] = {}
     for field in fields(output):
         value = getattr(output, field.name)
         if isinstance(value, Tensor) and value.shape == local:
-            whole[field.name] = gather_sequence(value, model)[:, :-1]
+            full[field.name] = gather_sequence(value, model)[:, :-1]
     # The mean over this rank's tokens alone, which no trainer that scores tokens reads.
-    return replace(output, **whole, loss=None)
+    return replace(output, **full, loss=None)

@@ -93,7 +93,7 @@ _SHARDED = (
 
 _LOADERS = (
     Refusal("split_batches", bool, "each data rank reads batches of its own; give the batch size per device"),
-    Refusal("dispatch_batches", bool, "rank 0 cannot cut packed rows of different lengths; leave it out"),
+    Refusal("dispatch_batches", bool, "rank 0 cannot cut packed sequences of different lengths; leave it out"),
     Refusal("even_batches", _falsy, "every rank must run the same number of batches; leave it at True"),
 )
 
@@ -107,7 +107,7 @@ _BUDGETED = (
     ),
     Refusal(
         "per_device_train_batch_size",
-        lambda value: value not in (1, 8),  # Trainer's default, and what goes with packed rows
+        lambda value: value not in (1, 8),  # Trainer's default, and what goes with packed sequences
         "the budget says how many rows a batch has; leave it out",
     ),
 )

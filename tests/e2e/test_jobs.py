@@ -121,7 +121,9 @@ def experts(tiny_checkpoint: Path, arguments: list[str], folder: Path) -> tuple[
     return checkpoint, output, launch("cpu_4_sp2_ep2.yaml", LORA, *command)[1]
 
 
-def test_spread_experts_equal_one_process(experts: tuple[Path, Path, str], arguments: list[str], folder: Path) -> None:
+def test_sharded_experts_equal_one_process(
+    experts: tuple[Path, Path, str], arguments: list[str], folder: Path
+) -> None:
     """Two data ranks, each row cut in two, experts over two ranks; one process reads the same two rows a step."""
     checkpoint, output, text = experts
     command = [*arguments, "--model", str(checkpoint), "--lora_experts", "--gradient_accumulation_steps", "2"]

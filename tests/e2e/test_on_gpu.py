@@ -96,7 +96,7 @@ def test_a_kernel_that_cannot_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> 
     def broken(*tensors: torch.Tensor) -> torch.Tensor:
         raise IndexError("Dimension out of range")
 
-    whole = {"broken": broken, "whole": lambda q, k, v: q + k.repeat_interleave(2, 1) * v.repeat_interleave(2, 1)}
+    whole = {"broken": broken, "full": lambda q, k, v: q + k.repeat_interleave(2, 1) * v.repeat_interleave(2, 1)}
     monkeypatch.setattr(rates, "attention_kernels", lambda ends, document: whole)
     found = []
     part = SimpleNamespace(cuda=False, device="cpu", small=True, row=lambda status, text, **_: found.append(text))

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 from tests.models import VOCABULARY, build_model
 from tests.ranks.parity import add_adapter, whole
 
-STEPS, ROWS, DOCUMENTS = 6, 4, 3  # optimizer steps, packed rows of a step, documents of a row
+STEPS, ROWS, DOCUMENTS = 6, 4, 3  # optimizer steps, packed sequences of a step, documents of a row
 MAX_DIFFERENCE, MEAN_DRIFT = 2e-5, 2e-6  # of losses and norms, relative
 COMMITTED = Path(__file__).with_name("losses.json")
 
@@ -36,7 +36,7 @@ class Member:
     plan: str = ""
     layout: str = "packed"
     checkpointing: bool = False
-    lean_loss: bool = True
+    chunked_loss: bool = True
     attention: str = "auto"
     model: dict[str, Any] = field(default_factory=dict)
     lora: bool = False
@@ -142,7 +142,7 @@ def run_omni(member: Member) -> Course:
     from hf_veomni import OmniTrainer, OmniTrainingArguments, prepare_omni
 
     model, args = make_model(member), OmniTrainingArguments(**arguments(member), plan=member.plan)
-    prepare_omni(model, args.plan, attention=member.attention, lean_loss=member.lean_loss)
+    prepare_omni(model, args.plan, attention=member.attention, chunked_loss=member.chunked_loss)
     return course(OmniTrainer(model, args, train_dataset=rows(member.layout), data_collator=collate))
 
 
@@ -201,7 +201,7 @@ def test_stock_trainer_equals_it_in_other_layouts(reference, layout):
         Member("dp_shard=2,dp_replicate=2"),
         Member("sp=2,dp_shard=2", layout="padded"),
         Member("sp=2", checkpointing=True),
-        Member("sp=2", lean_loss=False),
+        Member("sp=2", chunked_loss=False),
         Member("sp=2", attention="keep"),
         Member("sp=2", attention="keep", model={"attention": "eager"}),
         Member("sp=2", lora=True),
@@ -214,7 +214,7 @@ def test_stock_trainer_equals_it_in_other_layouts(reference, layout):
                 member.plan,
                 member.layout,
                 "checkpointing" * member.checkpointing,
-                "full-logits" * (not member.lean_loss),
+                "full-logits" * (not member.chunked_loss),
                 "keep" * (member.attention == "keep"),
                 member.model.get("attention", ""),
                 "lora" * member.lora,

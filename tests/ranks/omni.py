@@ -72,7 +72,7 @@ def freeze_noise(model: nn.Module) -> nn.Module:
 
 
 def make_row(documents: Sequence[str], seed: int) -> dict[str, Tensor]:
-    """One packed row with its features; placeholders of what is seen and heard are no targets."""
+    """One packed sequence with its features; placeholders of what is seen and heard are no targets."""
     generator = torch.Generator().manual_seed(seed)
     marks = {"v": (VISION_TOKEN, 4), "a": (AUDIO_TOKEN, 5), "i": (IMAGE_TOKEN, 16), "s": (SOUND_TOKEN, 6)}
     ids: list[Tensor] = []

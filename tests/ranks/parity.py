@@ -43,7 +43,7 @@ class Run:
 
     plan: str | dict[str, Any]
     attention: str = "auto"
-    lean_loss: bool = True
+    chunked_loss: bool = True
     checkpointing: bool = False
     synchronize_each: bool = True
     compiled: str | None = None  # torch.compile's backend for the layers
@@ -149,7 +149,7 @@ def compare(setting: Setting, run: Run, path: str) -> dict[str, Any]:
     from hf_veomni import compile_layers, prepare_omni
 
     model = make_model(setting)
-    prepare_omni(model, run.plan, attention=run.attention, lean_loss=run.lean_loss)
+    prepare_omni(model, run.plan, attention=run.attention, chunked_loss=run.chunked_loss)
     if run.checkpointing:
         model.gradient_checkpointing_enable()
     if run.compiled:

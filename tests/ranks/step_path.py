@@ -1,9 +1,9 @@
 """Which files of the package one optimizer step goes through: what docs/architecture.md describes.
 
-A mixture of experts under sp=2, ep=2 with packed rows, activation checkpointing and router loss, in OmniTrainer. What
-is traced begins when the first optimizer step has ended and ends with the second: the log of the first, the collator
-of a row, forward, backward, clipping, the optimizer. So what is made once (layouts, the first check of rows) is left
-out.
+A mixture of experts under sp=2, ep=2 with packed sequences, activation checkpointing and router loss, in OmniTrainer.
+What is traced begins when the first optimizer step has ended and ends with the second: the log of the first, the
+collator of a row, forward, backward, clipping, the optimizer. So what is made once (layouts, the first check of rows)
+is left out.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ WORK = (
     "qwen3_next",  # linear attention
     "longcat_flash",  # experts that no token of a rank reaches
     "beam",  # a scale for each token, the same for all rows
-    # By the rule that their refusal offers, `sp: gather`:
+    # By the rule that their error suggests, `sp: gather`:
     "glm_moe_dsa",  # an indexer, whose choice a layer hands on to the next
     "nystromformer",  # learned positions that begin at 2
     "convbert",  # attention that never asks the interface, which looks ahead

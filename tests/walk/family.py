@@ -46,7 +46,7 @@ class Record:
     trainer: str = ""  # what OmniTrainer logs, against the stock Trainer in one process
     seconds: float = 0.0
     fp32_error: float | None = None
-    rule: str = ""  # names of modules that run under the plan's rule "sp: gather", which the refusal offers
+    rule: str = ""  # names of modules that run under the plan's rule "sp: gather", which the error suggests
     exact_error: float | None = None  # the worst in fp64, None where the family does not run in it
 
     def end(self, outcome: str, reason: object) -> Record:
@@ -82,7 +82,7 @@ class Rows:
 
     inputs: Batch
     real: Tensor  # bool [B, S] of the output: which tokens count
-    documents: list[tuple[int, int]] = field(default_factory=list)  # of a packed row
+    documents: list[tuple[int, int]] = field(default_factory=list)  # of a packed sequence
 
 
 def walk_family(model_type: str, plan: str = "sp=2") -> dict[str, Any]:
@@ -208,7 +208,7 @@ class _Comparison:
                 self.record.rule = ", ".join(rules)
 
     def _stock(self, rows: Rows) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Loss, output and gradients of the stock model; of a packed row, document by document."""
+        """Loss, output and gradients of the stock model; of a packed sequence, document by document."""
         self.model.zero_grad(set_to_none=True)
         if not rows.documents:
             inputs = rows.inputs if self.with_labels else _without_labels(rows.inputs)

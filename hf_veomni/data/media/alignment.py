@@ -33,7 +33,7 @@ def _qwen3_omni(frames: Any) -> Any:
     return rest + frames // 100 * 13
 
 
-# Tokens of a sound from its mel frames (sum of its mask), by model type.
+# Tokens of an audio clip from its mel frames (sum of its mask), by model type.
 AUDIO_RULES: Mapping[str, Callable[[Any], Any]] = {
     "qwen2_audio": _qwen2_audio,
     "qwen2_5_omni": _qwen2_audio,
@@ -44,7 +44,7 @@ AUDIO_RULES: Mapping[str, Callable[[Any], Any]] = {
 
 
 def _tile(config: Any) -> int:
-    """Patches of a square picture."""
+    """Patches of a square image."""
     size, patch = (
         value[0] if isinstance(value, list | tuple) else value
         for value in (config.vision_config.image_size, config.vision_config.patch_size)
@@ -52,7 +52,7 @@ def _tile(config: Any) -> int:
     return (size // patch) ** 2
 
 
-# Tokens of a picture or tile, all of them alike, by model type.
+# Tokens of an image or tile, all of them alike, by model type.
 TILE_RULES: Mapping[str, Callable[[Any], int]] = {
     "gemma3": lambda config: config.mm_tokens_per_image,
     "gemma3n": lambda config: config.vision_soft_tokens_per_image,

@@ -1,8 +1,8 @@
-"""Raw samples, text or messages with pictures and sounds, through the model's own processor.
+"""Raw samples, text or messages with images and audio, through the model's own processor.
 
 A raw sample holds a conversation or `text` (`layouts` names the forms), and its items in the parts of the messages, or
 in order in the columns `images` and `audios` (or `image` and `audio`): paths, bytes, `datasets` structs of both, PIL
-images, arrays, decoders of sounds. Further columns go to the chat template, if it reads them.
+images, arrays, decoders of audio clips. Further columns go to the chat template, if it reads them.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class RawReader:
         """A raw sample as the processor's output, columns [1, T] and items; `assistant_masks` if turns are chosen.
 
         Raises:
-            BrokenItemError: a picture or sound that cannot be read, by its name.
+            BrokenItemError: an image or sound that cannot be read, by its name.
             ValueError: as `prompt`, and what the processor refuses.
         """
         prompt = self.prompt(where, sample)
@@ -117,7 +117,7 @@ class RawReader:
         try:
             output = dict(self.processor(text=[prompt.text], return_tensors="pt", **inputs, **options))
         except Exception as error:
-            kind = BrokenItemError if inputs else ValueError  # a picture of no height, a sound of no length, ...
+            kind = BrokenItemError if inputs else ValueError  # an image of no height, an audio clip of no length, ...
             named = [name_of(v, m) for m, values in prompt.items.items() for v in values]
             what = f"{where} ({', '.join(named)})" if named else where
             raise kind(f"{what}: {type(self.processor).__name__} refuses it: {error}") from error
@@ -198,7 +198,7 @@ def sampling_rate(processor: Any) -> int:
     rate = getattr(maker, "sampling_rate", None)
     if not isinstance(rate, int):
         raise UnsupportedError(
-            f"{type(processor).__name__} takes no sounds: it has no feature extractor with a sampling rate."
+            f"{type(processor).__name__} takes no audio clips: it has no feature extractor with a sampling rate."
         )
     return rate
 

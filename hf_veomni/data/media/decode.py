@@ -1,6 +1,6 @@
-"""Pictures and sounds from files, bytes and arrays, and their sizes from the header alone.
+"""Images and audio clips from files, bytes and arrays, and their sizes from the header alone.
 
-Pillow reads pictures. Wav files (whole numbers of 8 to 32 bits, floats) are read here; other sounds, and other codings
+Pillow reads images. Wav files (integers of 8 to 32 bits, floats) are read here; other audio clips, and other codings
 of wav, need `soundfile`.
 """
 
@@ -28,7 +28,7 @@ _ZEROS = 24  # zero crossings of the resampling filter to each side
 
 
 class BrokenItemError(ValueError):
-    """A picture or sound that cannot be read; the message names it."""
+    """An image or sound that cannot be read; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ def name_of(value: Any, otherwise: str) -> str:
 
 
 def open_image(value: Any, name: str) -> Any:
-    """A picture in RGB as PIL.Image, turned upright.
+    """An image in RGB as PIL.Image, turned upright.
 
     Args:
         value: a path, bytes, {"bytes": ..., "path": ...} as `datasets.Image(decode=False)` gives it, a PIL image, or
             an array, tensor or nested list of bytes (0..255): [height, width], with 1, 3 or 4 channels last, or 1 or 3
-            first. Of pictures with 16 bits a channel the upper 8 are taken.
+            first. Of images with 16 bits a channel the upper 8 are taken.
         name: what to call it in messages.
 
     Raises:
@@ -77,11 +77,11 @@ def open_image(value: Any, name: str) -> Any:
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
         return upright.convert("RGB")
     except Exception as error:  # decoders raise every kind
-        raise BrokenItemError(f"{name} is no picture that can be read: {type(error).__name__}: {error}") from error
+        raise BrokenItemError(f"{name} is no image that can be read: {type(error).__name__}: {error}") from error
 
 
 def image_size(value: Any, name: str) -> tuple[int, int]:
-    """Height and width of a picture as `open_image` returns it, from its header.
+    """Height and width of an image as `open_image` returns it, from its header.
 
     Raises:
         BrokenItemError: the header cannot be read.
@@ -97,11 +97,11 @@ def image_size(value: Any, name: str) -> tuple[int, int]:
         with Image.open(_source(value)) as image:
             return _upright(image)
     except Exception as error:
-        raise BrokenItemError(f"{name} is no picture that can be read: {type(error).__name__}: {error}") from error
+        raise BrokenItemError(f"{name} is no image that can be read: {type(error).__name__}: {error}") from error
 
 
 def _picture_bytes(value: Any) -> np.ndarray:
-    """An array of a picture as uint8, [height, width] or [height, width, 3 or 4]."""
+    """An array of an image as uint8, [height, width] or [height, width, 3 or 4]."""
     array = _array(value)
     if isinstance(value, list) and array.dtype.kind in "iu" and array.size and 0 <= array.min() <= array.max() <= 255:
         array = array.astype(np.uint8)  # what `datasets` makes of an array
@@ -111,7 +111,7 @@ def _picture_bytes(value: Any) -> np.ndarray:
         array = array[..., 0]
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise ValueError(
-            f"arrays of pictures must hold bytes (uint8) [height, width, 3], not {array.dtype} {list(array.shape)}."
+            f"arrays of images must hold bytes (uint8) [height, width, 3], not {array.dtype} {list(array.shape)}."
         )
     return array
 
@@ -144,7 +144,7 @@ def _orientation(image: Any) -> int:
 
 
 def read_audio(value: Any, rate: int, name: str) -> np.ndarray:
-    """A sound of one channel at a sampling rate, float32 [samples] in [-1, 1].
+    """An audio clip of one channel at a sampling rate, float32 [samples] in [-1, 1].
 
     Args:
         value: a path, bytes, {"bytes": ..., "path": ...} as `datasets.Audio(decode=False)` gives it,
@@ -160,11 +160,11 @@ def read_audio(value: Any, rate: int, name: str) -> np.ndarray:
     try:
         samples, own_rate = _decode_audio(value)
     except Exception as error:
-        raise BrokenItemError(f"{name} is no sound that can be read: {type(error).__name__}: {error}") from error
+        raise BrokenItemError(f"{name} is no audio that can be read: {type(error).__name__}: {error}") from error
     samples = samples.mean(axis=1) if samples.ndim == 2 else samples
     if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
         raise BrokenItemError(
-            f"{name} has shape {list(samples.shape)}: a sound needs finite samples, one a time step."
+            f"{name} has shape {list(samples.shape)}: an audio clip needs finite samples, one a time step."
         )
     return resample(samples.astype(np.float32, copy=False), own_rate or rate, rate)
 
@@ -190,12 +190,12 @@ def audio_samples(value: Any, rate: int, name: str) -> int:
         if not count:
             raise ValueError("it has no samples.")
     except Exception as error:
-        raise BrokenItemError(f"{name} is no sound that can be read: {type(error).__name__}: {error}") from error
+        raise BrokenItemError(f"{name} is no audio that can be read: {type(error).__name__}: {error}") from error
     return count if own_rate == rate else math.ceil(count * rate / own_rate)
 
 
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
-    """A sound at another sampling rate, float32 [ceil(samples * new_rate / rate)].
+    """An audio clip at another sampling rate, float32 [ceil(samples * new_rate / rate)].
 
     Band-limited interpolation: a sinc at the lower of both Nyquist rates under a Hann window (Smith and Gossett 1984).
     """
@@ -238,7 +238,7 @@ def _opened(value: Any) -> BinaryIO:
 
 
 def _given_samples(value: Any) -> tuple[np.ndarray | None, int | None]:
-    """Samples and rate of a sound that is decoded already."""
+    """Samples and rate of an audio clip that is decoded already."""
     if isinstance(value, Mapping) and value.get("array") is not None:
         array, rate = _array(value["array"]), int(value["sampling_rate"])
     elif hasattr(value, "get_all_samples"):

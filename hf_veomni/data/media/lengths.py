@@ -1,4 +1,4 @@
-"""Tokens and cost of raw samples before anything is decoded: from text, and from the headers of pictures and sounds.
+"""Tokens and cost of raw samples before anything is decoded: from text, and from the headers of images and audio.
 
 The processor itself tells what a placeholder becomes: where it has a formula that two trials confirm, that is used,
 else it is tried once on an empty item of each size that occurs. The expanded text is then tokenised as it will be, so
@@ -98,7 +98,7 @@ class SizeReader:
             size: Any = image_size(value, name)
         else:
             size = audio_samples(value, sampling_rate(self.processor), name)
-        # LLaVA-OneVision tiles a picture only where it is alone in its sample, of which its formula knows nothing.
+        # LLaVA-OneVision tiles an image only where it is alone in its sample, of which its formula knows nothing.
         among = not alone and self._counts_pictures(modality)
         repeats = not among and self._is_repeated(modality)
         try:

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from hf_veomni.sequence.backbone import BIAS_METHODS
 from hf_veomni.sequence.cross import is_cross
-from hf_veomni.sequence.stack import BIAS_METHODS
 
 
 class _Replaced:
@@ -41,11 +41,11 @@ def attach_bias(module: nn.Module, sp_size: int, is_cut: Callable[[], bool]) -> 
     for name in BIAS_METHODS:
         original = getattr(module, name, None)
         if callable(original):
-            vars(module)[name] = partial(_whole_bias, module, type(module), name, sp_size, is_cut)
+            vars(module)[name] = partial(_full_bias, module, type(module), name, sp_size, is_cut)
     return _Replaced(module)
 
 
-def _whole_bias(
+def _full_bias(
     module: nn.Module,
     owner: type,
     name: str,

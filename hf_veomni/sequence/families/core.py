@@ -314,7 +314,7 @@ def _bart(
     if any(inputs.get(name) is not None for name in ("attn_prompt", *hf.CACHE_NAMES)):
         raise UnsupportedError(f"{type(module).__name__} takes no prompts and no cache under sequence parallelism.")
     mask = inputs.get("attention_mask")
-    if inputs.get("key_value_states") is not None:  # whole, and each token looks at them for itself
+    if inputs.get("key_value_states") is not None:  # full, and each token looks at them for itself
         inputs["attention_mask"] = cut_queries(module, mask, hidden_states.shape[1], state)
         return owner.forward(module, hidden_states, **inputs)
     query = module.q_proj(hidden_states) * module.scaling

@@ -1,4 +1,5 @@
-"""Features that a stack adds to pictures' tokens after some of its layers (Qwen3-VL's deepstack): cut to the slice."""
+"""Features that a backbone adds to images' tokens after some of its layers (Qwen3-VL's deepstack): cut to the
+slice."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ from hf_veomni.sequence.shard import shard_sequence
 
 
 def cut_deepstack(inputs: dict[str, Any], padded: int, state: ParallelState) -> dict[str, Any]:
-    """A stack's inputs with the mask and the features of this rank's tokens only.
+    """A backbone's inputs with the mask and the features of this rank's tokens only.
 
     Args:
-        inputs: `visual_pos_masks` [B, S], true for a token of a picture or video, and `deepstack_visual_embeds`, for
+        inputs: `visual_pos_masks` [B, S], true for a token of an image or video, and `deepstack_visual_embeds`, for
             each of some layers the features [n, H] of the true ones in order. Without them nothing changes.
-        padded: S', to which the row is filled up with tokens of no picture.
+        padded: S', to which the row is filled up with tokens of no image.
     """
     mask, features = inputs.get("visual_pos_masks"), inputs.get("deepstack_visual_embeds")
     if not isinstance(mask, Tensor) or state.sp_size == 1:

@@ -1,7 +1,7 @@
 """Lightning attention (MiniMax) on this rank's heads, by the family's own forward.
 
 Its recurrence stands in the forward itself, so that there is no function to replace. The forward runs on a stand-in
-for the module instead: queries, keys and values are those of the local heads over whole documents, and what is done to
+for the module instead: queries, keys and values are those of the local heads over full documents, and what is done to
 every token alone (output norm, gate, projection) is left out there and done to the local tokens after.
 
 Shapes: B rows; S, s tokens of the full row and of this rank; H, h heads; D head width.

@@ -1,4 +1,4 @@
-"""Linear attention, state spaces and short convolutions on cut and packed rows, exact."""
+"""Linear attention, state spaces and short convolutions on cut and packed sequences, exact."""
 
 from hf_veomni.sequence.mixers.attach import LinearAttachment
 from hf_veomni.sequence.mixers.table import (

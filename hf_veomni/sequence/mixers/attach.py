@@ -1,7 +1,7 @@
-"""Install the schemes on a stack's mixers.
+"""Install the schemes on a backbone's mixers.
 
   mixer           forward     exchanges, runs the family's own functions by document, exchanges back
-decoder stack     post-hook   checks that one of them was called
+backbone          post-hook   checks that one of them was called
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from hf_veomni.mesh import ParallelState
 from hf_veomni.sequence.mixers.table import FunctionRegistry, Mixer, run_mixer
 from hf_veomni.sequence.shard import shard_sequence
 
-# What Zamba's layers take beside the hidden states: the embeddings of the row, which the stack hands to each of them.
+# What Zamba's layers take beside the hidden states: the embeddings of the row, which the backbone hands to each of
+# them.
 _ORIGINAL = "original_hidden_states"
 _registry = FunctionRegistry()
 
@@ -38,7 +39,7 @@ def _cut_original(
 
 
 class LinearAttachment:
-    """Linear attention on one stack; `detach` takes it off again."""
+    """Linear attention on one backbone; `detach` takes it off again."""
 
     def __init__(self, decoder: nn.Module, mixers: Sequence[Mixer], state: ParallelState) -> None:
         """Install; `enter` and `check_called` are for each forward."""
@@ -70,7 +71,7 @@ class LinearAttachment:
         _registry.release(self)
 
     def enter(self) -> None:
-        """Before each forward of the stack."""
+        """Before each forward of the backbone."""
         _registry.acquire(self, self._callers())  # kernels may have been put in place since
 
     def check_called(self, row: Row) -> None:

@@ -58,10 +58,10 @@ def _send_heads(
         [block.numel() for block in blocks],
         [mine.numel()] * size,
     )
-    whole = received.view(size, rows, part, mine.shape[-1]).transpose(0, 1).flatten(1, 2)  # [B, S, W]
+    full = received.view(size, rows, part, mine.shape[-1]).transpose(0, 1).flatten(1, 2)  # [B, S, W]
     shapes = [(span[rank][1] - span[rank][0], *x.shape[3:]) for x, span in zip(tensors, spans, strict=True)]
     widths = [torch.Size(shape).numel() for shape in shapes]
-    pieces = zip(whole.split(widths, dim=-1), shapes, strict=True)
+    pieces = zip(full.split(widths, dim=-1), shapes, strict=True)
     return [piece.unflatten(-1, shape) for piece, shape in pieces]
 
 

@@ -29,7 +29,7 @@ from hf_veomni.sequence.mixers.layout import conv_layout, scan_layout
 from hf_veomni.sequence.ulysses import HeadLayout, head_layout
 
 Function = Callable[..., Any]
-# What kernels call packed rows by: the documents say it already, and here rows are cut or turned into documents.
+# What kernels call packed sequences by: the documents say it already, and here rows are cut or turned into documents.
 _PACKED_OPTIONS = ("cu_seqlens", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # Documents of like lengths share a call of a scan that has no chunks of its own.
 DEFAULT_CHUNK = 64
@@ -111,7 +111,7 @@ def _columns(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index[:, None].expand(-1, x.shape[1], -1))
 
 
-def _deal(call: MixerCall, heads: int, groups: int) -> HeadLayout:
+def _assign(call: MixerCall, heads: int, groups: int) -> HeadLayout:
     """Heads and the groups (key heads) that they read, by rank."""
     return head_layout(heads, groups, call.size)
 
@@ -142,7 +142,7 @@ def _delta_rule(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Gated delta rule: query, key [B, s, G, *], value [B, s, H, *], g and beta [B, s, H] (KDA: g [B, s, H, *])."""
-    layout = _deal(call, value.shape[2], key.shape[2])
+    layout = _assign(call, value.shape[2], key.shape[2])
     spans = (layout.key_value, layout.key_value, layout.query, layout.query, layout.query)
     query, key, *rest = tokens_to_heads((query, key, value, g, beta), spans, call.group, call.rank)
     query, key = _per_head(call, layout, (query, key))
@@ -171,7 +171,7 @@ def _mamba2_scan(
 ) -> Tensor:
     """Mamba-2: hidden states [B, s, H, *], dt [B, s, H], B and C [B, s, G, N]; A, D, dt_bias per head."""
     assert z is None, "the families gate after the scan"
-    layout = _deal(call, hidden_states.shape[2], B.shape[2])
+    layout = _assign(call, hidden_states.shape[2], B.shape[2])
     spans = (layout.query, layout.query, layout.key_value, layout.key_value)
     hidden_states, dt, B, C = tokens_to_heads((hidden_states, dt, B, C), spans, call.group, call.rank)
     B, C = _per_head(call, layout, (B, C))
@@ -201,7 +201,7 @@ def _mamba1_scan(
 ) -> Tensor:
     """Mamba-1: hidden states, dt and z [B, C, s], B and C [B, N, s], which every channel reads; A [C, N], D [C]."""
     channels = hidden_states.shape[1]
-    split = _deal(call, channels, channels).query
+    split = _assign(call, channels, channels).query
     every = [(0, B.shape[1])] * call.size
     gate = () if z is None else (z,)
     tensors = [x.transpose(1, 2) for x in (hidden_states, dt, B, C, *gate)]

@@ -35,7 +35,7 @@ class ConvLayout:
 def conv_layout(
     documents: Documents, kernel: int, sp_size: int, rank: int, device: torch.device | str = "cpu"
 ) -> ConvLayout:
-    """Columns for a causal convolution of `kernel` taps over this rank's slice of packed rows.
+    """Columns for a causal convolution of `kernel` taps over this rank's slice of packed sequences.
 
     Every part of a document in the slice is preceded by the kernel - 1 tokens before it: of the same document where
     it began on an earlier rank, zeros where it begins here.

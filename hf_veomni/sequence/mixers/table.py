@@ -1,4 +1,4 @@
-"""Which modules carry a state along the sequence, and how each of them is run on cut and packed rows."""
+"""Which modules carry a state along the sequence, and how each of them is run on cut and packed sequences."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import ParallelState
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.sequence.families.lightning import check_lightning, run_lightning
+from hf_veomni.sequence.hints import attends_by_name
 from hf_veomni.sequence.mixers.functions import FUNCTIONS, MixerCall
 from hf_veomni.sequence.mixers.replicated import run_gathered
-from hf_veomni.sequence.offer import attends_by_name
 
 # Classes whose forward does nothing along the sequence but call functions of `FUNCTIONS`: each was read, and is tested
-# against one rank. The number of heads (channels) that a scan deals out, by the attribute that holds it; None for a
+# against one rank. The number of heads (channels) that a scan assigns, by the attribute that holds it; None for a
 # convolution alone, which any number of ranks can share.
 _BY_FUNCTIONS: dict[str, str | None] = {
     "Qwen3NextGatedDeltaNet": "num_v_heads",
@@ -73,7 +73,7 @@ def find_scheme(module: nn.Module) -> str | None:
 
 
 def find_mixers(layers: Sequence[tuple[str, nn.Module]], gathered: Set[nn.Module] = frozenset()) -> list[Mixer]:
-    """The mixers in `layers`, given with their names; `gathered` are those that the plan has on whole documents.
+    """The mixers in `layers`, given with their names; `gathered` are those that the plan has on full documents.
 
     Raises:
         UnsupportedError: a gathered module holds experts.
@@ -99,7 +99,7 @@ def find_mixers(layers: Sequence[tuple[str, nn.Module]], gathered: Set[nn.Module
 
 @dataclass(frozen=True)
 class Gathered:
-    """What a plan runs on whole documents.
+    """What a plan runs on full documents.
 
     Attributes:
         modules: those that its rules name.
@@ -241,7 +241,7 @@ def run_mixer(module: nn.Module, scheme: str, state: ParallelState, /, *args: An
         return forward(*args, **kwargs)
     if any(kwargs.get(name) is not None for name in hf.CACHE_NAMES):
         raise UnsupportedError(
-            f"{type(module).__name__} was given a cache, which holds the state of whole rows: call the model without "
+            f"{type(module).__name__} was given a cache, which holds the state of full rows: call the model without "
             "`cache_params`, or with `use_cache=True` under torch.no_grad()."
         )
     call = MixerCall(documents, row.layouts, state.sp_group, state.sp_rank, state.sp_size)

@@ -67,7 +67,7 @@ def test_llama4_equals_one_rank(check, plan, top_k):
         ("qwen3_moe", "dp_replicate=2,dp_shard=2,ep=2", {"micro_batches": 2}, {"synchronize_each": False}),
         ("qwen3_moe", "sp=2,ep=2", {"packed": False}, {}),
         ("gpt_oss", "dp_shard=2,sp=2,ep=2", {"packed": False, "micro_batches": 2}, {"checkpointing": True}),
-        ("deepseek_v3", "dp_shard=2,sp=2,ep=4", {}, {"checkpointing": True, "lean_loss": False}),
+        ("deepseek_v3", "dp_shard=2,sp=2,ep=4", {}, {"checkpointing": True, "chunked_loss": False}),
     ],
 )
 def test_options_equal_one_rank(check, family, plan, setting, run):

@@ -1,4 +1,4 @@
-"""Optimizers over both meshes at once, and two spread models in one process."""
+"""Optimizers over both meshes at once, and two sharded models in one process."""
 
 from __future__ import annotations
 

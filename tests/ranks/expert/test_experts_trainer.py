@@ -1,4 +1,4 @@
-"""OmniTrainer with experts spread over ranks: trains, saves, resumes and evaluates as one process does."""
+"""OmniTrainer with experts sharded over ranks: trains, saves, resumes and evaluates as one process does."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def _cases(plans: list[tuple[int, str]], deep: Callable[[int], int | None]) -> p
     return pytest.mark.parametrize(("layers", "size", "plan"), [(FEW, 2, "sp=2,ep=2"), *slow], scope="module")
 
 
-def _whole(size: int) -> int | None:
+def _full(size: int) -> int | None:
     return None
 
 
@@ -50,7 +50,7 @@ def _whole_on_two(size: int) -> int | None:
 
 
 def _rows(checkpoint: Path) -> list[Batch]:
-    """Packed rows of an odd length, of the beginnings of different topics."""
+    """Packed sequences of an odd length, of the beginnings of different topics."""
     from pydoc_data.topics import topics
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -160,7 +160,7 @@ def trained(ranks, checkpoint: Path, layers: int | None, tmp_path_factory: pytes
     return losses, str(path)
 
 
-@_cases(PLANS, _whole)
+@_cases(PLANS, _full)
 def test_logits_equal_the_dense_model(ranks, checkpoint, dense_logits, layers, size, plan):
     found = _run(ranks, size, _compare_logits, checkpoint, layers, plan, dense_logits)
     print(f"{plan}, {layers or 'all'} layers: {max(found):.1e}")

@@ -1,4 +1,5 @@
-"""A packed row of samples with pictures or sounds trains like the samples alone, on stock models of real families."""
+"""A packed sequence of samples with pictures or sounds trains like the samples alone, on stock models of real
+families."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def summed_loss(model: Any, processor: Any, sample: dict[str, Any], logits: bool
 
 
 def _compare(family: str, plan: str) -> dict[str, float]:
-    """Relative errors of the packed row: losses by sample, loss of the row, gradients."""
+    """Relative errors of the packed sequence: losses by sample, loss of the row, gradients."""
     from hf_veomni import OmniDataCollatorWithPacking, gather_sequence, prepare_omni
 
     model, processor = build(family)

@@ -1,4 +1,5 @@
-"""A packed row of processed samples of pictures, videos and sounds gives each sample the loss that it has alone."""
+"""A packed sequence of processed samples of pictures, videos and sounds gives each sample the loss that it has
+alone."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def _loss(model: Any, row: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
 
 
 def _compare(family: str, plan: str) -> dict[str, float]:
-    """Relative errors of the packed row: losses by sample, loss of the row, gradients."""
+    """Relative errors of the packed sequence: losses by sample, loss of the row, gradients."""
     from hf_veomni import OmniDataCollatorWithPacking, gather_sequence, prepare_omni
 
     model, found = build(family), FAMILIES[family]

@@ -26,8 +26,8 @@ def _row(family: str, seed: int, part: Any) -> dict[str, Any]:
         row["attention_mask"] = torch.ones_like(row["input_ids"])
         for name in ("input_ids", "labels", "mm_token_type_ids", "attention_mask"):
             if name in row:
-                filler = (0, longest - row[name].shape[1])
-                row[name] = F.pad(row[name], filler, value=-100 if name == "labels" else 0)
+                padding = (0, longest - row[name].shape[1])
+                row[name] = F.pad(row[name], padding, value=-100 if name == "labels" else 0)
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: torch.cat([row[name] for row in rows if name in row]) for name in names}
 

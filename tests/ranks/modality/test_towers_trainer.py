@@ -1,4 +1,5 @@
-"""OmniTrainer on models that see and hear: packed rows under sequence parallelism train as the stock Trainer does."""
+"""OmniTrainer on models that see and hear: packed sequences under sequence parallelism train as the stock Trainer
+does."""
 
 from __future__ import annotations
 

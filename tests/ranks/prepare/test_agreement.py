@@ -61,7 +61,7 @@ def _fail_on_one_rank(name: str) -> None:
 
     rank = dist.get_rank()
     model = build_model("llama").to("meta") if name == "meta" and rank else build_model("llama")
-    if name == "seam" and rank:
+    if name == "shard points" and rank:
         model = build_model("openai-gpt")
     try:
         prepare_omni(model, "sp=two" if name == "plan" and rank else "sp=2")
@@ -73,7 +73,7 @@ def _fail_on_one_rank(name: str) -> None:
     ("name", "kind", "match"),
     [
         ("meta", "ValueError", "Parameter 'model.embed_tokens.weight' is on the meta device"),
-        ("seam", "UnsupportedError", "OpenAIGPTLMHeadModel has no seam"),
+        ("shard points", "UnsupportedError", "OpenAIGPTLMHeadModel has no shard points"),
         ("plan", "ValueError", r"Plan entry 'sp=two'"),
     ],
 )

@@ -80,7 +80,7 @@ def _prepare_again(path: str) -> list[float]:
     setting = Setting("llama")
     model = detach_omni(prepare_omni(make_model(setting), ""))
     assert base_model(model) is model
-    prepare_omni(model, "", lean_loss=False)
+    prepare_omni(model, "", chunked_loss=False)
     errors = measure(model, setting, Run(""), path)
     return [errors["loss"], errors["logits"], errors["gradient"]]
 

@@ -15,17 +15,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_veomni.errors import UnsupportedError
-from hf_veomni.loss import LeanLogits, attach_lean_loss
+from hf_veomni.loss import LazyLogits, attach_chunked_loss
 from tests.models import VOCABULARY, build_model
 
 HIDDEN = 64
 
 
-def _head(lean: bool, group: Any, freeze: bool = False) -> nn.Module:
+def _head(chunked: bool, group: Any, freeze: bool = False) -> nn.Module:
     """Only the head and the loss of the model are used: the hidden states are the input."""
     model = build_model("llama", dtype=torch.float64)
     model.lm_head.weight.requires_grad_(not freeze)
-    attach_lean_loss(model, group, lean=lean, chunk_tokens=3)
+    attach_chunked_loss(model, group, chunked=chunked, chunk_tokens=3)
     return model
 
 
@@ -43,7 +43,7 @@ def _score(model: Any, hidden: Tensor, **targets: Any) -> tuple[Tensor, list[Ten
     logits = torch.tanh(model.lm_head(hidden) / 3) * 3
     loss = model.loss_function(logits, vocab_size=VOCABULARY, **targets)
     loss.backward()
-    assert not isinstance(logits, LeanLogits) or logits.recipe.real is None
+    assert not isinstance(logits, LazyLogits) or logits.recipe.real is None
     return loss.detach(), [p for p in (hidden.grad, model.lm_head.weight.grad) if p is not None]
 
 
@@ -57,7 +57,7 @@ def _one_rank(length: int, num_items: float | None, freeze: bool) -> tuple[Tenso
 
 
 def _sharded(
-    length: int, lean: bool, num_items: float | None, how: str, freeze: bool = False
+    length: int, chunked: bool, num_items: float | None, how: str, freeze: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """Loss, gradient of the full hidden states and of the weight, averaged over the ranks as FSDP does."""
     size, rank = dist.get_world_size(), dist.get_rank()
@@ -71,7 +71,7 @@ def _sharded(
         "shifted": {"labels": None, "shift_labels": _shift(labels)},
         "local": {"labels": labels, "shift_labels": F.pad(_shift(labels), (0, size), value=-100)[:, shard]},
     }[how]
-    model = _head(lean, dist.group.WORLD, freeze)
+    model = _head(chunked, dist.group.WORLD, freeze)
     loss, gradients = _score(model, padded[:, shard], num_items_in_batch=num_items, **targets)
     parts = [torch.empty_like(gradients[0]) for _ in range(size)]
     dist.all_gather(parts, gradients[0])
@@ -93,11 +93,11 @@ def test_two_shards_equal_one_rank(ranks, length, num_items, how):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-15)
 
 
-@pytest.mark.parametrize(("lean", "freeze"), [(True, False), (True, True), (False, False)])
-def test_four_shards_equal_one_rank(ranks, lean, freeze):
+@pytest.mark.parametrize(("chunked", "freeze"), [(True, False), (True, True), (False, False)])
+def test_four_shards_equal_one_rank(ranks, chunked, freeze):
     # 13 tokens, 4 on each rank: the last rank has one token, whose target lies beyond the row.
     expected = _one_rank(13, None, freeze)
-    for found in ranks(4).run(_sharded, 13, lean, None, "full", freeze):
+    for found in ranks(4).run(_sharded, 13, chunked, None, "full", freeze):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-15)
 
 
@@ -171,7 +171,7 @@ def _shard(model: Any, units: str) -> None:
 
 def _fsdp(name: str, adapter: str, units: str) -> dict[str, Tensor]:
     model = _model(name, adapter)
-    attach_lean_loss(model, chunk_tokens=4)
+    attach_chunked_loss(model, chunk_tokens=4)
     _shard(model, units)
     return _steps(model, IDS[dist.get_rank() :][:1])
 
@@ -203,13 +203,13 @@ def test_a_head_that_is_freed_after_its_forward_gives_a_clear_error(ranks):
     ranks(2).raises(_fsdp, "llama", "none", "head freed", kind="UnsupportedError", match="keep the head gathered")
 
 
-def _two_forwards(name: str, adapter: str, lean: bool) -> dict[str, Tensor]:
+def _two_forwards(name: str, adapter: str, chunked: bool) -> dict[str, Tensor]:
     """Both before one backward, as preference losses do: FSDP frees the head's weight between their backwards."""
     model = _model(name, adapter)
-    attach_lean_loss(model, chunk_tokens=4, lean=lean)
-    if lean:
+    attach_chunked_loss(model, chunk_tokens=4, chunked=chunked)
+    if chunked:
         _shard(model, "one unit")
-    ids = IDS[dist.get_rank() :][:1] if lean else IDS
+    ids = IDS[dist.get_rank() :][:1] if chunked else IDS
     losses = [model(input_ids=x, labels=x, use_cache=False).loss for x in (ids, ids.flip(1))]
     (losses[0] - 2 * losses[1]).backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
@@ -218,7 +218,7 @@ def _two_forwards(name: str, adapter: str, lean: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("name", "adapter"), [("llama", "none"), ("llama_tied", "none"), ("llama", "head")])
 def test_two_forwards_before_one_backward(ranks, name, adapter):
-    expected = _two_forwards(name, adapter, lean=False)
+    expected = _two_forwards(name, adapter, chunked=False)
     for gradients in ranks(2).run(_two_forwards, name, adapter, True):
         for key, gradient in gradients.items():
             assert (gradient - expected[key]).norm() / expected[key].norm() < 1e-5, key
@@ -235,12 +235,12 @@ class _Square(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] / ctx.saved_tensors[0].numel() * grads[0]
 
 
-def _function_of_logits(name: str, loss_too: bool, lean: bool) -> dict[str, Tensor]:
+def _function_of_logits(name: str, loss_too: bool, chunked: bool) -> dict[str, Tensor]:
     model = _model(name, "none")
-    attach_lean_loss(model, chunk_tokens=4, lean=lean)
-    if lean:
+    attach_chunked_loss(model, chunk_tokens=4, chunked=chunked)
+    if chunked:
         _shard(model, "one unit")
-    ids = IDS[dist.get_rank() :][:1] if lean else IDS
+    ids = IDS[dist.get_rank() :][:1] if chunked else IDS
     for _ in range(2):
         out = model(input_ids=ids, labels=ids, use_cache=False)
         (_Square.apply(out.logits) + loss_too * out.loss).backward()
@@ -251,7 +251,7 @@ def _function_of_logits(name: str, loss_too: bool, lean: bool) -> dict[str, Tens
 @pytest.mark.parametrize("loss_too", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_an_autograd_function_of_the_logits_under_fsdp(ranks, name, loss_too):
-    expected = _function_of_logits(name, loss_too, lean=False)
+    expected = _function_of_logits(name, loss_too, chunked=False)
     for gradients in ranks(2).run(_function_of_logits, name, loss_too, True):
         assert gradients.keys() == expected.keys()
         for key, gradient in gradients.items():
@@ -260,7 +260,7 @@ def test_an_autograd_function_of_the_logits_under_fsdp(ranks, name, loss_too):
 
 def _late_looks() -> tuple[bool, list[str]]:
     model = _model("llama", "none")
-    attach_lean_loss(model)
+    attach_chunked_loss(model)
     _shard(model, "one unit")
     ids = IDS[dist.get_rank() :][:1]
     early, late = (model(input_ids=ids, labels=ids, use_cache=False) for _ in range(2))

@@ -113,7 +113,7 @@ def test_settings_equal_one_rank_where_a_data_rank_lacks_modalities(check, name:
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["sp=2,ep=2", "sp=2,dp_shard=2,ep=2", "sp=2,dp_shard=2,ep=4", "dp_shard=2,ep=2"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_spread_experts_equal_one_rank(check, plan: str, lora: bool) -> None:
+def test_sharded_experts_equal_one_rank(check, plan: str, lora: bool) -> None:
     rows = (MIXED, TEXT) if "dp" in plan else (MIXED,)
     check(Setting(rows=rows, moe=True, lora=lora), plan)
 

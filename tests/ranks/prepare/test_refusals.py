@@ -92,7 +92,7 @@ CALLS = {f.__name__: f for f in (_long_document, _short_labels, _local_labels, _
         ("sp=two", r"Plan entry 'sp=two' in 'sp=two' must be name=integer"),
         ({"sp_size": 0}, r"`sp_size` \(0\) must be a positive integer"),
         ("pp=2", r"`pp_size` \(2\) must be 1: pipeline parallelism is not available"),
-        ("sp=2,ep=2", r"`ep_size` \(2\) needs experts, and .* has none to spread: it is a dense model"),
+        ("sp=2,ep=2", r"`ep_size` \(2\) needs experts, and .* has none to shard: it is a dense model"),
         ("sp=2,dp_shard=1,ep=3", r"`ep_size` \(3\) must divide `dp_shard_size \* sp_size` \(2\): use 1, 2"),
         ({"sp": 2, "modules": {"lm_haed": {"fsdp": "keep"}}}, r"'lm_haed' matches no module.*lm_head"),
         ({"sp": 2, "modules": {"lm_head": {"fspd": "keep"}}}, r"Unknown rule 'fspd'.*did you mean 'fsdp'"),
@@ -117,14 +117,14 @@ def _prepare_experts(model: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("model", "options", "match"),
     [
-        ("llama", {}, r"`ep_size` \(2\) needs experts, and LlamaForCausalLM has none to spread: it is a dense model"),
+        ("llama", {}, r"`ep_size` \(2\) needs experts, and LlamaForCausalLM has none to shard: it is a dense model"),
         ("qwen3_moe", {"experts": 3}, r"`ep_size` \(2\) must divide the number of experts \(3\).*: use 1, 3"),
         ("qwen3_moe", {"shared": True}, r"layers.1.mlp.experts.down_proj' is the same parameter as 'model.layers.0"),
         ("qwen3_moe", {"kernels": "deepgemm_megamoe"}, "exchanges tokens inside its kernel"),
         ("qwen3_moe", {"adapters": True, "kernels": "batched_mm"}, "knows no adapters on 'model"),
     ],
 )
-def test_experts_that_cannot_be_spread(ranks, model, options, match):
+def test_experts_that_cannot_be_sharded(ranks, model, options, match):
     ranks(2).raises(_prepare_experts, model, options, match=match, timeout=30)
 
 
@@ -179,7 +179,7 @@ def test_more_sp_ranks_than_query_heads(ranks):
 
 
 def test_model_without_a_seam(ranks):
-    match = r"OpenAIGPTLMHeadModel has no seam for sequence parallelism.*Use sp_size=1"
+    match = r"OpenAIGPTLMHeadModel has no shard points for sequence parallelism.*Use sp_size=1"
     ranks(2).raises(_prepare, "openai-gpt", "sp=2", match=match, timeout=30)
 
 
@@ -257,8 +257,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("family", "match"),
     [
-        ("xlnet", r"XLNetLMHeadModel has no seam .*modules=\{'transformer.layer.\*.rel_attn': \{'sp': 'gather'\}\}"),
-        ("doge", r"DogeForCausalLM has no seam .*makes an attention mask of its own from that of the row"),
+        (
+            "xlnet",
+            r"XLNetLMHeadModel has no shard points .*modules=\{'transformer.layer.\*.rel_attn': \{'sp': 'gather'\}\}",
+        ),
+        ("doge", r"DogeForCausalLM has no shard points .*makes an attention mask of its own from that of the row"),
     ],
 )
 def test_families_that_cannot_be_cut(ranks, family, match):
@@ -306,7 +309,7 @@ def _packed_rows_of_gpt() -> None:
 
 
 def test_packed_rows_of_a_model_that_cannot_tell_documents_apart(ranks):
-    ranks(2).raises(_packed_rows_of_gpt, match="position_ids|Packed rows would not be kept apart", timeout=30)
+    ranks(2).raises(_packed_rows_of_gpt, match="position_ids|Packed sequences would not be kept apart", timeout=30)
 
 
 def _twice() -> None:

@@ -1,4 +1,4 @@
-"""Linear attention, state spaces and short convolutions on cut and packed rows equal the stock model on one rank.
+"""Linear attention, state spaces and short convolutions on cut and packed sequences equal the stock model on one rank.
 
 The reference runs each document alone, so a state that crosses a document's begin, or fails to cross a rank, shows.
 `test_linear_gather.py` has the generic scheme, tests/unit/sequence the index arithmetic.

@@ -75,7 +75,7 @@ def test_rule_without_effect_is_refused(ranks, model, plan, message):
 
 
 def test_rule_without_effect_is_refused_on_one_rank(ranks):
-    ranks(1).raises(_prepare, "openai-gpt", gathered("*.mlp"), match="no seam")
+    ranks(1).raises(_prepare, "openai-gpt", gathered("*.mlp"), match="no shard points")
 
 
 class HomeMadeAttention(nn.Module):

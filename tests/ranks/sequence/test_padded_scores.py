@@ -43,7 +43,7 @@ SPANS: dict[str, Callable[[str], nn.Module]] = {
 }
 
 
-def _whole(grads: Any) -> dict[str, Tensor]:
+def _full(grads: Any) -> dict[str, Tensor]:
     found = {name: p.grad for name, p in grads if p.grad is not None}
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
 
@@ -57,7 +57,7 @@ def _spans(plan: str | None, name: str, attention: str) -> tuple[float, dict[str
     ends = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([4, 3])}
     loss = model(input_ids=IDS, attention_mask=MASK, **ends).loss
     loss.backward()
-    return loss.item(), _whole(model.named_parameters())
+    return loss.item(), _full(model.named_parameters())
 
 
 def _assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -104,7 +104,7 @@ def _read(plan: str | None, name: str) -> tuple[float, dict[str, Tensor]]:
     logits = model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits
     loss = READERS[name](logits if plan is None else gather_sequence(logits, model))
     loss.backward()
-    return loss.item(), _whole(model.named_parameters())
+    return loss.item(), _full(model.named_parameters())
 
 
 @pytest.mark.parametrize(("world", "plan"), [(1, ""), (2, "dp_shard=2"), (2, "sp=2")])

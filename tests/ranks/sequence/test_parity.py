@@ -105,7 +105,7 @@ def test_kept_attention_equals_one_rank_on_one_document(check, plan):
 
 @pytest.mark.parametrize("model", ["llama", "gemma2", "cohere", "granite", "gpt_oss"])
 def test_loss_from_full_logits_equals_one_rank(check, model):
-    check(Setting(model), Run("sp=2", lean_loss=False))
+    check(Setting(model), Run("sp=2", chunked_loss=False))
 
 
 @pytest.mark.parametrize("plan", ["sp=2", "sp=3", "sp=4", "sp=2,dp_shard=2", "dp_shard=2,dp_replicate=2"])

@@ -23,7 +23,7 @@ SIZES = [(2, "sp=2"), (3, "sp=3"), *LARGE]
 
 
 def _row(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Three topics in one packed row of an odd length."""
+    """Three topics in one packed sequence of an odd length."""
     from pydoc_data.topics import topics
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

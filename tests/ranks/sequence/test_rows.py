@@ -1,4 +1,4 @@
-"""Rows as users make them: padded on either side, shorter than sp, or wrongly dealt to the ranks."""
+"""Rows as users make them: padded on either side, shorter than sp, or wrongly assigned to the ranks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_padding_with_positions_of_its_own_equals_one_rank(ranks, name, attentio
         assert max(errors) < 1e-5, errors
 
 
-def _short(name: str, size: int, lean: bool) -> list[float]:
+def _short(name: str, size: int, chunked: bool) -> list[float]:
     from hf_veomni import prepare_omni
 
     ids = torch.randint(3, 97, (2, size), generator=torch.Generator().manual_seed(1))
@@ -51,7 +51,7 @@ def _short(name: str, size: int, lean: bool) -> list[float]:
     wanted.backward()
     expected = model.get_input_embeddings().weight.grad
     model.zero_grad()
-    prepare_omni(model, "sp=4", lean_loss=lean)
+    prepare_omni(model, "sp=4", chunked_loss=chunked)
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     return [
@@ -60,11 +60,11 @@ def _short(name: str, size: int, lean: bool) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("lean", [True, False], ids=["lean", "full"])
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "full"])
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_rows_shorter_than_sp_equal_one_rank(ranks, name, size, lean):
-    for errors in ranks(4).run(_short, name, size, lean):
+def test_rows_shorter_than_sp_equal_one_rank(ranks, name, size, chunked):
+    for errors in ranks(4).run(_short, name, size, chunked):
         assert max(errors) < 1e-5, errors
 
 

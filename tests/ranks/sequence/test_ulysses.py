@@ -99,7 +99,7 @@ def test_gather_concatenates_and_its_backward_sums(ranks):
 
 
 def _training_logits(config: dict) -> list[float]:
-    """Differences of gathered training logits and gradients to one rank, while the loss could still be lean."""
+    """Differences of gathered training logits and gradients to one rank, while the loss could still be chunked."""
     torch.manual_seed(0)
     stock = LlamaForCausalLM(LlamaConfig(**config)).double()
     model = prepare_omni(copy.deepcopy(stock), "sp=2").train()

@@ -53,7 +53,7 @@ def _streamed(plan: str, num_rows: int, shards: int, steps: int) -> tuple[list[f
 
 
 def test_a_stream_with_uneven_shards_ends_together(ranks):
-    """5 rows in 2 shards: a data rank of 3 rows, another of 2, which runs a filler that counts nothing."""
+    """5 rows in 2 shards: a data rank of 3 rows, another of 2, which runs a dummy batch that counts nothing."""
     tokens = sum(len(row["input_ids"]) for row in _row_stream(5, 2))
     for losses, norms, seen in ranks(4).run(_streamed, "sp=2,dp_shard=2", 5, 2, 4, timeout=90):
         assert seen == 2 * tokens, "two epochs, each row once"

@@ -37,16 +37,16 @@ def _documents() -> list[dict[str, Any]]:
 
 
 def _batches(plan: str, kind: str, directory: Path, stop: int, resume: bool) -> list[list[int]]:
-    """First tokens of the rows (of a packed row: of its documents) of each step of this rank."""
+    """First tokens of the rows (of a packed sequence: of its documents) of each step of this rank."""
     from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
-    from hf_veomni.trainer.loaders import Filler
+    from hf_veomni.trainer.loaders import DummyBatch
 
     seen: list[list[int]] = []
 
     class Noting(OmniTrainer):
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             names = inputs["input_ids"][inputs["position_ids"] == 0].tolist()
-            seen.append([] if isinstance(inputs, Filler) else names)
+            seen.append([] if isinstance(inputs, DummyBatch) else names)
             return super().training_step(model, inputs, num_items_in_batch)
 
     arguments: dict[str, Any] = {

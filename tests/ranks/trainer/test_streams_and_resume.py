@@ -1,4 +1,4 @@
-"""Streams dealt out by accelerate, optimizers without state or with modes, and the loss that `train` returns."""
+"""Streams assigned by accelerate, optimizers without state or with modes, and the loss that `train` returns."""
 
 from __future__ import annotations
 

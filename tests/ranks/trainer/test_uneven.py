@@ -107,7 +107,7 @@ def test_a_row_that_one_data_rank_cannot_read_stops_all(ranks, evaluating):
 
 
 def _own_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-    """No label in it: blank ones would not stop a filler from counting."""
+    """No label in it: blank ones would not stop a dummy batch from counting."""
     return model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"]).logits.float().square().mean()
 
 

@@ -93,7 +93,7 @@ def asked(model_type: str, monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, ..
 
     monkeypatch.setattr(varlen, "choose_path", record)
     monkeypatch.setattr(varlen, "has_kernel", lambda device: True)
-    monkeypatch.setattr(varlen, "_is_one_document_a_row", lambda spec: False)  # the page is about packed rows
+    monkeypatch.setattr(varlen, "_is_one_document_a_row", lambda spec: False)  # the page is about packed sequences
     monkeypatch.setattr(flex, "has_flex", lambda device: True)
     monkeypatch.setattr(flex, "flex_works", lambda *args: True)
     register_varlen_attention()

@@ -222,7 +222,7 @@ def test_padding_within_packed_documents_is_not_attended() -> None:
 
 def test_all_tokens_is_no_padding() -> None:
     spec = make_spec(masking_utils.causal_mask_function, attention_mask=torch.ones(2, S, dtype=torch.bool))
-    assert spec.padding is None and spec.is_whole and spec.kernel_layout.index is None
+    assert spec.padding is None and spec.is_full and spec.kernel_layout.index is None
 
 
 def test_chunks_from_another_begin_are_evaluated() -> None:
@@ -252,7 +252,7 @@ def test_packed_documents_of_another_shape_are_refused() -> None:
         with pytest.raises(ValueError, match="2 rows of 24 tokens .* 1 rows of 7"):
             omni_mask(2, S, S)
     with documents_set(Documents.from_lengths([(7,)])):
-        assert omni_mask(2, S, S).is_whole
+        assert omni_mask(2, S, S).is_full
 
 
 def test_missing_transformers_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

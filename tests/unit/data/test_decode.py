@@ -121,7 +121,7 @@ def test_what_is_broken_is_named(monkeypatch):
         (riff(7, 1, 8_000, 8, bytes(200)), "pip install soundfile"),
     ):
         for read in (read_audio, audio_samples):
-            with pytest.raises(BrokenItemError, match=f"^'a.wav' is no sound that can be read: .*{why}"):
+            with pytest.raises(BrokenItemError, match=f"^'a.wav' is no audio that can be read: .*{why}"):
                 read(content, 16_000, "'a.wav'")
     streamed = riff(1, 1, 16_000, 16, bytes(200)).replace(b"data\xc8\x00\x00\x00", b"data\xff\xff\xff\xff")
     assert len(read_audio(streamed, 16_000, "it")) == audio_samples(streamed, 16_000, "it") == 100

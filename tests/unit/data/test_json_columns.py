@@ -75,13 +75,13 @@ def test_rows_of_a_jsonl_equal_plain_rows(qwen, tmp_path, streaming):
 
 
 @pytest.mark.parametrize(
-    "feature", [Json(), List(Json()), {"whole": Json(decode=False)}], ids=["column", "list", "raw"]
+    "feature", [Json(), List(Json()), {"full": Json(decode=False)}], ids=["column", "list", "raw"]
 )
 @pytest.mark.parametrize("streaming", [False, True])
 def test_json_anywhere_in_a_column_is_read(qwen, tmp_path, feature, streaming):
     config, processor = qwen
     samples = conversations(tmp_path)
-    feature = feature["whole"] if isinstance(feature, dict) else feature
+    feature = feature["full"] if isinstance(feature, dict) else feature
     texts = [
         [json.dumps(m) for m in s["messages"]] if isinstance(feature, List) else json.dumps(s["messages"])
         for s in samples

@@ -74,7 +74,7 @@ def test_layouts_are_read_as_messages(qwen, layout, column):
         collator = OmniDataCollatorWithPacking(None, processor, model_config=config, train_on=train_on)
         assert same(collator([LAYOUTS[layout] | items]), collator([{"messages": PARTS} | items]))
     source = Dataset.from_list([LAYOUTS[layout] | {column: str(column)}], on_mixed_types="use_json")
-    with pytest.raises(ValueError, match="'images?' is no picture"):  # it got as far as the file
+    with pytest.raises(ValueError, match="'images?' is no image"):  # it got as far as the file
         pack_dataset(source, 200, processor=processor)
 
 

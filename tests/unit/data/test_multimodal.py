@@ -333,8 +333,8 @@ def test_broken_files_are_skipped_counted_and_named(qwen, tmp_path, workers):
     for row in loader:
         assert row["image_grid_thw"].shape[0] == 3
     assert list(collator.skipped.values()) == [2]
-    assert f"'{tmp_path}/1.png' is no picture that can be read: OSError" in next(iter(collator.skipped))
+    assert f"'{tmp_path}/1.png' is no image that can be read: OSError" in next(iter(collator.skipped))
     blank = collator(samples[1:2])
     assert blank["labels"].tolist() == [[-100, -100]] and sum(collator.skipped.values()) == 3
-    with pytest.raises(ValueError, match=r"1.png' is no picture that can be read"):
+    with pytest.raises(ValueError, match=r"1.png' is no image that can be read"):
         OmniDataCollatorWithPacking(processor=processor, model_config=config)(samples)

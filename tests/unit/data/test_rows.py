@@ -138,7 +138,7 @@ def test_broken_headers_raise_or_are_skipped(qwen, picture_files, streaming, cap
     open(picture_files[3], "wb").write(b"no picture")
     source = Dataset.from_list(text_and_pictures(picture_files))
     source = source.to_iterable_dataset() if streaming else source
-    with pytest.raises(ValueError, match="03.png' is no picture that can be read"):
+    with pytest.raises(ValueError, match="03.png' is no image that can be read"):
         list(pack_dataset(source, 200, processor=qwen[1]))
     caplog.clear()
     rows = list(pack_dataset(source, 200, processor=qwen[1], on_error="skip"))
@@ -151,7 +151,7 @@ def test_what_cannot_be_packed_late_is_refused(qwen, picture_files):
     source = Dataset.from_list(text_and_pictures(picture_files))
     with pytest.raises(ValueError, match="sample 0 is raw .* give `processor=`"):
         pack_dataset(source, 200)
-    with pytest.raises(ValueError, match=r"`overlong` \('split'\) would cut through pictures or sounds"):
+    with pytest.raises(ValueError, match=r"`overlong` \('split'\) would cut through images or audio"):
         pack_dataset(source, 200, overlong="split", processor=qwen[1])
     with pytest.raises(
         ValueError, match="sample 0 has .* tokens, more than `max_tokens`.* or choose overlong='drop'.$"

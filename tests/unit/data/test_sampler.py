@@ -73,7 +73,7 @@ def test_drop_last_drops_less_than_one_step(lengths, num_ranks):
 def test_cost_is_equal_over_the_ranks(num_ranks):
     steps = of_all_ranks(num_ranks, costs=COSTS)
     costs = np.array([[COSTS[batch].sum() for batch in step] for step in steps])
-    # The time of a step is that of its dearest batch. 500 samples make 11 steps of 8: few to choose from.
+    # The time of a step is that of its most expensive batch. 500 samples make 11 steps of 8: few to choose from.
     assert costs.max(axis=1).sum() <= (1.06 if num_ranks == 8 else 1.03) * costs.mean(axis=1).sum()
     plain = np.array(
         [COSTS[batch].sum() for batch in np.array_split(np.random.default_rng(0).permutation(500), costs.size)]
@@ -298,7 +298,7 @@ def test_attention_cost_counts_linear_and_quadratic_work():
     [
         (([3, 9], 8), {}, "sample 1 (9 tokens, cost 9) must fit `max_tokens` (8)"),
         (([3, 0], 8), {}, "sample 1 (0 tokens, cost 0) must have at least one token"),
-        (([1.5], 8), {}, "Lengths of type float64 must be whole numbers of tokens"),
+        (([1.5], 8), {}, "Lengths of type float64 must be integers of tokens"),
         (
             ([1.0, float("nan")], 8),
             {"lengths": [1, 2]},

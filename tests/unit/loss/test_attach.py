@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_veomni.loss import CausalLMLoss, LeanLogits, attach_lean_loss, lean_evaluation
+from hf_veomni.loss import CausalLMLoss, LazyLogits, attach_chunked_loss, chunked_evaluation
 from tests.models import VOCABULARY, build_model, padded_batch
 
 BATCH = padded_batch([11, 8]) | {"use_cache": False}
@@ -30,9 +30,9 @@ BATCH = padded_batch([11, 8]) | {"use_cache": False}
 def test_detach_puts_everything_back():
     model = build_model("llama")
     before = model(**BATCH).loss
-    detach = attach_lean_loss(model)
+    detach = attach_chunked_loss(model)
     assert isinstance(model.loss_function, CausalLMLoss)
-    assert type(model(**BATCH).logits) is LeanLogits
+    assert type(model(**BATCH).logits) is LazyLogits
     detach()
     detach()
     assert "forward" not in vars(model.lm_head) and "_loss_function" not in vars(model)
@@ -46,12 +46,12 @@ def test_what_was_set_on_the_instance_comes_back():
     model.loss_function = ForCausalLMLoss
     plain = model.lm_head.forward
     model.lm_head.forward = own = lambda hidden: plain(hidden) * 2
-    full = attach_lean_loss(model, lean=False)
+    full = attach_chunked_loss(model, chunked=False)
     expected = model(**BATCH).loss
     full()
-    detach = attach_lean_loss(model, chunk_tokens=4)
+    detach = attach_chunked_loss(model, chunk_tokens=4)
     out = model(**BATCH)
-    assert type(out.logits) is LeanLogits
+    assert type(out.logits) is LazyLogits
     torch.testing.assert_close(out.loss, expected)
     detach()
     assert model.lm_head.forward is own and vars(model)["_loss_function"] is ForCausalLMLoss
@@ -59,7 +59,7 @@ def test_what_was_set_on_the_instance_comes_back():
 
 def test_a_head_wrapped_by_somebody_else_meanwhile_keeps_the_wrapper():
     model = build_model("llama")
-    detach = attach_lean_loss(model)
+    detach = attach_chunked_loss(model)
     ours = model.lm_head.forward
     model.lm_head.forward = theirs = lambda hidden: ours(hidden)
     model.loss_function = other = lambda **_: 0
@@ -70,8 +70,8 @@ def test_a_head_wrapped_by_somebody_else_meanwhile_keeps_the_wrapper():
 
 def test_logits_are_real_without_training_or_gradients():
     model = build_model("llama")
-    attach_lean_loss(model)
-    assert type(model(**BATCH).logits) is LeanLogits
+    attach_chunked_loss(model)
+    assert type(model(**BATCH).logits) is LazyLogits
     with torch.no_grad():
         assert type(model(**BATCH).logits) is Tensor
     model.eval()
@@ -82,14 +82,14 @@ def test_logits_are_real_without_training_or_gradients():
 def test_without_labels_the_stand_in_becomes_logits_when_used():
     model = build_model("llama")
     expected = model(input_ids=BATCH["input_ids"]).logits
-    attach_lean_loss(model)
+    attach_chunked_loss(model)
     torch.testing.assert_close(model(input_ids=BATCH["input_ids"]).logits.exp(), expected.exp())
 
 
 def test_lean_keyword_keeps_the_logits():
     model = build_model("llama")
     expected = model(**BATCH).loss
-    attach_lean_loss(model, lean=False)
+    attach_chunked_loss(model, chunked=False)
     out = model(**BATCH)
     assert type(out.logits) is Tensor
     torch.testing.assert_close(out.loss, expected)
@@ -99,10 +99,10 @@ def test_lean_keyword_keeps_the_logits():
 def test_lean_evaluation(gradients):
     model = build_model("llama").eval()
     expected = model(**BATCH).loss
-    attach_lean_loss(model, chunk_tokens=4)
-    with torch.set_grad_enabled(gradients), lean_evaluation(model):
+    attach_chunked_loss(model, chunk_tokens=4)
+    with torch.set_grad_enabled(gradients), chunked_evaluation(model):
         out = model(**BATCH)
-        assert type(out.logits) is LeanLogits and out.logits.recipe.real is None
+        assert type(out.logits) is LazyLogits and out.logits.recipe.real is None
         torch.testing.assert_close(out.loss, expected)
         assert out.loss.requires_grad is gradients
     assert type(model(**BATCH).logits) is Tensor
@@ -110,8 +110,8 @@ def test_lean_evaluation(gradients):
 
 def test_lean_evaluation_needs_the_loss():
     with (
-        pytest.raises(ValueError, match="LlamaForCausalLM has no loss attached: call `attach_lean_loss"),
-        lean_evaluation(build_model("llama")),
+        pytest.raises(ValueError, match="LlamaForCausalLM has no loss attached: call `attach_chunked_loss"),
+        chunked_evaluation(build_model("llama")),
     ):
         pass
 
@@ -119,9 +119,9 @@ def test_lean_evaluation_needs_the_loss():
 def test_peft_model_is_taken_by_its_base():
     model = get_peft_model(build_model("llama"), LoraConfig(target_modules=["q_proj", "lm_head"]))
     expected = model(**BATCH).loss
-    detach = attach_lean_loss(model, chunk_tokens=4)
+    detach = attach_chunked_loss(model, chunk_tokens=4)
     out = model(**BATCH)
-    assert type(out.logits) is LeanLogits and isinstance(model.get_base_model().loss_function, CausalLMLoss)
+    assert type(out.logits) is LazyLogits and isinstance(model.get_base_model().loss_function, CausalLMLoss)
     torch.testing.assert_close(out.loss, expected)
     detach()
     assert type(model(**BATCH).logits) is Tensor
@@ -129,7 +129,7 @@ def test_peft_model_is_taken_by_its_base():
 
 def test_a_deep_copy_uses_its_own_head_and_settings():
     model = build_model("llama")
-    attach_lean_loss(model, chunk_tokens=4)
+    attach_chunked_loss(model, chunk_tokens=4)
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.lm_head.weight.zero_()
@@ -162,8 +162,8 @@ class _TwoHeads(nn.Module):
 def test_several_calls_of_the_head():
     model = build_model("stablelm", dtype=torch.float64)
     gradients = []
-    for lean in (False, True):
-        detach = attach_lean_loss(model, lean=lean, chunk_tokens=4)
+    for chunked in (False, True):
+        detach = attach_chunked_loss(model, chunked=chunked, chunk_tokens=4)
         loss = _TwoHeads(model)(BATCH["input_ids"], BATCH["labels"])
         gradients.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
         detach()
@@ -182,7 +182,7 @@ def _t5() -> nn.Module:
 @pytest.mark.parametrize("build", [_bart, _t5])
 def test_models_that_compute_their_loss_themselves_are_refused(build):
     with pytest.raises(ValueError, match="ForConditionalGeneration computes its loss inside its forward"):
-        attach_lean_loss(build())
+        attach_chunked_loss(build())
 
 
 LLAMA = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
@@ -194,13 +194,13 @@ def test_a_forward_that_calls_the_inherited_one_is_followed():
             return super().forward(*args, **kwargs)
 
     model = Llama(LLAMA)
-    attach_lean_loss(model)
-    assert type(model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits) is LeanLogits
+    attach_chunked_loss(model)
+    assert type(model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits) is LazyLogits
 
 
 def test_another_loss_type_is_refused():
     with pytest.raises(ValueError, match="'ForSequenceClassificationLoss' .loss_type 'ForSequenceClassification'."):
-        attach_lean_loss(LlamaForSequenceClassification(LLAMA))
+        attach_chunked_loss(LlamaForSequenceClassification(LLAMA))
 
 
 def test_a_loss_set_by_hand_is_refused_and_kept():
@@ -211,20 +211,20 @@ def test_a_loss_set_by_hand_is_refused_and_kept():
 
     model.loss_function = my_loss
     with pytest.raises(ValueError, match="has the loss 'my_loss'"):
-        attach_lean_loss(model)
+        attach_chunked_loss(model)
     assert model.loss_function is my_loss and "forward" not in vars(model.lm_head)
 
 
 def test_a_model_without_a_loss_is_refused():
     with pytest.raises(ValueError, match="LlamaModel computes its loss inside its forward|has no output head"):
-        attach_lean_loss(LlamaModel(LLAMA))
+        attach_chunked_loss(LlamaModel(LLAMA))
 
 
 def test_a_second_attachment_is_refused():
     model = build_model("llama")
-    attach_lean_loss(model)
+    attach_chunked_loss(model)
     with pytest.raises(ValueError, match="has this loss attached already: detach it first"):
-        attach_lean_loss(model)
+        attach_chunked_loss(model)
 
 
 def test_a_head_that_needs_more_than_hidden_states_is_refused():
@@ -235,14 +235,14 @@ def test_a_head_that_needs_more_than_hidden_states_is_refused():
     model = build_model("llama")
     model.lm_head = Head(64, VOCABULARY)
     with pytest.raises(ValueError, match="must take the hidden states alone: missing a required argument"):
-        attach_lean_loss(model)
+        attach_chunked_loss(model)
     assert model.loss_function is ForCausalLMLoss
 
 
 def test_gradient_checkpointing():
     model = build_model("llama")
     expected = torch.autograd.grad(model(**BATCH).loss, list(model.parameters()))
-    attach_lean_loss(model, chunk_tokens=4)
+    attach_chunked_loss(model, chunk_tokens=4)
     model.gradient_checkpointing_enable()
     found = torch.autograd.grad(model(**BATCH).loss, list(model.parameters()))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_veomni.errors import UnsupportedError
-from hf_veomni.loss import LeanLogits, attach_lean_loss
+from hf_veomni.loss import LazyLogits, attach_chunked_loss
 from hf_veomni.loss.head import default_chunk_tokens
 from tests.models import VOCABULARY, build_model, padded_batch
 
@@ -61,15 +61,15 @@ def _step(model: nn.Module, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, 
 def _assert_same_step(model: nn.Module, batch: dict[str, Any] | None = None, tolerance: float = 1e-11, **kwargs: Any):
     """One step with the full logits, then one with a stand-in: same loss, same gradients."""
     batch = batch or _batch()
-    detach = attach_lean_loss(model, lean=False)
+    detach = attach_chunked_loss(model, chunked=False)
     full, expected = _step(model, batch, **kwargs)
     detach()
-    detach = attach_lean_loss(model, chunk_tokens=CHUNK)
-    lean, gradients = _step(model, batch, **kwargs)
+    detach = attach_chunked_loss(model, chunk_tokens=CHUNK)
+    chunked, gradients = _step(model, batch, **kwargs)
     detach()
-    assert type(lean.logits) is LeanLogits
-    assert lean.logits.recipe.real is None, "the loss must not need the full logits"
-    torch.testing.assert_close(lean.loss, full.loss, rtol=tolerance, atol=0)
+    assert type(chunked.logits) is LazyLogits
+    assert chunked.logits.recipe.real is None, "the loss must not need the full logits"
+    torch.testing.assert_close(chunked.loss, full.loss, rtol=tolerance, atol=0)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         error = (gradient - expected[name]).norm() / expected[name].norm()
@@ -89,9 +89,9 @@ def test_equals_the_full_logits(name, freeze):
 def test_equals_stock_transformers(name):
     model = build_model(name)
     stock, expected = _step(model, _batch())
-    attach_lean_loss(model, chunk_tokens=CHUNK)
-    lean, gradients = _step(model, _batch())
-    torch.testing.assert_close(lean.loss, stock.loss, rtol=1e-6, atol=0)
+    attach_chunked_loss(model, chunk_tokens=CHUNK)
+    chunked, gradients = _step(model, _batch())
+    torch.testing.assert_close(chunked.loss, stock.loss, rtol=1e-6, atol=0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
 
@@ -128,11 +128,11 @@ def test_label_smoothing_equals_the_label_smoother(name, freeze):
     expected = LabelSmoother(epsilon=0.2)(model(**batch), labels, shift_labels=True, num_items_in_batch=19)
     expected.backward()
     expected_gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    attach_lean_loss(model, chunk_tokens=CHUNK, label_smoothing=0.2)
-    lean, gradients = _step(model, batch | {"labels": labels}, num_items_in_batch=19)
-    assert lean.logits.recipe.real is None
+    attach_chunked_loss(model, chunk_tokens=CHUNK, label_smoothing=0.2)
+    chunked, gradients = _step(model, batch | {"labels": labels}, num_items_in_batch=19)
+    assert chunked.logits.recipe.real is None
     # The smoother adds up its second term in fp32.
-    torch.testing.assert_close(lean.loss, expected.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(chunked.loss, expected.double(), rtol=1e-6, atol=0)
     for key, gradient in gradients.items():
         assert (gradient - expected_gradients[key]).norm() / gradient.norm() < 1e-6, key
 
@@ -141,7 +141,7 @@ def test_label_smoothing_equals_the_label_smoother(name, freeze):
 def test_never_holds_more_than_a_chunk(freeze):
     model = build_model("llama")
     model.lm_head.weight.requires_grad_(not freeze)
-    attach_lean_loss(model, chunk_tokens=CHUNK)
+    attach_chunked_loss(model, chunk_tokens=CHUNK)
     hidden, labels = torch.randn(1, 200, 64, requires_grad=True), torch.randint(0, VOCABULARY, (1, 200))
     with _Shapes() as seen:
         model.loss_function(model.lm_head(hidden), labels).backward()
@@ -154,7 +154,7 @@ def test_never_holds_more_than_a_chunk(freeze):
 def test_a_frozen_head_costs_two_matmuls_and_none_in_backward():
     model = build_model("llama")
     model.lm_head.weight.requires_grad_(False)
-    attach_lean_loss(model, chunk_tokens=CHUNK)
+    attach_chunked_loss(model, chunk_tokens=CHUNK)
     hidden, labels = torch.randn(1, 2 * CHUNK + 1, 64, requires_grad=True), torch.zeros(1, 11, dtype=torch.long)
     with _Shapes() as forward:
         loss = model.loss_function(model.lm_head(hidden), labels)
@@ -166,7 +166,7 @@ def test_a_frozen_head_costs_two_matmuls_and_none_in_backward():
 
 def test_tokens_without_a_target_are_left_out():
     model = build_model("llama")
-    attach_lean_loss(model, chunk_tokens=1000)
+    attach_chunked_loss(model, chunk_tokens=1000)
     batch = _batch()
     scored = int((batch["labels"][:, 1:] != -100).sum())
     with _Shapes() as seen:
@@ -178,7 +178,7 @@ def test_tokens_without_a_target_are_left_out():
 def test_without_any_target_gradients_are_zero_and_reach_everything(freeze):
     model = build_model("llama")
     model.lm_head.weight.requires_grad_(not freeze)
-    attach_lean_loss(model)
+    attach_chunked_loss(model)
     batch = _batch()
     batch["labels"] = torch.full_like(batch["labels"], -100)
     out, gradients = _step(model, batch, num_items_in_batch=4)
@@ -193,8 +193,8 @@ def test_the_loss_can_be_scaled_squared_and_used_twice(freeze):
     model = build_model("stablelm", dtype=torch.float64)
     model.lm_head.weight.requires_grad_(not freeze)
 
-    def gradients(lean: bool) -> list[Tensor]:
-        detach = attach_lean_loss(model, lean=lean, chunk_tokens=CHUNK)
+    def gradients(chunked: bool) -> list[Tensor]:
+        detach = attach_chunked_loss(model, chunked=chunked, chunk_tokens=CHUNK)
         model.zero_grad()
         loss = model(**_batch()).loss
         (3 * loss**2).backward(retain_graph=True)
@@ -207,13 +207,13 @@ def test_the_loss_can_be_scaled_squared_and_used_twice(freeze):
 
 def test_second_derivatives_are_refused():
     model = build_model("llama")
-    attach_lean_loss(model)
+    attach_chunked_loss(model)
     loss = model(**_batch()).loss
     with pytest.raises(UnsupportedError, match="second derivatives"):
         torch.autograd.grad(loss, model.lm_head.weight, create_graph=True)
 
 
-def _relative_errors(dtype: torch.dtype, scale: float, lean: bool, freeze: bool) -> list[float]:
+def _relative_errors(dtype: torch.dtype, scale: float, chunked: bool, freeze: bool) -> list[float]:
     model = build_model("llama", dtype=torch.float64)
     model.lm_head.weight.requires_grad_(not freeze)
     low = copy.deepcopy(model).to(dtype)
@@ -223,7 +223,7 @@ def _relative_errors(dtype: torch.dtype, scale: float, lean: bool, freeze: bool)
     labels = torch.randint(0, VOCABULARY, (1, 200), generator=torch.Generator().manual_seed(2))
     gradients = []
     for head, h in ((model, hidden.double()), (low, hidden)):
-        attach_lean_loss(head, lean=lean, chunk_tokens=CHUNK)
+        attach_chunked_loss(head, chunked=chunked, chunk_tokens=CHUNK)
         h = h.clone().requires_grad_()
         loss = head.loss_function(head.lm_head(h), labels, VOCABULARY)
         (loss * scale).backward()
@@ -234,9 +234,9 @@ def _relative_errors(dtype: torch.dtype, scale: float, lean: bool, freeze: bool)
 @pytest.mark.parametrize("freeze", [False, True])
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 4096.0)])
 def test_low_precision_is_as_accurate_as_the_full_logits(dtype, scale, freeze):
-    lean = _relative_errors(dtype, scale, lean=True, freeze=freeze)
-    full = _relative_errors(dtype, scale, lean=False, freeze=freeze)
-    for ours, theirs in zip(lean, full, strict=True):
+    chunked = _relative_errors(dtype, scale, chunked=True, freeze=freeze)
+    full = _relative_errors(dtype, scale, chunked=False, freeze=freeze)
+    for ours, theirs in zip(chunked, full, strict=True):
         assert ours < 1.5 * theirs + 1e-5
 
 
@@ -245,8 +245,8 @@ def test_autocast(freeze):
     model = build_model("llama")
     model.lm_head.weight.requires_grad_(not freeze)
 
-    def step(lean: bool) -> tuple[Any, dict[str, Tensor]]:
-        detach = attach_lean_loss(model, lean=lean, chunk_tokens=CHUNK)
+    def step(chunked: bool) -> tuple[Any, dict[str, Tensor]]:
+        detach = attach_chunked_loss(model, chunked=chunked, chunk_tokens=CHUNK)
         model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = model(**_batch())
@@ -254,20 +254,20 @@ def test_autocast(freeze):
         detach()
         return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
-    (full, expected), (lean, gradients) = step(False), step(True)
-    assert lean.logits.dtype == full.logits.dtype == torch.bfloat16
-    assert lean.loss.dtype == torch.float32
-    torch.testing.assert_close(lean.loss, full.loss, rtol=1e-5, atol=0)
+    (full, expected), (chunked, gradients) = step(False), step(True)
+    assert chunked.logits.dtype == full.logits.dtype == torch.bfloat16
+    assert chunked.loss.dtype == torch.float32
+    torch.testing.assert_close(chunked.loss, full.loss, rtol=1e-5, atol=0)
     for name, gradient in gradients.items():
         assert gradient.dtype == torch.float32
         assert (gradient - expected[name]).norm() / expected[name].norm() < 0.02, name
-    torch.testing.assert_close(lean.logits * 1, full.logits, rtol=0, atol=0)  # outside of autocast
+    torch.testing.assert_close(chunked.logits * 1, full.logits, rtol=0, atol=0)  # outside of autocast
 
 
 def test_evaluation_of_the_loss_computes_no_gradients():
     model = build_model("llama")
     model.lm_head.weight.requires_grad_(False)
-    attach_lean_loss(model, chunk_tokens=CHUNK)
+    attach_chunked_loss(model, chunk_tokens=CHUNK)
     hidden, labels = torch.randn(1, 20, 64), torch.randint(0, VOCABULARY, (1, 20))
     with _Shapes() as seen:
         model.loss_function(model.lm_head(hidden), labels, VOCABULARY)
@@ -278,7 +278,7 @@ def test_evaluation_of_the_loss_computes_no_gradients():
 def test_dry_run(mode):
     with mode():
         model = build_model("llama")
-        attach_lean_loss(model, chunk_tokens=CHUNK)
+        attach_chunked_loss(model, chunk_tokens=CHUNK)
         hidden = torch.empty(1, 30, 64, requires_grad=True)
         labels = torch.zeros(1, 30, dtype=torch.long)
         with _Shapes() as seen:
@@ -289,7 +289,7 @@ def test_dry_run(mode):
 
 def test_targets_out_of_the_vocabulary_are_refused():
     model = build_model("llama")
-    attach_lean_loss(model)
+    attach_chunked_loss(model)
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         model.loss_function(model.lm_head(torch.randn(1, 3, 64)), torch.tensor([[1, VOCABULARY, 2]]), VOCABULARY)
 
@@ -297,7 +297,7 @@ def test_targets_out_of_the_vocabulary_are_refused():
 def test_reference_cross_entropy_on_scaled_logits():
     """Against torch alone: scaling, cap and cast between head and loss."""
     model = build_model("llama", dtype=torch.float64)
-    attach_lean_loss(model, chunk_tokens=CHUNK)
+    attach_chunked_loss(model, chunk_tokens=CHUNK)
     hidden = torch.randn(1, 12, 64, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, VOCABULARY, (1, 12))
     logits = (torch.tanh(model.lm_head(hidden) / 7) * 7 + 0.5).double()

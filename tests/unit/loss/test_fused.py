@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_veomni.loss import attach_lean_loss, fused
+from hf_veomni.loss import attach_chunked_loss, fused
 from tests.models import build_model, padded_batch
 
 
@@ -41,13 +41,13 @@ def test_step_of_a_model(name: str, frozen: bool, monkeypatch: pytest.MonkeyPatc
     batch = padded_batch([17, 14]) | {"use_cache": False}
 
     def step(**options: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        detach = attach_lean_loss(model, **options)
+        detach = attach_chunked_loss(model, **options)
         loss = model(**batch, num_items_in_batch=40).loss
         gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
         detach()
         return loss.detach(), list(gradients)
 
-    wanted = step(lean=False)
+    wanted = step(chunked=False)
     assert calls == []
     found = step(chunk_tokens=5)
     assert calls.count("log_sum_exp") > 3 and calls.count("loss_gradient") > 3
@@ -102,7 +102,7 @@ def test_a_compiled_model_leaves_the_loss_alone(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fused, "applies", applies)
     model = build_model("llama").float().train()
     batch = padded_batch([17, 14]) | {"use_cache": False}
-    detach = attach_lean_loss(model, chunk_tokens=5)
+    detach = attach_chunked_loss(model, chunk_tokens=5)
     loss = torch.compile(model, backend="eager")(**batch).loss
     loss.backward()
     detach()

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import nested_detach
 
 from hf_veomni.errors import UnsupportedError
-from hf_veomni.loss import LeanLogits, attach_lean_loss
+from hf_veomni.loss import LazyLogits, attach_chunked_loss
 from tests.models import VOCABULARY, build_model, padded_batch
 
 LABELS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -28,7 +28,7 @@ LABELS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual
 @pytest.fixture
 def model() -> PreTrainedModel:
     model = build_model("llama", dtype=torch.float64)
-    attach_lean_loss(model, chunk_tokens=4)
+    attach_chunked_loss(model, chunk_tokens=4)
     return model
 
 
@@ -63,16 +63,18 @@ QUERIES: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_queries_compute_nothing(model, query):
-    lean, real = _pair(model)
-    assert QUERIES[query](lean) == QUERIES[query](real)
-    assert not _computed(lean)
+    chunked, real = _pair(model)
+    assert QUERIES[query](chunked) == QUERIES[query](real)
+    assert not _computed(chunked)
 
 
 def test_repr_says_what_it_is(model):
-    lean, _ = _pair(model)
-    expected = "LeanLogits(shape=(2, 9, 97), dtype=torch.float64, device=cpu, not computed"
-    assert repr(lean).startswith(expected) and f"{lean}".startswith(expected) and str(lean).startswith(expected)
-    assert not _computed(lean)
+    chunked, _ = _pair(model)
+    expected = "LazyLogits(shape=(2, 9, 97), dtype=torch.float64, device=cpu, not computed"
+    assert (
+        repr(chunked).startswith(expected) and f"{chunked}".startswith(expected) and str(chunked).startswith(expected)
+    )
+    assert not _computed(chunked)
 
 
 def _in_place(x: Tensor) -> Tensor:
@@ -101,15 +103,15 @@ RECORDED: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_elementwise_functions_are_recorded(model, name):
-    lean, real = _pair(model)
-    lean, real = RECORDED[name](lean), RECORDED[name](real.clone())
-    assert isinstance(lean, LeanLogits) and lean.dtype == real.dtype
-    ours = torch.autograd.grad(model.loss_function(lean, LABELS), model.lm_head.weight)
-    assert not _computed(lean)
+    chunked, real = _pair(model)
+    chunked, real = RECORDED[name](chunked), RECORDED[name](real.clone())
+    assert isinstance(chunked, LazyLogits) and chunked.dtype == real.dtype
+    ours = torch.autograd.grad(model.loss_function(chunked, LABELS), model.lm_head.weight)
+    assert not _computed(chunked)
     theirs = torch.autograd.grad(model.loss_function(real, LABELS), model.lm_head.weight)
     loose = real.dtype != torch.float64 or name in ("casts", "low precision")
     torch.testing.assert_close(ours, theirs, rtol=1e-2 if loose else 1e-10, atol=1e-5 if loose else 1e-12)
-    torch.testing.assert_close(lean + torch.zeros(1, dtype=lean.dtype), real, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(chunked + torch.zeros(1, dtype=chunked.dtype), real, rtol=1e-12, atol=1e-12)
 
 
 LOOKS: dict[str, Callable[[Tensor], Any]] = {
@@ -138,10 +140,10 @@ LOOKS: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("name", LOOKS)
 def test_any_look_gives_the_real_values(model, name):
-    lean, real = _pair(model)
-    seen = LOOKS[name](lean)
+    chunked, real = _pair(model)
+    seen = LOOKS[name](chunked)
     torch.testing.assert_close(seen, LOOKS[name](real), rtol=1e-12, atol=1e-12)
-    assert not isinstance(seen, LeanLogits)
+    assert not isinstance(seen, LazyLogits)
 
 
 def test_gradients_flow_through_a_look_and_through_the_loss(model):
@@ -149,16 +151,16 @@ def test_gradients_flow_through_a_look_and_through_the_loss(model):
         loss = model.loss_function(logits, LABELS) + logits.logsumexp(-1).square().mean()
         return torch.autograd.grad(loss, model.lm_head.weight)
 
-    lean, real = _pair(model)
-    torch.testing.assert_close(gradients(lean), gradients(real), rtol=1e-10, atol=1e-12)
+    chunked, real = _pair(model)
+    torch.testing.assert_close(gradients(chunked), gradients(real), rtol=1e-10, atol=1e-12)
 
 
 def test_a_look_without_grad_does_not_cut_the_graph_of_the_loss(model):
-    lean, real = _pair(model)
+    chunked, real = _pair(model)
     with torch.no_grad():
-        assert not lean.softmax(-1).requires_grad
+        assert not chunked.softmax(-1).requires_grad
     torch.testing.assert_close(
-        torch.autograd.grad(model.loss_function(lean, LABELS), model.lm_head.weight),
+        torch.autograd.grad(model.loss_function(chunked, LABELS), model.lm_head.weight),
         torch.autograd.grad(model.loss_function(real, LABELS), model.lm_head.weight),
         rtol=1e-10,
         atol=1e-12,
@@ -166,25 +168,25 @@ def test_a_look_without_grad_does_not_cut_the_graph_of_the_loss(model):
 
 
 def test_changes_in_place_reach_the_loss(model):
-    lean, real = _pair(model)
+    chunked, real = _pair(model)
     real = real.clone()
-    for logits in (lean, real):
+    for logits in (chunked, real):
         logits[..., 5] = -1e4
         logits[:, 2].mul_(3)
-    torch.testing.assert_close(model.loss_function(lean, LABELS), model.loss_function(real, LABELS))
+    torch.testing.assert_close(model.loss_function(chunked, LABELS), model.loss_function(real, LABELS))
 
 
 def test_a_learned_scale_gets_its_gradient(model):
     scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    lean, real = _pair(model)
-    ours = torch.autograd.grad(model.loss_function(lean * scale, LABELS), scale)
+    chunked, real = _pair(model)
+    ours = torch.autograd.grad(model.loss_function(chunked * scale, LABELS), scale)
     torch.testing.assert_close(ours, torch.autograd.grad(model.loss_function(real * scale, LABELS), scale))
 
 
 def test_a_scale_that_changes_later_is_kept_as_it_was(model):
     scale = torch.tensor(2.0)
-    lean, real = _pair(model)
-    scaled = lean * scale
+    chunked, real = _pair(model)
+    scaled = chunked * scale
     scale.fill_(7.0)
     torch.testing.assert_close(scaled.exp(), (real * 2.0).exp())
 
@@ -202,10 +204,10 @@ class _SumOfSquares(torch.autograd.Function):
 
 @pytest.mark.parametrize("change", [lambda x: x, lambda x: torch.tanh(x) * 2, lambda x: x.mul_(0.5)])
 def test_an_autograd_function_gets_values_and_gives_gradients(model, change):
-    lean, real = _pair(model)
-    lean, real = change(lean), change(real.clone())
+    chunked, real = _pair(model)
+    chunked, real = change(chunked), change(real.clone())
     results = []
-    for logits in (lean, real):
+    for logits in (chunked, real):
         loss = _SumOfSquares.apply(logits)
         results.append((loss.detach(), *torch.autograd.grad(loss, model.lm_head.weight)))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
@@ -215,8 +217,8 @@ def test_an_autograd_function_of_the_logits_of_a_tied_model():
     model = build_model("gemma2", dtype=torch.float64)
     batch = padded_batch([7, 5]) | {"use_cache": False}
     gradients = []
-    for lean in (False, True):
-        detach = attach_lean_loss(model, lean=lean)
+    for chunked in (False, True):
+        detach = attach_chunked_loss(model, chunked=chunked)
         loss = _SumOfSquares.apply(model(**batch).logits)
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
         detach()
@@ -224,11 +226,11 @@ def test_an_autograd_function_of_the_logits_of_a_tied_model():
 
 
 def test_an_autograd_function_after_a_change_in_place_is_refused(model):
-    lean, _ = _pair(model)
-    lean[..., 5] = 0
+    chunked, _ = _pair(model)
+    chunked[..., 5] = 0
     with pytest.raises(UnsupportedError, match=r"changed in place.*hand over `logits \+ 0`"):
-        _SumOfSquares.apply(lean).backward()
-    _SumOfSquares.apply(lean + 0).backward()
+        _SumOfSquares.apply(chunked).backward()
+    _SumOfSquares.apply(chunked + 0).backward()
 
 
 def test_a_parametrized_head(model):
@@ -248,20 +250,20 @@ def test_a_parametrized_head(model):
 
 
 def test_hooks_and_kept_gradients_see_the_gradient_of_the_loss(model):
-    lean, real = _pair(model)
+    chunked, real = _pair(model)
     seen: list[Tensor] = []
-    for logits in (lean, real):
+    for logits in (chunked, real):
         logits.retain_grad()
         logits.register_hook(lambda grad: seen.append(grad))
         model.loss_function(logits, LABELS).backward()
-    torch.testing.assert_close(lean.grad, real.grad)
+    torch.testing.assert_close(chunked.grad, real.grad)
     torch.testing.assert_close(*seen)
 
 
 def test_detach_is_free_and_has_no_graph(model):
-    lean, real = _pair(model)
-    detached = nested_detach((lean,))[0]
-    assert isinstance(detached, LeanLogits) and not detached.requires_grad and not _computed(lean)
+    chunked, real = _pair(model)
+    detached = nested_detach((chunked,))[0]
+    assert isinstance(detached, LazyLogits) and not detached.requires_grad and not _computed(chunked)
     assert not detached.exp().requires_grad
     torch.testing.assert_close(detached.exp(), real.exp().detach())
 
@@ -270,7 +272,7 @@ def test_detach_is_free_and_has_no_graph(model):
 def test_nothing_is_kept_alive(use):
     """Without the garbage collector: a cycle would hold a step's activations until it runs."""
     model = build_model("llama")
-    attach_lean_loss(model)
+    attach_chunked_loss(model)
     gc.disable()
     try:
         out = model(**padded_batch([7, 5]), use_cache=False)
@@ -298,13 +300,13 @@ def test_outputs_pass_through_the_usual_utilities(model):
 
 
 def test_saving_stores_real_logits(model):
-    lean, real = _pair(model)
+    chunked, real = _pair(model)
     file = io.BytesIO()
-    torch.save(lean.detach(), file)
+    torch.save(chunked.detach(), file)
     loaded = torch.load(io.BytesIO(file.getvalue()))
     assert type(loaded) is Tensor
     torch.testing.assert_close(loaded, real.detach())
-    assert type(copy.deepcopy(lean.detach())) is Tensor
+    assert type(copy.deepcopy(chunked.detach())) is Tensor
 
 
 def test_a_look_after_backward_is_right_until_the_weights_change(model):
@@ -323,6 +325,6 @@ def test_a_freed_weight_gives_a_clear_error(model):
     model.lm_head.weight.untyped_storage().resize_(0)
     for use in (lambda: logits.exp(), lambda: model.loss_function(logits, LABELS)):
         with pytest.raises(
-            UnsupportedError, match=r"freed by FSDP.*model.eval\(\), or prepare_omni\(..., lean_loss=False"
+            UnsupportedError, match=r"freed by FSDP.*model.eval\(\), or prepare_omni\(..., chunked_loss=False"
         ):
             use()

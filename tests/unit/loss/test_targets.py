@@ -10,14 +10,14 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_veomni.loss import CausalLMLoss, attach_lean_loss
+from hf_veomni.loss import CausalLMLoss, attach_chunked_loss
 from hf_veomni.loss.targets import targets_and_count
 
 
 def _loss(label_smoothing: float = 0.0) -> CausalLMLoss:
     config = Qwen3Config(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model = Qwen3ForCausalLM(config)
-    attach_lean_loss(model, lean=False, label_smoothing=label_smoothing)
+    attach_chunked_loss(model, chunked=False, label_smoothing=label_smoothing)
     return model.loss_function
 
 

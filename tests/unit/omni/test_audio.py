@@ -117,7 +117,7 @@ def test_config_from_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (speaking(frames=0), r"`decoders.audio.frames` \(0\) must be a whole number from 1"),
+        (speaking(frames=0), r"`decoders.audio.frames` \(0\) must be an integer from 1"),
         (speaking(pool=2), "Unknown key 'pool' in `decoders.audio`"),
         (speaking({"model_type": "llama"}), "must be of type 'mimi' or 'dac', not 'llama'"),
         (settings(audio={"pool": 2}), r"`pool` \(2\) must divide the 5 features"),

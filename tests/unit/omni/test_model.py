@@ -203,7 +203,7 @@ def test_drawn_codes_are_those_that_a_full_row_predicts() -> None:
 def test_prepared_in_one_process_it_trains_the_same() -> None:
     for batch in (mixed_row(), text_row()):
         model, prepared = build(), prepare_omni(build(), "")
-        assert type(prepared.loss_function).__name__ == "CausalLMLoss"  # the lean one
+        assert type(prepared.loss_function).__name__ == "CausalLMLoss"  # the chunked one
         wanted, found = _gradients(model, batch), _gradients(prepared, batch)
         torch.testing.assert_close(prepared(**batch).loss, model(**batch).loss)
         for name, gradient in wanted.items():

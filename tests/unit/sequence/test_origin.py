@@ -1,4 +1,5 @@
-"""Packed rows of models whose learned positions do not begin at 0, against the stock model on each document alone."""
+"""Packed sequences of models whose learned positions do not begin at 0, against the stock model on each document
+alone."""
 
 from __future__ import annotations
 

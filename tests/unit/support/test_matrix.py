@@ -57,7 +57,7 @@ def test_page_is_the_rendering_of_the_matrix():
     [
         (["support"], "works"),
         (["support", "--model", "bert"], "BertForMaskedLM"),
-        (["support", "--model", "hrm_text"], "has no seam"),
+        (["support", "--model", "hrm_text"], "has no shard points"),
         (["support", "--model", "glm_moe_dsa"], "'model.layers.*.self_attn': {'sp': 'gather'}"),
         (["support", "--model", "recurrent_gemma"], "'*.temporal_block': {'sp': 'gather'}"),
         (["env"], torch.__version__.split("+")[0]),

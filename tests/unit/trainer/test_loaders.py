@@ -10,19 +10,19 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_veomni.sequence.randomness import own_stream
 from hf_veomni.trainer.loaders import (
+    DummyBatch,
     EpochSeeded,
-    Filler,
     InOrder,
-    WholeBatches,
-    WholeStream,
-    keep_batches_whole,
+    UnsplitBatches,
+    UnsplitStream,
+    keep_batches_unsplit,
     set_epoch,
 )
 
 
-def _shards(rows: int, size: int, ranks: int, drop_last: bool = False) -> list[WholeBatches]:
+def _shards(rows: int, size: int, ranks: int, drop_last: bool = False) -> list[UnsplitBatches]:
     sampler = BatchSampler(SequentialSampler(range(rows)), size, drop_last)
-    return [WholeBatches(sampler, ranks, rank) for rank in range(ranks)]
+    return [UnsplitBatches(sampler, ranks, rank) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -35,7 +35,7 @@ def test_ranks_together_read_what_one_process_reads(rows, size, ranks, drop_last
     read = [list(shard) for shard in shards]
     assert [len(batches) for batches in read] == [len(shard) for shard in shards]
     assert len({len(batches) for batches in read}) == 1, "every rank runs as often"
-    real = [batches[: len(batches) - shard.ends_with_filler] for batches, shard in zip(read, shards, strict=True)]
+    real = [batches[: len(batches) - shard.ends_with_dummy] for batches, shard in zip(read, shards, strict=True)]
     in_turn = [real[rank][turn] for turn in range(len(read[0])) for rank in range(ranks) if turn < len(real[rank])]
     assert in_turn == (expected[: len(expected) // ranks * ranks] if drop_last else expected)
 
@@ -43,9 +43,9 @@ def test_ranks_together_read_what_one_process_reads(rows, size, ranks, drop_last
 def test_only_accelerates_own_sharding_is_replaced():
     sampler = BatchSampler(SequentialSampler(range(8)), 2, False)
     loader = DataLoader(range(8), batch_sampler=BatchSamplerShard(sampler, 2, 0))
-    assert isinstance(keep_batches_whole(loader), WholeBatches)
-    assert keep_batches_whole(DataLoader(range(8), batch_size=2)) is None
-    assert keep_batches_whole(DataLoader(range(8), batch_sampler=BatchSamplerShard(sampler, 1, 0))) is None
+    assert isinstance(keep_batches_unsplit(loader), UnsplitBatches)
+    assert keep_batches_unsplit(DataLoader(range(8), batch_size=2)) is None
+    assert keep_batches_unsplit(DataLoader(range(8), batch_sampler=BatchSamplerShard(sampler, 1, 0))) is None
 
 
 def test_order_follows_from_seed_and_epoch_alone():
@@ -65,8 +65,8 @@ def test_order_follows_from_seed_and_epoch_alone():
 
 def test_a_filler_is_the_batch_marked():
     batch = {"input_ids": torch.arange(4)[None], "labels": torch.arange(4)[None], "note": "kept"}
-    filler = Filler.of(batch)
-    assert filler == batch and isinstance(filler, Filler) and not isinstance(batch, Filler)
+    padding = DummyBatch.of(batch)
+    assert padding == batch and isinstance(padding, DummyBatch) and not isinstance(batch, DummyBatch)
 
 
 class _Stream(IterableDataset):
@@ -89,7 +89,7 @@ def test_ranks_together_read_each_row_of_a_stream_once(rows, drop_last):
             collate_fn=list,
             drop_last=drop_last,
         )
-        assert keep_batches_whole(loader) is None and type(loader.dataset) is WholeStream
+        assert keep_batches_unsplit(loader) is None and type(loader.dataset) is UnsplitStream
         read.append(list(loader))
     expected = list(BatchSampler(SequentialSampler(range(rows)), size, drop_last))
     in_turn = [read[rank][turn] for turn in range(len(read[0])) for rank in range(ranks) if turn < len(read[rank])]

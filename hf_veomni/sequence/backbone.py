@@ -1,4 +1,4 @@
-"""Where a stack keeps its layers, and what their code does with the length of what they are given."""
+"""Where a backbone keeps its layers, and what their code does with the length of what they are given."""
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ def _codes(code: Any) -> Iterable[Any]:
 
 
 def find_layers(
-    stack: nn.Module, gathered: Container[nn.Module] = frozenset()
+    backbone: nn.Module, gathered: Container[nn.Module] = frozenset()
 ) -> tuple[nn.Module, nn.ModuleList] | None:
-    """(the module that holds them, the layers) of a stack: `layers`, else the one list whose items all attend.
+    """(the module that holds them, the layers) of a backbone: `layers`, else the one list whose items all attend.
 
-    What the plan has on whole documents (`gathered`) counts as attention.
+    What the plan has on full documents (`gathered`) counts as attention.
 
     Lists inside of other such lists are parts of a layer (ALBERT's groups). None if there is no such list, or several.
     """
-    own = getattr(stack, "layers", None)
+    own = getattr(backbone, "layers", None)
     if isinstance(own, nn.ModuleList):
-        return stack, own
+        return backbone, own
     found: list[tuple[nn.Module, nn.ModuleList]] = []
     inside: set[nn.Module] = set()
-    for owner in stack.modules():
+    for owner in backbone.modules():
         for child in owner.children():
             if not isinstance(child, nn.ModuleList) or not len(child) or child in inside:
                 continue
@@ -83,7 +83,7 @@ def makes_masks(modules: Iterable[nn.Module]) -> bool:
 
 
 def reads_padding(model: nn.Module) -> bool:
-    """Whether a model's own loss reads scores of padding: spans of an answer are softmaxed over the whole row.
+    """Whether a model's own loss reads scores of padding: spans of an answer are softmaxed over the full row.
 
     What a token of padding sees is then part of the loss. Stock sdpa and eager let it attend to the tokens of its row,
     flash attention and the varlen attention give zeros.
@@ -91,30 +91,31 @@ def reads_padding(model: nn.Module) -> bool:
     return "start_positions" in inspect.signature(model.forward).parameters
 
 
-def masks_on_demand(stack: nn.Module) -> bool:
-    """Whether a stack makes a causal mask only where it is given one of tokens (AIMv2)."""
+def masks_on_demand(backbone: nn.Module) -> bool:
+    """Whether a backbone makes a causal mask only where it is given one of tokens (AIMv2)."""
     try:
-        source = inspect.getsource(inspect.unwrap(type(stack).forward))
+        source = inspect.getsource(inspect.unwrap(type(backbone).forward))
     except (OSError, TypeError):
         return False
     return re.search(r"if attention_mask is not None:\s+attention_mask = create_causal", source) is not None
 
 
-def looks_ahead_by_kernel(stack: nn.Module, attentions: Iterable[nn.Module]) -> bool:
-    """Whether a stack makes causal masks for attention that its config has look ahead (PaliGemma's Gemma).
+def looks_ahead_by_kernel(backbone: nn.Module, attentions: Iterable[nn.Module]) -> bool:
+    """Whether a backbone makes causal masks for attention that its config has look ahead (PaliGemma's Gemma).
 
     What such a row sees without an explicit mask depends on the kernel: sdpa drops the mask and looks ahead.
     """
-    names = own_names(type(stack))
-    chosen = getattr(getattr(stack, "config", None), "use_bidirectional_attention", False)
+    names = own_names(type(backbone))
+    chosen = getattr(getattr(backbone, "config", None), "use_bidirectional_attention", False)
     ahead = bool(chosen) and not any(getattr(module, "is_causal", False) for module in attentions)
     return ahead and "create_causal_mask" in names and not any("bidirectional" in name for name in names)
 
 
-def views_as_row(stack: nn.Module) -> bool:
-    """Whether a stack ends with `hidden_states.view(output_shape)` after `ln_f`, a shape noted at its top (GPT-2)."""
-    return notes_shape(stack) and isinstance(getattr(stack, "ln_f", None), nn.Module)
+def views_as_row(backbone: nn.Module) -> bool:
+    """Whether a backbone ends with `hidden_states.view(output_shape)` after `ln_f`, a shape noted at its top
+    (GPT-2)."""
+    return notes_shape(backbone) and isinstance(getattr(backbone, "ln_f", None), nn.Module)
 
 
-def notes_shape(stack: nn.Module) -> bool:
-    return "output_shape" in inspect.unwrap(type(stack).forward).__code__.co_varnames
+def notes_shape(backbone: nn.Module) -> bool:
+    return "output_shape" in inspect.unwrap(type(backbone).forward).__code__.co_varnames

@@ -1,4 +1,4 @@
-"""The rule of a plan that a refusal offers: which modules of a layer would run on whole documents."""
+"""The rule of a plan that an error suggests: which modules of a layer would run on full documents."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def attends_by_name(module: nn.Module) -> bool:
     return bool(_MIXES.search(type(module).__name__))
 
 
-def offer_rule(paths: Iterable[str]) -> str:
-    """How to have the modules at `paths` run on whole documents, as a refusal says it; nothing without any."""
+def hint_rule(paths: Iterable[str]) -> str:
+    """How to have the modules at `paths` run on full documents, as a refusal says it; nothing without any."""
     patterns = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", path) for path in paths)
     rules = ", ".join(f"'{pattern}': {{'sp': 'gather'}}" for pattern in patterns)
     if not rules:
         return ""
-    return f" (under a rule of the plan, modules={{{rules}}}, it runs whole documents, at up to sp times the compute)"
+    return f" (under a rule of the plan, modules={{{rules}}}, it runs full documents, at up to sp times the compute)"
 
 
 def attention_paths(layer: nn.Module, name: str) -> list[str]:
@@ -36,11 +36,11 @@ def attention_paths(layer: nn.Module, name: str) -> list[str]:
     return found
 
 
-def stack_paths(stack: nn.Module, names: Mapping[nn.Module, str]) -> list[str]:
-    """Of every item of the one list in a stack whose items all attend by their names; nothing of several lists."""
+def backbone_paths(backbone: nn.Module, names: Mapping[nn.Module, str]) -> list[str]:
+    """Of every item of the one list in a backbone whose items all attend by their names; nothing of several lists."""
     lists: list[nn.ModuleList] = []
     inside: set[nn.Module] = set()
-    for module in stack.modules():
+    for module in backbone.modules():
         if not isinstance(module, nn.ModuleList) or not len(module) or module in inside:
             continue
         if all(attention_paths(item, "") for item in module):
