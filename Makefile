@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: walk help setup checkpoint demo demo-moe read draw listen check test test-slow test-floor test-newest bench notebook clean
+.PHONY: sweep walk help setup checkpoint demo demo-moe read draw listen check test test-slow test-floor test-newest bench notebook clean
 
 help:  ## this list
 	@grep -E '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## (.*)/  make \1\t\2/' | expand -t 30
@@ -100,8 +100,10 @@ NEWEST_PYTHON ?= python3.13
 test-floor test-newest: test-%: .venv-%/.hf-veomni-installed  ## the fast tests on the oldest (newest) versions; notes the result
 	HF_HUB_OFFLINE=1 .venv-$*/bin/python -m tests.versions $* $(ARGS)
 
-walk: $(STAMP)  ## all model families under sp=2, about 12 minutes; writes docs/support.md and what it is made from
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.walk --commit $(ARGS)
+sweep: $(STAMP)  ## all model families under sp=2, about 12 minutes; writes docs/support.md and what it is made from
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.sweep --commit $(ARGS)
+
+walk: sweep
 
 bench: $(STAMP)  ## the benchmarks, small on a CPU
 	$(BIN)/python -m benchmarks $(ARGS)

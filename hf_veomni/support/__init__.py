@@ -1,4 +1,4 @@
-"""Which families of transformers work under sequence parallelism, as the walk over all of them found it."""
+"""Which families of transformers work under sequence parallelism, as the sweep over all of them found it."""
 
 from hf_veomni.support.matrix import Family, Matrix, load_matrix
 from hf_veomni.support.render import render_markdown

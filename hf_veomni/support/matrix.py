@@ -1,4 +1,4 @@
-"""The result of the walk over all model families, read from the json file in this folder."""
+"""The result of the sweep over all model families, read from the json file in this folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 OUTCOMES = {
     "works": "loss, outputs and all gradients are those of one rank",
     "refused": "`prepare_omni` or the first call says why",
-    "crashes": "stops with an error that is not ours",
+    "crashes": "stops with an error of a library below, not with a clear refusal",
     "not_applicable": "no row of tokens to cut",
-    "unbuildable": "the walk has no tiny model of it",
+    "unbuildable": "the sweep has no tiny model of it",
     "wrong": "runs and differs: a bug",
 }
 
@@ -28,7 +28,7 @@ class Family:
         kind: causal, multimodal, seq2seq, masked or base.
         outcome: a key of OUTCOMES.
         reason: why, where it does not work.
-        loss: "model" where the model's own loss was compared, "walk" where one of its outputs was.
+        loss: "model" where the model's own loss was compared, "sweep" where one of its outputs was.
         dtype: fp64 where the family's own rounding exceeds 1e-5 in fp32.
         error: the largest, relative to the largest entry.
         exact_error: the largest in fp64, with the casts to fp32 of the family's own code taken out; None where it does
@@ -56,13 +56,13 @@ class Family:
 
 @dataclass(frozen=True)
 class Matrix:
-    """All families, and what they were walked with."""
+    """All families, and what they were swept with."""
 
     versions: dict[str, str]
     date: str
     plan: str
     families: dict[str, Family]
-    again: tuple[str, ...] = ()  # model types walked later than the rest, by a later version of the package
+    again: tuple[str, ...] = ()  # model types swept later than the rest, by a later version of the package
 
     def counts(self) -> Counter[str]:
         return Counter(family.outcome for family in self.families.values())

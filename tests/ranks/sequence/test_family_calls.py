@@ -42,7 +42,7 @@ CALLS = [(2, 13, "right"), (2, 8, "left"), (1, 1, None), (3, 6, None), (2, 3, "l
 def _build(family: str) -> Any:
     import torch
 
-    from tests.walk.tiny import build, choose_class, tiny_config, use_plain_experts
+    from tests.sweep.tiny import build, choose_class, tiny_config, use_plain_experts
 
     torch.manual_seed(0)
     family = family.removesuffix(":whole")

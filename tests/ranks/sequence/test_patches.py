@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.walk.family import walk_family
-from tests.walk.overrides import OVERRIDES
+from tests.sweep.family import sweep_family
+from tests.sweep.overrides import OVERRIDES
 
 _RELATIVE = {"relative_attention": True, "position_buckets": 4, "max_relative_positions": 16}
 # The scale of queries changes every four tokens, and not after thousands.
@@ -35,11 +35,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _walk(family: str, overrides: dict[str, Any], plan: str) -> dict[str, Any]:
+def _sweep(family: str, overrides: dict[str, Any], plan: str) -> dict[str, Any]:
     before = OVERRIDES.get(family)
     OVERRIDES[family] = {**(before or {}), **overrides}
     try:
-        return walk_family(family, plan)
+        return sweep_family(family, plan)
     finally:
         OVERRIDES.pop(family)
         if before is not None:
@@ -48,7 +48,7 @@ def _walk(family: str, overrides: dict[str, Any], plan: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_patched_family_equals_one_rank(ranks: Any, case: str) -> None:
-    for record in ranks(2).run(_walk, *CASES[case], "sp=2", timeout=60):
+    for record in ranks(2).run(_sweep, *CASES[case], "sp=2", timeout=60):
         assert (record["outcome"], record["reason"] if record["packed"] == "works" else "") == ("works", "")
 
 
@@ -56,7 +56,7 @@ def test_a_patched_family_equals_one_rank(ranks: Any, case: str) -> None:
 @pytest.mark.parametrize("world", [3, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_a_patched_family_equals_one_rank_on_more(ranks: Any, case: str, world: int) -> None:
-    for record in ranks(world).run(_walk, *CASES[case], f"sp={world}", timeout=60):
+    for record in ranks(world).run(_sweep, *CASES[case], f"sp={world}", timeout=60):
         assert record["outcome"] == "works", record
 
 
@@ -65,7 +65,7 @@ def _detached(family: str) -> tuple[float, int]:
     import torch
 
     from hf_veomni import detach_omni, prepare_omni
-    from tests.walk.tiny import build, choose_class, tiny_config
+    from tests.sweep.tiny import build, choose_class, tiny_config
 
     torch.manual_seed(0)
     model = build(tiny_config(family), choose_class(family)[1], torch.float32).eval()

@@ -17,8 +17,8 @@ from transformers import (
 
 from hf_veomni import detach_omni, prepare_omni
 from tests.multimodal import build as build_multimodal
-from tests.walk import tiny
-from tests.walk.family import _output
+from tests.sweep import tiny
+from tests.sweep.family import _output
 
 LENGTHS = (9, 4, 1, 10)
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

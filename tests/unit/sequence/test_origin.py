@@ -10,8 +10,8 @@ import torch
 from transformers import EsmConfig, EsmForMaskedLM
 
 from hf_veomni import ParallelPlan, prepare_omni
-from tests.walk import tiny
-from tests.walk.family import _output
+from tests.sweep import tiny
+from tests.sweep.family import _output
 
 LENGTHS = (9, 4, 1, 10)
 FAMILIES = ("roberta", "esm", "xmod", "nystromformer", "xlm-roberta-xl", "kosmos_2_5_text_model", "bert")

@@ -1,4 +1,4 @@
-"""Walk all families: `python -m tests.walk [--only NAME ...] [--shard I/N] [--output PATH] [--update] [--commit]`."""
+"""Sweep all families: `python -m tests.sweep [--only NAME] [--shard I/N] [--output PATH] [--update] [--commit]`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from tests.ranks.pool import RankPool, RanksFailed  # noqa: E402
-from tests.walk.family import Record, walk_family  # noqa: E402
-from tests.walk.training import PLANS, compare_logs, omni_logs, stock_logs  # noqa: E402
+from tests.sweep.family import Record, sweep_family  # noqa: E402
+from tests.sweep.training import PLANS, compare_logs, omni_logs, stock_logs  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 120.0  # seconds a family may take, in fp32 and in fp64
@@ -29,9 +29,9 @@ def walk_one(pool: RankPool, model_type: str, plan: str = "sp=2") -> dict[str, A
     from dataclasses import asdict
 
     try:
-        found = pool.run(walk_family, model_type, plan, timeout=TIMEOUT)
+        found = pool.run(sweep_family, model_type, plan, timeout=TIMEOUT)
     except RanksFailed:
-        from tests.walk import tiny
+        from tests.sweep import tiny
 
         record = Record(model_type, folder=tiny.folder_of(model_type))
         return asdict(record.end("crashes", "a rank hangs or dies"))
@@ -65,7 +65,7 @@ def train_one(pool: RankPool, record: dict[str, Any]) -> str:
     return "works"
 
 
-def walk(names: list[str], plan: str, output: Path | None, known: dict[str, Any]) -> dict[str, Any]:
+def sweep(names: list[str], plan: str, output: Path | None, known: dict[str, Any]) -> dict[str, Any]:
     from rich.progress import track
 
     pool = RankPool(2)
@@ -83,7 +83,7 @@ def walk(names: list[str], plan: str, output: Path | None, known: dict[str, Any]
 
 
 def commit(found: dict[str, Any], plan: str, again: list[str]) -> None:
-    """Write what the package and the documentation show; `again`: walked later than the rest."""
+    """Write what the package and the documentation show; `again`: swept later than the rest."""
     import torch
     import transformers
 
@@ -123,7 +123,7 @@ def main() -> None:
         again = sorted({*package.get("again", ()), *known, *(args.only or ())})
         known = package["families"] | known
     names = [n for i, n in enumerate(sorted(CONFIG_MAPPING)) if i % parts == part and n not in known]
-    found = walk(args.only or names, args.plan, args.output, known)
+    found = sweep(args.only or names, args.plan, args.output, known)
     if args.commit:
         if missing := sorted(set(CONFIG_MAPPING) - found.keys()):
             sys.exit(f"{len(missing)} model types are missing: {', '.join(missing[:5])} ...")

@@ -1,4 +1,4 @@
-"""The walk over the families counts as refused what hf_veomni says it does not support, and nothing else."""
+"""The sweep over the families counts as refused what hf_veomni says it does not support, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import hf_veomni
-from tests.walk import training
-from tests.walk.family import _walk
+from tests.sweep import training
+from tests.sweep.family import _sweep
 
 
 def _raiser(error: Exception):
@@ -28,7 +28,7 @@ def _raiser(error: Exception):
 )
 def test_only_what_is_unsupported_is_refused(monkeypatch, error, outcome, reason):
     monkeypatch.setattr(hf_veomni, "prepare_omni", _raiser(error))
-    record = _walk("llama", "sp=1", torch.float32)
+    record = _sweep("llama", "sp=1", torch.float32)
     assert (record.outcome, record.reason) == (outcome, reason)
 
 
@@ -41,7 +41,7 @@ def test_so_does_the_first_call(monkeypatch, error, outcome):
             raise error
 
     monkeypatch.setattr(hf_veomni, "prepare_omni", lambda *_: Failing())
-    assert _walk("llama", "sp=1", torch.float32).outcome == outcome
+    assert _sweep("llama", "sp=1", torch.float32).outcome == outcome
 
 
 def test_trainer_tells_a_refusal_from_a_crash(monkeypatch):

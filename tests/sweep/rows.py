@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.walk.family import Rows
+from tests.sweep.family import Rows
 
 LENGTH, ENCODED = 23, 19
 DOCUMENTS = (9, 4, 10)

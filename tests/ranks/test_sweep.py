@@ -1,11 +1,11 @@
-"""A sample of the walk over all model families: one for each way in which a family is cut."""
+"""A sample of the sweep over all model families: one for each way in which a family is cut."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.walk.family import walk_family
-from tests.walk.training import PLANS, compare_logs, omni_logs, stock_logs
+from tests.sweep.family import sweep_family
+from tests.sweep.training import PLANS, compare_logs, omni_logs, stock_logs
 
 WORK = (
     "bert",  # layers in a module of their own, attention that looks ahead, a loss from whole logits
@@ -35,7 +35,7 @@ WORK = (
 
 @pytest.mark.parametrize("family", WORK)
 def test_family_equals_one_rank(ranks, family):
-    for record in ranks(2).run(walk_family, family, timeout=60):
+    for record in ranks(2).run(sweep_family, family, timeout=60):
         assert (record["outcome"], record["reason"]) == ("works", "")
 
 
@@ -54,7 +54,7 @@ def test_what_omni_trainer_logs_of_a_family_equals_one_process(ranks, family):
 )
 @pytest.mark.slow
 def test_family_equals_one_rank_on_more(ranks, family, size):
-    for record in ranks(size).run(walk_family, family, f"sp={size}", timeout=60):
+    for record in ranks(size).run(sweep_family, family, f"sp={size}", timeout=60):
         assert (record["outcome"], record["reason"]) == ("works", "")
 
 
@@ -70,6 +70,6 @@ def test_family_equals_one_rank_on_more(ranks, family, size):
     ],
 )
 def test_refused_family_says_why(ranks, family, reason):
-    for record in ranks(2).run(walk_family, family, timeout=60):
+    for record in ranks(2).run(sweep_family, family, timeout=60):
         assert record["outcome"] == "refused"
         assert reason in record["reason"]

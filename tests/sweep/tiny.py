@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.walk.overrides import CLASSES, OVERRIDES
+from tests.sweep.overrides import CLASSES, OVERRIDES
 
 VOCABULARY = 97
 MAX_PARAMETERS = 100_000_000
@@ -76,12 +76,12 @@ _PREFERENCE = (
     ("masked", "MODEL_FOR_MASKED_LM"),
     ("base", "MODEL"),
 )
-# Classes whose base CausalLM form is not how anybody uses them: their own kind is walked instead.
+# Classes whose base CausalLM form is not how anybody uses them: their own kind is swept instead.
 _ENCODERS = re.compile(r"^(MaskedLM|base)$")
 
 
 class Unbuildable(Exception):
-    """Why the walk has no model of a family."""
+    """Why the sweep has no model of a family."""
 
 
 class NoText(Exception):

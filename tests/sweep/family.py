@@ -29,7 +29,7 @@ Batch = dict[str, Tensor]
 
 @dataclass
 class Record:
-    """What the walk found in a family. `outcome`: works, refused, wrong, crashes, not_applicable, unbuildable."""
+    """What the sweep found in a family. `outcome`: works, refused, wrong, crashes, not_applicable, unbuildable."""
 
     model_type: str
     folder: str = ""
@@ -37,7 +37,7 @@ class Record:
     model_class: str = ""
     outcome: str = ""
     reason: str = ""
-    loss: str = ""  # "model": the model's own with labels; "walk": of gathered logits or hidden states
+    loss: str = ""  # "model": the model's own with labels; "sweep": of gathered logits or hidden states
     dtype: str = "float32"
     error: float = 0.0  # the worst, relative
     where: str = ""
@@ -85,14 +85,14 @@ class Rows:
     documents: list[tuple[int, int]] = field(default_factory=list)  # of a packed sequence
 
 
-def walk_family(model_type: str, plan: str = "sp=2") -> dict[str, Any]:
+def sweep_family(model_type: str, plan: str = "sp=2") -> dict[str, Any]:
     """The record of a family, the same on every rank."""
     warnings.filterwarnings("ignore")
     begin = time.monotonic()
-    record = _walk(model_type, plan, torch.float32)
+    record = _sweep(model_type, plan, torch.float32)
     if record.outcome in ("works", "wrong"):
         with _StaysFp64():
-            exact = _walk(model_type, plan, torch.float64)
+            exact = _sweep(model_type, plan, torch.float64)
         exact.exact_error, exact.fp32_error = exact.error, record.error
         if exact.outcome == "wrong" or (record.outcome, exact.outcome) == ("wrong", "works"):
             record = exact
@@ -102,8 +102,8 @@ def walk_family(model_type: str, plan: str = "sp=2") -> dict[str, Any]:
     return asdict(record)
 
 
-def _walk(model_type: str, plan: str, dtype: torch.dtype) -> Record:
-    from tests.walk import tiny
+def _sweep(model_type: str, plan: str, dtype: torch.dtype) -> Record:
+    from tests.sweep import tiny
 
     record = Record(model_type, dtype=str(dtype).removeprefix("torch."))
     try:
@@ -136,7 +136,7 @@ class _Comparison:
         self.with_labels = record.kind != "base" and "labels" in self.takes
 
     def run(self) -> Record:
-        from tests.walk import rows
+        from tests.sweep import rows
 
         plain = rows.plain(self.model, self.record.kind, self.takes)
         try:
@@ -256,12 +256,12 @@ class _Comparison:
                 if "No loss over a cut row" not in str(error):
                     raise
                 self.with_labels = own_loss = False
-                self.record.loss = "walk"
+                self.record.loss = "sweep"
                 wanted_loss, wanted, gradients = self._reference(rows)
         if not own_loss:
             hidden = gather_sequence(_output(prepared(**_without_labels(rows.inputs))), prepared)
             loss = self._walk_loss(hidden, rows)
-            self.record.loss = self.record.loss or "walk"
+            self.record.loss = self.record.loss or "sweep"
         else:
             with torch.no_grad():
                 prepared.eval()

@@ -57,7 +57,7 @@ def compare_logs(found: Logs | str, wanted: Logs) -> str:
 def _run(model_type: str, trainer_class: Any, args_class: Any, rows: int, **options: Any) -> Logs:
     from transformers import PrinterCallback
 
-    from tests.walk import tiny
+    from tests.sweep import tiny
 
     warnings.filterwarnings("ignore")
     kind, model_class = tiny.choose_class(model_type)
@@ -89,7 +89,7 @@ def _run(model_type: str, trainer_class: Any, args_class: Any, rows: int, **opti
 
 def _samples(model: Any, kind: str) -> list[dict[str, Tensor]]:
     """Rows of one length. Only a causal model has rows of different numbers of labels: others average batches."""
-    from tests.walk import rows
+    from tests.sweep import rows
 
     takes = inspect.signature(type(model).forward).parameters
     batch = rows.plain(model, kind, takes).inputs
