@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +13,25 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hf_veomni.support import OUTCOMES, Family
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"hf-veomni {_version('hf-veomni')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    wants_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -23,6 +42,8 @@ def support(
     from hf_veomni.support import load_matrix
 
     matrix = load_matrix()
+    if model is not None and not Path(model).exists() and (known := _normalised(model)) in matrix.families:
+        model = known
     if model is None:
         table = Table(title=f"transformers {matrix.versions['transformers']}, {matrix.date}, plan {matrix.plan}")
         for column in ("outcome", "model types"):
@@ -39,16 +60,37 @@ def support(
         _live(model)
         return
     family = matrix.families[model]
-    for name in ("model_class", "outcome", "reason", "padded", "packed", "loss", "trainer", "error", "dtype"):
-        console.print(f"{name:12} {getattr(family, name)}", soft_wrap=True)
+    for name, value in _findings(family):
+        console.print(f"{name:12} {value}", soft_wrap=True, markup=False, highlight=False)
     if family.rule and family.outcome == "works":
         rules = ", ".join(f"'{pattern}': {{'sp': 'gather'}}" for pattern in family.rule.split(", "))
         console.print(f"{'rule':12} modules={{{rules}}} of the plan", soft_wrap=True)
 
 
+def _normalised(model: str) -> str:
+    """A name as people write it ("Qwen2.5-VL"), as transformers writes model types ("qwen2_5_vl")."""
+    return re.sub(r"[-. ]+", "_", model.strip().lower())
+
+
+def _findings(family: Family) -> Iterator[tuple[str, str]]:
+    """What a person wants to know about a family, by name."""
+    yield "model type", f"{family.model_type} ({family.model_class})" if family.model_class else family.model_type
+    yield "outcome", f"{family.outcome}: {OUTCOMES[family.outcome]}"
+    if family.reason:
+        yield "reason", family.reason
+    if family.outcome != "works":
+        return
+    yield "padded", family.padded
+    yield "packed", family.packed
+    if family.trainer:
+        yield "OmniTrainer", family.trainer
+    compared = "its own loss" if family.loss == "model" else "one of its outputs"
+    yield "exact to", f"{family.error:.1e} of one process, in {family.dtype}: {compared} and all gradients"
+
+
 def _check_spelling(model: str, known: list[str]) -> None:
     """Offer the nearest model type before the network is asked for what is none."""
-    near = difflib.get_close_matches(model.lower().replace("-", "_"), known, n=1, cutoff=0.8)
+    near = difflib.get_close_matches(_normalised(model), known, n=1, cutoff=0.8)
     if near and "/" not in model and not Path(model).exists():
         raise typer.BadParameter(
             f"'{model}' is no model type of transformers: did you mean '{near[0]}'? A folder needs its path, as in "

@@ -27,6 +27,29 @@ MODULE_RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+# What other tools call their axes, and what to write here.
+_ELSEWHERE = {
+    "fsdp": "parameters are sharded over `dp_shard` times `sp`: write dp_shard=N",
+    "hsdp": "replicas of a sharded model: write dp_replicate=M,dp_shard=N",
+    "zero": "parameters are sharded over `dp_shard` times `sp`: write dp_shard=N",
+    "ddp": "full replicas: write dp_replicate=N,dp_shard=1",
+    "cp": "there is no context parallelism; Ulysses sequence parallelism shares long sequences: write sp=N",
+    "ulysses": "Ulysses sequence parallelism: write sp=N",
+    "tp": "there is no tensor parallelism; dp_shard shards large models, sp shares long sequences",
+    "etp": "there is no tensor parallelism in experts; ep shards them by expert",
+}
+
+
+def _unknown_key(key: str, valid: Iterable[str]) -> str:
+    """What to write in place of an unknown plan key."""
+    plain = key.lower().removesuffix("_size").removesuffix("_degree")
+    if plain in SHORT_NAMES:
+        return f"did you mean '{plain}'?"
+    if plain in _ELSEWHERE:
+        return f"{_ELSEWHERE[plain]}."
+    return f"{_nearest(key, valid)}."
+
+
 def _nearest(name: str, valid: Iterable[str]) -> str:
     valid = sorted(valid)
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
@@ -189,7 +212,7 @@ class ParallelPlan:
         for key, value in values.items():
             name = SHORT_NAMES.get(key, key)
             if name not in valid:
-                raise ValueError(f"Unknown plan key '{key}': {_nearest(key, valid | SHORT_NAMES.keys())}.")
+                raise ValueError(f"Unknown plan key '{key}': {_unknown_key(key, valid | SHORT_NAMES.keys())}")
             if name in arguments:
                 raise ValueError(f"Plan key '{key}' sets `{name}` a second time: give it once.")
             arguments[name] = value

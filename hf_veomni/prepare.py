@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from hf_veomni import hf
@@ -31,6 +31,7 @@ from hf_veomni.fsdp import (
     synchronize_parameters,
 )
 from hf_veomni.hf import peft as hf_peft
+from hf_veomni.logs import announce, warn_of_no_plan
 from hf_veomni.loss import LazyLogits, attach_chunked_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state, settle_device
 from hf_veomni.modality.towers import attach_towers
@@ -174,7 +175,7 @@ def prepare_omni(
     settle_device()  # before the first collective
     with RaiseTogether():
         base = hf.base_model(model)
-        plan = ParallelPlan.parse(plan)
+        given, plan = plan, ParallelPlan.parse(plan)
         _check_fresh(base)
         pending = _check_parameters(model, checkpoint)
     check_same_value("plan", plan)
@@ -193,7 +194,29 @@ def prepare_omni(
             step()
         raise
     setattr(base, _UNDO, undo + getattr(base, _UNDO))
+    announce(_describe(model, state))
+    if given is None and plan == ParallelPlan():
+        warn_of_no_plan(state.world_size)
     return model
+
+
+def _describe(model: Any, state: ParallelState) -> str:
+    """The plan in force, in one line."""
+    base: Any = hf.base_model(model)
+    parameters = list(model.parameters())
+    trained, total = (
+        sum(p.numel() for p in part) for part in ([p for p in parameters if p.requires_grad], parameters)
+    )
+    units = sum(isinstance(module, FSDPModule) for module in model.modules())
+    parts = [
+        f"{type(base).__name__.removeprefix('FSDP')} under the plan {state.plan}",
+        f"{state.world_size} {'ranks' if state.world_size > 1 else 'rank'} on {state.device.type}",
+        f"{state.dp_size} of them with data of their own" if state.sp_size > 1 else "",
+        f"attention {hf.attention_name(hf.find_backbone(base).config)}",
+        f"{units} FSDP units" if units else "",
+        f"{trained:,} of {total:,} parameters trained",
+    ]
+    return ", ".join(filter(None, parts)) + "."
 
 
 def _attach(

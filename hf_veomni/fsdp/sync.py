@@ -170,6 +170,10 @@ def synchronize_parameters(model: nn.Module, device: torch.device | str = "cpu")
         _broadcast(named[name], device)
     if different and dist.get_rank() == 0:
         logger.warning(
-            "%d tensors differed between the ranks (first: %s); rank 0's are used.", len(different), different[0]
+            "Each rank has initialised %d tensors of the model for itself (the first is %s), as happens to adapters "
+            "and new heads without a common seed. All ranks go on with rank 0's values, which is right; set_seed(...) "
+            "before the model is built makes the run repeatable.",
+            len(different),
+            different[0],
         )
     return different

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.require import override, require_overrides
+from hf_veomni.logs import warn_of_no_plan
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer.accelerate import OmniParallelismConfig
 from hf_veomni.trainer.validation import check_budgeted, check_given, check_sharded, release_launcher
@@ -82,6 +83,7 @@ class OmniTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_decorated()
         plan = ParallelPlan.parse(self.plan or None)
+        unplanned = self.plan is None and plan == ParallelPlan()
         check_given(self)
         given = self.parallelism_config
         if given is not None and not isinstance(given, OmniParallelismConfig):
@@ -97,6 +99,8 @@ class OmniTrainingArguments(TrainingArguments):
         check_budgeted(self)
         parsed: Any = plan
         self.plan = parsed
+        if unplanned:
+            warn_of_no_plan(self.world_size)
         loaders: Any = self.accelerator_config
         if loaders.dispatch_batches is None:
             # accelerate's default for streams: rank 0 reads, concatenates and cuts. Packed sequences do not add up,

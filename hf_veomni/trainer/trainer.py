@@ -9,7 +9,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_veomni import hf
 from hf_veomni.compile import compile_layers, warn_of_checkpointing
@@ -114,6 +114,17 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
         ValueError: what does not go with a plan, by name and with the way out.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        classes = cls.__mro__
+        before = [owner for owner in classes[: classes.index(OmniTrainerMixin)] if owner is Trainer]
+        if before:
+            bases = ", ".join(base.__name__ for base in cls.__bases__)
+            raise TypeError(
+                f"class {cls.__name__}({bases}): OmniTrainerMixin must come before the trainer class, whose methods "
+                "it overrides: put it first."
+            )
+
     def __init__(self, model: Any = None, *given: Any, **kwargs: Any) -> None:
         names = _constructor(self)
         kwargs |= dict(zip(names, (model, *given), strict=False))
@@ -146,9 +157,11 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
         elif args is None:
             args = OmniTrainingArguments(output_dir="tmp_trainer")
         if not isinstance(args, OmniTrainingArguments):
+            given = type(args).__name__ if isinstance(args, TrainingArguments) else "SFTConfig"
             raise ValueError(
                 f"`args` ({None if args is None else type(args).__name__}) of {type(self).__name__} must be {wanted}: "
-                "`@dataclass class Arguments(OmniTrainingArguments, ...)`, with `...` the class of your trainer."
+                f"write `@dataclass class Arguments(OmniTrainingArguments, {given}): pass` and use it in place of "
+                f"{given}; it has the fields of both, `plan` among them."
             )
         return args
 

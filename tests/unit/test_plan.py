@@ -42,6 +42,10 @@ def test_resolve_takes_what_is_left_of_the_world():
     ("make", "message"),
     [
         (lambda: ParallelPlan.from_string("sq=2"), r"Unknown plan key 'sq': did you mean 'sp'"),
+        (lambda: ParallelPlan.from_string("SP=2"), r"Unknown plan key 'SP': did you mean 'sp'\?$"),
+        (lambda: ParallelPlan.from_string("fsdp=8"), r"Unknown plan key 'fsdp': .*write dp_shard=N"),
+        (lambda: ParallelPlan.from_string("tp=2"), r"Unknown plan key 'tp': there is no tensor parallelism"),
+        (lambda: ParallelPlan.from_dict({"cp_size": 2}), r"Unknown plan key 'cp_size': .*write sp=N"),
         (lambda: ParallelPlan.from_string("sp=two"), r"'sp=two'.*name=integer"),
         (lambda: ParallelPlan.from_string("sp"), r"must be name=integer"),
         (lambda: ParallelPlan.from_string("sp=2,sp=4"), r"'sp' appears twice"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,8 @@ def test_page_is_the_rendering_of_the_matrix():
     [
         (["support"], "works"),
         (["support", "--model", "bert"], "BertForMaskedLM"),
+        (["support", "--model", "Qwen2.5-VL"], "Qwen2_5_VLForConditionalGeneration"),
+        (["--version"], version("hf-veomni")),
         (["support", "--model", "hrm_text"], "has no shard points"),
         (["support", "--model", "glm_moe_dsa"], "'model.layers.*.self_attn': {'sp': 'gather'}"),
         (["support", "--model", "recurrent_gemma"], "'*.temporal_block': {'sp': 'gather'}"),
@@ -85,7 +88,7 @@ def test_live_test_of_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "nearest"), [("qwen3vl", "qwen3_vl"), ("Lama", "llama"), ("deepseek-v3", "deepseek_v3")]
+    ("given", "nearest"), [("qwen3vl", "qwen3_vl"), ("Lama", "llama"), ("deepseek-v4x", "deepseek_v4")]
 )
 def test_a_mistyped_model_type_is_offered_the_nearest(monkeypatch, given, nearest):
     """Without a look at the network."""

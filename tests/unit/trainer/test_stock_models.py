@@ -199,3 +199,15 @@ def test_a_trainer_of_trl_asks_for_its_arguments():
     trl = pytest.importorskip("trl", reason="needs the extra `trl`")
     with pytest.raises(ValueError, match="`args` .None. of Mine must be a dataclass .* of TRL's SFT"):
         type("Mine", (OmniTrainerMixin, trl.SFTTrainer), {})("model")
+
+
+def test_arguments_of_the_trainer_behind_are_named(tmp_path):
+    trl = pytest.importorskip("trl", reason="needs the extra `trl`")
+    arguments = trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    with pytest.raises(ValueError, match=r"`args` .SFTConfig. .*class Arguments.OmniTrainingArguments, SFTConfig"):
+        type("Mine", (OmniTrainerMixin, trl.SFTTrainer), {})("model", arguments)
+
+
+def test_the_mixin_comes_first():
+    with pytest.raises(TypeError, match=r"class Mine.Trainer, OmniTrainerMixin.: OmniTrainerMixin must come before"):
+        type("Mine", (Trainer, OmniTrainerMixin), {})

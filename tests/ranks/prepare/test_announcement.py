@@ -1,0 +1,63 @@
+"""What a run says of its plan: one line on rank 0, and a warning where nobody has named a plan for several ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.models import build_model
+
+
+def _said(plan: str | None, how: str, verbosity: str = "") -> tuple[str, list[str]]:
+    """What `prepare_omni`, or the Trainer, writes to stderr and to logging's warnings on this rank."""
+    import os
+
+    from hf_veomni import OmniTrainer, OmniTrainingArguments, prepare_omni
+
+    if verbosity:
+        os.environ["HF_VEOMNI_VERBOSITY"] = verbosity
+    warnings: list[str] = []
+    handler: Any = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    logging.getLogger("hf_veomni").addHandler(handler)
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(text):
+            if how == "trainer":
+                args = OmniTrainingArguments("/nowhere", plan=plan, use_cpu=True, report_to=[])
+                OmniTrainer(build_model("qwen3"), args)
+            else:
+                prepare_omni(build_model("qwen3"), plan)
+    finally:
+        logging.getLogger("hf_veomni").removeHandler(handler)
+        os.environ.pop("HF_VEOMNI_VERBOSITY", None)
+    assert dist.get_world_size() == 2
+    return text.getvalue(), [message for message in warnings if "plan" in message]
+
+
+@pytest.mark.parametrize("how", ["prepare", "trainer"])
+def test_rank_0_names_the_plan(ranks, how):
+    (text, warnings), (other, _) = ranks(2).run(_said, "sp=2", how, timeout=60)
+    line = (
+        "hf_veomni: Qwen3ForCausalLM under the plan sp=2, 2 ranks on cpu, 1 of them with data of their own, attention"
+    )
+    assert text.count(line) == 1 and "FSDP units" in text and "parameters trained." in text
+    assert not warnings
+    assert "under the plan" not in other
+
+
+@pytest.mark.parametrize("how", ["prepare", "trainer"])
+def test_no_plan_for_several_ranks_is_a_warning(ranks, how):
+    (text, warnings), (_, others) = ranks(2).run(_said, None, how, timeout=60)
+    assert "under the plan dp_shard=2, 2 ranks on cpu" in text
+    assert len(warnings) == 1 and warnings[0].startswith("No plan was given") and "dp_shard=2" in warnings[0]
+    assert not others
+
+
+def test_verbosity_silences_it(ranks):
+    assert [text for text, _ in ranks(2).run(_said, "sp=2", "prepare", "warning", timeout=60)] == ["", ""]
