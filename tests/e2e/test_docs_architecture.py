@@ -11,9 +11,10 @@ from tests.e2e.launching import ROOT, python
 
 
 @pytest.mark.everyday
-def test_the_drawing_is_what_the_script_draws(tmp_path: Path) -> None:
-    python(str(ROOT / "docs/draw_architecture.py"), "drawn.svg", cwd=tmp_path)
-    assert (tmp_path / "drawn.svg").read_text() == (ROOT / "docs/images/architecture.svg").read_text()
+@pytest.mark.parametrize("name", ["architecture", "packed_sequence"])
+def test_drawings_are_what_their_scripts_draw(tmp_path: Path, name: str) -> None:
+    python(str(ROOT / f"docs/draw_{name}.py"), "drawn.svg", cwd=tmp_path)
+    assert (tmp_path / "drawn.svg").read_text() == (ROOT / f"docs/images/{name}.svg").read_text()
 
 
 def test_files_of_the_drawing_exist() -> None:
