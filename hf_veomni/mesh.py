@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -118,6 +119,12 @@ def _start() -> tuple[torch.device, int]:
     return _find_device(), dist.get_world_size()
 
 
+def _end_gloo() -> None:
+    """At the end of the process: gloo's threads that still run then abort it (torch 2.11), after all work is done."""
+    if dist.is_initialized() and dist.get_backend_config().endswith("gloo"):
+        dist.destroy_process_group()
+
+
 def init_parallel_state(plan: ParallelPlan | str | None = None) -> ParallelState:
     """Resolve the plan for this world and make its meshes. Every rank must call it, in the same order.
 
@@ -131,6 +138,8 @@ def init_parallel_state(plan: ParallelPlan | str | None = None) -> ParallelState
     plan = plan.resolve(world_size)
     if plan.world_size == 1:
         return ParallelState(plan=plan, device=device)
+    if device.type == "cpu":
+        atexit.register(_end_gloo)  # a function that is there already runs twice, and finds no group
     names = ("pp", "dp_replicate", "dp_shard", "sp")
     sizes = (plan.pp_size, plan.dp_replicate_size, plan._resolved_shard(), plan.sp_size)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)

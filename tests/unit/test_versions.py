@@ -46,6 +46,7 @@ def test_results_are_of_the_pinned_versions_and_green() -> None:
         assert result["versions"] == read_pins(ROOT / f"constraints-{name}.txt"), f"run `make test-{name}` and commit"
         assert result["counts"]["failed"] == 0
         assert result["counts"]["passed"] > 2500
+        assert len(result.get("again", ())) <= 5  # a time limit on a loaded machine, not a habit
 
 
 def test_readme_names_the_floors() -> None:
