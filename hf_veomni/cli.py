@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -129,6 +134,73 @@ def _live(model: str) -> None:
         console.print(f"this model   refused: {error}", soft_wrap=True)
         raise typer.Exit(1) from error
     console.print(f"this model   can be cut: {len(points.layers)} layers, {len(points.attentions)} attention modules")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A yaml file: model, data, plan, lora, processes, arguments.")],
+    print_script: Annotated[
+        bool, typer.Option("--print-script", help="Print the script that the recipe stands for, and do not run it.")
+    ] = False,
+) -> None:
+    """Train from one yaml file; `hf-veomni init` writes one."""
+    from hf_veomni.recipe import Recipe
+
+    try:
+        read = Recipe.from_yaml(recipe)
+        path = Path(read.arguments["output_dir"]) / "train.py"
+        text = read.script(str(path))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if print_script:
+        typer.echo(text)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    command = [sys.executable, *read.command(str(path))]
+    console.print(f"$ {shlex.join(command)}", highlight=False, soft_wrap=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    raise typer.Exit(subprocess.run(command, env=environment).returncode)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where the recipe is written.")] = Path("recipe.yaml"),
+) -> None:
+    """Ask a few questions and write a recipe for `hf-veomni train`."""
+    import torch
+
+    if path.exists() and not typer.confirm(f"{path} exists. Write over it?"):
+        raise typer.Exit(1)
+    model = typer.prompt("Model (folder or Hub id)", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    data = typer.prompt("Data (jsonl, parquet, saved folder or Hub id)", default="chats.jsonl")
+    tokens = typer.prompt("Tokens of a packed sequence", default=4096, type=int)
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
+    processes = typer.prompt("Processes on this machine", default=devices, type=int)
+    longest = 16384  # tokens of a rank
+    sp = next((n for n in range(1, processes + 1) if processes % n == 0 and tokens <= n * longest), processes)
+    plan = typer.prompt("Plan", default=f"sp={sp}" if sp > 1 else (f"dp_shard={processes}" if processes > 1 else ""))
+    lora = typer.confirm("Train an adapter (LoRA)? Otherwise all parameters are trained", default=True)
+    output = typer.prompt("Output folder", default="outputs/run")
+    lines = [
+        f"model: {json.dumps(model)}",
+        "data:",
+        f"  path: {json.dumps(data)}",
+        f"  max_tokens: {tokens}",
+        f"plan: {json.dumps(plan)}",
+        *(["lora: {r: 16, lora_alpha: 32}"] if lora else []),
+        f"processes: {processes}",
+        "arguments:",
+        f"  output_dir: {json.dumps(output)}",
+        "  per_device_train_batch_size: 1",
+        "  num_train_epochs: 1",
+        f"  learning_rate: {2e-4 if lora else 1e-5:.1e}",
+        "  logging_steps: 1",
+        *(["  bf16: true"] if devices and torch.cuda.is_available() else []),
+        "  report_to: none",
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    console.print(f"Wrote {path}. Next: hf-veomni train {path}", highlight=False, soft_wrap=True)
 
 
 @app.command()

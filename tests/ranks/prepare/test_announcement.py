@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import tempfile
 from typing import Any
 
 import pytest
@@ -29,8 +30,9 @@ def _said(plan: str | None, how: str, verbosity: str = "") -> tuple[str, list[st
     try:
         with contextlib.redirect_stderr(text):
             if how == "trainer":
-                args = OmniTrainingArguments("/nowhere", plan=plan, use_cpu=True, report_to=[])
-                OmniTrainer(build_model("qwen3"), args)
+                with tempfile.TemporaryDirectory() as folder:
+                    args = OmniTrainingArguments(folder, plan=plan, use_cpu=True, report_to=[])
+                    OmniTrainer(build_model("qwen3"), args)
             else:
                 prepare_omni(build_model("qwen3"), plan)
     finally:
