@@ -37,6 +37,7 @@ from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_stat
 from hf_veomni.modality.towers import attach_towers
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.sequence.attach import SequenceAttachment, attach_sequence
+from hf_veomni.sequence.backbone import counts_rows
 from hf_veomni.sequence.boundaries import attach_boundaries
 from hf_veomni.sequence.guard import attach_guards
 from hf_veomni.sequence.randomness import attach_dropout
@@ -237,8 +238,10 @@ def _attach(
         undo.append(attach_chunked_loss(base, state.sp_group, chunked=chunked_loss))
     except UnsupportedError as error:
         reasons["labels"] = str(error)
+    headless = hf.find_backbone(base) is base  # hands out hidden states, of which every rank has its part
+    if not headless and counts_rows(base):
+        reasons["packed"] = f"{type(base).__name__} counts the tokens of a row. Train it on one document a row."
     try:
-        headless = hf.find_backbone(base) is base  # hands out hidden states, of which every rank has its part
         attachment = attach_sequence(base, state, attention, full_output="labels" in reasons and not headless)
         setattr(base, _SEQUENCE, attachment)
         undo.extend([attachment.detach, partial(delattr, base, _SEQUENCE)])

@@ -249,7 +249,7 @@ class SequenceAttachment:
             return  # `_note_cache` did not run
         leave(call)
         if call.row is not None and not call.row.full and self.state.sp_size > 1:
-            self.outputs.note(output, call.row.length)
+            self.outputs.note(output, call.row.length, made_full=self.gather_point is not None)
         if output is not None and call.row is None and self.state.sp_size > 1:  # None: an error is on its way
             refuse_unshared(self.name, type(self.points.decoder).__name__.removeprefix("FSDP"))
 

@@ -119,3 +119,8 @@ def views_as_row(backbone: nn.Module) -> bool:
 
 def notes_shape(backbone: nn.Module) -> bool:
     return "output_shape" in inspect.unwrap(type(backbone).forward).__code__.co_varnames
+
+
+def counts_rows(model: nn.Module) -> bool:
+    """Whether what stands around a backbone counts the tokens of a row (a head of weights for each place in it)."""
+    return "arange" in inspect.unwrap(type(model).forward).__code__.co_names

@@ -16,9 +16,11 @@ from hf_veomni.host import on_host
 from hf_veomni.mesh import ParallelState
 
 
-def _check_labels(inputs: Mapping[str, Any]) -> None:
-    labels, given = inputs.get("labels"), inputs.get("input_ids")
-    given = inputs.get("inputs_embeds") if given is None else given
+def _check_labels(inputs: Mapping[str, Any], decodes: bool) -> None:
+    """`decodes`: whether the labels are those of a decoder's row, beside which an encoder has one of its own."""
+    ids, embeds = ("decoder_input_ids", "decoder_inputs_embeds") if decodes else ("input_ids", "inputs_embeds")
+    labels, given = inputs.get("labels"), inputs.get(ids)
+    given = inputs.get(embeds) if given is None else given
     if isinstance(labels, Tensor) and isinstance(given, Tensor) and labels.shape[:2] != given.shape[:2]:
         raise ValueError(
             f"`labels` {tuple(labels.shape)} must have one entry for each token of the row {tuple(given.shape[:2])}: "
@@ -85,7 +87,7 @@ def attach_guards(model: PreTrainedModel, state: ParallelState, reasons: Mapping
     def check(module: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs = {**dict(zip(signature, args, strict=False)), **kwargs}
         if "labels" not in reasons:  # other heads have labels of other shapes
-            _check_labels(inputs)
+            _check_labels(inputs, decodes="decoder_input_ids" in signature)
         if state.world_size > 1 and module.training not in checked:
             _check_unchanged(module, known)
             if module.training:

@@ -54,10 +54,20 @@ class Outputs:
         """A row of S tokens begins to run."""
         self._lengths.setdefault(self._part(length), set()).add(length)
 
-    def note(self, output: Any, length: int) -> None:
-        """What a cut model or backbone returned for a row of `length` tokens."""
+    def note(self, output: Any, length: int, made_full: bool = False) -> None:
+        """What a cut model or backbone returned for a row of `length` tokens.
+
+        Args:
+            made_full: its head worked on full rows, so that what is as long as neither is no slice (some leave out
+                the first token, or pick one).
+        """
         for tensor in tensors_in(output):
-            if tensor.dim() >= 2 and tensor.shape[1] in (self._part(length), length) and not self.is_full(tensor):
+            if tensor.dim() < 2 or self.is_full(tensor):
+                continue
+            if tensor.shape[1] not in (self._part(length), length):
+                if made_full:
+                    self.note_full(tensor)
+            else:
                 self._outputs[tensor] = (length, False)
                 node: Any = tensor.grad_fn
                 if node is not None:

@@ -23,6 +23,7 @@ WORK = (
     "gemma4_text",  # inputs of each layer
     "qwen3_next",  # linear attention
     "longcat_flash",  # experts that no token of a rank reaches
+    "csm_depth_decoder_model",  # a head of weights for each place, for all tokens but the first
     "beam",  # a scale for each token, the same for all rows
     # By the rule that their error suggests, `sp: gather`:
     "glm_moe_dsa",  # an indexer, whose choice a layer hands on to the next
@@ -39,7 +40,18 @@ def test_family_equals_one_rank(ranks, family):
         assert (record["outcome"], record["reason"]) == ("works", "")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_next"])
+def test_labels_of_a_decoder_beside_an_encoder_of_another_length(ranks):
+    for record in ranks(2).run(sweep_family, "pp_formulanet", timeout=60):
+        assert (record["outcome"], record["loss"]) == ("works", "model")
+
+
+def test_a_head_that_counts_the_tokens_of_a_row_takes_no_packed_ones(ranks):
+    for record in ranks(2).run(sweep_family, "csm_depth_decoder_model", timeout=60):
+        assert "CsmDepthDecoderForCausalLM counts the tokens of a row" in record["packed"]
+
+
+# T5 and BERT average over their batch, whatever they are told to divide by.
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_next", "t5", "bert"])
 def test_what_omni_trainer_logs_of_a_family_equals_one_process(ranks, family):
     wanted = stock_logs(family)
     for plan in PLANS:

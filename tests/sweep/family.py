@@ -84,6 +84,10 @@ class Rows:
     real: Tensor  # bool [B, S] of the output: which tokens count
     documents: list[tuple[int, int]] = field(default_factory=list)  # of a packed sequence
 
+    def real_of(self, output: Tensor) -> Tensor:
+        """`real` of an output, which some heads compute for all tokens but the first."""
+        return self.real[:, -output.shape[1] :]
+
 
 def sweep_family(model_type: str, plan: str = "sp=2") -> dict[str, Any]:
     """The record of a family, the same on every rank."""
@@ -239,7 +243,7 @@ class _Comparison:
         """A loss of the whole output: every token and every feature with a weight of its own."""
         generator = torch.Generator().manual_seed(2)
         weight = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(hidden.dtype)
-        return (hidden * weight * rows.real[..., None]).sum() / hidden[0].numel() ** 0.5
+        return (hidden * weight * rows.real_of(hidden)[..., None]).sum() / hidden[0].numel() ** 0.5
 
     def _compare(self, prepared: nn.Module, rows: Rows) -> tuple[float, str]:
         from hf_veomni import gather_sequence
@@ -272,7 +276,7 @@ class _Comparison:
                 self.model.train()
         loss.backward()
         worst = (relative(loss.detach(), wanted_loss), "loss")
-        worst = max(worst, (relative(hidden.detach()[rows.real], wanted[rows.real]), "output"))
+        worst = max(worst, (relative(_real(hidden.detach(), rows), _real(wanted, rows)), "output"))
         got = {n: p.grad for n, p in prepared.named_parameters() if p.grad is not None}
         floor = self._floor(gradients)
         # A gradient of zeros on one side and none on the other is the same training step.
@@ -298,6 +302,10 @@ def relative(got: Tensor, wanted: Tensor, floor: float = 0.0) -> float:
     if difference == 0:
         return 0.0
     return difference / scale if scale and difference == difference else float("inf")
+
+
+def _real(output: Tensor, rows: Rows) -> Tensor:
+    return output[rows.real_of(output)]
 
 
 def _without_labels(inputs: Batch) -> Batch:
