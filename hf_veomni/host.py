@@ -17,8 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.utils._pytree import tree_map_only
 
 
 class Remembered(Tensor):
@@ -77,8 +78,9 @@ def forget(tensor: Tensor) -> Tensor:
 def with_values(tensor: Tensor, host: Tensor) -> Tensor:
     """`tensor` with `host`, values that were read from it or that it was made of."""
     plain, host = forget(tensor), forget(host)
-    if plain.is_inference() or isinstance(plain, FakeTensor):
-        return plain  # torch does not count changes of the one, and makes no subclass of the other
+    if plain.is_inference() or isinstance(plain, FakeTensor) or torch.compiler.is_compiling():
+        # torch does not count changes of the first, makes no subclass of the second, and takes none into graphs.
+        return plain
     own = host.device == plain.device and is_same(host, plain)
     made: Any = plain.as_subclass(Remembered)
     made._host, made._versions = None if own else host, (_version(plain), _version(host))
@@ -114,3 +116,21 @@ def apply(function: Callable[..., Tensor], tensor: Tensor, *args: Any, **kwargs:
     known = _known(tensor)
     made = function(forget(tensor), *args, **kwargs)
     return made if known is None else with_values(made, function(known, *args, **kwargs))
+
+
+def forget_in_graphs(model: nn.Module) -> Callable[[], None]:
+    """Hand plain tensors to a model that is compiled as a whole, since torch's graphs take no others.
+
+    Returns:
+        A function that removes this.
+    """
+
+    def forget_all(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        return _forgotten(args, kwargs) if torch.compiler.is_compiling() else None
+
+    return model.register_forward_pre_hook(forget_all, with_kwargs=True, prepend=True).remove
+
+
+@torch.compiler.disable  # what a graph begins with is its input
+def _forgotten(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return tree_map_only(Tensor, forget, (args, kwargs))

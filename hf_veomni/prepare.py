@@ -31,6 +31,7 @@ from hf_veomni.fsdp import (
     synchronize_parameters,
 )
 from hf_veomni.hf import peft as hf_peft
+from hf_veomni.host import forget_in_graphs
 from hf_veomni.logs import announce, warn_of_no_plan
 from hf_veomni.loss import LazyLogits, attach_chunked_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state, settle_device
@@ -262,6 +263,7 @@ def _attach(
         undo.append(detach)
     undo.append(attach_guards(base, state, reasons))
     undo.append(attach_boundaries(base))
+    undo.append(forget_in_graphs(base))  # before all others
     if state.sp_size > 1:
         undo.append(attach_dropout(base, state))
 

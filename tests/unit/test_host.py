@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from torch._subclasses import FakeTensorMode
 from torch.utils.data import DataLoader
 
-from hf_veomni.host import apply, forget, knows, on_host, remember, with_values
+from hf_veomni.host import apply, forget, forget_in_graphs, knows, on_host, remember, with_values
 
 DEVICE = torch.device("meta")
 
@@ -73,6 +73,29 @@ def test_layers_take_them() -> None:
     assert torch.equal(layer(ids), layer(forget(ids)))
     compiled = torch.compile(lambda x: x * 2, backend="eager")
     assert compiled(ids).tolist() == [[2, 4]]
+
+
+class _Masked(torch.nn.Linear):
+    def forward(self, mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(mask.to(torch.float32) * 2)
+
+
+def _know(module: torch.nn.Module, args: tuple) -> tuple:
+    """What the hooks of a prepared model do."""
+    return (with_values(args[0], on_host(args[0])),)
+
+
+@pytest.mark.parametrize("given", [forget, remember])
+def test_a_graph_gets_plain_tensors(given):
+    """torch's graphs take no subclass as an input: a bare TypeError of its dispatcher."""
+    model, mask = _Masked(3, 2), given(torch.tensor([[1, 1, 0]]))
+    model.register_forward_pre_hook(_know)
+    wanted = model(mask)
+    undo = forget_in_graphs(model)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(mask), wanted)
+    assert knows(with_values(mask, on_host(mask)))  # outside of graphs nothing is forgotten
+    undo()
+    assert list(model._forward_pre_hooks.values()) == [_know]
 
 
 def test_inference_tensors_are_asked() -> None:
