@@ -273,13 +273,14 @@ def reduce_rows(data: Any, reduction: str, group: dist.ProcessGroup | None) -> A
     """Reduce each tensor in a nested structure over the data ranks.
 
     Args:
-        reduction: "sum", "mean", "max", or "none", which leaves the tensors as they are.
+        reduction: "sum", "mean", "max", or "none", which leaves the tensors as they are. What a rank computes in the
+            loss of a batch that only keeps it in step does not count, as in `gather_rows`.
         group: one rank of each SP group; None if there is one data rank.
 
     Returns:
         New tensors of the same shapes, the same on every rank but for "none".
 
-    Collective: one all-reduce over `group` for each tensor. No gradient.
+    Collectives: two all-reduces over `group` for each tensor, the first of one number. No gradient.
 
     Raises:
         ValueError: another reduction.
@@ -293,8 +294,13 @@ def _reduce_one(tensor: Tensor, reduction: str, group: dist.ProcessGroup | None)
     reduced = tensor.detach().clone()
     if group is None or reduction == "none":
         return reduced
+    counted = torch.tensor(int(counts_tokens()), device=tensor.device)
+    dist.all_reduce(counted, group=group)
+    if not counts_tokens() and counted:
+        lowest = -torch.inf if reduced.is_floating_point() else torch.iinfo(reduced.dtype).min
+        reduced.fill_(lowest if reduction == "max" else 0)
     dist.all_reduce(reduced, dist.ReduceOp.MAX if reduction == "max" else dist.ReduceOp.SUM, group=group)
-    return reduced / dist.get_world_size(group) if reduction == "mean" else reduced
+    return reduced / (counted or dist.get_world_size(group)) if reduction == "mean" else reduced
 
 
 def gather_objects(data: list[Any], group: dist.ProcessGroup | None) -> list[Any]:
