@@ -12,23 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
-# Dense bf16 FLOP/s by a part of the device's name, from the vendor's data sheets; the first that fits.
-PEAKS = {
-    "B200": 2250e12,
-    "GH200": 989.4e12,
-    "H200": 989.4e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989.4e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10": 125e12,
-    "L40": 181e12,
-    "L4": 121e12,
-}
+from hf_veomni.flops import device_peak
 
 
 def flops_of_step(options: argparse.Namespace, lengths: list[int]) -> dict[str, float]:
@@ -53,5 +37,4 @@ def flops_of_step(options: argparse.Namespace, lengths: list[int]) -> dict[str, 
 
 def peak_flops(device: str) -> float | None:
     """From the data sheet; None for a device that is not listed, the CPU among them."""
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return device_peak(device)
