@@ -38,6 +38,10 @@ class OmniTrainingArguments(TrainingArguments):
             "random" and "sequential" choose the order.
         log_expert_load: add to each log how even the load of the experts was (`expert_load_max` and others; 1 is even)
             and how sure their routers were, and draw `expert_load.png` into the output directory at the end.
+        log_throughput: add to each log `tokens_per_second` of all ranks, `tokens_per_second_per_device` and `mfu`: the
+            model's FLOPs (`StepFlops`) over what the devices can do in bf16. No `mfu` on a device whose peak is not
+            known, or for a model that cannot be counted; a warning says why. Padding, evaluation, saving and what is
+            computed again count nowhere.
         router_bias_update_speed: what the bias of each expert in the router moves by after a step, up where the expert
             got fewer tokens of all ranks than the mean (DeepSeek-V3 uses 0.001). 0 leaves the bias as it is.
 
@@ -61,6 +65,9 @@ class OmniTrainingArguments(TrainingArguments):
 
     log_expert_load: bool = field(
         default=False, metadata={"help": "Log how even the load of the experts is; draw it at the end."}
+    )
+    log_throughput: bool = field(
+        default=False, metadata={"help": "Log tokens a second and the share of the devices' peak (MFU)."}
     )
     router_bias_update_speed: float = field(
         default=0.0, metadata={"help": "Step of the router's balancing bias after each optimizer step. 0: none."}

@@ -36,6 +36,7 @@ from hf_veomni.trainer.loaders import (
     set_epoch,
 )
 from hf_veomni.trainer.losses import LossMixin
+from hf_veomni.trainer.throughput import ThroughputCallback
 from hf_veomni.trainer.trl import noting_nothing
 
 
@@ -48,6 +49,7 @@ class BatchingMixin(LossMixin):
     _train_batches: UnsplitBatches | None = None
     _last_batch: Any = None
     _budget: TokenBudgetSampler | None = None
+    _throughput: ThroughputCallback | None = None
 
     @property
     def parallel_state(self) -> ParallelState:
@@ -203,6 +205,8 @@ class BatchingMixin(LossMixin):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         state = self.parallel_state
         self._micro_step += 1
+        if self._throughput is not None and not isinstance(inputs, DummyBatch):
+            self._throughput.add(inputs)
         logged = nullcontext() if self._micro_step <= self._most_real else noting_nothing(self)
         with self._averaging(0.0 if isinstance(inputs, DummyBatch) else 1.0), logged:
             if state.world_size == 1:

@@ -25,6 +25,7 @@ from hf_veomni.trainer.counting import count_processes
 from hf_veomni.trainer.evaluation import EvaluationMixin
 from hf_veomni.trainer.loaders import check_budget
 from hf_veomni.trainer.loop import BatchingMixin
+from hf_veomni.trainer.throughput import ThroughputCallback
 from hf_veomni.trainer.trl import adapt_trl, check_trl, is_trl, trl_name
 
 _LAYERDROP = ("layerdrop", "decoder_layerdrop", "encoder_layerdrop")
@@ -149,6 +150,8 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
         self._expert_load: ExpertLoadCallback | None = None
         if args.log_expert_load or args.router_bias_update_speed:
             self._watch_experts(self.model)
+        if args.log_throughput:
+            self._watch_throughput(self.model)
 
     def _checked_arguments(self, args: Any) -> Any:
         wanted = "OmniTrainingArguments"
@@ -172,6 +175,8 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
         self._smooth_labels(model)
         if getattr(self, "_expert_load", None) is not None:
             self._watch_experts(model)
+        if self._throughput is not None:
+            self._watch_throughput(model)
         return model
 
     @override
@@ -213,6 +218,12 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
         self._expert_load = ExpertLoadCallback(model, self.args.router_bias_update_speed, self.args.log_expert_load)
         self.add_callback(self._expert_load)
 
+    def _watch_throughput(self, model: nn.Module) -> None:
+        if self._throughput is not None:
+            self.remove_callback(self._throughput)
+        self._throughput = ThroughputCallback(model, self.parallel_state)
+        self.add_callback(self._throughput)
+
     def _smooth_labels(self, model: nn.Module) -> bool:
         """Whether the model's loss smooths labels: in chunks of logits, of which Trainer's smoother wants all."""
         if is_trl(self) or not is_prepared(model):
@@ -224,9 +235,11 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
 
     @override
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Collective if the experts' load is logged: every rank calls it, as Trainer does."""
+        """Collective if the experts' load or the throughput is logged: every rank calls it, as Trainer does."""
         if self.args.log_expert_load and self._expert_load is not None and "loss" in logs:
             logs = {**logs, **self._expert_load.take(self.state.global_step)}
+        if self._throughput is not None and "loss" in logs:
+            logs = {**logs, **self._throughput.take()}
         super().log(logs, *args, **kwargs)
 
     @override

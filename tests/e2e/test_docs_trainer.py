@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ranks.training import tiny_model
 
@@ -24,7 +25,13 @@ def test_classes_for_trl(tmp_path):
         assert names[f"Omni{kind}"].__mro__[1].__name__ == "OmniTrainerMixin"
 
 
+def test_flops_of_a_batch():
+    names: dict[str, Any] = {"model": tiny_model(), "batch": {"input_ids": torch.ones(2, 8, dtype=torch.long)}}
+    exec(compile(BLOCKS[1], "docs/trainer.md", "exec", dont_inherit=True), names)
+    assert names["tokens"] == 16 and names["total"] > 16 * 6 * 32 * 48
+
+
 def test_compile_layers():
     names: dict[str, Any] = {"model": tiny_model(), "plan": "sp=1"}
-    exec(compile(BLOCKS[1], "docs/trainer.md", "exec", dont_inherit=True), names)
+    exec(compile(BLOCKS[2], "docs/trainer.md", "exec", dont_inherit=True), names)
     assert all(layer._compiled_call_impl is not None for layer in names["model"].model.layers)
