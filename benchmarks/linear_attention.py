@@ -131,14 +131,14 @@ class _Counting:
         if name not in ("all_to_all_single", ALL_GATHER, REDUCE_SCATTER):
             return function
 
-        def counting(output: Tensor, given: Tensor, *splits: Any, group: dist.ProcessGroup) -> Any:
+        def counting(output: Tensor, given: Tensor, *splits: Any, group: dist.ProcessGroup, **options: Any) -> Any:
             size, mine = dist.get_world_size(group), dist.get_rank(group)
             if name == ALL_GATHER:
                 self.sent += given.nbytes * (size - 1)
             else:
                 own = splits[1][mine] * given[:1].nbytes if splits else output.nbytes
                 self.sent += given.nbytes - own
-            return function(output, given, *splits, group=group)
+            return function(output, given, *splits, group=group, **options)
 
         return counting
 

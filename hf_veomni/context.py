@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from hf_veomni.attention.documents import Documents
+    from hf_veomni.comm.all_to_all import Transport
     from hf_veomni.sequence.mixers.functions import MixerCall
 
 T = TypeVar("T")
@@ -110,6 +111,8 @@ class ForwardContext:
         documents: packed in the row [B, S]; masks are created from them. None where every rank runs the full row.
         mixer: the call that the functions of its modelling file serve; None leaves them as they are.
         recorded: of the checkpointed call that runs; None outside of any.
+        transport: of exchanges between ranks; None: their process groups.
+        switch: lets the other sequence in flight run until it gives way; None where there is no other.
         entries: what `leave` puts back, the innermost first.
     """
 
@@ -123,6 +126,8 @@ class ForwardContext:
     documents: Documents | None = None
     mixer: MixerCall | None = None
     recorded: Recorded | None = None
+    transport: Transport | None = None
+    switch: Callable[[], None] | None = None
     entries: tuple[_Entry, ...] = ()
 
 

@@ -1,35 +1,162 @@
-"""All-to-all along the first dimension, with uneven splits and its gradient."""
+"""All-to-all along the first dimension, with uneven splits and its gradient, in two phases.
+
+    forward     launch: the exchange starts            land: waits, hands out what arrived
+    backward    launch: waits, hands out the gradient  land: the gradient's exchange starts
+
+What runs between `launch` and `land` has its backward between the phases of the backward, since autograd runs the
+nodes that are ready newest first. The blocking form is both with nothing in between but `give_way`.
+
+A process group carries the data. Whatever has the two methods of `Transport` can stand in for it while a forward runs,
+its backward and recomputations included:
+
+    with within(transport=link):  # hf_veomni.context
+        loss = model(**batch).loss
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_veomni.context import current
 
-def exchange(x: Tensor, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-    """`all_to_all_single` without gradient: `send[r]` leading rows go to rank r, `receive[r]` come from it."""
-    out = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=group)
-    return out
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _AllToAll(torch.autograd.Function):
+def _uncompiled(function: F) -> F:
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
+
+
+class Transport(Protocol):
+    def start(self, x: Tensor, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]) -> Any:
+        """Begin to send `send[r]` leading rows of local x [sum(send), ...] to each rank r of `group`.
+
+        All ranks of the group start their exchanges in the same order; several may be under way.
+
+        Returns:
+            What `wait` takes, once. It keeps alive what the exchange reads and writes.
+        """
+        ...
+
+    def wait(self, ticket: Any) -> Tensor:
+        """Local [sum(receive), ...], blocks in rank order, as soon as what runs next may read it."""
+        ...
+
+
+class _GroupTransport:
+    """Asynchronous work of a process group.
+
+    NCCL moves the data on a stream of its own: it begins after what the current stream holds by then, and `wait` has
+    the current stream wait for the event at its end, without stopping the host. Until then it holds on to both
+    tensors, which takes the place of `record_stream`. gloo works in threads, for which `wait` stops the host.
+    """
+
+    def start(
+        self, x: Tensor, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]
+    ) -> tuple[Any, Tensor, Tensor]:
+        x, out = x.contiguous(), x.new_empty(sum(receive), *x.shape[1:])
+        work = dist.all_to_all_single(out, x, list(receive), list(send), group=group, async_op=True)
+        return work, x, out
+
+    def wait(self, ticket: tuple[Any, Tensor, Tensor]) -> Tensor:
+        work, _, out = ticket
+        work.wait()
+        return out
+
+
+_GROUPS = _GroupTransport()
+
+
+def running_transport() -> Transport:
+    """That of the forward that runs."""
+    return current().transport or _GROUPS
+
+
+class Flight:
+    """One exchange from its launch to its landing, and that of its gradient."""
+
+    def __init__(
+        self, transport: Transport, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]
+    ) -> None:
+        self.transport, self.group, self.send, self.receive = transport, group, tuple(send), tuple(receive)
+        self.ticket: Any = None  # of the phase that is open, in the forward or in the backward
+        self.link: Tensor | None = None  # empty; its autograd edge leads from `land` to `launch`
+
+    def start(self, x: Tensor, back: bool = False) -> None:
+        send, receive = (self.receive, self.send) if back else (self.send, self.receive)
+        self.ticket = self.transport.start(x, self.group, send, receive)
+
+    def wait(self) -> Tensor:
+        ticket, self.ticket = self.ticket, None
+        return self.transport.wait(ticket)
+
+
+class _Launch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        ctx.group, ctx.send, ctx.receive = group, send, receive
-        return exchange(x, group, send, receive)
+    def forward(ctx: Any, x: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        flight.start(x)
+        return x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return exchange(grads[0], ctx.group, ctx.receive, ctx.send), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.wait(), None
 
 
+class _Land(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, link: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.flight.start(grads[0], back=True)
+        return grads[0].new_empty(0), None
+
+
+@_uncompiled
+def launch(x: Tensor, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]) -> Flight:
+    """Start an exchange of blocks of leading rows between the ranks of `group`; `land` has its result.
+
+    Args:
+        x: local tensor [sum(send), ...]; block r, of `send[r]` rows, goes to rank r. Must not change until `land`.
+        receive: rows that arrive from each rank; `receive[r]` here equals `send[me]` on rank r.
+
+    Collective: one all-to-all over `group`, which all ranks launch in the same order among their collectives. The
+    backward waits for the reverse all-to-all, which that of `land` has started.
+    """
+    flight = Flight(running_transport(), group, send, receive)
+    flight.link = _Launch.apply(x, flight)
+    return flight
+
+
+@_uncompiled
+def land(flight: Flight) -> Tensor:
+    """What an exchange brings: local tensor [sum(receive), ...], blocks in rank order. Once for each `launch`.
+
+    Backward: starts the reverse all-to-all of the gradient.
+    """
+    link, flight.link = flight.link, None
+    assert link is not None, "landed twice"
+    return _Land.apply(link, flight)
+
+
+def give_way() -> None:
+    """Let the other sequence in flight run, while what this one waits for is under way."""
+    if (switch := current().switch) is not None:
+        switch()
+
+
+@_uncompiled
 def all_to_all(x: Tensor, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-    """Exchange blocks of leading rows between the ranks of `group`.
+    """Exchange blocks of leading rows between the ranks of `group`: `launch` and `land`.
+
+    With two sequences in flight the other one runs in between.
 
     Args:
         x: local tensor [sum(send), ...]; block r, of `send[r]` rows, goes to rank r.
@@ -40,4 +167,12 @@ def all_to_all(x: Tensor, group: dist.ProcessGroup, send: Sequence[int], receive
 
     Collective: one all-to-all over `group`; its backward is the reverse all-to-all.
     """
-    return _AllToAll.apply(x, group, tuple(send), tuple(receive))
+    flight = launch(x, group, send, receive)
+    give_way()
+    return land(flight)
+
+
+def exchange(x: Tensor, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    """`all_to_all` of what has no gradient, with nothing in between."""
+    transport = running_transport()
+    return transport.wait(transport.start(x, group, send, receive))

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_veomni.comm.all_to_all import all_to_all
+from hf_veomni.comm.all_to_all import all_to_all, exchange
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +91,8 @@ def make_route(top_k_index: Tensor, num_experts: int, group: dist.ProcessGroup |
     if group is None:
         return Route(order, counts)
     ranks = dist.get_world_size(group)
-    arriving = torch.empty_like(counts)
-    dist.all_to_all_single(arriving, counts, group=group)
+    each = [num_experts // ranks] * ranks
+    arriving = exchange(counts, group, each, each)
     sent, came = torch.stack([counts, arriving]).view(2, ranks, -1).tolist()
     send, receive = [sum(row) for row in sent], [sum(row) for row in came]
     sizes = [sum(column) for column in zip(*came, strict=True)]

@@ -13,7 +13,7 @@ Shapes: B rows; S, s tokens of the full row and of this rank; H, h query heads; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_veomni.comm.all_to_all import all_to_all, exchange
+from hf_veomni.comm.all_to_all import Flight, all_to_all, give_way, land, launch
 from hf_veomni.errors import UnsupportedError
 
 Span = tuple[int, int]
@@ -70,42 +70,44 @@ def head_layout(num_query: int, num_key_value: int, sp_size: int) -> HeadLayout:
     return HeadLayout(query, key_value, group)
 
 
-class _SequenceToHeads(torch.autograd.Function):
-    """Several [B, *, s, D] tensors in one all-to-all; spans may overlap, so the backward adds in rank order."""
+class _PackHeads(torch.autograd.Function):
+    """Several [B, *, s, D] tensors as the blocks [sum, B, s, D] that one all-to-all sends, in rank order.
+
+    Spans may overlap: the gradient of a head that several ranks read is the sum of theirs, added in rank order.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, group: dist.ProcessGroup, rank: int, spans: tuple[tuple[Span, ...], ...], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.group, ctx.rank, ctx.spans, ctx.shapes = group, rank, spans, [t.shape for t in tensors]
-        size = dist.get_world_size(group)
-        pieces = [
-            tensor[:, low:high].transpose(0, 1)
-            for peer in range(size)
-            for tensor, span in zip(tensors, spans, strict=True)
-            for low, high in [span[peer]]
-        ]
-        send = [sum(span[peer][1] - span[peer][0] for span in spans) for peer in range(size)]
-        received = exchange(torch.cat(pieces), group, send, [send[rank]] * size)  # [sp * n, B, s, D]
-        heads = received.unflatten(0, (size, send[rank])).permute(2, 1, 0, 3, 4)  # [B, n, sp, s, D]
-        counts = [span[rank][1] - span[rank][0] for span in spans]
-        return tuple(part.flatten(2, 3) for part in heads.split(counts, dim=1))
+    def forward(ctx: Any, spans: tuple[tuple[Span, ...], ...], *tensors: Tensor) -> Tensor:
+        ctx.spans, ctx.shapes = spans, [t.shape for t in tensors]
+        return torch.cat([tensor[:, low:high].transpose(0, 1) for tensor, (low, high) in _blocks(spans, tensors)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        size, rank = dist.get_world_size(ctx.group), ctx.rank
-        counts = [[span[peer][1] - span[peer][0] for span in ctx.spans] for peer in range(size)]
-        mine = sum(counts[rank])
-        full = torch.cat([grad.unflatten(2, (size, -1)) for grad in grads], dim=1)  # [B, n, sp, s, D]
-        send = full.permute(2, 1, 0, 3, 4).flatten(0, 1)
-        received = exchange(send, ctx.group, [mine] * size, [sum(count) for count in counts])
-        out = [grad.new_zeros(shape) for grad, shape in zip(grads, ctx.shapes, strict=True)]
-        blocks = iter(received.split([n for count in counts for n in count]))
-        for peer in range(size):
-            for tensor, span in zip(out, ctx.spans, strict=True):
-                low, high = span[peer]
-                tensor[:, low:high] += next(blocks).transpose(0, 1)
-        return None, None, None, *out
+        out = [grads[0].new_zeros(shape) for shape in ctx.shapes]
+        spans = list(_blocks(ctx.spans, out))
+        blocks = grads[0].split([high - low for _, (low, high) in spans])
+        for block, (tensor, (low, high)) in zip(blocks, spans, strict=True):
+            tensor[:, low:high] += block.transpose(0, 1)
+        return None, *out
+
+
+def _blocks(spans: tuple[tuple[Span, ...], ...], tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Span]]:
+    """Each tensor with the span of its heads that a rank gets, rank by rank."""
+    return ((tensor, span[peer]) for peer in range(len(spans[0])) for tensor, span in zip(tensors, spans, strict=True))
+
+
+def _launch_heads(
+    group: dist.ProcessGroup, rank: int, spans: tuple[tuple[Span, ...], ...], *tensors: Tensor
+) -> Flight:
+    send = [sum(span[peer][1] - span[peer][0] for span in spans) for peer in range(len(spans[0]))]
+    return launch(_PackHeads.apply(spans, *tensors), group, send, [send[rank]] * len(send))
+
+
+def _land_heads(flight: Flight, rank: int, spans: tuple[tuple[Span, ...], ...]) -> list[Tensor]:
+    """Local [B, n, S, D] tensors, n heads of this rank each."""
+    received = land(flight).unflatten(0, (len(spans[0]), -1))  # [sp, n, B, s, D]
+    counts = [span[rank][1] - span[rank][0] for span in spans]
+    return [part.flatten(2, 3) for part in received.permute(2, 1, 0, 3, 4).split(counts, dim=1)]
 
 
 def _repeat_heads(x: Tensor, counts: list[int]) -> Tensor:
@@ -121,12 +123,13 @@ def sequence_to_heads(
     Collective: one all-to-all over `group` (two if the value width differs, as in MLA); the backward is the reverse
     one, which sums the gradients of key/value heads that several ranks read.
     """
-    if value.shape[-1] == query.shape[-1]:
-        spans = (layout.query, layout.key_value, layout.key_value)
-        query, key, value = _SequenceToHeads.apply(group, rank, spans, query, key, value)
-    else:
-        query, key = _SequenceToHeads.apply(group, rank, (layout.query, layout.key_value), query, key)
-        (value,) = _SequenceToHeads.apply(group, rank, (layout.key_value,), value)
+    joint = [(query, key, value)] if value.shape[-1] == query.shape[-1] else [(query, key), (value,)]
+    every = iter((layout.query, layout.key_value, layout.key_value))
+    spans = [tuple(next(every) for _ in tensors) for tensors in joint]
+    flights = [_launch_heads(group, rank, s, *tensors) for s, tensors in zip(spans, joint, strict=True)]
+    give_way()
+    landed = [_land_heads(flight, rank, s) for flight, s in zip(flights, spans, strict=True)]
+    query, key, value = (tensor for tensors in landed for tensor in tensors)
     return query, key, value
 
 

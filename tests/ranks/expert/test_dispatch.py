@@ -100,7 +100,8 @@ def _bytes(top_k: int) -> tuple[int, int]:
     stock = dist.all_to_all_single
 
     def counting(out: Tensor, x: Tensor, receive: list[int] | None = None, send: list[int] | None = None, **kwargs):
-        if send is not None:
+        if x.is_floating_point():
+            assert send is not None
             handed.append(x.numel())
             left.append(x.numel() - send[dist.get_rank()] * x[0].numel())
         return stock(out, x, receive, send, **kwargs)
