@@ -62,7 +62,7 @@ from hf_veomni.sequence.mixers import Gathered, LinearAttachment, check_mixer_he
 from hf_veomni.sequence.origin import find_origin
 from hf_veomni.sequence.outputs import Outputs
 from hf_veomni.sequence.shard import check_same_rows, gather_rows, pad_inputs, shard_sequence
-from hf_veomni.sequence.ulysses import ulysses_attention
+from hf_veomni.sequence.ulysses import EXCHANGED, ulysses_attention
 
 _MARK = "_omni_sequence"
 _registry = hf.AttentionRegistry()
@@ -81,9 +81,9 @@ def _wrap_attention(inner: hf.AttentionFunction | None) -> hf.AttentionFunction:
             return cross_attention(function, module, query, key, value, attention_mask, state, **kwargs)
         if state is None or state.sp_group is None or (row is not None and row.full):
             return function(module, query, key, value, attention_mask, **kwargs)
-        return ulysses_attention(
-            function, module, query, key, value, attention_mask, group=state.sp_group, rank=state.sp_rank, **kwargs
-        )
+        kwargs |= {"group": state.sp_group, "rank": state.sp_rank}
+        exchanged = vars(module).get(EXCHANGED, ulysses_attention)
+        return exchanged(function, module, query, key, value, attention_mask, **kwargs)
 
     return wraps(inner)(attention) if inner is not None else attention  # pyright: ignore
 

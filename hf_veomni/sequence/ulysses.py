@@ -27,6 +27,8 @@ from hf_veomni.errors import UnsupportedError
 
 Span = tuple[int, int]
 
+EXCHANGED = "_omni_exchanged"  # on an attention module: what runs in place of `ulysses_attention`
+
 
 @dataclass(frozen=True)
 class HeadLayout:
@@ -162,6 +164,37 @@ def _slice_per_head(x: Any, dim: int, span: Span, num_heads: int) -> Any:
     return x
 
 
+def attend_heads(
+    inner: Callable[..., tuple[Tensor, Any]],
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    layout: HeadLayout,
+    rank: int,
+    num_heads: int,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """`inner` on this rank's heads [B, h, S, D] as `layout` has them, of `num_heads`; [B, S, h, D]. No collective."""
+    span, counts = layout.query[rank], layout.counts(rank)
+    if len(set(counts)) > 1:  # attention functions repeat every key/value head equally often
+        key, value, counts = _repeat_heads(key, counts), _repeat_heads(value, counts), [1]
+    overrides: dict[str, Any] = {"num_key_value_groups": counts[0]}
+    if isinstance(getattr(module, "sinks", None), Tensor):
+        overrides["sinks"] = _slice_per_head(module.sinks, 0, span, num_heads)
+    kwargs = dict(kwargs)
+    for name, dim in (("s_aux", 0), ("position_bias", 1)):
+        if kwargs.get(name) is None:
+            kwargs.pop(name, None)
+        else:
+            kwargs[name] = _slice_per_head(kwargs[name], dim, span, num_heads)
+    mask = attention_mask
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        mask = _slice_per_head(mask, 1, span, num_heads)
+    return inner(_LocalHeads(module, **overrides), query, key, value, mask, **kwargs)[0]
+
+
 def ulysses_attention(
     inner: Callable[..., tuple[Tensor, Any]],
     module: torch.nn.Module,
@@ -187,21 +220,6 @@ def ulysses_attention(
     """
     num_heads = query.shape[1]
     layout = head_layout(num_heads, key.shape[1], dist.get_world_size(group))
-    span = layout.query[rank]
     query, key, value = sequence_to_heads(query, key, value, layout, group, rank)
-    counts = layout.counts(rank)
-    if len(set(counts)) > 1:  # attention functions repeat every key/value head equally often
-        key, value, counts = _repeat_heads(key, counts), _repeat_heads(value, counts), [1]
-    overrides: dict[str, Any] = {"num_key_value_groups": counts[0]}
-    if isinstance(getattr(module, "sinks", None), Tensor):
-        overrides["sinks"] = _slice_per_head(module.sinks, 0, span, num_heads)
-    kwargs["s_aux"] = _slice_per_head(kwargs.get("s_aux"), 0, span, num_heads)
-    kwargs["position_bias"] = _slice_per_head(kwargs.get("position_bias"), 1, span, num_heads)
-    for name in ("s_aux", "position_bias"):
-        if kwargs[name] is None:
-            del kwargs[name]
-    mask = attention_mask
-    if isinstance(mask, Tensor) and mask.dim() == 4:
-        mask = _slice_per_head(mask, 1, span, num_heads)
-    out, _ = inner(_LocalHeads(module, **overrides), query, key, value, mask, **kwargs)
+    out = attend_heads(inner, module, query, key, value, attention_mask, layout, rank, num_heads, kwargs)
     return heads_to_sequence(out, layout, group, rank), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def _inputs(num_query: int, num_key_value: int, value_width: int) -> list[Tensor
     return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
 
 
-def _errors(num_query: int, num_key_value: int, value_width: int) -> list[float]:
+def _errors(num_query: int, num_key_value: int, value_width: int, exchanged: Any = ulysses_attention) -> list[float]:
     """Largest differences of output and gradients between Ulysses and one rank."""
     query, key, value, mask, bias, sinks, cotangent = _inputs(num_query, num_key_value, value_width)
     module, group = _Module(num_query, num_query // num_key_value), dist.group.WORLD
@@ -53,7 +54,7 @@ def _errors(num_query: int, num_key_value: int, value_width: int) -> list[float]
         if local:
             pieces = [x.narrow(2, rank * part, part) for x in leaves]
             extra = {"s_aux": whole[3], "position_bias": bias}
-            out, _ = ulysses_attention(_attention, module, *pieces, mask, group=group, rank=rank, **extra)
+            out, _ = exchanged(_attention, module, *pieces, mask, group=group, rank=rank, **extra)
             assert out.shape == (2, part, num_query, value_width) and out.is_contiguous()
             out = gather_shards(out, group, dim=1) / size  # every rank has the same loss; the backward sums them
         else:

@@ -1,0 +1,186 @@
+"""Ulysses in chunks of heads: the exchanges of a chunk run under the attention of its neighbours.
+
+    exchange   | q k v 0 | q k v 1 | out 0 | q k v 2 | out 1 |      ...       | out n-1 |
+    compute              | attention 0     | attention 1     | attention 2 ... |
+
+The first exchange in and the last one out have nothing to hide under, 1/n of all where links are fast enough. Only the
+full-length q, k and v of two chunks are alive in a forward without gradients (the first one under activation
+checkpointing), where the blocking form has those of all heads.
+
+The backward needs no order of its own: autograd runs the nodes that are ready newest first, so it is the same pipeline
+from the end: gradients of chunk n-1 go out under the attention's backward of chunk n-2. A key/value head that query
+heads of two chunks read is sent once, with the first of them, and its gradient is complete with the last.
+
+Shapes: as in `ulysses`; n chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_veomni.comm.all_to_all import Flight, give_way, land, launch
+from hf_veomni.sequence.ulysses import EXCHANGED, HeadLayout, Span, attend_heads, head_layout
+
+MOST_CHUNKS = 8
+
+Spans = tuple[Span, ...]  # of heads, one for each rank
+Parts = tuple[tuple[int, Spans], ...]  # of one exchange: which tensors, and which of their heads
+
+
+@lru_cache(maxsize=64)
+def chunk_layouts(layout: HeadLayout, most: int = MOST_CHUNKS) -> tuple[tuple[HeadLayout, Spans], ...]:
+    """Each chunk's query heads and those that they read, and which of the latter it is the first to read, by rank.
+
+    As many chunks as every rank has query heads, `most` at most; rather fewer than chunks whose key/value heads are
+    read by different numbers of query heads, for which attention functions would have to repeat them.
+    """
+    fewest = min(last - first for first, last in layout.query)
+    choices = [_cut(layout, number) for number in range(min(most, fewest), 0, -1)]
+    ranks = range(len(layout.query))
+    even = (cut for cut in choices if all(len(set(part.counts(rank))) == 1 for part in cut for rank in ranks))
+    cut = next((cut for cut in even if len(cut) > 1), choices[0])
+    found, read = [], [low for low, _ in layout.key_value]
+    for part in cut:
+        fresh = tuple((max(low, begin), high) for (low, high), begin in zip(part.key_value, read, strict=True))
+        read = [high for _, high in part.key_value]
+        found.append((part, fresh))
+    return tuple(found)
+
+
+def _cut(layout: HeadLayout, number: int) -> list[HeadLayout]:
+    parts = []
+    for chunk in range(number):
+        query = tuple(
+            (first + (last - first) * chunk // number, first + (last - first) * (chunk + 1) // number)
+            for first, last in layout.query
+        )
+        read = tuple((first // layout.group, (last - 1) // layout.group + 1) for first, last in query)
+        parts.append(HeadLayout(query, read, layout.group))
+    return parts
+
+
+class _PackChunks(torch.autograd.Function):
+    """[B, *, s, D] tensors as what each exchange sends, [heads, B, s, D] in rank order; all in one node.
+
+    So their gradients are added into one tensor each, where a node for each chunk would give zeros for all others.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, exchanges: tuple[Parts, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchanges, ctx.shapes = exchanges, [t.shape for t in tensors]
+        return tuple(
+            torch.cat([tensors[index][:, low:high].transpose(0, 1) for index, (low, high) in _blocks(parts)])
+            for parts in exchanges
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        out = [grads[0].new_zeros(shape) for shape in ctx.shapes]
+        for parts, grad in zip(ctx.exchanges, grads, strict=True):
+            spans = list(_blocks(parts))
+            for block, (index, (low, high)) in zip(grad.split([b - a for _, (a, b) in spans]), spans, strict=True):
+                out[index][:, low:high] += block.transpose(0, 1)
+        return None, *out
+
+
+def _blocks(parts: Parts) -> list[tuple[int, Span]]:
+    """(tensor, heads of it) that one exchange sends, rank by rank."""
+    return [(index, spans[peer]) for peer in range(len(parts[0][1])) for index, spans in parts]
+
+
+class _Arrivals:
+    """The exchanges of q, k and v, chunk by chunk."""
+
+    def __init__(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        chunks: tuple[tuple[HeadLayout, Spans], ...],
+        group: dist.ProcessGroup,
+        rank: int,
+    ) -> None:
+        self.chunks, self.group, self.rank = chunks, group, rank
+        joint = ((0, 1, 2),) if tensors[1].shape[-1] == tensors[2].shape[-1] else ((0, 1), (2,))
+        spans = [(part.query, fresh, fresh) for part, fresh in chunks]
+        self.exchanges = [[tuple((i, chunk[i]) for i in parts) for parts in joint] for chunk in spans]
+        flat = tuple(parts for chunk in self.exchanges for parts in chunk)
+        self._packed = list(_PackChunks.apply(flat, *tensors))
+        self._flights: list[list[Flight]] = []
+        self._carried: tuple[Tensor, ...] = ()  # the last key and value head of the chunk before
+
+    def launch_next(self) -> None:
+        """Start the next chunk's exchanges; nothing if all are on their way."""
+        if len(self._flights) == len(self.chunks):
+            return
+        flights = []
+        for parts in self.exchanges[len(self._flights)]:
+            send = [sum(spans[peer][1] - spans[peer][0] for _, spans in parts) for peer in range(len(parts[0][1]))]
+            flights.append(launch(self._packed.pop(0), self.group, send, [send[self.rank]] * len(send)))
+        self._flights.append(flights)
+
+    def land(self, chunk: int) -> list[Tensor]:
+        """Query [B, n, S, D], and the key and value heads that it reads; chunks in order."""
+        layout, fresh = self.chunks[chunk]
+        found: list[Tensor] = []
+        for parts, flight in zip(self.exchanges[chunk], self._flights[chunk], strict=True):
+            received = land(flight).unflatten(0, (len(layout.query), -1))  # [sp, heads, B, s, D]
+            counts = [spans[self.rank][1] - spans[self.rank][0] for _, spans in parts]
+            found += [part.flatten(2, 3) for part in received.permute(2, 1, 0, 3, 4).split(counts, dim=1)]
+        query, *rest = found
+        if fresh[self.rank][0] > layout.key_value[self.rank][0]:  # the first one came with the chunk before
+            rest = [torch.cat(pair, dim=1) for pair in zip(self._carried, rest, strict=True)]
+        self._carried = tuple(x[:, -1:] for x in rest)
+        return [query, *rest]
+
+
+def pipelined_attention(
+    inner: Callable[..., tuple[Tensor, Any]],
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    group: dist.ProcessGroup,
+    rank: int,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`ulysses_attention`, in chunks of heads; one chunk where a rank has a single query head.
+
+    Collectives: two all-to-alls a chunk over `group` (three if the value width differs), and as many in the backward.
+    They are as many bytes as those of the blocking form.
+    """
+    num_heads, size = query.shape[1], dist.get_world_size(group)
+    chunks = chunk_layouts(head_layout(num_heads, key.shape[1], size))
+    arrivals = _Arrivals((query, key, value), chunks, group, rank)
+    flights: list[Flight] = []
+    landed: list[Tensor] = []
+    arrivals.launch_next()
+    give_way()
+    for chunk, (layout, _) in enumerate(chunks):
+        arrivals.launch_next()
+        q, k, v = arrivals.land(chunk)
+        out = attend_heads(inner, module, q, k, v, attention_mask, layout, rank, num_heads, kwargs)
+        del q, k, v
+        heads = [last - first for first, last in layout.query]
+        send = out.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4).flatten(0, 1)  # [sp * n, B, s, D]
+        flights.append(launch(send, group, [heads[rank]] * size, heads))
+        del out, send
+        if chunk:
+            landed.append(land(flights[chunk - 1]))
+    give_way()
+    landed.append(land(flights[-1]))  # [heads of all ranks, B, s, D] each
+    parts = [iter(x.split([b - a for a, b in layout.query])) for x, (layout, _) in zip(landed, chunks, strict=True)]
+    heads = torch.cat([next(part) for _ in range(size) for part in parts])
+    return heads.permute(1, 2, 0, 3).contiguous(), None
+
+
+def pipeline(attention: torch.nn.Module) -> Callable[[], Any]:
+    """Have an attention module exchange in chunks. Returns what undoes it."""
+    vars(attention)[EXCHANGED] = pipelined_attention
+    return partial(vars(attention).pop, EXCHANGED, None)
