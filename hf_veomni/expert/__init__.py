@@ -2,7 +2,8 @@
 
 from hf_veomni.expert.attach import attach_experts, check_model
 from hf_veomni.expert.counts import ExpertCounter, ExpertLoad, find_biases, update_biases
-from hf_veomni.expert.forward import counting_no_tokens, counts_tokens
+from hf_veomni.expert.forward import counting_no_tokens, counts_tokens, cut_into_chunks
+from hf_veomni.expert.layout import find_experts
 from hf_veomni.expert.lora import AdapterLayout, find_layouts
 from hf_veomni.expert.router_loss import attach_router_loss
 
@@ -15,7 +16,9 @@ __all__ = [
     "check_model",
     "counting_no_tokens",
     "counts_tokens",
+    "cut_into_chunks",
     "find_biases",
+    "find_experts",
     "find_layouts",
     "update_biases",
 ]

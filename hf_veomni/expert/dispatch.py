@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_veomni.comm.all_to_all import all_to_all, exchange
+from hf_veomni.comm.all_to_all import Flight, all_to_all, exchange, land, launch
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,27 +76,47 @@ def _invert(order: Tensor) -> Tensor:
 
 
 def make_route(top_k_index: Tensor, num_experts: int, group: dist.ProcessGroup | None) -> Route:
-    """Plan the exchange of one layer.
+    """Plan the exchange of one layer: `make_routes` in one chunk."""
+    return make_routes(top_k_index, num_experts, group)[0]
+
+
+def make_routes(
+    top_k_index: Tensor, num_experts: int, group: dist.ProcessGroup | None, chunks: int = 1
+) -> list[Route]:
+    """Plan the exchanges of one layer.
 
     Args:
         top_k_index: [t, K] expert of each pair, counted over all E experts.
         num_experts: E.
         group: the EP group; None where every expert is here.
+        chunks: of tokens, as `chunk_sizes` has them; as many on all ranks of the group.
 
-    Collective: one all-to-all of E counts, read back to the host (the layer's only synchronisation).
+    Collective: one all-to-all of chunks * E counts, read back to the host (the layer's only synchronisation).
     """
-    experts = top_k_index.reshape(-1)
-    order = torch.argsort(experts, stable=True)
-    counts = count_pairs(experts, num_experts)
+    parts = [part.reshape(-1) for part in top_k_index.split(chunk_sizes(len(top_k_index), chunks))]
+    orders = [torch.argsort(experts, stable=True) for experts in parts]
+    counts = [count_pairs(experts, num_experts) for experts in parts]
     if group is None:
-        return Route(order, counts)
+        return [Route(*pair) for pair in zip(orders, counts, strict=True)]
     ranks = dist.get_world_size(group)
-    each = [num_experts // ranks] * ranks
-    arriving = exchange(counts, group, each, each)
-    sent, came = torch.stack([counts, arriving]).view(2, ranks, -1).tolist()
-    send, receive = [sum(row) for row in sent], [sum(row) for row in came]
-    sizes = [sum(column) for column in zip(*came, strict=True)]
-    return Route(order, arriving.view(ranks, -1).sum(0), arriving, send, receive, sizes)
+    sent = torch.stack([count.view(ranks, -1) for count in counts], dim=1).flatten()  # [ranks, chunks, e]
+    each = [len(sent) // ranks] * ranks
+    came = exchange(sent, group, each, each)
+    both = torch.stack([sent, came]).view(2, ranks, chunks, -1)
+    known: list[Any] = both.tolist()
+    routes = []
+    for chunk, order in enumerate(orders):
+        arriving = both[1, :, chunk]
+        send, receive = ([sum(row[chunk]) for row in rows] for rows in known)
+        sizes = [sum(column) for column in zip(*(row[chunk] for row in known[1]), strict=True)]
+        routes.append(Route(order, arriving.sum(0), arriving.flatten(), send, receive, sizes))
+    return routes
+
+
+def chunk_sizes(tokens: int, chunks: int) -> list[int]:
+    """Tokens of each chunk, as even as can be; chunks may be empty."""
+    small, larger = divmod(tokens, chunks)
+    return [small + (chunk < larger) for chunk in range(chunks)]
 
 
 class _RepeatTokens(torch.autograd.Function):
@@ -152,8 +172,24 @@ def dispatch(x: Tensor, route: Route, top_k: int, group: dist.ProcessGroup | Non
     """
     if route.send is None or route.receive is None or group is None:
         return _RepeatTokens.apply(x, route, top_k)
-    rows = _RepeatTokens.apply(_ScaleGradient.apply(x, float(dist.get_world_size(group))), route, top_k)
-    rows = all_to_all(rows, group, route.send, route.receive)
+    return _arrive(all_to_all(_leave(x, route, top_k), group, route.send, route.receive), route)
+
+
+def launch_dispatch(x: Tensor, route: Route, top_k: int, group: dist.ProcessGroup) -> Flight:
+    """Start the exchange of `dispatch`, which `land_dispatch` ends."""
+    assert route.send is not None and route.receive is not None
+    return launch(_leave(x, route, top_k), group, route.send, route.receive)
+
+
+def land_dispatch(flight: Flight, route: Route) -> Tensor:
+    return _arrive(land(flight), route)
+
+
+def _leave(x: Tensor, route: Route, top_k: int) -> Tensor:
+    return _RepeatTokens.apply(_ScaleGradient.apply(x, float(len(route.send or ()))), route, top_k)
+
+
+def _arrive(rows: Tensor, route: Route) -> Tensor:
     return _Reorder.apply(rows, route.arrival, _invert(route.arrival))
 
 
@@ -172,6 +208,20 @@ def combine(rows: Tensor, weights: Tensor, route: Route, group: dist.ProcessGrou
     if route.send is not None and route.receive is not None and group is not None:
         rows = _Reorder.apply(rows, _invert(route.arrival), route.arrival)
         rows = all_to_all(rows, group, route.receive, route.send)
-        rows = _ScaleGradient.apply(rows, 1.0 / dist.get_world_size(group))
+        rows = _ScaleGradient.apply(rows, 1.0 / len(route.send))
+    return _weigh(rows, weights, route)
+
+
+def launch_combine(rows: Tensor, route: Route, group: dist.ProcessGroup) -> Flight:
+    """Start the exchange of `combine`, which `land_combine` ends."""
+    assert route.send is not None and route.receive is not None
+    return launch(_Reorder.apply(rows, _invert(route.arrival), route.arrival), group, route.receive, route.send)
+
+
+def land_combine(flight: Flight, weights: Tensor, route: Route) -> Tensor:
+    return _weigh(_ScaleGradient.apply(land(flight), 1.0 / len(flight.send)), weights, route)
+
+
+def _weigh(rows: Tensor, weights: Tensor, route: Route) -> Tensor:
     pairs = _Reorder.apply(rows, route.inverse, route.order).view(*weights.shape, rows.shape[-1])
     return (pairs * weights.unsqueeze(-1)).sum(1)

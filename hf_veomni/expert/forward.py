@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,11 +24,24 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from hf_veomni import hf
+from hf_veomni.comm.all_to_all import Flight, give_way
 from hf_veomni.context import CheckpointCarrier, current, within
 from hf_veomni.expert.compute import LowRank, compute_as_selected, compute_experts, keep_connected
-from hf_veomni.expert.dispatch import Route, combine, dispatch, make_route
+from hf_veomni.expert.dispatch import (
+    Route,
+    chunk_sizes,
+    combine,
+    dispatch,
+    land_combine,
+    land_dispatch,
+    launch_combine,
+    launch_dispatch,
+    make_routes,
+)
 
-_ADAPTERS, _ROWS = "_omni_adapters", "_omni_rows"
+_ADAPTERS, _ROWS, _CHUNKS = "_omni_adapters", "_omni_rows", "_omni_chunks"
+
+CHUNKS = 4  # of tokens: the same number on all ranks, whatever their tokens
 
 
 def is_training_forward(module: nn.Module) -> bool:
@@ -56,17 +70,18 @@ def stop_rows(experts: nn.Module) -> None:
     vars(experts).pop(_ROWS, None)
 
 
-def _recall_route(make: Callable[[], Route]) -> Route:
-    """The next route of the layer that runs: `make()`, or in a recomputation that of the forward."""
+def _recall_routes(make: Callable[[], list[Route]]) -> list[Route]:
+    """The next routes of the layer that runs: `make()`, or in a recomputation those of the forward."""
     recorded = current().recorded
-    return make() if recorded is None else replace(recorded.recall(make))  # what is kept has nothing derived from it
+    # What is kept has nothing derived from it.
+    return make() if recorded is None else [replace(route) for route in recorded.recall(make)]
 
 
 class ExpertsForward(hf.EPImplementation):
     """Forward of an experts module: (hidden states [t, H], expert ids [t, K], weights [t, K]) -> [t, H].
 
-    Collectives: see `make_route`, `dispatch` and `combine`; all ranks of the EP group call it equally often, also with
-    no tokens at all.
+    Collectives: see `make_routes`, `dispatch` and `combine`; all ranks of the EP group call it equally often, also
+    with no tokens at all.
     """
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh | None = None, tp_mesh: DeviceMesh | None = None):
@@ -78,8 +93,41 @@ class ExpertsForward(hf.EPImplementation):
         self.num_experts = int(experts.num_experts) * ranks  # type: ignore[operator]  # the module counts its own
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        route = _recall_route(partial(make_route, top_k_index, self.num_experts, self.group))
-        rows = dispatch(hidden_states, route, top_k_index.shape[-1], self.group)
+        chunks = vars(self.experts).get(_CHUNKS, 1)
+        routes = _recall_routes(partial(make_routes, top_k_index, self.num_experts, self.group, chunks))
+        top_k = top_k_index.shape[-1]
+        if chunks > 1:  # with a group: `cut_into_chunks`
+            return self._in_chunks(hidden_states, top_k_weights, top_k, routes)
+        (route,) = routes
+        rows = dispatch(hidden_states, route, top_k, self.group)
+        return combine(self._compute(rows, route), top_k_weights, route, self.group).to(hidden_states.dtype)
+
+    def _in_chunks(self, hidden_states: Tensor, weights: Tensor, top_k: int, routes: list[Route]) -> Tensor:
+        """The exchanges of one chunk of tokens under the experts' work on another, and so in the backward.
+
+        exchange   | to 0 | to 1 | back 0 | to 2 | back 1 | ...
+        compute           | experts 0     | experts 1     | ...
+        """
+        assert self.group is not None
+        sizes = chunk_sizes(len(hidden_states), len(routes))
+        tokens, parts = hidden_states.split(sizes), weights.split(sizes)
+        arriving = [launch_dispatch(tokens[0], routes[0], top_k, self.group)]
+        give_way()
+        leaving: list[Flight] = []
+        out: list[Tensor] = []
+        for chunk, route in enumerate(routes):
+            if chunk + 1 < len(routes):
+                arriving.append(launch_dispatch(tokens[chunk + 1], routes[chunk + 1], top_k, self.group))
+            rows = land_dispatch(arriving[chunk], route)
+            leaving.append(launch_combine(self._compute(rows, route), route, self.group))
+            if chunk:
+                out.append(land_combine(leaving[chunk - 1], parts[chunk - 1], routes[chunk - 1]))
+        give_way()
+        out.append(land_combine(leaving[-1], parts[-1], routes[-1]))
+        return torch.cat(out).to(hidden_states.dtype)
+
+    def _compute(self, rows: Tensor, route: Route) -> Tensor:
+        """The experts' outputs [R, H] of rows [R, H]."""
         count = len(rows)
         if _ROWS in vars(self.experts) and is_training_forward(self.experts):
             vars(self.experts)[_ROWS] += count
@@ -90,7 +138,13 @@ class ExpertsForward(hf.EPImplementation):
             out = compute_experts(self.experts, rows, local, active)
         else:
             out = compute_as_selected(self.experts_forward, rows, local)
-        return combine(out[:count], top_k_weights, route, self.group).to(hidden_states.dtype)
+        return out[:count]
+
+
+def cut_into_chunks(experts: nn.Module) -> Callable[[], Any]:
+    """Have an experts module that `ExpertsForward` runs exchange in chunks of tokens. Returns what undoes it."""
+    vars(experts)[_CHUNKS] = CHUNKS
+    return partial(vars(experts).pop, _CHUNKS, None)
 
 
 def set_adapters(experts: nn.Module, adapters: Callable[[], Mapping[str, Sequence[LowRank]]] | None) -> None:
