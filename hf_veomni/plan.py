@@ -20,6 +20,8 @@ SIZES = ("dp_replicate_size", "dp_shard_size", "sp_size", "ep_size", "pp_size")
 SHORT_NAMES = {"dp_replicate": "dp_replicate_size", "dp_shard": "dp_shard_size", "dp": "dp_shard_size"}
 SHORT_NAMES |= {"sp": "sp_size", "ep": "ep_size", "pp": "pp_size"}
 
+OVERLAPS = ("none", "chunks")
+
 # What a rule in `modules` may say. A key or value that nothing reads would be an option without effect.
 MODULE_RULES: dict[str, tuple[str, ...]] = {
     "fsdp": ("free", "keep"),
@@ -83,6 +85,8 @@ class ParallelPlan:
             or audio clips: "balance" (the default) assigns complete items and runs of frames to the SP ranks,
             "ulysses" cuts the patches of each call over them, for an image too large for one, and "replicate" runs the
             tower on all.
+        overlap: "chunks" exchanges by chunks of heads and of tokens, which run under each other's attention and
+            experts (docs/overlap.md); "none" exchanges all at once.
 
     Raises:
         ValueError: a size that is no positive integer, sizes that do not fit each other, or an unknown rule.
@@ -95,6 +99,7 @@ class ParallelPlan:
     ep_size: int = 1
     pp_size: int = 1
     modules: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    overlap: str = "none"
 
     def __post_init__(self) -> None:
         for name in SIZES:
@@ -113,10 +118,12 @@ class ParallelPlan:
         if self.dp_shard_size is not None:
             self._check_experts()
         self._check_modules()
+        if self.overlap not in OVERLAPS:
+            raise ValueError(f"`overlap` ({self.overlap!r}) is unknown: {_nearest(str(self.overlap), OVERLAPS)}.")
 
     def __hash__(self) -> int:
         rules = {pattern: frozenset(rule.items()) for pattern, rule in self.modules.items()}
-        return hash((*(getattr(self, name) for name in SIZES), frozenset(rules.items())))
+        return hash((*(getattr(self, name) for name in SIZES), frozenset(rules.items()), self.overlap))
 
     def _check_experts(self) -> None:
         shard = self.fsdp_size
@@ -220,19 +227,19 @@ class ParallelPlan:
 
     @classmethod
     def from_string(cls, text: str) -> ParallelPlan:
-        """A plan as one types it: `"sp=2,ep=2"`; the empty string is the default plan. Rules need yaml.
+        """A plan as one types it: `"sp=2,ep=2,overlap=chunks"`; the empty string is the default plan. Rules need yaml.
 
         Raises:
-            ValueError: an entry that is no `name=integer`, or an unknown name.
+            ValueError: an entry that is no `name=integer` (`overlap`: a word), or an unknown name.
         """
         values: dict[str, Any] = {}
         for entry in filter(None, (part.strip() for part in text.split(","))):
             key, sign, value = (part.strip() for part in entry.partition("="))
-            if not sign or not value.isdecimal():
+            if not sign or not (value.isdecimal() or key == "overlap"):
                 raise ValueError(f"Plan entry '{entry}' in '{text}' must be name=integer, as in 'sp=2,dp_shard=2'.")
             if key in values:
                 raise ValueError(f"Plan key '{key}' appears twice in '{text}': give it once.")
-            values[key] = int(value)
+            values[key] = int(value) if value.isdecimal() else value
         return cls.from_dict(values)
 
     @classmethod
@@ -251,6 +258,8 @@ class ParallelPlan:
         values: dict[str, Any] = {name: getattr(self, name) for name in SIZES}
         if self.modules:
             values["modules"] = {pattern: dict(rules) for pattern, rules in self.modules.items()}
+        if self.overlap != "none":
+            values["overlap"] = self.overlap
         return values
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
@@ -311,4 +320,5 @@ class ParallelPlan:
     def __str__(self) -> str:
         short = {full: name for name, full in SHORT_NAMES.items() if name != "dp"}
         sizes = ((short[name], getattr(self, name)) for name in SIZES)
-        return ",".join(f"{name}={size}" for name, size in sizes if size is not None and size != 1) or "single"
+        entries = [f"{name}={size}" for name, size in sizes if size is not None and size != 1]
+        return ",".join(entries + [f"overlap={self.overlap}"] * (self.overlap != "none")) or "single"

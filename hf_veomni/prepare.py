@@ -21,7 +21,7 @@ from hf_veomni.checkpoint import (
     retain_weights,
 )
 from hf_veomni.errors import UnsupportedError
-from hf_veomni.expert import attach_experts, attach_router_loss, check_model
+from hf_veomni.expert import attach_experts, attach_router_loss, check_model, cut_into_chunks, find_experts
 from hf_veomni.fsdp import (
     RaiseTogether,
     check_same_value,
@@ -41,6 +41,7 @@ from hf_veomni.sequence.attach import SequenceAttachment, attach_sequence
 from hf_veomni.sequence.backbone import counts_rows
 from hf_veomni.sequence.boundaries import attach_boundaries
 from hf_veomni.sequence.guard import attach_guards
+from hf_veomni.sequence.pipelined import pipeline
 from hf_veomni.sequence.randomness import attach_dropout
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -116,12 +117,13 @@ def _parallelize(
     before = list(model.parameters())
     with RaiseTogether():
         check_units(base, state)
+        chunked = _find_chunked(base, state) if state.plan.overlap == "chunks" else []
         if pending is None:
             model.to(state.device)
     synchronize_parameters(model, state.device)
     if pending is not None:
         retain_weights(model, pending)
-    undo: list[Callable[[], Any]] = []
+    undo: list[Callable[[], Any]] = [attach() for attach in chunked]
     experts = attach_experts(base, state, undo)
     shard_parameters(base, state, mp_policy, experts)
     if pending is not None:
@@ -266,6 +268,26 @@ def _attach(
     undo.append(forget_in_graphs(base))  # before all others
     if state.sp_size > 1:
         undo.append(attach_dropout(base, state))
+
+
+def _find_chunked(base: Any, state: ParallelState) -> list[Callable[[], Callable[[], Any]]]:
+    """What has attention and experts exchange in chunks, and returns how to undo it.
+
+    Raises:
+        UnsupportedError: nothing is exchanged.
+    """
+    attachment: SequenceAttachment | None = getattr(base, _SEQUENCE, None)
+    found: list[Callable[[], Callable[[], Any]]] = []
+    if attachment is not None and state.sp_size > 1:
+        found += [partial(pipeline, module) for module in attachment.points.attentions]
+    if state.ep_size > 1:
+        found += [partial(cut_into_chunks, module.experts) for module in find_experts(base)]
+    if not found:
+        raise UnsupportedError(
+            f"`overlap` ('chunks') has no effect on {type(base).__name__} under the plan ({state.plan}): no attention "
+            "or experts exchange anything. Set `sp_size` or `ep_size` above 1, or leave it out."
+        )
+    return found
 
 
 def on_detach(base: nn.Module, undo: list[Callable[[], Any]]) -> None:

@@ -133,3 +133,15 @@ def test_a_backend_that_names_no_plan_is_refused(monkeypatch, backend):
     monkeypatch.setenv("PARALLELISM_CONFIG_SP_BACKEND", backend)
     with pytest.raises(ValueError, match=f"`parallelism_config_sp_backend` .'{backend}'.*with the colon"):
         ParallelPlan.from_env()
+
+
+def test_overlap_is_part_of_a_plan(tmp_path):
+    plan = ParallelPlan.from_string("sp=2,overlap=chunks")
+    assert plan.overlap == "chunks" and str(plan) == "sp=2,overlap=chunks"
+    assert ParallelPlan.from_dict(plan.to_dict()) == plan != ParallelPlan(sp_size=2)
+    assert plan.resolve(4).overlap == "chunks" and hash(plan) != hash(ParallelPlan(sp_size=2))
+    plan.to_yaml(tmp_path / "plan.yaml")
+    assert ParallelPlan.from_yaml(tmp_path / "plan.yaml") == plan
+    assert ParallelPlan.from_string("overlap=none") == ParallelPlan()
+    with pytest.raises(ValueError, match=r"`overlap` \('chunk'\) is unknown: did you mean 'chunks'"):
+        ParallelPlan(overlap="chunk")

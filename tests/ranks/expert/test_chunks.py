@@ -1,0 +1,118 @@
+"""Experts in chunks of tokens: the exchange alone in fp64, and whole models in fp32, against the blocking form."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_veomni import prepare_omni
+from tests.models import packed_batch
+from tests.ranks.parity import Setting, make_model
+from tests.ranks.sequence.test_pipelined import differences
+
+EXPERTS, TOP_K, WIDTH = 6, 2, 5
+
+
+def _exchange(tokens: int) -> float:
+    """The largest difference of outputs and gradients in fp64: one exchange, and three chunks of it."""
+    from hf_veomni.expert.dispatch import (
+        chunk_sizes,
+        combine,
+        dispatch,
+        land_combine,
+        land_dispatch,
+        launch_combine,
+        launch_dispatch,
+        make_routes,
+    )
+
+    group = dist.group.WORLD
+    count = tokens * (dist.get_rank() + 1) // 2
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    index = torch.rand(count, EXPERTS, generator=generator).argsort(1)[:, :TOP_K]
+    given = [torch.randn(count, n, generator=generator, dtype=torch.float64) for n in (WIDTH, TOP_K, WIDTH)]
+    matrices = torch.arange(float(EXPERTS // 2)).double()[:, None] + torch.arange(WIDTH).double()
+    found: list[list[Tensor]] = []
+    for chunks in (1, 3):
+        x, weights = (t.clone().requires_grad_() for t in given[:2])
+        scale = matrices.clone().requires_grad_()
+        routes = make_routes(index, EXPERTS, group, chunks)
+
+        def work(rows: Tensor, route: Any, scale: Tensor) -> Tensor:
+            return (rows * scale.repeat_interleave(route.counts, 0)).sin()
+
+        if chunks == 1:
+            out = combine(work(dispatch(x, routes[0], TOP_K, group), routes[0], scale), weights, routes[0], group)
+        else:
+            sizes = chunk_sizes(count, chunks)
+            departed = [launch_dispatch(part, r, TOP_K, group) for part, r in zip(x.split(sizes), routes, strict=True)]
+            rows = [work(land_dispatch(d, r), r, scale) for d, r in zip(departed, routes, strict=True)]
+            back = [launch_combine(part, r, group) for part, r in zip(rows, routes, strict=True)]
+            parts = zip(back, weights.split(sizes), routes, strict=True)
+            out = torch.cat([land_combine(*part) for part in parts])
+        (out * given[2]).sum().backward()
+        found.append([out.detach(), x.grad, weights.grad, scale.grad])
+    return max(float((a - b).abs().max()) if a.numel() else 0.0 for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [16, 3, 1])
+def test_chunks_of_an_exchange_equal_one(ranks, tokens):
+    for error in ranks(2).run(_exchange, tokens):
+        assert error < 1e-12
+
+
+def _models(setting: Setting, plan: str, checkpointing: bool) -> float:
+    batch = packed_batch([11, 1, 17, 8], seed=0 if "sp=2" in plan else dist.get_rank())
+    models = [prepare_omni(make_model(setting), f"{plan}{overlap}") for overlap in ("", ",overlap=chunks")]
+    for model in models:
+        if checkpointing:
+            enable: Any = getattr(model, "gradient_checkpointing_enable", None)
+            enable({"use_reentrant": False})
+            if setting.lora:
+                model.enable_input_require_grads()
+    return max(differences(*models, batch))
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("plan", ["sp=2,ep=2", "dp_shard=2,ep=2"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_models_equal_the_blocking_form(ranks, name, plan, checkpointing):
+    for worst in ranks(2).run(_models, Setting(model=name), plan, checkpointing, timeout=120):
+        assert worst < 1e-6
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_adapters_on_experts_equal_the_blocking_form(ranks, checkpointing):
+    setting = Setting(model="qwen3_moe", lora=True)
+    for worst in ranks(2).run(_models, setting, "sp=2,ep=2", checkpointing, timeout=120):
+        assert worst < 1e-6
+
+
+def test_routes_of_chunks_read_the_host_once(ranks):
+    from tests.ranks.expert import test_chunks
+
+    assert all(ranks(2).run(partial(test_chunks._counts)))
+
+
+def _counts() -> bool:
+    from hf_veomni.expert.dispatch import make_routes
+
+    calls, original = [], dist.all_to_all_single
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    dist.all_to_all_single = counting
+    try:
+        index = torch.arange(14).view(7, 2) % EXPERTS
+        routes = make_routes(index, EXPERTS, dist.group.WORLD, 4)
+    finally:
+        dist.all_to_all_single = original
+    assert [len(route.order) for route in routes] == [4, 4, 4, 2]
+    return len(calls) == 1
