@@ -23,6 +23,7 @@ SCRIPTS = {
     "activation_memory": False,
     "linear_attention": False,
     "towers": False,
+    "overlap": False,
     "packing": False,
     "collator": False,
     "balance": False,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import benchmarks.__main__ as entry
-from benchmarks import _record, activation_memory, expert_parallel, packing_vs_padding, step, syncs
+from benchmarks import _record, activation_memory, expert_parallel, overlap, packing_vs_padding, step, syncs
 from benchmarks._flops import flops_of_step
 from benchmarks._memory import MemoryLog
 from benchmarks._phases import PHASES
@@ -192,6 +192,38 @@ def test_waits_are_counted_where_values_come_from_the_device() -> None:
         assert counter.count(READ, "backward") == 1
     there.tolist()
     assert counter.count() == 11
+
+
+def test_chunks_leave_less_of_the_link_bare(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(overlap, "PICTURE", tmp_path / "shares.svg")
+    monkeypatch.setattr(overlap, "TIMELINE", tmp_path / "timeline.svg")
+    options = ["--tokens", "64", "--repeats", "1", "--ratios", "0.6", "--routing", "balanced", "--checkpointing", "0"]
+    rows = bench("overlap", *options, "--slower", "1")
+    for model in ("Qwen3-30B-A3B", "Llama-3-8B"):
+        plain, chunks = (row for row in rows if row["model"] == model and "schedule" in row)
+        assert (plain["schedule"], chunks["schedule"]) == ("plain", "chunks")
+        assert plain["exposed"]["p50"] > 0.95 and chunks["exposed"]["p50"] < 0.75
+    assert (tmp_path / "shares.svg").exists() and (tmp_path / "timeline.svg").exists()
+
+
+def test_overlap_notices_what_is_off() -> None:
+    def row(**changes: Any) -> dict[str, Any]:
+        good = {"schedule": "chunks", "model": "m", "routing": "balanced", "checkpointing": False}
+        return good | {"gradient_error": 0.0, "compute_over_plain": {"p50": 1.0}} | changes
+
+    assert overlap.check([row()], 1e-5, 0.1) == []
+    assert "gradients of chunks" in overlap.check([row(gradient_error=1e-3)], 1e-5, 0.1)[0]
+    assert "1.200 times as long" in overlap.check([row(compute_over_plain={"p50": 1.2})], 1e-5, 0.1)[0]
+
+
+def test_link_over_compute_of_devices() -> None:
+    """By hand for a mixture: 4 exchanges of 8 rows of 2048 bf16 a token, 7/8 of them sent."""
+    found = overlap.ratio_of(overlap.SHAPES["experts"], "H100", 450e9)
+    sent = 4 * 8 * 2048 * 2 * 7 / 8 / (0.8 * 450e9)
+    weights = 2048 * 128 * (32 + 4) * 2 + 8 * 3 * 2048 * 768 + 2048 * 128
+    flops = 6 * weights + 3 * 4 * 4096 * 8192 / 2
+    assert found == pytest.approx(sent / (flops / (0.5 * 989.4e12)))
 
 
 def test_packing_equals_padding(bench: Any) -> None:
