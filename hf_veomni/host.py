@@ -126,7 +126,7 @@ def forget_in_graphs(model: nn.Module) -> Callable[[], None]:
     """
 
     def forget_all(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        return _forgotten(args, kwargs) if torch.compiler.is_compiling() else None
+        return _forgotten(args, kwargs) if torch.compiler.is_compiling() else None  # pyright: ignore[reportCallIssue]
 
     return model.register_forward_pre_hook(forget_all, with_kwargs=True, prepend=True).remove
 
