@@ -26,6 +26,7 @@ OVERLAPS = ("none", "chunks")
 MODULE_RULES: dict[str, tuple[str, ...]] = {
     "fsdp": ("free", "keep"),
     "sp": ("gather", "balance", "replicate", "ulysses"),
+    "overlap": ("none", "chunks"),
 }
 
 
@@ -85,6 +86,7 @@ class ParallelPlan:
             or audio clips: "balance" (the default) assigns complete items and runs of frames to the SP ranks,
             "ulysses" cuts the patches of each call over them, for an image too large for one, and "replicate" runs the
             tower on all.
+            `overlap`: that of an attention or experts module, where it differs from the plan's.
         overlap: "chunks" exchanges by chunks of heads and of tokens, which run under each other's attention and
             experts (docs/overlap.md); "none" exchanges all at once.
 
@@ -193,6 +195,10 @@ class ParallelPlan:
                 f"{shard * rest} ranks, or leave `dp_shard_size` out to take what is left."
             )
         return replace(self, dp_shard_size=shard)
+
+    def says(self, rule: str) -> bool:
+        """Whether `modules` has such a rule for any module."""
+        return any(rule in rules for rules in self.modules.values())
 
     def match_modules(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
         """Rules for each module name that a pattern of `modules` matches; later patterns win.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import os
 import warnings
 from collections.abc import Callable
@@ -117,7 +119,8 @@ def _parallelize(
     before = list(model.parameters())
     with RaiseTogether():
         check_units(base, state)
-        chunked = _find_chunked(base, state) if state.plan.overlap == "chunks" else []
+        overlaps = state.plan.overlap == "chunks" or state.plan.says("overlap")
+        chunked = _find_chunked(base, state) if overlaps else []
         if pending is None:
             model.to(state.device)
     synchronize_parameters(model, state.device)
@@ -274,20 +277,30 @@ def _find_chunked(base: Any, state: ParallelState) -> list[Callable[[], Callable
     """What has attention and experts exchange in chunks, and returns how to undo it.
 
     Raises:
-        UnsupportedError: nothing is exchanged.
+        UnsupportedError: nothing is exchanged, or nothing that a rule is for.
     """
+    names = {module: name for name, module in base.named_modules() if name}
+    exchanging: dict[str, Callable[[], Callable[[], Any]]] = {}
     attachment: SequenceAttachment | None = getattr(base, _SEQUENCE, None)
-    found: list[Callable[[], Callable[[], Any]]] = []
     if attachment is not None and state.sp_size > 1:
-        found += [partial(pipeline, module) for module in attachment.points.attentions]
+        exchanging |= {names[module]: partial(pipeline, module) for module in attachment.points.attentions}
     if state.ep_size > 1:
-        found += [partial(cut_into_chunks, module.experts) for module in find_experts(base)]
-    if not found:
+        exchanging |= {module.name: partial(cut_into_chunks, module.experts) for module in find_experts(base)}
+    if not exchanging:
         raise UnsupportedError(
             f"`overlap` ('chunks') has no effect on {type(base).__name__} under the plan ({state.plan}): no attention "
             "or experts exchange anything. Set `sp_size` or `ep_size` above 1, or leave it out."
         )
-    return found
+    for pattern, rules in state.plan.modules.items():
+        if "overlap" in rules and not fnmatch.filter(exchanging, pattern):
+            near = difflib.get_close_matches(pattern, exchanging, n=3, cutoff=0.0)
+            raise UnsupportedError(
+                f"The rule `overlap` ({rules['overlap']!r}) for {pattern!r} has no effect: no attention or experts "
+                f"module that exchanges anything under the plan ({state.plan}) has such a name. Near: {near}."
+            )
+    matched = state.plan.match_modules(names.values())
+    chosen = {name: matched.get(name, {}).get("overlap", state.plan.overlap) for name in exchanging}
+    return [attach for name, attach in exchanging.items() if chosen[name] == "chunks"]
 
 
 def on_detach(base: nn.Module, undo: list[Callable[[], Any]]) -> None:

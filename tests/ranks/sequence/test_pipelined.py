@@ -134,3 +134,29 @@ def test_exchanges_are_under_the_attention_in_both_directions(ranks):
 def test_chunks_of_nothing_are_refused():
     with pytest.raises(UnsupportedError, match="`overlap` .'chunks'. has no effect on LlamaForCausalLM"):
         prepare_omni(build_model("llama"), "overlap=chunks")
+
+
+def _by_rules(rules: dict[str, dict[str, str]], overlap: str) -> list[str]:
+    plan = {"sp_size": 2, "ep_size": 2, "overlap": overlap, "modules": rules}
+    model = prepare_omni(build_model("qwen3_moe"), plan)
+    marks = {EXCHANGED, "_omni_chunks"}
+    return [name for name, module in model.named_modules() if marks & set(vars(module))]
+
+
+@pytest.mark.parametrize(
+    ("rules", "overlap", "expected"),
+    [
+        ({}, "chunks", ["layers.0.self_attn", "layers.0.mlp.experts", "layers.1.self_attn", "layers.1.mlp.experts"]),
+        ({"*.experts": {"overlap": "none"}}, "chunks", ["layers.0.self_attn", "layers.1.self_attn"]),
+        ({"*.1.self_attn": {"overlap": "chunks"}}, "none", ["layers.1.self_attn"]),
+        ({}, "none", []),
+    ],
+)
+def test_rules_choose_by_module(ranks, rules, overlap, expected):
+    for found in ranks(2).run(_by_rules, rules, overlap):
+        assert found == [f"model.{name}" for name in expected]
+
+
+def test_a_rule_without_effect_is_refused(ranks):
+    rules = {"*.mlp": {"overlap": "chunks"}}
+    ranks(2).raises(_by_rules, rules, "none", match="'chunks'. for '..mlp' has no effect", kind="UnsupportedError")
