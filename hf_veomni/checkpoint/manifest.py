@@ -15,17 +15,23 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MANIFEST = "manifest.json"
 STAGING = ".incomplete"
 _THREADS = 8  # hashing leaves the interpreter free; large models lie in several files
+Digest = tuple[int, str]  # bytes and SHA-256 of a file
 
 
 def _files(directory: Path) -> Iterator[Path]:
     return (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != MANIFEST)
+
+
+def names_within(path: Path, directory: Path) -> bool:
+    """Whether a path that a stranger may have written stays in its folder. Links count as files: caches hold them."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(directory))
 
 
 def checksum(path: Path) -> str:
@@ -48,19 +54,26 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_manifest(directory: Path) -> None:
+def write_manifest(directory: Path, known: Mapping[str, Digest] | None = None) -> None:
     """Flush everything below `directory` and describe it in its manifest, which is flushed last.
 
+    Args:
+        known: files, by their path in it, that were flushed already, with what was written to them. They are not read
+            again.
+
     Raises:
-        OSError: no space, or the disk does not take it.
+        OSError: no space, or the disk does not take it; or a known file is not there as it was written.
     """
-    files = list(_files(directory))
+    digests = dict(known or {})
+    for name, (size, _) in digests.items():
+        if (found := (directory / name).stat().st_size) != size:
+            raise OSError(f"'{directory / name}' has {found} bytes, but {size} were written to it.")
+    files = [path for path in _files(directory) if path.relative_to(directory).as_posix() not in digests]
     for path in files:
         flush(path)
-    entries = {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, checksums(files), strict=True)
-    }
+    for path, digest in zip(files, checksums(files), strict=True):
+        digests[path.relative_to(directory).as_posix()] = path.stat().st_size, digest
+    entries = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(digests.items())}
     manifest = directory / MANIFEST
     manifest.write_text(json.dumps({"version": 1, "files": entries}, indent=1) + "\n")
     flush(manifest)
@@ -107,6 +120,7 @@ def publish(staging: Path, directory: Path) -> None:
         os.rename(directory, replaced)
     os.rename(staging, directory)
     flush(directory.parent)
+    flush(directory.parent.parent)  # a run's first checkpoint: its directory is new itself
     shutil.rmtree(staging.parent, ignore_errors=True)
 
 
@@ -117,14 +131,23 @@ def recover(root: Path) -> list[Path]:
     Returns:
         The checkpoints that were brought back.
     """
-    staging, found = root / STAGING, []
-    if not staging.is_dir():
+    staging, old = root / STAGING, root / f"{STAGING}.old"
+    found = _bring_back(old, root)  # of a clean-up that was killed itself
+    if staging.is_dir():
+        os.rename(staging, old)  # out of reach of a writer of the killed run, which knows it by its name
+        found += _bring_back(old, root)
+    return found
+
+
+def _bring_back(folder: Path, root: Path) -> list[Path]:
+    found: list[Path] = []
+    if not folder.is_dir():
         return found
-    for entry in sorted(staging.iterdir(), key=lambda path: path.name.startswith("replaced-")):
+    for entry in sorted(folder.iterdir(), key=lambda path: path.name.startswith("replaced-")):
         target = root / entry.name.removeprefix("replaced-")
         if entry.is_dir() and not target.exists() and find_damage(entry) is None:
             os.rename(entry, target)
             found.append(target)
     flush(root)
-    shutil.rmtree(staging, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     return found

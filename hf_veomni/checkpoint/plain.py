@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,7 @@ from hf_veomni import hf
 from hf_veomni.checkpoint.agree import together
 from hf_veomni.checkpoint.files import staged
 from hf_veomni.checkpoint.load import read_converted
+from hf_veomni.checkpoint.manifest import names_within
 from hf_veomni.expert import AdapterLayout, find_layouts
 
 
@@ -31,7 +33,7 @@ def _stock_class(model: nn.Module) -> type:
     return next(owner for owner in type(model).__mro__ if not owner.__name__.startswith("FSDP"))
 
 
-def _adapter_keys(model: PeftModel, name: str, state: Mapping[str, Tensor]) -> dict[str, str]:
+def adapter_keys(model: PeftModel, name: str, state: Mapping[str, Tensor]) -> dict[str, str]:
     """Key in PEFT's file -> key in the model's state dict, for the adapter `name`."""
     names = {id(tensor): key for key, tensor in state.items()}
     saved = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=name)
@@ -87,7 +89,7 @@ def gather_plain_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     if not isinstance(model, PeftModel):
         return gather_full_state(model, keep=keep)
     state = model.state_dict()
-    names = {key for name in model.peft_config for key in _adapter_keys(model, name, state).values()}
+    names = {key for name in model.peft_config for key in adapter_keys(model, name, state).values()}
     return gather_full_state(model, keep=keep, names=names)
 
 
@@ -154,6 +156,8 @@ def _weight_files(directory: Path) -> dict[str, Path]:
             "directory that `save_model` or a checkpoint wrote."
         )
     weight_map = json.loads(index.read_text())["weight_map"]
+    if outside := sorted(name for name in weight_map.values() if not names_within(directory / name, directory)):
+        raise ValueError(f"'{index}' names a file outside of its folder ('{outside[0]}'), which is not read.")
     missing = sorted({name for name in weight_map.values() if not (directory / name).is_file()})
     if missing:
         raise ValueError(f"'{directory}' is incomplete: {', '.join(missing)} of {index.name} do not exist.")
@@ -166,7 +170,7 @@ def _adapter_files(model: PeftModel, directory: Path, state: Mapping[str, Tensor
         path = (directory if name == "default" else directory / name) / ADAPTER_SAFE_WEIGHTS_NAME
         if not path.is_file():
             raise ValueError(f"'{path}' does not exist: '{directory}' holds no checkpoint of the adapter '{name}'.")
-        found.update({key: (path, saved) for saved, key in _adapter_keys(model, name, state).items()})
+        found.update({key: (path, saved) for saved, key in adapter_keys(model, name, state).items()})
     return found
 
 
@@ -226,12 +230,25 @@ def load_plain(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             weights = _weight_files(directory)
             files = {key: (weights[key], key) for key in state if key in weights}
             converted = bool(_untied(model, set(state) - set(files)))
+            if not converted:
+                _check_unexpected(model, weights.keys() - state.keys(), directory)
         if not converted:
             layouts = find_layouts(model)
             for name, handle, key, path in _pairs(files):
                 _copy_slice(state[name], handle, key, path, layouts.get(name))
         else:
             read_converted(model, _stock_class(model), directory)
+
+
+def _check_unexpected(model: nn.Module, names: set[str], directory: Path) -> None:
+    """A deeper model's files would fill a shallower one without a word."""
+    known = hf.base_model(model)._keys_to_ignore_on_load_unexpected or ()
+    found = sorted(name for name in names if not any(re.search(pattern, name) for pattern in known))
+    if found:
+        raise ValueError(
+            f"'{directory}' has '{found[0]}' ({len(found)} such), which this {_stock_class(model).__name__} has not: "
+            "the checkpoint is of another model."
+        )
 
 
 def _untied(model: nn.Module, missing: set[str]) -> set[str]:

@@ -1,18 +1,15 @@
-"""What a resumed run needs beside the weights in their plain format: state that stays sharded on disk (torch DCP)."""
+"""What a resumed run needs beside the weights in their plain format: state that stays sharded on disk."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -21,7 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from hf_veomni.checkpoint.agree import together
-from hf_veomni.errors import public_kind
+from hf_veomni.checkpoint.plain import adapter_keys
+from hf_veomni.checkpoint.shards import read_state, write_state
 
 # Names instead of positions: another plan may group or order the parameters differently.
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -31,39 +29,6 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
     """The torch optimizer inside accelerate's wrappers."""
     inner = getattr(optimizer, "optimizer", None)
     return optimizer if inner is None else unwrap_optimizer(inner)
-
-
-def _is_complete(directory: Path) -> bool:
-    return (directory / ".metadata").is_file()
-
-
-def _require(directory: Path) -> None:
-    if not _is_complete(directory):
-        raise ValueError(
-            f"'{directory}' is missing or incomplete (no .metadata in it): the checkpoint cannot be resumed from. Use "
-            "an earlier one, or load its weights alone with from_pretrained."
-        )
-
-
-@contextmanager
-def _readable_errors(what: str) -> Iterator[None]:
-    """DCP raises on every rank by itself, but a BaseException of all ranks' tracebacks: name the first cause."""
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise public_kind(cause)(f"{what} failed on rank {rank}: {type(cause).__name__}: {cause}") from cause
-
-
-def _write(values: dict[str, Any], directory: str | os.PathLike[str]) -> None:
-    with _readable_errors(f"Writing '{directory}'"):
-        state_dict_saver.save(values, checkpoint_id=directory, no_dist=not torch.distributed.is_initialized())
-
-
-def _read(values: dict[str, Any], directory: str | os.PathLike[str]) -> None:
-    """In place: the values keep their storage."""
-    with _readable_errors(f"Reading '{directory}'"):
-        state_dict_loader.load(values, checkpoint_id=directory, no_dist=not torch.distributed.is_initialized())
 
 
 @contextmanager
@@ -94,34 +59,34 @@ def _set_groups(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -
         group.update({name: state[prefix + name] for name in group if prefix + name in state})
 
 
+def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """The optimizer's state by parameter name: sharded tensors, and the options of the parameter groups."""
+    inner = unwrap_optimizer(optimizer)
+    with _groups_with_parameters(inner):
+        return _get_state(model, inner)
+
+
 def save_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLike[str]) -> None:
     """Write the optimizer's state; each rank writes what it owns, by parameter name. Every rank must call it.
 
-    Collectives: DCP's planning gathers over all ranks.
-
-    Raises:
-        OSError: a rank cannot write; on every rank.
+    Collectives and errors: see `write_state`.
     """
-    inner = unwrap_optimizer(optimizer)
-    with _groups_with_parameters(inner):
-        state = _get_state(model, inner)
-    _write({"optimizer": state}, directory)
+    write_state(optimizer_state(model, optimizer), directory)
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLike[str]) -> None:
     """Read what `save_optimizer` wrote, under the same plan or another. Every rank must call it.
 
-    Collectives: DCP's planning gathers over all ranks.
+    Collective: one small all-gather.
 
     Raises:
-        ValueError: nothing complete there; on every rank.
+        ValueError: nothing complete there, or of other parameters; on every rank.
     """
-    with together(f"Reading the optimizer state '{directory}'"):
-        _require(Path(directory))
     inner = unwrap_optimizer(optimizer)
     with _groups_with_parameters(inner):
         state = _get_state(model, inner)
-        _read({"optimizer": state}, directory)
+        with together(f"Reading the optimizer state '{directory}'"):
+            read_state(state, directory, "this optimizer")
         if any(inner.state.values()):
             set_optimizer_state_dict(model, inner, state, options=_BY_NAME)
         else:
@@ -163,27 +128,32 @@ def _named_state(model: nn.Module, optimizer: Optimizer, stored: dict[str, Any],
     return {"state": {by_position[p]: value for p, value in stored["state"].items()}, "param_groups": groups}
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: everything, or a `PeftModel`'s trainable parameters (its base has its own file)."""
-    state = model.state_dict()
+def weights_state(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: everything, or of a `PeftModel` its adapters and what else is trained (its base has its
+    own file). A tied parameter comes once."""
+    first: dict[int, str] = {}
+    tied = {n for n, p in model.named_parameters(remove_duplicate=False) if first.setdefault(id(p), n) != n}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     if not isinstance(model, PeftModel):
         return state
-    trainable = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    return {name: tensor for name, tensor in state.items() if name in trainable}
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    for adapter in model.peft_config:
+        wanted.update(adapter_keys(model, adapter, state).values())
+    return {name: tensor for name, tensor in state.items() if name in wanted}
 
 
 def save_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the weights, each rank what it owns. Every rank must call it. See `save_optimizer`."""
-    _write({"model": _weights(model)}, directory)
+    write_state(weights_state(model), directory)
 
 
-@torch.no_grad()
 def load_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Read what `save_weights` wrote, under the same plan or another. Every rank must call it.
 
+    Collective: one small all-gather.
+
     Raises:
-        ValueError: nothing complete there; on every rank.
+        ValueError: nothing complete there, or of another model; on every rank.
     """
     with together(f"Reading the weights '{directory}'"):
-        _require(Path(directory))
-    _read({"model": _weights(model)}, directory)
+        read_state(weights_state(model), directory, f"this {type(model).__name__}")

@@ -19,6 +19,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "_gradient_checkpointing_func",
         "_is_distributed_loading_by_transformers",
         "_is_hf_initialized",
+        "_keys_to_ignore_on_load_unexpected",
         "_loss_function",
         "_no_split_modules",
         "_resolve_parallel_plans",

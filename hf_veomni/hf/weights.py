@@ -5,8 +5,10 @@ Verified against transformers 5.23 and 5.24.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,7 +27,14 @@ def find_weight_files(checkpoint: str | PathLike[str]) -> list[str]:
     """
     # "Remote code" stands for: no request to the Hub's bot to convert somebody's pickles.
     files, _ = _get_resolved_checkpoint_files(str(checkpoint), None, None, True, None, is_remote_code=True)
-    return list(files or [])
+    found = list(files or [])
+    if os.path.isdir(checkpoint):
+        outside = [
+            path for path in found if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(checkpoint))
+        ]
+        if outside:
+            raise OSError(f"the index in '{checkpoint}' names a file outside of the folder ('{outside[0]}')")
+    return found
 
 
 @dataclass(frozen=True)

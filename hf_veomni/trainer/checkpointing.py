@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
 from hf_veomni.checkpoint import (
@@ -28,10 +25,11 @@ from hf_veomni.checkpoint import (
     save_plain,
     together,
 )
-from hf_veomni.checkpoint.manifest import MANIFEST, STAGING, find_damage, publish, recover, write_manifest
+from hf_veomni.checkpoint.manifest import STAGING, publish, recover, write_manifest
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.require import override
 from hf_veomni.mesh import is_prepared
+from hf_veomni.trainer.folders import OPTIMIZER_DIRECTORY, check_checkpoint, last_complete_checkpoint, rotate
 
 logger = logging.get_logger(__name__)
 
@@ -39,70 +37,6 @@ if TYPE_CHECKING:
     from hf_veomni.trainer.loop import BatchingMixin as _Trainer
 else:
     _Trainer = object
-
-OPTIMIZER_DIRECTORY = "optimizer"  # torch DCP, one file a rank, by parameter name
-_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-
-
-def _unreadable_state(checkpoint: Path) -> str | None:
-    """What is wrong with the state that Trainer writes last, in words."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
-    except FileNotFoundError:
-        return f"no {TRAINER_STATE_NAME} in it"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its {TRAINER_STATE_NAME} cannot be read ({type(error).__name__}: {error})"
-    return None
-
-
-def _is_stock(checkpoint: Path) -> bool:
-    """Whether the stock Trainer may have written it, which knows no manifest."""
-    return not (checkpoint / MANIFEST).exists() and not (checkpoint / OPTIMIZER_DIRECTORY).exists()
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike[str], *, contents: bool = False) -> Path:
-    """The newest checkpoint under `output_dir` that is complete, by its manifest. Damaged ones are named in a warning.
-
-    One of the stock Trainer is complete if it has its state.
-
-    Args:
-        contents: compare checksums too, of as many as it takes to find a complete one.
-
-    Raises:
-        ValueError: there is none.
-    """
-    root = Path(output_dir)
-    found = [entry for entry in (root.iterdir() if root.is_dir() else ()) if _CHECKPOINT.fullmatch(entry.name)]
-    damages: list[str] = []
-    for checkpoint in sorted(found, key=lambda entry: int(entry.name.rpartition("-")[2]), reverse=True):
-        stock = _is_stock(checkpoint)
-        damage = _unreadable_state(checkpoint) if stock else find_damage(checkpoint, contents=contents)
-        if damage is None:
-            if damages:
-                logger.warning(f"'{checkpoint.name}' is the newest complete checkpoint: {'; '.join(damages)}.")
-            return checkpoint
-        damages.append(f"{checkpoint.name}: {damage}")
-    listed = f" ({'; '.join(damages)})" if damages else ""
-    raise ValueError(
-        f"No complete checkpoint in `output_dir` ('{output_dir}'){listed}: start without `resume_from_checkpoint`, or "
-        "name the directory of one."
-    )
-
-
-def check_checkpoint(checkpoint: Path) -> None:
-    """Refuse a checkpoint that is damaged. Without a manifest it must have Trainer's state.
-
-    Raises:
-        ValueError: it is missing, incomplete, or its contents have changed.
-    """
-    damage = find_damage(checkpoint, contents=True)
-    if damage is not None and not (checkpoint / MANIFEST).exists():
-        damage = _unreadable_state(checkpoint)
-    if damage is not None:
-        raise ValueError(
-            f"`resume_from_checkpoint` ('{checkpoint}') is missing or incomplete ({damage}): name a checkpoint "
-            "directory, or True for the newest complete one."
-        )
 
 
 def fit_groups(scheduler: dict[str, Any], count: int) -> dict[str, Any]:
@@ -128,8 +62,8 @@ class CheckpointingMixin(_Trainer):
     """Overrides of Trainer for files.
 
     A checkpoint has Trainer's layout: the model or adapter in its plain format, scheduler, random states and trainer
-    state; the optimizer lies in `optimizer/` as torch DCP, so that another plan can read it. It appears complete, with
-    a manifest, or not at all, whatever ends the process. An error on one rank is raised on all of them.
+    state; the optimizer lies sharded in `optimizer/`, where another plan can read it. It appears complete, with a
+    manifest, or not at all, whatever ends the process. An error on one rank is raised on all of them.
     """
 
     @override
@@ -183,8 +117,7 @@ class CheckpointingMixin(_Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(root / name))
         if self.args.should_save:
-            best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
-            rotate_checkpoints(str(root), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+            rotate(root, self.args.save_total_limit, root / name, self.state.best_model_checkpoint)
 
     def _name_best(self, root: Path) -> None:
         """What Trainer could not find in the staging directory, or found there."""
@@ -279,6 +212,10 @@ class CheckpointingMixin(_Trainer):
             super()._load_best_model()
             return
         assert self.state.best_model_checkpoint is not None
+        with together("Looking for the best checkpoint"):
+            if self.args.process_index == 0:
+                best = Path(self.state.best_model_checkpoint)
+                check_checkpoint(best, "`load_best_model_at_end`", "the last weights are in the model still")
         load_plain(self.model, self.state.best_model_checkpoint)
 
     @override

@@ -253,7 +253,7 @@ def _missing_state(plan: str, directory: Path) -> None:
     accelerator, _ = _prepared(plan, "full", 1)
     accelerator.save_state(str(directory))
     if accelerator.is_main_process:
-        (directory / "omni_optimizer_0/.metadata").unlink()
+        (directory / "omni_optimizer_0/index.json").unlink()
     accelerator.wait_for_everyone()
     accelerator.load_state(str(directory))
 

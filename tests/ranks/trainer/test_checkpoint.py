@@ -259,7 +259,7 @@ def test_missing_checkpoint_is_refused_on_every_rank(ranks, tmp_path):
         ("trainer_state.json", "no trainer_state.json"),
         ("model.safetensors", "holds no weights"),
         ("scheduler.pt", "no optimizer and scheduler state"),
-        ("optimizer/.metadata", "missing or incomplete"),
+        ("optimizer/index.json", "missing or incomplete"),
     ],
 )
 def test_incomplete_checkpoint_is_refused_on_every_rank(ranks, tmp_path, removed, message):
@@ -299,15 +299,64 @@ def _begin_and_end(plan: str, run: Run, directory: Path) -> Outcome:
     return outcome(trainer, trainer.train().training_loss)
 
 
-def _other_model(plan: str, directory: Path) -> None:
-    run = Run(config={"hidden_size": 64}, arguments={"max_steps": 2})
+def _other_model(plan: str, directory: Path, config: dict[str, int], lora: bool) -> None:
+    run = Run(lora=lora, config=config, arguments={"max_steps": 2})
     _trainer(plan, run, directory).train(resume_from_checkpoint=True)
 
 
 def test_checkpoint_of_another_model_is_refused_on_every_rank(ranks, tmp_path):
     run = Run(arguments={"save_strategy": "steps", "save_steps": 1, "max_steps": 1})
     ranks(2).run(_begin, "sp=2", run, tmp_path, timeout=120)
-    ranks(2).raises(_other_model, "sp=2", tmp_path, match="has shape", timeout=60)
+    wide, shallow = {"hidden_size": 64}, {"num_hidden_layers": 1}
+    ranks(2).raises(_other_model, "sp=2", tmp_path, wide, False, match="has shape", timeout=60)
+    ranks(2).raises(_other_model, "sp=2", tmp_path, shallow, False, match="of another model", timeout=60)
+    ranks(2).raises(_other_model, "sp=2", tmp_path, {}, True, match="no checkpoint of the adapter", timeout=60)
+
+
+def _load_best(plan: str, run: Run, directory: Path) -> None:
+    trainer = _trainer(plan, run, directory)
+    trainer.train()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        weights = directory / "checkpoint-1/model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-5] ^= 1
+        weights.write_bytes(data)
+    dist.barrier()
+    trainer.state.best_model_checkpoint = str(directory / "checkpoint-1")
+    trainer._load_best_model()
+
+
+def test_a_damaged_best_model_is_not_loaded(ranks, tmp_path):
+    run = Run(arguments={"save_strategy": "steps", "save_steps": 1, "max_steps": 1})
+    ranks(2).raises(
+        _load_best, "sp=2", run, tmp_path, match="contents of 'model.safetensors' have changed", timeout=60
+    )
+
+
+def _write_optimizer(plan: str, run: Run, directory: Path) -> dict[str, torch.Tensor]:
+    from hf_veomni.checkpoint.state import optimizer_state, save_optimizer
+
+    trainer = _trainer(plan, run, directory)
+    trainer.train()
+    save_optimizer(trainer.model, trainer.optimizer, directory / "optimizer")
+    save_optimizer(trainer.model, trainer.optimizer, directory / "optimizer")  # over what is there
+    state = optimizer_state(trainer.model, trainer.optimizer)
+    return {name: full(value).clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+@plans
+def test_torch_itself_reads_sharded_state(ranks, tmp_path, world, plan):
+    """By the reader of torch.distributed.checkpoint, in one process."""
+    from torch.distributed import checkpoint as dcp
+
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer/shard-00009-model-00001-of-00001.safetensors").touch()  # of a larger world
+    expected = ranks(world).run(_write_optimizer, plan, Run(arguments={"max_steps": 1}), tmp_path, timeout=90)[0]
+    found = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
+    dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path / "optimizer")), no_dist=True)
+    assert any(name.endswith("exp_avg") for name in found)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @contextmanager

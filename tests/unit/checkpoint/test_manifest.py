@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hf_veomni.checkpoint.manifest import MANIFEST, STAGING, find_damage, publish, recover, write_manifest
-from hf_veomni.trainer.checkpointing import check_checkpoint, last_complete_checkpoint
+from hf_veomni.trainer.folders import check_checkpoint, last_complete_checkpoint, rotate
 
 # Calls that change what is on the disk, or order it.
 _CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")
@@ -77,6 +77,63 @@ def test_killed_at_every_call(tmp_path: Path, step: int) -> None:
         number += 1
     assert number > 10
     assert states == {("checkpoint-4", "a"), (f"checkpoint-{step}", "b")}
+
+
+def test_a_clean_up_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+    """A whole checkpoint whose rename did not happen, and the one that it replaces: one of them is found."""
+    number = 0
+    while True:
+        root = tmp_path / str(number)
+        root.mkdir()
+        save(root, 4, "a")
+        (root / STAGING).mkdir()
+        (root / "checkpoint-4").rename(root / STAGING / "replaced-checkpoint-4")
+        killed = killed_at(number, lambda root=root: recover(root))
+        recover(root)
+        assert last_complete_checkpoint(root, contents=True).name == "checkpoint-4"
+        assert [entry.name for entry in root.iterdir()] == ["checkpoint-4"]
+        if not killed:
+            break
+        number += 1
+    assert number > 3
+
+
+def names(root: Path) -> set[str]:
+    return {entry.name.removeprefix("checkpoint-") for entry in root.glob("checkpoint-*")}
+
+
+@pytest.mark.parametrize(
+    ("steps", "damaged", "written", "limit", "best", "left"),
+    [
+        ((2, 4, 6), (), 6, 2, None, {"4", "6"}),
+        ((2, 4, 6), (), 6, None, None, {"2", "4", "6"}),
+        ((2, 4, 6), (), 6, 1, 2, {"2", "6"}),
+        ((2, 4, 8), (8,), 4, 1, None, {"4"}),  # went back behind a damaged one, all within a second
+        ((2, 4, 8), (8,), 4, 2, None, {"2", "4"}),
+        ((4, 8, 12), (), 4, 1, None, {"4"}),  # went back by hand
+        ((2, 4, 6, 8), (4, 6), 8, 2, 2, {"2", "8"}),
+    ],
+)
+def test_rotation_keeps_what_is_whole_and_the_best(
+    tmp_path: Path, steps: tuple, damaged: tuple, written: int, limit: int | None, best: int | None, left: set[str]
+) -> None:
+    for step in steps:
+        save(tmp_path, step, "a")
+    for step in damaged:
+        damage(tmp_path / f"checkpoint-{step}", "truncated")
+    before = names(tmp_path)
+    kept = None if best is None else str(tmp_path / f"checkpoint-{best}")
+    removed = rotate(tmp_path, limit, tmp_path / f"checkpoint-{written}", kept)
+    assert names(tmp_path) == left
+    assert {entry.name.removeprefix("checkpoint-") for entry in removed} == before - left
+
+
+def test_the_manifest_takes_no_file_that_was_cut(tmp_path: Path) -> None:
+    (tmp_path / "shard").write_text("abc")
+    with pytest.raises(OSError, match="has 3 bytes, but 4 were written"):
+        write_manifest(tmp_path, {"shard": (4, "")})
+    with pytest.raises(FileNotFoundError):
+        write_manifest(tmp_path, {"gone": (4, "")})
 
 
 def damage(checkpoint: Path, kind: str) -> None:

@@ -1,0 +1,112 @@
+"""The checkpoints of a run's directory: which are complete, and which are removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from hf_veomni.checkpoint.manifest import MANIFEST, find_damage
+
+logger = logging.get_logger(__name__)
+
+OPTIMIZER_DIRECTORY = "optimizer"  # sharded, one file a rank, by parameter name
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+
+def _unreadable_state(checkpoint: Path) -> str | None:
+    """What is wrong with the state that Trainer writes last, in words."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+    except FileNotFoundError:
+        return f"no {TRAINER_STATE_NAME} in it"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {TRAINER_STATE_NAME} cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def _is_stock(checkpoint: Path) -> bool:
+    """Whether the stock Trainer may have written it, which knows no manifest."""
+    return not (checkpoint / MANIFEST).exists() and not (checkpoint / OPTIMIZER_DIRECTORY).exists()
+
+
+def _damage(checkpoint: Path, *, contents: bool = False) -> str | None:
+    return _unreadable_state(checkpoint) if _is_stock(checkpoint) else find_damage(checkpoint, contents=contents)
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """The earliest step first."""
+    found = [entry for entry in (root.iterdir() if root.is_dir() else ()) if _CHECKPOINT.fullmatch(entry.name)]
+    return sorted(found, key=lambda entry: int(entry.name.rpartition("-")[2]))
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str], *, contents: bool = False) -> Path:
+    """The newest checkpoint under `output_dir` that is complete, by its manifest. Damaged ones are named in a warning.
+
+    One of the stock Trainer is complete if it has its state.
+
+    Args:
+        contents: compare checksums too, of as many as it takes to find a complete one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    damages: list[str] = []
+    for checkpoint in reversed(_checkpoints(Path(output_dir))):
+        damage = _damage(checkpoint, contents=contents)
+        if damage is None:
+            if damages:
+                logger.warning(f"'{checkpoint.name}' is the newest complete checkpoint: {'; '.join(damages)}.")
+            return checkpoint
+        damages.append(f"{checkpoint.name}: {damage}")
+    listed = f" ({'; '.join(damages)})" if damages else ""
+    raise ValueError(
+        f"No complete checkpoint in `output_dir` ('{output_dir}'){listed}: start without `resume_from_checkpoint`, or "
+        "name the directory of one."
+    )
+
+
+_ANOTHER = "name a checkpoint directory, or True for the newest complete one"
+
+
+def check_checkpoint(checkpoint: Path, wanted_by: str = "`resume_from_checkpoint`", way_out: str = _ANOTHER) -> None:
+    """Refuse a checkpoint that is damaged. Without a manifest it must have Trainer's state.
+
+    Args:
+        wanted_by: the argument that asks for it, for the message.
+        way_out: what else to do, for the message.
+
+    Raises:
+        ValueError: it is missing, incomplete, or its contents have changed.
+    """
+    damage = find_damage(checkpoint, contents=True)
+    if damage is not None and not (checkpoint / MANIFEST).exists():
+        damage = _unreadable_state(checkpoint)
+    if damage is not None:
+        raise ValueError(f"{wanted_by} ('{checkpoint}') is missing or incomplete ({damage}): {way_out}.")
+
+
+def rotate(root: Path, limit: int | None, written: Path, best: str | os.PathLike[str] | None) -> list[Path]:
+    """Remove checkpoints until `limit` are left: damaged ones first, then the earliest steps.
+
+    Args:
+        limit: `save_total_limit`; None or 0 keeps all.
+        written: the one just written, which stays whatever its step is.
+        best: the best one, which stays too.
+
+    Returns:
+        What was removed.
+    """
+    found = _checkpoints(root)
+    kept = {written.name, *([Path(best).name] if best is not None else [])}
+    removable = sorted((c for c in found if c.name not in kept), key=lambda c: _damage(c) is None)
+    surplus = removable[: max(0, len(found) - limit)] if limit and limit > 0 else []
+    for checkpoint in surplus:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return surplus
