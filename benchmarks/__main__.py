@@ -27,6 +27,7 @@ SCRIPTS = {
     "packing": False,
     "collator": False,
     "balance": False,
+    "saving": False,
 }
 
 

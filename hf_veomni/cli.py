@@ -1,4 +1,4 @@
-"""`hf-veomni`: what works under sequence parallelism, and what is installed."""
+"""`hf-veomni`: what works under sequence parallelism, what is installed, and checkpoints made plain."""
 
 from __future__ import annotations
 
@@ -201,6 +201,24 @@ def init(
     ]
     path.write_text("\n".join(lines) + "\n")
     console.print(f"Wrote {path}. Next: hf-veomni train {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that `sharded_weights=True` wrote.")],
+    out: Annotated[Path, typer.Argument(help="The directory to write.")],
+) -> None:
+    """A checkpoint's sharded weights as plain files that transformers or PEFT opens, with config and tokenizer."""
+    from hf_veomni.checkpoint.convert import convert as convert_checkpoint
+    from hf_veomni.omni import OmniModel
+
+    try:
+        written = convert_checkpoint(checkpoint, out, classes=[OmniModel])
+    except (ValueError, OSError) as error:
+        console.print(str(error), style="red", soft_wrap=True, markup=False)
+        raise typer.Exit(1) from error
+    for path in written:
+        console.print(f"{path}  {path.stat().st_size / 1e9:.2f} GB", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Saving and loading: plain formats for others, sharded state for resuming."""
 
 from hf_veomni.checkpoint.agree import agree, together
+from hf_veomni.checkpoint.background import BackgroundError, BackgroundWriter
 from hf_veomni.checkpoint.files import staged
 from hf_veomni.checkpoint.load import PendingWeights, materialize_weights, plan_weights, retain_weights
 from hf_veomni.checkpoint.plain import gather_full_state, gather_plain_state, load_plain, save_plain
@@ -8,13 +9,17 @@ from hf_veomni.checkpoint.state import (
     load_optimizer,
     load_stock_optimizer,
     load_weights,
+    optimizer_state,
     save_optimizer,
     save_weights,
     unwrap_optimizer,
+    weights_state,
 )
 from hf_veomni.checkpoint.stock_calls import attach_stock_calls
 
 __all__ = [
+    "BackgroundError",
+    "BackgroundWriter",
     "PendingWeights",
     "retain_weights",
     "agree",
@@ -26,6 +31,7 @@ __all__ = [
     "load_stock_optimizer",
     "load_weights",
     "materialize_weights",
+    "optimizer_state",
     "plan_weights",
     "save_optimizer",
     "save_plain",
@@ -33,4 +39,5 @@ __all__ = [
     "staged",
     "together",
     "unwrap_optimizer",
+    "weights_state",
 ]

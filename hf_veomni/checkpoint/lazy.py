@@ -193,6 +193,11 @@ def _select(source: LazyTensor, dim: int, index: int) -> LazyTensor:
     )
 
 
+@_rule(aten.unbind.int)
+def _unbind(source: LazyTensor, dim: int = 0) -> list[LazyTensor]:
+    return [_select(source, dim, place) for place in range(source.shape[dim])]
+
+
 @_rule(aten.squeeze.dim)
 def _squeeze(source: LazyTensor, dim: int) -> LazyTensor:
     return _select(source, dim, 0) if source.shape[dim] == 1 else _same(source)

@@ -93,7 +93,7 @@ def gather_plain_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     return gather_full_state(model, keep=keep, names=names)
 
 
-def _restore_class_name(directory: Path, base: PreTrainedModel) -> None:
+def restore_class_name(directory: Path, base: PreTrainedModel) -> None:
     """PEFT notes the base class for AutoPeftModel: the stock one, not FSDP2's generated subclass."""
     for path in directory.rglob("adapter_config.json"):
         config = json.loads(path.read_text())
@@ -139,7 +139,7 @@ def save_plain(
                 else:
                     save(staging, dict(state))
                 if isinstance(model, PeftModel):
-                    _restore_class_name(staging, hf.base_model(model))
+                    restore_class_name(staging, hf.base_model(model))
                 if extras is not None:
                     extras(staging)
 

@@ -90,24 +90,32 @@ class Shard:
 
 def plan_shard(state: Mapping[str, Tensor], path: Path) -> Shard:
     """What this rank writes of `state`, global or sharded tensors by name. Reads no values."""
-    names = {dtype: name for name, dtype in str_to_torch_dtype.items()}
     parts = {name: local_part(tensor.detach()) for name, tensor in state.items() if _writes(tensor)}
+    parts = {name: (part, offset) for name, (part, offset) in parts.items() if part.numel()}
+    info = {name: {"saved_offsets": list(offset)} for name, (_, offset) in parts.items()}
+    metadata = {"format": "pt", "DCP_VERSION": "1.0", _INFO: json.dumps(info)}
+    return _lay_out(path, {name: part for name, (part, _) in parts.items()}, metadata)
+
+
+def _lay_out(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Shard:
+    names = {dtype: name for name, dtype in str_to_torch_dtype.items()}
     # Widest first: so each tensor is aligned to its own items.
-    order = sorted(
-        (name for name, (part, _) in parts.items() if part.numel()), key=lambda name: -parts[name][0].element_size()
-    )
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     entries: dict[str, Any] = {}
     begin = 0
     for name in order:
-        part = parts[name][0]
-        end = begin + part.nbytes
-        entries[name] = {"dtype": names[part.dtype], "shape": list(part.shape), "data_offsets": [begin, end]}
+        end = begin + tensors[name].nbytes
+        shape, dtype = list(tensors[name].shape), names[tensors[name].dtype]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
         begin = end
-    info = {name: {"saved_offsets": list(parts[name][1])} for name in order}
-    metadata = {"format": "pt", "DCP_VERSION": "1.0", _INFO: json.dumps(info)}
     text = json.dumps({"__metadata__": metadata, **entries}).encode()
     text += b" " * (-len(text) % 8)
-    return Shard(path, len(text).to_bytes(8, "little") + text, [parts[name][0] for name in order])
+    return Shard(path, len(text).to_bytes(8, "little") + text, [tensors[name] for name in order])
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A plain safetensors file, as stock loads it; lazy tensors are read one at a time."""
+    write_shard(_lay_out(path, tensors, {"format": "pt"}))
 
 
 def write_shard(shard: Shard) -> Digest:
@@ -125,7 +133,8 @@ def write_shard(shard: Shard) -> Digest:
 def _contents(shard: Shard) -> Iterator[Any]:
     yield shard.header
     for tensor in shard.tensors:
-        yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        values = tensor.read() if isinstance(tensor, LazyTensor) else tensor.cpu()
+        yield values.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def describe(state: Mapping[str, Any], files: int) -> str:

@@ -128,17 +128,22 @@ def _named_state(model: nn.Module, optimizer: Optimizer, stored: dict[str, Any],
     return {"state": {by_position[p]: value for p, value in stored["state"].items()}, "param_groups": groups}
 
 
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Name of each parameter -> the first of its names: itself, unless it is tied."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
 def weights_state(model: nn.Module) -> dict[str, Tensor]:
     """What training changes: everything, or of a `PeftModel` its adapters and what else is trained (its base has its
-    own file). A tied parameter comes once."""
-    first: dict[int, str] = {}
-    tied = {n for n, p in model.named_parameters(remove_duplicate=False) if first.setdefault(id(p), n) != n}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    own file). A tied parameter comes once, under the first of its names."""
+    first, whole = first_names(model), model.state_dict()
+    state = {name: tensor for name, tensor in whole.items() if first.get(name, name) == name}
     if not isinstance(model, PeftModel):
         return state
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
     for adapter in model.peft_config:
-        wanted.update(adapter_keys(model, adapter, state).values())
+        wanted.update(first.get(name, name) for name in adapter_keys(model, adapter, whole).values())
     return {name: tensor for name, tensor in state.items() if name in wanted}
 
 

@@ -20,6 +20,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "_is_distributed_loading_by_transformers",
         "_is_hf_initialized",
         "_keys_to_ignore_on_load_unexpected",
+        "_keys_to_ignore_on_save",
         "_loss_function",
         "_no_split_modules",
         "_resolve_parallel_plans",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
 from transformers.utils import logging
 
@@ -87,6 +87,12 @@ def load_tensors(model: PreTrainedModel, tensors: dict[str, Tensor]) -> LoadRepo
 def copy_conversions(model: PreTrainedModel, source: PreTrainedModel) -> None:
     """Let `save_pretrained` of `model` write the layout of the files that `load_tensors` put into `source`."""
     setattr(model, "_weight_conversions", source._weight_conversions)  # noqa: B010 (nn.Module's setter)
+
+
+def to_files(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` of a model's state dict under the names and in the arrangement that `save_pretrained` writes."""
+    ignored = model._keys_to_ignore_on_save or ()
+    return revert_weight_conversion(model, {name: t for name, t in tensors.items() if name not in ignored})
 
 
 def compute_buffers(model: PreTrainedModel) -> list[str]:

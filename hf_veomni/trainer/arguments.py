@@ -15,7 +15,7 @@ from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.logs import warn_of_no_plan
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer.accelerate import OmniParallelismConfig
-from hf_veomni.trainer.validation import check_budgeted, check_given, check_sharded, release_launcher
+from hf_veomni.trainer.validation import check_budgeted, check_given, check_saving, check_sharded, release_launcher
 
 _FIELDS = "__dataclass_fields__"
 
@@ -44,6 +44,10 @@ class OmniTrainingArguments(TrainingArguments):
             computed again count nowhere.
         router_bias_update_speed: what the bias of each expert in the router moves by after a step, up where the expert
             got fewer tokens of all ranks than the mean (DeepSeek-V3 uses 0.001). 0 leaves the bias as it is.
+        sharded_weights: write the weights of checkpoints as shards, each rank what it owns, so that no rank gathers
+            the model; `hf-veomni convert` makes plain files of them. None: as `async_save` says.
+        async_save: stop training only while the state is copied to host memory, and write it beside training in a
+            process of its own. The copy takes as many bytes as a rank's part of the weights and the optimizer's state.
 
     Raises:
         ValueError: a plan that does not fit the world, an argument that does not go with a plan, or a class without
@@ -71,6 +75,13 @@ class OmniTrainingArguments(TrainingArguments):
     )
     router_bias_update_speed: float = field(
         default=0.0, metadata={"help": "Step of the router's balancing bias after each optimizer step. 0: none."}
+    )
+
+    sharded_weights: bool | None = field(
+        default=None, metadata={"help": "Write the weights of checkpoints as shards. Default: as `async_save` says."}
+    )
+    async_save: bool = field(
+        default=False, metadata={"help": "Write checkpoints beside training; it stops for a copy to memory alone."}
     )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -104,6 +115,8 @@ class OmniTrainingArguments(TrainingArguments):
         self._n_gpu = min(self._n_gpu, 1)  # one process drives one device: no DataParallel
         plan = plan.resolve(self.world_size)
         check_budgeted(self)
+        check_saving(self)
+        self.sharded_weights = self.async_save if self.sharded_weights is None else self.sharded_weights
         parsed: Any = plan
         self.plan = parsed
         if unplanned:

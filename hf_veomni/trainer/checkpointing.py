@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +23,19 @@ from hf_veomni.checkpoint import (
     load_optimizer,
     load_plain,
     load_stock_optimizer,
-    save_optimizer,
+    load_weights,
+    optimizer_state,
     save_plain,
     together,
+    weights_state,
 )
-from hf_veomni.checkpoint.manifest import STAGING, publish, recover, write_manifest
+from hf_veomni.checkpoint.convert import WEIGHTS_DIRECTORY, describe_model
+from hf_veomni.checkpoint.manifest import STAGING, recover
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.require import override
 from hf_veomni.mesh import is_prepared
 from hf_veomni.trainer.folders import OPTIMIZER_DIRECTORY, check_checkpoint, last_complete_checkpoint, rotate
+from hf_veomni.trainer.saving import CheckpointSaver
 
 logger = logging.get_logger(__name__)
 
@@ -58,6 +64,15 @@ def fit_groups(scheduler: dict[str, Any], count: int) -> dict[str, Any]:
     return fitted
 
 
+def _load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Of a prepared model, from either kind of checkpoint."""
+    sharded = checkpoint / WEIGHTS_DIRECTORY
+    if sharded.is_dir():
+        load_weights(model, sharded)
+    else:
+        load_plain(model, checkpoint)
+
+
 class CheckpointingMixin(_Trainer):
     """Overrides of Trainer for files.
 
@@ -66,21 +81,29 @@ class CheckpointingMixin(_Trainer):
     manifest, or not at all, whatever ends the process. An error on one rank is raised on all of them.
     """
 
+    _saver: CheckpointSaver | None = None
+    _staging: Path | None = None  # in place of the run's directory while a checkpoint is written
+
     @override
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not is_prepared(self.model):
             super()._save(output_dir, state_dict)
             return
         directory = Path(self.args.output_dir if output_dir is None else output_dir)
-        save_plain(self.model, directory, write=self.args.should_save, extras=self._save_extras, state=state_dict)
+        if self._saver is None or self._staging is None or not self.args.sharded_weights:
+            save_plain(self.model, directory, write=self.args.should_save, extras=self._save_extras, state=state_dict)
+            return
+        self._saver.add(weights_state(self.model), directory / WEIGHTS_DIRECTORY)
+        with together(f"Saving the configuration to '{directory}'"):
+            if self.args.should_save:
+                describe_model(self.model, directory)
+                self._save_extras(directory)
 
     def _save_extras(self, directory: Path) -> None:
         processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processing is not None:
             processing.save_pretrained(directory)
         torch.save(self.args, directory / TRAINING_ARGS_NAME)
-
-    _staging: Path | None = None  # in place of the run's directory while a checkpoint is written
 
     @override
     def _get_output_dir(self, trial: Any) -> str:
@@ -90,34 +113,68 @@ class CheckpointingMixin(_Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Written beside its place, flushed, described by a manifest, then renamed: see `checkpoint.manifest`."""
         root, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self._saver is None:
+            self._saver = CheckpointSaver(self.args.async_save)
+        self._finish_save()
         with together(f"Cleaning up '{root}'"):
             if self.args.should_save:
                 recover(root)
-        self._staging, error = root / STAGING, None
-        own = vars(self).get("_push_from_checkpoint")
-        self._push_from_checkpoint = lambda checkpoint_folder: None  # of a directory that is about to move
+        self._saver.begin()
+        error: Exception | None = None
+        with self._staged(root / STAGING):
+            try:
+                super()._save_checkpoint(model, trial)
+            except Exception as caught:
+                error = caught
         try:
-            super()._save_checkpoint(model, trial)
-        except Exception as caught:
-            error = caught
-        finally:
-            written, self._staging = self._staging / name, None
-            del self._push_from_checkpoint
-            vars(self).update({} if own is None else {"_push_from_checkpoint": own})
-        if error is not None and self.args.should_save:
-            # Every step inside agrees on errors, so no rank writes any more.
-            shutil.rmtree(written.parent, ignore_errors=True)
-        agree(error, f"Saving '{root / name}'")
-        self._name_best(root)
-        with together(f"Saving '{root / name}'"):
+            agree(error, f"Saving '{root / name}'")
+            self._name_best(root)
+            with together(f"Saving '{root / name}'"):
+                if self.args.should_save:  # again: with the best one's own name
+                    self.state.save_to_json(str(root / STAGING / name / TRAINER_STATE_NAME))
+            self._saver.publish(root / STAGING / name, root / name)
+        except Exception:
+            # Every step agrees on errors, so no rank writes any more.
             if self.args.should_save:
-                self.state.save_to_json(str(written / TRAINER_STATE_NAME))  # again: with the best one's own name
-                write_manifest(written)
-                publish(written, root / name)
+                shutil.rmtree(root / STAGING, ignore_errors=True)
+            raise
+        if not self.args.async_save:
+            self._rotate(root / name)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(root / name))
+
+    @contextmanager
+    def _staged(self, staging: Path) -> Iterator[None]:
+        """Let Trainer write below `staging`, and upload nothing from there, since it is about to move."""
+        own = vars(self).get("_push_from_checkpoint")
+        self._staging, self._push_from_checkpoint = staging, lambda checkpoint_folder: None
+        try:
+            yield
+        finally:
+            self._staging = None
+            del self._push_from_checkpoint
+            vars(self).update({} if own is None else {"_push_from_checkpoint": own})
+
+    def _rotate(self, written: Path) -> None:
         if self.args.should_save:
-            rotate(root, self.args.save_total_limit, root / name, self.state.best_model_checkpoint)
+            rotate(written.parent, self.args.save_total_limit, written, self.state.best_model_checkpoint)
+
+    def _finish_save(self) -> None:
+        """Wait for what is written beside training. Collective, if something is."""
+        if self._saver is not None and (written := self._saver.finish()) is not None:
+            self._rotate(written)
+
+    @override
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._beside = None if self._saver is None else self._saver.poll()
+        if self._beside is not None and self.parallel_state.world_size == 1:
+            raise self._beside
+        return super().get_batch_samples(*args, **kwargs)
+
+    @override
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._finish_save()
+        return super()._finalize_training(*args, **kwargs)
 
     def _name_best(self, root: Path) -> None:
         """What Trainer could not find in the staging directory, or found there."""
@@ -129,10 +186,10 @@ class CheckpointingMixin(_Trainer):
 
     @override
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.parallel_state.world_size == 1:
+        if self._saver is None or (self.parallel_state.world_size == 1 and not self.args.sharded_weights):
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        save_optimizer(self.model, self.optimizer, Path(output_dir) / OPTIMIZER_DIRECTORY)
+        self._saver.add(optimizer_state(self.model, self.optimizer), Path(output_dir) / OPTIMIZER_DIRECTORY)
         with together(f"Saving the scheduler to '{output_dir}'"):
             if self.args.should_save:
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -155,7 +212,12 @@ class CheckpointingMixin(_Trainer):
             ValueError: no complete checkpoint there; on every rank.
         """
         checkpoint = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(checkpoint, *args, **kwargs)
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        finally:
+            if self._saver is not None:
+                self._saver.close()
+                self._saver = None
 
     @override
     def _init_training_state(
@@ -202,7 +264,7 @@ class CheckpointingMixin(_Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target: Any = self.model if model is None else model
         if is_prepared(target):
-            load_plain(target, resume_from_checkpoint)
+            _load_weights(target, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, target)
 
@@ -216,7 +278,7 @@ class CheckpointingMixin(_Trainer):
             if self.args.process_index == 0:
                 best = Path(self.state.best_model_checkpoint)
                 check_checkpoint(best, "`load_best_model_at_end`", "the last weights are in the model still")
-        load_plain(self.model, self.state.best_model_checkpoint)
+        _load_weights(self.model, Path(self.state.best_model_checkpoint))
 
     @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_veomni import hf
-from hf_veomni.checkpoint import agree
+from hf_veomni.checkpoint import BackgroundError, agree
 from hf_veomni.comm import all_gather
 from hf_veomni.data import OmniDataCollatorWithPacking
 from hf_veomni.hf.require import override
@@ -50,6 +50,7 @@ class BatchingMixin(LossMixin):
     _last_batch: Any = None
     _budget: TokenBudgetSampler | None = None
     _throughput: ThroughputCallback | None = None
+    _beside: Exception | None = None  # what went wrong on this rank beside training: all hear of it at the next step
 
     @property
     def parallel_state(self) -> ParallelState:
@@ -151,6 +152,7 @@ class BatchingMixin(LossMixin):
             self._epoch_is_over = not batches
             return self._fill_window(batches, num_batches if batches else 0), num_items
         batches, error = take(epoch_iterator, num_batches)
+        error = error or self._beside
         ends = self._train_batches is not None and self._train_batches.ends_with_dummy
         if batches and ends and self.accelerator.gradient_state.end_of_dataloader:
             batches[-1] = DummyBatch.of(batches[-1])
@@ -284,7 +286,7 @@ def exchange_facts(
     Args:
         num_tokens: label tokens in them.
         held: whether an earlier batch of this pass is at hand, to be run again as a dummy batch.
-        error: what went wrong while they were read.
+        error: what went wrong while they were read, or beside training.
 
     Returns:
         int64 [ranks, 7] on the CPU, with the columns named above; `REAL` are the batches that are no dummy batches.
@@ -303,12 +305,12 @@ def exchange_facts(
         len(real),
         sum(find_batch_size(batch) or 0 for batch in real),
         int(held or bool(batches)),
-        int(error is not None),
+        0 if error is None else 1 + isinstance(error, BackgroundError),
     )
     sent = torch.stack([torch.as_tensor(fact, dtype=torch.long).to(device) for fact in facts])
     found = all_gather(sent).view(-1, len(facts)).cpu()
     if found[:, FAILED].any():
-        agree(error, "Reading a batch")
+        agree(error, "Reading a batch" if found[:, FAILED].max() == 1 else "Saving beside training")
     _check_rows(found, state)
     return found
 

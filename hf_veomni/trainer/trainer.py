@@ -65,6 +65,11 @@ def _stays_stock(model: nn.Module, args: Any) -> bool:
 def _prepare(model: nn.Module, args: Any) -> None:
     """`prepare_omni` in place, and the marks that Trainer looks for."""
     if _stays_stock(model, args):
+        if args.sharded_weights:
+            raise UnsupportedError(
+                f"`sharded_weights` (True) needs a transformers model without virtual tokens, unlike this "
+                f"{type(model).__name__}: leave it and `async_save` out."
+            )
         return
     if not is_prepared(model):
         prepare_omni(model, args.plan, mp_policy=_precision(args))

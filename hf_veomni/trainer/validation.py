@@ -138,6 +138,21 @@ def check_budgeted(arguments: Any) -> None:
         refusal.check(arguments, f"`token_budget` ({budget})")
 
 
+def check_saving(arguments: Any) -> None:
+    """Refuse what `sharded_weights` and `async_save` do not go with. Raises ValueError as `check_given` does."""
+    if arguments.async_save and arguments.sharded_weights is False:
+        raise ValueError(
+            "`async_save` (True) writes each rank's shards beside training, and `sharded_weights` (False) asks for "
+            "gathered weights: leave `sharded_weights` out, and make plain files with `hf-veomni convert`."
+        )
+    for name in ("async_save", "sharded_weights"):
+        if getattr(arguments, name):
+            reason = "shards are no model for the Hub; push what `hf-veomni convert` makes"
+            Refusal("push_to_hub", bool, reason).check(arguments, f"`{name}`")
+    if arguments.async_save and not hasattr(os, "memfd_create"):
+        raise UnsupportedError("`async_save` (True) needs memory that processes share, as Linux has: leave it out.")
+
+
 # Switches that would put a second owner on the model. `transformers` reads the last one in `from_pretrained`, where it
 # leaves every rank but the first without weights.
 _RELEASED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG", "FSDP_CPU_RAM_EFFICIENT_LOADING")

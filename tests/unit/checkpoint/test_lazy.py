@@ -58,6 +58,7 @@ OPERATIONS = {
     "slice": lambda a: a[1:3, :, -3:-1],
     "step": lambda a: a[:, ::2],
     "select": lambda a: a[:, -1],
+    "unbind": lambda a: torch.unbind(a, -2),
     "chunk": lambda a: torch.chunk(a, 3, dim=2),
     "split": lambda a: torch.split(a, [1, 2, 3], dim=-1),
     "squeeze": lambda a: a[:, 1:2].squeeze(1),

@@ -1,0 +1,194 @@
+"""Seconds that training stops for a checkpoint: plain, sharded, asynchronous, and the stock Trainer, in one run.
+
+    python -m benchmarks saving        # AdamW on a Llama of 98M parameters: 1.2 GB a checkpoint
+
+    stock      Trainer in one process; its files are in the page cache when it goes on, not on the disk
+    plain      gathered weights, the optimizer's state sharded; on the disk, with checksums
+    sharded    each rank writes what it owns
+    async      each rank copies what it owns, and a process of its own writes it
+
+on one and on two gloo ranks of one thread each. Between two saves lies a pause, in which what is written beside
+training can end: `waits` is the part of the stop in which the last save was waited for. The first save is told apart,
+since it takes the memory for the copy. Exit status 1 if a checkpoint is not whole, if its weights differ from the
+stock Trainer's, or if asynchronous saves stop training for more than 0.1 of stock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks._record import quantiles, record
+from hf_veomni import OmniTrainer, OmniTrainingArguments
+from hf_veomni.checkpoint.convert import convert
+from hf_veomni.checkpoint.manifest import find_damage
+
+GOAL = 0.1
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "stock": {},
+    "plain": {},
+    "sharded": {"sharded_weights": True},
+    "async": {"async_save": True},
+}
+CASES = [("stock", 1), *((name, world) for world in (1, 2) for name in ("plain", "sharded", "async"))]
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of 16 tokens."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.arange(16) + index
+        return {"input_ids": ids, "labels": ids}
+
+
+class Pause(TrainerCallback):
+    """Stands for the training between two saves."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        time.sleep(self.seconds)
+
+
+class Timed:
+    """Notes how long each `_save_checkpoint` takes, and how much of it waits for the last save."""
+
+    stops: list[float]
+    waits: list[float]
+
+    def _finish_save(self) -> None:
+        begin = time.perf_counter()
+        super()._finish_save()  # type: ignore[misc]
+        self.waits.append(time.perf_counter() - begin)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+        begin = time.perf_counter()
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        if dist.is_initialized():
+            dist.barrier()
+        self.stops.append(time.perf_counter() - begin)
+
+
+class StockTimed(Timed, Trainer):
+    """The stock Trainer."""
+
+
+class OmniTimed(Timed, OmniTrainer):
+    """Ours."""
+
+
+def build(options: argparse.Namespace) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": options.hidden, "intermediate_size": options.hidden * 8 // 3 // 8 * 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": options.layers}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=8192, **sizes, **heads))
+
+
+def work(rank: int, case: tuple[str, int], folder: str, options: argparse.Namespace) -> None:
+    """One rank of one case; the first leaves a row."""
+    torch.set_num_threads(1)
+    name, world = case
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    shared: dict[str, Any] = {
+        "output_dir": f"{folder}/run",
+        "per_device_train_batch_size": 4 // world,
+        "max_steps": options.saves,
+        "adam_epsilon": 1e-4,  # else rounding noise makes full steps
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 1,
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": [],
+        "use_cpu": True,
+    }
+    stock = name == "stock"
+    arguments = (TrainingArguments if stock else OmniTrainingArguments)(**shared, **CONTENDERS[name])
+    kind: Any = StockTimed if stock else OmniTimed
+    trainer = kind(model=build(options), args=arguments, train_dataset=Rows(), callbacks=[Pause(options.pause)])
+    trainer.stops, trainer.waits = [], []
+    trainer.train()
+    if rank == 0:
+        row = {"contender": name, "ranks": world, "first": trainer.stops[0], "stops": trainer.stops[1:]}
+        Path(folder, "row.json").write_text(json.dumps({**row, "waits": trainer.waits[1 : options.saves]}))
+
+
+def measure(case: tuple[str, int], options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The row of a case, and the weights of its last checkpoint."""
+    with tempfile.TemporaryDirectory(prefix="saving-", dir=options.folder) as folder:
+        mp.spawn(work, (case, folder, options), nprocs=case[1])
+        row = json.loads(Path(folder, "row.json").read_text())
+        checkpoint = Path(folder, "run", f"checkpoint-{options.saves}")
+        row["bytes"] = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+        if case[0] != "stock":
+            row["damage"] = find_damage(checkpoint, contents=True)
+        if (checkpoint / "weights").is_dir():
+            convert(checkpoint, Path(folder, "plain"))
+            shutil.rmtree(checkpoint)
+            checkpoint = Path(folder, "plain")
+        return row, load_file(checkpoint / "model.safetensors")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--saves", type=int, default=5, help="in each case; the first is told apart")
+    parser.add_argument("--pause", type=float, default=8.0, help="seconds between two saves")
+    parser.add_argument("--folder", help="where to write; the system's temporary folder by default")
+    parser.add_argument("--no-goal", action="store_true", help="do not fail where asynchronous saves miss the goal")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the ranks that are started below
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    rows, off, expected = [], [], {}
+    for case in CASES:
+        row, weights = measure(case, options)
+        row = {**row, "stop": quantiles(row.pop("stops")), "waits": quantiles(row["waits"] or [0.0])}
+        row["of_stock"] = row["stop"]["p50"] / (rows[0] if rows else row)["stop"]["p50"]
+        expected = expected or weights
+        row["difference"] = max(float((weights[name] - tensor).abs().max()) for name, tensor in expected.items())
+        rows.append(row)
+        where = f"{case[0]} on {case[1]}"
+        print(
+            f"{where:14} stops {row['stop']['p50']:7.3f} s ({row['of_stock']:.3f} of stock), "
+            f"first {row['first']:.3f} s, {row['bytes'] / 1e9:.2f} GB",
+            flush=True,
+        )
+        if row.get("damage"):
+            off.append(f"{where}: {row['damage']}")
+        if not row["difference"] <= 1e-4:
+            off.append(f"{where}: the weights differ from stock by {row['difference']:.1e}")
+        if case[0] == "async" and row["of_stock"] > GOAL and not options.no_goal:
+            off.append(f"{where}: training stops for {row['of_stock']:.2f} of stock, the goal is {GOAL}")
+    record("saving", rows)
+    if off:
+        sys.exit("\n".join(off))
+
+
+if __name__ == "__main__":
+    main()
