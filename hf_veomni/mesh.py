@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,7 +43,7 @@ class ParallelState:
     sp_rank: int = 0
     dp_rank: int = 0
 
-    @property
+    @cached_property
     def sp_size(self) -> int:
         return self.plan.sp_size
 
@@ -64,11 +65,11 @@ class ParallelState:
             self.expert_mesh["dp_replicate", "efsdp"] if self.plan.dp_replicate_size > 1 else self.expert_mesh["efsdp"]
         )
 
-    @property
+    @cached_property
     def dp_size(self) -> int:
         return self.plan.dp_size
 
-    @property
+    @cached_property
     def world_size(self) -> int:
         return self.plan.world_size
 

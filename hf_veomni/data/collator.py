@@ -17,9 +17,8 @@ from hf_veomni.data.media.chat import RawReader
 from hf_veomni.data.media.decode import BrokenItemError
 from hf_veomni.data.media.skips import SkipLog, check_on_error
 from hf_veomni.data.modalities import TEXT_COLUMNS, TOKEN_COLUMNS, is_raw, join_items
-from hf_veomni.data.pieces import ranges_of
 from hf_veomni.data.positions import RopeIndex, document_positions
-from hf_veomni.data.sample import ASSISTANT_MASK, READ, Sample, read_sample
+from hf_veomni.data.sample import ASSISTANT_MASK, READ, Sample, ranges_of, read_sample
 from hf_veomni.data.samples import DOCUMENTS, ROW_COLUMNS, SAMPLES
 from hf_veomni.data.text import IGNORE_INDEX
 from hf_veomni.host import remember
@@ -152,6 +151,8 @@ class OmniDataCollatorWithPacking:
             row["position_ids"] = torch.from_numpy(ranges_of(lengths)).unsqueeze(0)  # many short texts: at one go
             return row
         row["position_ids"] = self._positions(samples, padding)
+        if not items:
+            return row
         return row | join_items([sample.items for sample in items], [sample.where for sample in items])
 
     def _read(self, features: Sequence[Mapping[str, Any]]) -> list[Sample]:

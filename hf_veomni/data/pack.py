@@ -23,8 +23,9 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
 
 from hf_veomni.data.media.lengths import CostFunction, SizeReader
-from hf_veomni.data.pieces import OVERLONG, Pieces, Rules, plan_rows, ranges_of
+from hf_veomni.data.pieces import OVERLONG, Pieces, Rules, plan_rows
 from hf_veomni.data.planning import STRATEGIES
+from hf_veomni.data.sample import ranges_of
 from hf_veomni.data.samples import Meter, column_names, holds_samples, pack_samples
 from hf_veomni.data.text import (
     DOCUMENT_LENGTHS,

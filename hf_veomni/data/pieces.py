@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hf_veomni.data.planning import STRATEGIES, members
+from hf_veomni.data.sample import ranges_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,3 @@ def _fit(starts: np.ndarray, lengths: np.ndarray, rules: Rules, names: Sequence[
     documents = np.repeat(documents, counts)
     offset = limit * ranges_of(counts)
     return documents, starts[documents] + offset, np.minimum(lengths[documents] - offset, limit)
-
-
-def ranges_of(counts: np.ndarray) -> np.ndarray:
-    """0..counts[0]-1, 0..counts[1]-1, ... behind each other: the positions of documents of these lengths."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

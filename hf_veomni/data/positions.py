@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_veomni.data.sample import with_text_axis
 from hf_veomni.errors import UnsupportedError
 
 # The names under which `get_rope_index` of some family takes a column.
@@ -116,20 +117,6 @@ def document_positions(
             "are told apart by it, so return [4, 1, T] with token counts first."
         )
     return positions
-
-
-def with_text_axis(positions: np.ndarray, length: int, where: str) -> np.ndarray:
-    """Positions [axes, 1, T] or [axes, T] with the axis that counts tokens in front: int64 [1 or 4, T]."""
-    if positions.ndim == 3 and positions.shape[1] == 1:
-        positions = positions[:, 0]
-    if positions.ndim != 2 or positions.shape[0] not in (1, 3, 4) or positions.shape[1] != length:
-        raise ValueError(
-            f"{where} have shape {list(positions.shape)} and must be [1, {length}], [3, 1, {length}] or "
-            f"[4, 1, {length}]: give those of one document."
-        )
-    if len(positions) == 3:
-        positions = np.concatenate([np.arange(length)[None], positions])
-    return positions.astype(np.int64, copy=False)
 
 
 def _accepted(function: Callable[..., Any], columns: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,6 @@ from hf_veomni.data.modalities import (
     TOKEN_COLUMNS,
     item_tensor,
 )
-from hf_veomni.data.pieces import ranges_of
-from hf_veomni.data.positions import with_text_axis
 from hf_veomni.data.text import DOCUMENT_LENGTHS
 from hf_veomni.errors import UnsupportedError
 
@@ -187,3 +185,22 @@ def _document_lengths(where: str, length: int, given: Any, positions: np.ndarray
             + ": remove them and they are made here."
         )
     return lengths
+
+
+def with_text_axis(positions: np.ndarray, length: int, where: str) -> np.ndarray:
+    """Positions [axes, 1, T] or [axes, T] with the axis that counts tokens in front: int64 [1 or 4, T]."""
+    if positions.ndim == 3 and positions.shape[1] == 1:
+        positions = positions[:, 0]
+    if positions.ndim != 2 or positions.shape[0] not in (1, 3, 4) or positions.shape[1] != length:
+        raise ValueError(
+            f"{where} have shape {list(positions.shape)} and must be [1, {length}], [3, 1, {length}] or "
+            f"[4, 1, {length}]: give those of one document."
+        )
+    if len(positions) == 3:
+        positions = np.concatenate([np.arange(length)[None], positions])
+    return positions.astype(np.int64, copy=False)
+
+
+def ranges_of(counts: np.ndarray) -> np.ndarray:
+    """0..counts[0]-1, 0..counts[1]-1, ... behind each other: the positions of documents of these lengths."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -108,7 +108,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "register_load_state_pre_hook",
         "register_save_state_pre_hook",
     ),
-    "accelerate:ParallelismConfig": ("_validate_accelerator", "dp_dim_names", "dp_shard_enabled"),
+    "accelerate:ParallelismConfig": ("_validate_accelerator", "cp_enabled", "dp_dim_names", "dp_shard_enabled"),
     "accelerate:PartialState": ("_shared_state",),
     "accelerate.data_loader": ("BatchSamplerShard", "DataLoaderDispatcher", "IterableDatasetShard"),
     "accelerate.data_loader:BatchSamplerShard": ("batch_sampler", "drop_last", "num_processes", "process_index"),

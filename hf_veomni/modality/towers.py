@@ -85,7 +85,7 @@ def attach_towers(
         if outside or passes:
             hook = partial(_touch, model, _outside_units(outside, rules), passes)
             undo.append(decoder.register_forward_pre_hook(hook, with_kwargs=True).remove)
-    if state.sp_size > 1:
+    if state.sp_size > 1 and methods:
         undo.append(watch_ids(model, list(inspect.signature(model.forward).parameters)))
     cut: dict[nn.Module, None] = {}
     ready: dict[nn.Module, None] = {}

@@ -42,6 +42,8 @@ class OmniParallelismConfig(ParallelismConfig):
         ValueError: the plan does not fit the world, or the launcher asks for something else.
     """
 
+    cp_enabled = False  # pyright: ignore (a property there)
+
     def __init__(self, plan: ParallelPlan | str | None = None) -> None:
         self.plan = ParallelPlan.parse(plan)
         release_launcher(self.plan)
@@ -70,11 +72,6 @@ class OmniParallelismConfig(ParallelismConfig):
     @override
     def to_json(self) -> dict[str, Any]:
         return self.plan.to_dict()
-
-    @property
-    @override
-    def cp_enabled(self) -> bool:
-        return False
 
     @property
     @override
