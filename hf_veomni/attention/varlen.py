@@ -40,8 +40,9 @@ _KERNEL_TAKES_SINKS = torch.version.hip is None  # whose lse has another shape i
 def register_varlen_attention() -> None:
     """Make "omni_varlen" a name that any transformers model takes as its `attn_implementation`. Idempotent."""
     AttentionMaskInterface.register(VARLEN_NAME, omni_mask)
-    if VARLEN_NAME not in AttentionInterface().valid_keys():  # a wrapper around it stays
-        AttentionInterface.register(VARLEN_NAME, varlen_attention)
+    if VARLEN_NAME not in AttentionInterface().valid_keys():  # what somebody has put in its place stays
+        # What it reads of the mask would be frozen into a graph.
+        AttentionInterface.register(VARLEN_NAME, torch.compiler.disable(varlen_attention))  # pyright: ignore
 
 
 def varlen_attention(

@@ -4,8 +4,8 @@ from hf_veomni.hf import seams as _seams  # noqa: F401  (first: what is missing 
 from hf_veomni.hf.names import (
     CACHE,
     CACHE_NAMES,
+    AttentionConfig,
     AttentionFunction,
-    AttentionRegistry,
     EPImplementation,
     ParamWrapper,
     apply_expert_plan,
@@ -29,6 +29,7 @@ from hf_veomni.hf.names import (
     mark_fsdp_managed,
     masks_follow_positions,
     reads_attention_mask,
+    register_attention,
     replace_loss,
     restore_checkpointing,
     restore_loss,
@@ -43,8 +44,8 @@ from hf_veomni.hf.names import (
 )
 
 __all__ = [
+    "AttentionConfig",
     "AttentionFunction",
-    "AttentionRegistry",
     "CACHE",
     "CACHE_NAMES",
     "EPImplementation",
@@ -70,6 +71,7 @@ __all__ = [
     "mark_fsdp_managed",
     "masks_follow_positions",
     "reads_attention_mask",
+    "register_attention",
     "replace_loss",
     "restore_checkpointing",
     "restore_loss",

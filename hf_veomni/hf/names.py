@@ -21,18 +21,16 @@ from typing import Any
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.expert_parallel import (
     EPImplementation,
     EPImplementationInterface,
     apply_expert_parallelism,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import (
-    ALL_ATTENTION_FUNCTIONS,
-)
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from hf_veomni.errors import UnsupportedError
@@ -201,40 +199,47 @@ def eager_attention(module: nn.Module) -> AttentionFunction:
     )
 
 
-class AttentionRegistry:
-    """Wraps the registered attention functions in place, and puts the originals back.
+class AttentionConfig:
+    """A config as attention modules of one model read it: the model's own, but for the attention that it selects.
 
-    The wrapper must behave like the original for modules that are not marked, since the registry is shared by all
-    models of the process. Functions that are registered later are wrapped by the next `wrap_all`.
+    Attributes:
+        shared: the model's config, of which all else is read and set.
+        state: of the model (a `ParallelState`).
+        followed: what `shared` has selected when this selected its own.
     """
 
-    def __init__(self) -> None:
-        self._originals: dict[str, AttentionFunction | None] = {}
-        self._wrapped: dict[str, AttentionFunction] = {}
+    shared: Any
+    state: Any
+    followed: str
 
-    def wrap_all(self, wrapper: Callable[[AttentionFunction | None], AttentionFunction]) -> None:
-        """Replace every entry f by `wrapper(f)`, and register `wrapper(None)` as "eager", which has no entry."""
-        for name in [*ALL_ATTENTION_FUNCTIONS.valid_keys(), "eager"]:
-            if not self.is_wrapped(name) and not name.startswith("paged|"):
-                original = AttentionInterface._global_mapping.get(name)
-                self._originals[name] = original
-                self._wrapped[name] = wrapper(original)
-                AttentionInterface.register(name, self._wrapped[name])
+    def __init__(self, config: Any, state: Any) -> None:
+        vars(self).update(shared=config, state=state)
+        self.select(attention_name(config))
 
-    def is_wrapped(self, name: str) -> bool:
-        current = ALL_ATTENTION_FUNCTIONS.get(name)
-        return current is not None and current is self._wrapped.get(name)
+    @property
+    def selected(self) -> str:
+        return vars(self)["_attn_implementation"]
 
-    def restore(self) -> None:
-        """Put the originals back where nobody has replaced the wrapper since."""
-        for name, original in self._originals.items():
-            if AttentionInterface._global_mapping.get(name) is self._wrapped[name]:
-                if original is None:
-                    del AttentionInterface._global_mapping[name]
-                else:
-                    AttentionInterface.register(name, original)
-        self._originals.clear()
-        self._wrapped.clear()
+    def select(self, name: str) -> str:
+        """Select a registered attention for the modules that have this config; returns its name."""
+        vars(self).update(followed=attention_name(self.shared), _attn_implementation=name)
+        return name
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "shared":  # not there yet, while a copy is made
+            raise AttributeError(name)
+        return getattr(self.shared, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.shared, name, value)
+
+
+def register_attention(name: str, function: AttentionFunction, masks_of: str) -> None:
+    """Register an attention, with the masks of another one."""
+    masks = ALL_MASK_ATTENTION_FUNCTIONS.get(masks_of)
+    if masks is not None:
+        AttentionMaskInterface.register(name, masks)
+    AttentionInterface.register(name, function)
 
 
 def attention_name(config: Any) -> str:

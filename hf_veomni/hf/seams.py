@@ -40,7 +40,8 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "_experts_implementation",
         "get_text_config",
     ),
-    "transformers:AttentionInterface": ("_global_mapping", "register", "valid_keys"),
+    "transformers:AttentionInterface": ("register", "valid_keys"),
+    "transformers:AttentionMaskInterface": ("register",),
     "transformers:GenerationConfig": ("_get_default_generation_params",),
     "transformers:Trainer": (
         "_get_output_dir",
@@ -70,6 +71,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "transformers.integrations.sdpa_attention": ("sdpa_attention_forward",),
     "transformers.loss.loss_utils": ("ForCausalLMLoss",),
     "transformers.masking_utils": (
+        "ALL_MASK_ATTENTION_FUNCTIONS",
         "and_masks",
         "bidirectional_mask_function",
         "causal_mask_function",

@@ -1,4 +1,4 @@
-"""Install sequence parallelism and packing on a stock model: marks on attention modules, hooks around the backbone.
+"""Install sequence parallelism and packing on a stock model: its attention, and hooks around the backbone.
 
     backbone          pre-hook    pads the row, finds the packed documents, switches the cache off
       rotary          post-hook   rope tables [.., S', D] -> [.., s, D]
@@ -14,7 +14,6 @@ nothing here runs a second time in the backward; a recomputation has the layers'
 from __future__ import annotations
 
 import inspect
-from functools import wraps
 from typing import Any
 from weakref import WeakSet
 
@@ -30,6 +29,7 @@ from hf_veomni.context import Call, CheckpointCarrier, Row, current, enter, is_c
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import forget
 from hf_veomni.mesh import ParallelState
+from hf_veomni.sequence.attention import OwnAttention, can_cross, watch_cross
 from hf_veomni.sequence.backbone import (
     looks_ahead_by_kernel,
     makes_masks,
@@ -49,7 +49,6 @@ from hf_veomni.sequence.checks import (
     row_documents,
 )
 from hf_veomni.sequence.context_length import Context
-from hf_veomni.sequence.cross import can_cross, cross_attention, is_cross, watch_cross
 from hf_veomni.sequence.families.bias import attach_bias
 from hf_veomni.sequence.families.core import attach_patch, has_patch
 from hf_veomni.sequence.families.deepstack import cut_deepstack
@@ -62,30 +61,8 @@ from hf_veomni.sequence.mixers import Gathered, LinearAttachment, check_mixer_he
 from hf_veomni.sequence.origin import find_origin
 from hf_veomni.sequence.outputs import Outputs
 from hf_veomni.sequence.shard import check_same_rows, gather_rows, pad_inputs, shard_sequence
-from hf_veomni.sequence.ulysses import EXCHANGED, ulysses_attention
 
-_MARK = "_omni_sequence"
-_registry = hf.AttentionRegistry()
 _attached: WeakSet[SequenceAttachment] = WeakSet()
-
-
-def _wrap_attention(inner: hf.AttentionFunction | None) -> hf.AttentionFunction:
-    """`inner` for unmarked modules, Ulysses around it for marked ones; None stands for the family's eager function."""
-
-    @torch.compiler.disable  # what it reads of the row would be frozen into a graph
-    def attention(module, query, key, value, attention_mask, **kwargs):
-        function = inner or hf.eager_attention(module)
-        state: ParallelState | None = getattr(module, _MARK, None)
-        row = current().row
-        if state is not None and is_cross(module) and not (row is not None and row.full and state.sp_size > 1):
-            return cross_attention(function, module, query, key, value, attention_mask, state, **kwargs)
-        if state is None or state.sp_group is None or (row is not None and row.full):
-            return function(module, query, key, value, attention_mask, **kwargs)
-        kwargs |= {"group": state.sp_group, "rank": state.sp_rank}
-        exchanged = vars(module).get(EXCHANGED, ulysses_attention)
-        return exchanged(function, module, query, key, value, attention_mask, **kwargs)
-
-    return wraps(inner)(attention) if inner is not None else attention  # pyright: ignore
 
 
 class SequenceAttachment:
@@ -142,7 +119,7 @@ class SequenceAttachment:
         self._install()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A deep copy of the model has a copy of this, which counts for the copy's configs and for the registry."""
+        """A deep copy of the model has a copy of this, which counts for the copy's configs."""
         vars(self).update(state)
         attach_user(self, self._configs, self._option, self._previous)
         _attached.add(self)
@@ -153,11 +130,12 @@ class SequenceAttachment:
         replaced = ["sdpa"] if hf.supports_sdpa(self.model) else ["sdpa", "eager"]
         replaced = [] if self._masks_as_tensors else replaced
         self._previous = select(self, self._configs, self._option, replaced, VARLEN_NAME)
-        _registry.wrap_all(_wrap_attention)
         _attached.add(self)
-        for module in self.points.attentions:
-            setattr(module, _MARK, self.state)
-        self._handles += [watch_cross(m) for m in self.points.attentions if can_cross(m)]
+        crossing = [m for m in self.points.attentions if can_cross(m)]
+        self._handles += [watch_cross(m) for m in crossing]
+        self._crosses = bool(crossing) or any(m.scheme == "gather" for m in self.points.mixers)
+        exchanging = crossing if self.state.sp_group is None else self.points.attentions
+        self._own_attention = OwnAttention([m for m in exchanging if not has_patch(m)], self.state)
         decoder = self.points.decoder
         if self.model is not decoder:
             self._handles += [
@@ -191,7 +169,7 @@ class SequenceAttachment:
             self._linear = LinearAttachment(decoder, self.points.mixers, self.state)
 
     def detach(self) -> None:
-        """Remove hooks and marks, select the previous attention, and free the registry after the last model."""
+        """Remove hooks and select the previous attention."""
         if self.encoder is not None:
             self.encoder.detach()
         for handle in self._handles:
@@ -200,13 +178,10 @@ class SequenceAttachment:
             self._linear.detach()
         hf.restore_checkpointing(self._checkpointed, CheckpointCarrier)
         detach_generate(self.model)
-        for module in self.points.attentions:
-            if _MARK in module.__dict__:
-                delattr(module, _MARK)
+        self._own_attention.remove()
         release(self, self._configs)
         _attached.discard(self)
         if not _attached:
-            _registry.restore()
             untell_packing()
 
     def gather(self, local: Tensor, length: int | None = None) -> Tensor:
@@ -223,6 +198,7 @@ class SequenceAttachment:
             return args, kwargs  # the backbone's own error names what is missing
         length = given.shape[1]
         full = self._runs_unsharded(inputs)
+        self._own_attention.follow(cut=not full and self.state.sp_size > 1)
         extra = 0 if full else -length % self.state.sp_size
         row, documents = Row(self, length, length + extra, full), None
         if not full:
@@ -270,7 +246,8 @@ class SequenceAttachment:
     def _prepare(
         self, inputs: dict[str, Any], given: Tensor, extra: int, row: Row
     ) -> tuple[dict[str, Any], Documents]:
-        self._check_inputs(inputs)
+        if self.state.sp_size > 1:
+            check_available(inputs, self.config, crosses=self._crosses)
         positions, call = inputs.get("position_ids"), current().call
         if positions is None and call is not None and call.owner is self:
             positions = call.positions
@@ -306,22 +283,6 @@ class SequenceAttachment:
             own = self._origin.positions(inputs["position_ids"], inputs.get("input_ids"), inputs.get("attention_mask"))
             inputs["position_ids"] = own
         return inputs, documents
-
-    def _check_inputs(self, inputs: dict[str, Any]) -> None:
-        if self.state.sp_size > 1:
-            crosses = any(map(can_cross, self.points.attentions)) or any(
-                m.scheme == "gather" for m in self.points.mixers
-            )
-            check_available(inputs, self.config, crosses=crosses)
-        for config in self._configs:
-            name = hf.attention_name(config)
-            if not _registry.is_wrapped(name):
-                if self.state.sp_size > 1 or name == VARLEN_NAME:
-                    _registry.wrap_all(_wrap_attention)  # selected or registered after `prepare_omni`
-                if not _registry.is_wrapped(name) and self.state.sp_size > 1:
-                    raise UnsupportedError(
-                        f"Attention '{name}' is unknown to transformers' AttentionInterface: register it."
-                    )
 
     def _leave(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         row = current().row

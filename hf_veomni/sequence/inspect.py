@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from hf_veomni import hf
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.sequence.attention import merges_keys
 from hf_veomni.sequence.backbone import asks_interface, attends, find_layers, notes_shape, own_names, views_as_row
-from hf_veomni.sequence.cross import merges_keys
 from hf_veomni.sequence.hints import attention_paths, backbone_paths, hint_rule
 from hf_veomni.sequence.mixers import Mixer, find_mixers, find_unknown
 from hf_veomni.sequence.ulysses import head_layout

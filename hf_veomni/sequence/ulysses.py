@@ -147,10 +147,10 @@ def heads_to_sequence(out: Tensor, layout: HeadLayout, group: dist.ProcessGroup,
     return received.permute(1, 2, 0, 3).contiguous()
 
 
-class _LocalHeads:
-    """What the inner attention function sees as `module`: the real one, with the head counts of this rank."""
+class ModuleView:
+    """What an attention function sees as `module`: the real one, but for some attributes (heads of this rank)."""
 
-    def __init__(self, module: torch.nn.Module, **overrides: Any) -> None:
+    def __init__(self, module: torch.nn.Module | ModuleView, **overrides: Any) -> None:
         self.__dict__.update(_module=module, **overrides)
 
     def __getattr__(self, name: str) -> Any:
@@ -166,7 +166,7 @@ def _slice_per_head(x: Any, dim: int, span: Span, num_heads: int) -> Any:
 
 def attend_heads(
     inner: Callable[..., tuple[Tensor, Any]],
-    module: torch.nn.Module,
+    module: torch.nn.Module | ModuleView,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -192,12 +192,12 @@ def attend_heads(
     mask = attention_mask
     if isinstance(mask, Tensor) and mask.dim() == 4:
         mask = _slice_per_head(mask, 1, span, num_heads)
-    return inner(_LocalHeads(module, **overrides), query, key, value, mask, **kwargs)[0]
+    return inner(ModuleView(module, **overrides), query, key, value, mask, **kwargs)[0]
 
 
 def ulysses_attention(
     inner: Callable[..., tuple[Tensor, Any]],
-    module: torch.nn.Module,
+    module: torch.nn.Module | ModuleView,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, PreTrainedModel
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 
 
-OURS = "omni_varlen"  # stays registered, as a name that a config may select
+OURS = ("omni_varlen", "omni|")  # stay registered: a name that a config may select, and names that only we select
 
 
 def traces(model: nn.Module) -> dict[Any, Any]:
@@ -46,7 +46,7 @@ def changes(before: dict[Any, Any], after: dict[Any, Any]) -> list[str]:
 def wrapped_functions() -> list[str]:
     """Registered attention functions whose code is hf_veomni's, but for its own."""
     functions = AttentionInterface._global_mapping.items()
-    return [name for name, f in functions if name != OURS and "hf_veomni" in f.__code__.co_filename]
+    return [name for name, f in functions if not name.startswith(OURS) and "hf_veomni" in f.__code__.co_filename]
 
 
 def left_by_us(model: nn.Module) -> list[str]:

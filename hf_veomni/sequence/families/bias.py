@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from hf_veomni.sequence.attention import is_cross
 from hf_veomni.sequence.backbone import BIAS_METHODS
-from hf_veomni.sequence.cross import is_cross
 
 
 class _Replaced:

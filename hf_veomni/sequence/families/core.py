@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hf_veomni import hf
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import ParallelState
-from hf_veomni.sequence.cross import cut_queries
+from hf_veomni.sequence.attention import cut_queries
 from hf_veomni.sequence.exchange import exchanged, masked
 from hf_veomni.sequence.families.deberta import deberta_forward, is_deberta
 
