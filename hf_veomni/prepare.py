@@ -41,8 +41,7 @@ from hf_veomni.modality.towers import attach_towers
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.sequence.attach import SequenceAttachment, attach_sequence
 from hf_veomni.sequence.backbone import counts_rows
-from hf_veomni.sequence.boundaries import attach_boundaries
-from hf_veomni.sequence.guard import attach_guards
+from hf_veomni.sequence.calls import attach_calls
 from hf_veomni.sequence.pipelined import pipeline
 from hf_veomni.sequence.randomness import attach_dropout
 
@@ -266,8 +265,7 @@ def _attach(
         reasons["router"] = f"{type(base).__name__} computes it inside its forward"
     else:
         undo.append(detach)
-    undo.append(attach_guards(base, state, reasons))
-    undo.append(attach_boundaries(base))
+    undo.append(attach_calls(base, state, reasons))
     undo.append(forget_in_graphs(base))  # before all others
     if state.sp_size > 1:
         undo.append(attach_dropout(base, state))

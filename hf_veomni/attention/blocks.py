@@ -41,10 +41,6 @@ class Formula(NamedTuple):
     softcap: float | None = None
     dropout: float = 0.0
 
-    @property
-    def is_stock(self) -> bool:
-        return self.softcap is None and not self.dropout
-
 
 def plan_blocks(spec: MaskSpec, size: int, *, split_plain: bool) -> tuple[Block, ...]:
     """Blocks of at most `size` queries; spans that need no mask stay in one piece unless `split_plain`."""

@@ -55,7 +55,8 @@ class MaskSpec:
     """Which tokens of the full rows attend to which; passes through a model as its `attention_mask`.
 
     Attributes:
-        before, after: limits within a span in tokens, None for none; causal is after=0.
+        before, after: limits within a span in tokens, None for none.
+        causal: whether nothing is seen that comes after, after=0.
         spans: what is left of the documents without padding, cut into chunks where the pattern has them. Tokens
             outside of every span attend to nothing.
         evaluate: `block` decides within a span; otherwise `before` and `after` say all.
@@ -85,6 +86,7 @@ class MaskSpec:
         spans, holes = self._unpad(self._documents(pattern))
         spans, aligned = self._cut_chunks(spans, pattern)
         self.before, self.after = pattern.before, pattern.after
+        self.causal = self.after == 0
         self._call, self._holes = pattern.evaluate or not aligned, holes
         self.evaluate = self._call or holes
         self.spans: tuple[Span, ...] = tuple(spans)
@@ -121,10 +123,6 @@ class MaskSpec:
     def shape(self) -> torch.Size:
         """[B, 1, S, S]."""
         return torch.Size((self.num_rows, 1, self.row_length, self.row_length))
-
-    @property
-    def causal(self) -> bool:
-        return self.after == 0
 
     @cached_property
     def max_length(self) -> int:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from hf_veomni.context import current
 from hf_veomni.hf.require import VersionError
 
 MaskFunction = Callable[..., Any]
@@ -143,3 +144,33 @@ def holds_absolute_chunks(function: MaskFunction) -> bool:
     if name in ("and_masks", "or_masks"):
         return any(holds_absolute_chunks(part) for part in held.get("mask_functions", ()))
     return name == "chunked_overlay"
+
+
+_PACKED = "find_packed_sequence_indices"
+_TELLS = "_omni_tells"
+
+
+def tell_packing() -> None:
+    """Have transformers ask the running forward's documents for packing, not its positions. Idempotent.
+
+    For each mask that it makes, it compares positions with their neighbours and asks the device whether any document
+    begins within a row. The documents (`context`) answer in its place if they were read of the same positions.
+    """
+    stock = required(_PACKED)
+    if hasattr(stock, _TELLS):
+        return
+
+    @wraps(stock)
+    def find(position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        documents = current().documents
+        if documents is None or torch.compiler.is_compiling() or not documents.told_by(position_ids):
+            return stock(position_ids, *args, **kwargs)
+        return documents.segments
+
+    setattr(find, _TELLS, stock)
+    setattr(masking_utils, _PACKED, find)
+
+
+def untell_packing() -> None:
+    """Put transformers' own function back, unless somebody has replaced it since."""
+    setattr(masking_utils, _PACKED, getattr(required(_PACKED), _TELLS, required(_PACKED)))

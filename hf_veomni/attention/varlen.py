@@ -117,7 +117,7 @@ def choose_path(
     bias: Tensor | None = None,
 ) -> Path:
     """Which of the ways at the top of this file attention takes. Same arguments as those ways; reads shapes only."""
-    limited = not spec.evaluate and bias is None and formula.is_stock
+    limited = not spec.evaluate and bias is None and formula.softcap is None and not formula.dropout
     if limited and sinks is None and _is_one_document_a_row(spec):
         return "fused"
     if limited and kernel_applies(query, key, value) and (sinks is None or _KERNEL_TAKES_SINKS):
@@ -195,13 +195,13 @@ def _attend_fused(query: Tensor, key: Tensor, value: Tensor, spec: MaskSpec, sca
             query, key, value, is_causal=spec.causal, scale=scaling, enable_gqa=grouped
         )
         return out[..., :width].transpose(1, 2).contiguous()
-    blocks = spec.cache.get("fused")
-    if blocks is None:
-        blocks = spec.cache["fused"] = plan_blocks(spec, _window_block(spec), split_plain=False)
-    overlap = not all(block.plain for block in blocks)
-    queries = take_slices(query, [b.queries for b in blocks], overlap=False)
-    keys = take_slices(key, [b.keys for b in blocks], overlap=overlap)
-    values = take_slices(value, [b.keys for b in blocks], overlap=overlap)
+    if "fused" not in spec.cache:
+        planned = plan_blocks(spec, _window_block(spec), split_plain=False)
+        spans = [block.queries for block in planned], [block.keys for block in planned]
+        spec.cache["fused"] = planned, *spans, not all(block.plain for block in planned)
+    blocks, of_queries, of_keys, overlap = spec.cache["fused"]
+    queries = take_slices(query, of_queries, overlap=False)
+    keys, values = take_slices(key, of_keys, overlap=overlap), take_slices(value, of_keys, overlap=overlap)
     pieces, filled = [], 0
     for block, q, k, v in zip(blocks, queries, keys, values, strict=True):
         mask = None if block.plain else _window_mask(spec, block, query)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -16,14 +15,13 @@ from transformers import PreTrainedModel
 
 from hf_veomni import hf
 from hf_veomni.errors import UnsupportedError
-from hf_veomni.fsdp.beside import watch_parts
 from hf_veomni.fsdp.dtypes import cast_inputs, split_by_dtype
+from hf_veomni.fsdp.hooks import RAN, reshard_after_inference, watch_parts
 from hf_veomni.fsdp.storage import check_no_scalars, check_own_storage, make_contiguous
 from hf_veomni.fsdp.unused import watch_experts
 from hf_veomni.hf import peft as hf_peft
 from hf_veomni.mesh import ParallelState
 
-_HELD, _RAN = "_omni_held", "_omni_ran"
 _STYLES = {"free_full_weight": "free", "keep_full_weight": "keep"}
 
 
@@ -140,34 +138,6 @@ def plan_units(model: PreTrainedModel, rules: Mapping[str, Mapping[str, str]]) -
     return found
 
 
-def _reshard_after_inference(model: nn.Module, args: Any, output: Any) -> None:
-    """Without a backward nothing would free the kept units: parameters would stay unsharded after an evaluation."""
-    setattr(model, _RAN, True)
-    if not torch.is_grad_enabled() and not getattr(model, _HELD, False):
-        _reshard(model)
-
-
-def _reshard(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-@contextmanager
-def held_weights(model: nn.Module) -> Iterator[None]:
-    """Within this context the kept units (the head) stay gathered after a forward without gradients, for logits that
-    somebody looks at later."""
-    base: Any = hf.base_model(model)
-    outer = getattr(base, _HELD, False)
-    setattr(base, _HELD, True)
-    try:
-        yield
-    finally:
-        setattr(base, _HELD, outer)
-        if not outer:
-            _reshard(base)
-
-
 def check_dtype_can_change(model: nn.Module, dtype: torch.dtype) -> None:
     """Refuse to cast parameters whose dtype FSDP2 has noted, at the first forward.
 
@@ -176,7 +146,7 @@ def check_dtype_can_change(model: nn.Module, dtype: torch.dtype) -> None:
     """
     base = hf.base_model(model)
     other = next((p.dtype for p in base.parameters() if p.is_floating_point() and p.dtype != dtype), None)
-    if other is not None and getattr(base, _RAN, False):
+    if other is not None and getattr(base, RAN, False):
         raise UnsupportedError(
             f"`bf16_full_eval` (True) would cast sharded parameters ({other}) to {dtype} after they have been used, "
             "and FSDP2 goes on with that of the first forward: leave it out (`bf16=True` evaluates in bfloat16 too), "
@@ -291,7 +261,7 @@ def shard_parameters(
     _prefetch_experts(model, experts)
     if not experts:  # those of an expert group have a forward of their own
         watch_experts(model)
-    model.register_forward_hook(_reshard_after_inference)
+    model.register_forward_hook(reshard_after_inference)
     watch_parts(model)
     if hasattr(model, "generate"):  # of an encoder-decoder it calls the encoder before the model
         register_fsdp_forward_method(model, "generate")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hf_veomni import hf
 from hf_veomni.attention.documents import Documents
-from hf_veomni.attention.packing import tell_packing, untell_packing
+from hf_veomni.attention.mask_reader import tell_packing, untell_packing
 from hf_veomni.attention.registry import attach_user, release, select
 from hf_veomni.attention.varlen import VARLEN_NAME, register_varlen_attention
 from hf_veomni.context import Call, CheckpointCarrier, Row, current, enter, is_cut, is_generating, leave
@@ -39,28 +39,28 @@ from hf_veomni.sequence.backbone import (
 )
 from hf_veomni.sequence.checks import (
     Capabilities,
+    Context,
     check_available,
     check_counted,
     check_documents,
     check_mask_given,
     check_masks_above,
     check_slice,
+    find_positions,
+    prepare_mask,
     refuse_unshared,
     row_documents,
 )
-from hf_veomni.sequence.context_length import Context
 from hf_veomni.sequence.families.bias import attach_bias
 from hf_veomni.sequence.families.core import attach_patch, has_patch
 from hf_veomni.sequence.families.deepstack import cut_deepstack
 from hf_veomni.sequence.gather_points import find_gather_point, map_hidden, pooling_modules, text_encoder
 from hf_veomni.sequence.generation import attach_generate, detach_generate
-from hf_veomni.sequence.inputs import find_positions, prepare_mask
 from hf_veomni.sequence.inspect import ShardPoints, check_heads, find_shard_points
-from hf_veomni.sequence.layer_inputs import cut_call
 from hf_veomni.sequence.mixers import Gathered, LinearAttachment, check_mixer_heads
 from hf_veomni.sequence.origin import find_origin
 from hf_veomni.sequence.outputs import Outputs
-from hf_veomni.sequence.shard import check_same_rows, gather_rows, pad_inputs, shard_sequence
+from hf_veomni.sequence.shard import check_same_rows, cut_call, gather_rows, pad_inputs, shard_sequence
 
 _attached: WeakSet[SequenceAttachment] = WeakSet()
 
@@ -269,7 +269,8 @@ class SequenceAttachment:
             sp_size=self.state.sp_size,
         )
         pad_token = getattr(self.config, "pad_token_id", None)
-        inputs = cut_deepstack(inputs, row.padded, self.state)
+        if inputs.get("visual_pos_masks") is not None:
+            inputs = cut_deepstack(inputs, row.padded, self.state)
         inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
         documents = row_documents(inputs["position_ids"], given.shape[0], extra)
         check_documents(self._capabilities, documents, mask, positions, filled=bool(extra))

@@ -103,13 +103,14 @@ def _around(name: str) -> hf.AttentionFunction:
     def attention(module, query, key, value, attention_mask, **kwargs):
         state, row = module.config.state, current().row
         function = ALL_ATTENTION_FUNCTIONS.get(name) or hf.eager_attention(module)
+        full = row is not None and row.full
+        group = None if full else state.sp_group
+        if is_cross(module) and not (full and state.sp_size > 1):
+            group, attention_mask = None, cross_mask(module, attention_mask, query.shape[2], state)
         seen = ModuleView(module, config=module.config.shared)  # of which flash attention asks its own name
-        if is_cross(module) and not (row is not None and row.full and state.sp_size > 1):
-            mask = cross_mask(module, attention_mask, query.shape[2], state)
-            return function(seen, query, key, value, mask, **kwargs)
-        if state.sp_group is None or (row is not None and row.full):
+        if group is None:
             return function(seen, query, key, value, attention_mask, **kwargs)
-        kwargs |= {"group": state.sp_group, "rank": state.sp_rank}
+        kwargs |= {"group": group, "rank": state.sp_rank}
         exchanged = vars(module).get(EXCHANGED, ulysses_attention)
         return exchanged(function, seen, query, key, value, attention_mask, **kwargs)
 

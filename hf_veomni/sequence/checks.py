@@ -1,11 +1,12 @@
-"""The packed documents of a row, and whether a model can keep them apart."""
+"""The input at full length: its positions and mask, its packed documents, and whether a model can keep them apart."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from hf_veomni import hf
@@ -13,9 +14,76 @@ from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.mask import MaskSpec
 from hf_veomni.attention.varlen import VARLEN_NAME
 from hf_veomni.errors import UnsupportedError
-from hf_veomni.host import apply, on_host
-from hf_veomni.sequence.context_length import Context
+from hf_veomni.host import apply, on_host, remember, with_values
 from hf_veomni.sequence.inspect import ShardPoints
+from hf_veomni.sequence.origin import Origin
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a model's config says of lengths in tokens.
+
+    Attributes:
+        limit: of a document, None for any. A rope that is scaled goes as far as the scale says.
+        way_out, told_by: what a longer document needs, and what says so.
+        switch: from more tokens on rope's frequencies are others, and a row has but one set of them; None: never.
+        dynamic: whether they depend on the length itself then (dynamic NTK).
+    """
+
+    limit: int | None = None
+    way_out: str = ""
+    switch: int | None = None
+    dynamic: bool = False
+    told_by: str = "`max_position_embeddings`"
+
+    @classmethod
+    def of(cls, config: Any, origin: Origin | None) -> Context:
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is None or limit <= 0:  # XLNet's -1 says that there is none
+            return cls()
+        if origin is not None and origin.limit is not None:
+            return cls(min(limit, origin.limit), "split it")
+        ropes = _ropes(config)
+        kinds = [rope.get("rope_type") for rope in ropes]
+        if "dynamic" in kinds:
+            return cls(None, "", limit, dynamic=True)
+        reach = max([limit, *(int(_original(rope, limit) * (rope.get("factor") or 1)) for rope in ropes)])
+        long = [_original(rope, limit) for rope in ropes if rope.get("rope_type") == "longrope"]
+        context = cls(reach, "split it, or raise the context in the model's config", min(long, default=None))
+        if reach == limit:
+            return context
+        way_out = "split it, or raise `factor` of the config's `rope_parameters`"
+        return replace(
+            context, way_out=way_out, told_by="`original_max_position_embeddings` times its rope's `factor`"
+        )
+
+    def check(self, longest: int) -> None:
+        """Raises UnsupportedError for a document of too many tokens."""
+        if self.limit is not None and longest > self.limit:
+            raise UnsupportedError(
+                f"A document of {longest} tokens is longer than the model's context ({self.told_by}, {self.limit}): "
+                f"{self.way_out}."
+            )
+
+    def mixes(self, lengths: Sequence[int]) -> bool:
+        """Whether packed documents of these lengths would need several sets of frequencies in one row."""
+        if self.switch is None or max(lengths) <= self.switch:
+            return False
+        return len(set(lengths)) > 1 if self.dynamic else min(lengths) <= self.switch
+
+
+def _original(rope: Mapping[str, Any], limit: int) -> int:
+    return rope.get("original_max_position_embeddings") or limit
+
+
+def _ropes(config: Any) -> list[Mapping[str, Any]]:
+    """Rope parameters of a config: one set, or one for each type of layer."""
+    given = getattr(config, "rope_parameters", None)
+    if not isinstance(given, Mapping):
+        return []
+    if "rope_type" in given:
+        return [given]
+    return [value for value in given.values() if isinstance(value, Mapping)]
 
 
 @dataclass(frozen=True)
@@ -37,6 +105,49 @@ class Capabilities:
     masks_pack: bool
     masks_as_tensors: bool
     scales_rows: bool = False
+
+
+def find_positions(given: Any, like: Tensor, mask: Any, config: Any) -> Tensor:
+    """`position_ids` as given, with their values on the host, or those that count the tokens of `like` [B, S, ...]."""
+    if given is not None:
+        found = with_values(given, on_host(given))  # waits for the device here, or not at all
+        check_text_positions(found, mask)
+        return found
+    found = remember(torch.arange(like.shape[1])[None], like.device)
+    if "mrope_section" in str(getattr(config, "rope_parameters", None)):  # whose own default has all rows
+        found = apply(Tensor.expand, found, like.shape[0], -1)
+    return found
+
+
+def prepare_mask(
+    inputs: dict[str, Any], like: Tensor, *, name: str, fill: bool, on_demand: bool, takes_mask: bool, sp_size: int
+) -> Any:
+    """Put the `attention_mask` of the full row into `inputs`; returns the one that tells tokens of a user apart.
+
+    Args:
+        inputs: holds `position_ids`.
+        like: [B, S, ...].
+        fill: rows are to be filled up to a multiple of `sp_size` that all tokens would see.
+        on_demand: the model attends otherwise with a mask than without one.
+        takes_mask: the backbone's forward has an `attention_mask`.
+
+    Raises:
+        UnsupportedError: rows to be filled up of a model that would attend otherwise with the mask that this takes.
+    """
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == like.shape[:2]:
+        inputs["attention_mask"] = mask = with_values(mask, on_host(mask))
+        if bool(on_host(mask).all()) and not on_demand:
+            inputs["attention_mask"] = mask = None  # an all-ones mask would switch stock packing off
+    if fill and mask is None and takes_mask:
+        if on_demand:
+            raise UnsupportedError(
+                f"{name} attends otherwise with an `attention_mask` than without one, so a row of {like.shape[1]} "
+                f"tokens cannot be filled up to a multiple of {sp_size}: pass a mask."
+            )
+        if not restarts(inputs["position_ids"]):
+            inputs["attention_mask"] = remember(torch.ones(like.shape[:2], dtype=torch.long), like.device)
+    return mask
 
 
 def row_documents(positions: Tensor, num_rows: int, padding: int = 0) -> Documents:

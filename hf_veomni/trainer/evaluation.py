@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,11 @@ from accelerate.utils.operations import find_batch_size, recursively_apply
 from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
-from hf_veomni import hf
-from hf_veomni.context import current
 from hf_veomni.expert import counting_no_tokens
 from hf_veomni.fsdp import check_dtype_can_change, held_weights
 from hf_veomni.hf.require import override
 from hf_veomni.loss import chunked_evaluation, has_chunked_loss
-from hf_veomni.mesh import ParallelState, get_parallel_state, is_prepared
-from hf_veomni.prepare import full_output
+from hf_veomni.mesh import ParallelState, is_prepared
 from hf_veomni.trainer.loaders import DummyBatch
 from hf_veomni.trainer.loop import InStep
 from hf_veomni.trainer.losses import overrides
@@ -34,53 +31,6 @@ else:
 _LOOK_AT_OUTPUTS = ("compute_loss", "training_step", "prediction_step")
 
 
-def _is_row(name: str) -> bool:
-    return name.endswith("logits") or name in ("hidden_states", "last_hidden_state")
-
-
-def _put_together(model: nn.Module, output: Any, lazy: bool) -> Any:
-    """Full-length logits and hidden states in place of this rank's slices; everything else as it is."""
-    if isinstance(output, Tensor):
-        return full_output(output, model, lazy) if output.dim() == 3 else output
-    if isinstance(output, MutableMapping):
-        for name in [name for name in output if _is_row(name)]:
-            output[name] = _put_together(model, output[name], lazy)
-    elif type(output) is tuple:
-        return tuple(_put_together(model, value, lazy) for value in output)
-    return output
-
-
-@contextmanager
-def whole_outputs(model: nn.Module, lazy: bool = True) -> Iterator[None]:
-    """Inside, the model returns full-length logits [B, S, V] on every rank, with gradients.
-
-    Every rank of the SP group then holds them, and what is computed from them is computed sp times over: the price of
-    a function that wants to see all logits.
-
-    Args:
-        lazy: in training, gather hidden states and make logits where somebody looks at them.
-
-    Collective: per forward one all-gather over the SP group; its backward is a reduce-scatter (sum).
-    """
-    if not is_prepared(model) or get_parallel_state(model).sp_size == 1:
-        yield
-        return
-    base: Any = hf.base_model(model)  # which user code may call past its PEFT wrapper, and its backbone past both
-
-    def put_together(module: nn.Module, args: Any, output: Any) -> Any:
-        if module is base or current().call is None:
-            return _put_together(model, output, lazy)
-        return None
-
-    parts = dict.fromkeys([base, base.base_model, hf.find_backbone(base)])
-    handles = [part.register_forward_hook(put_together) for part in parts]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class EvaluationMixin(_Trainer):
     """Overrides of Trainer around `compute_loss` and `prediction_step`.
 
@@ -89,21 +39,8 @@ class EvaluationMixin(_Trainer):
     nobody looks at logits, none are made.
     """
 
-    _outputs_are_full = False
     _evaluates_stream = False
     _eval_losses: list[tuple[Tensor, Tensor | None]]  # of the batches evaluated so far, and the items in each
-
-    @contextmanager
-    def _full(self, model: nn.Module, wanted: bool, lazy: bool = True) -> Iterator[None]:
-        if not wanted or self._outputs_are_full:
-            yield
-            return
-        self._outputs_are_full = True
-        try:
-            with whole_outputs(model, lazy):
-                yield
-        finally:
-            self._outputs_are_full = False
 
     @override
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -146,20 +83,6 @@ class EvaluationMixin(_Trainer):
         # Of a stream Trainer counts what this rank has read.
         counted = self._evaluates_stream and isinstance(loader, InStep)
         return output._replace(num_samples=loader.num_rows) if counted else output
-
-    @override
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if num_items_in_batch is None and self._computes_loss and not model.training:  # TRL's evaluation hands none
-            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        # `compute_loss_func` gets full logits and full labels. Every rank of the SP group computes the full loss from
-        # them; the gather's backward sums the equal gradients, and FSDP's mean over the group takes the sum back.
-        looks = self.compute_loss_func is not None or self.label_smoother is not None
-        with self._full(model, looks, lazy=False):
-            return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
 
     @override
     def prediction_step(

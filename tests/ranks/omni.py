@@ -212,7 +212,7 @@ def evaluate_whole(setting: Setting, plan: str) -> dict[str, Tensor]:
             out = model(**_alone(batch))
             return {name: out[name] for name in _HEADS}
         from hf_veomni import prepare_omni
-        from hf_veomni.trainer.evaluation import whole_outputs
+        from hf_veomni.trainer.losses import whole_outputs
 
         prepare_omni(model, plan)
         with whole_outputs(model):

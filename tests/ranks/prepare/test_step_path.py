@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/architecture.md").read_text()
 
 # What a reader has to follow, today: to be lowered as files are merged, for the goals are 24 and 120.
-MOST_FILES = 49
-MOST_SWITCHES = 359
+MOST_FILES = 35
+MOST_SWITCHES = 276
 
 
 def _section(title: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import masking_utils
 
-from hf_veomni.attention.packing import tell_packing, untell_packing
+from hf_veomni.attention.mask_reader import tell_packing, untell_packing
 from hf_veomni.context import within
 from hf_veomni.host import forget, remember
 from hf_veomni.sequence.checks import row_documents

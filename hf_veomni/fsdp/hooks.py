@@ -1,12 +1,14 @@
-"""Modules that users call beside the forward of a sharded model: embeddings for `inputs_embeds`, the backbone, the
-head.
+"""Hooks around the forward of a sharded model: what users call beside it, and what stays gathered after it.
 
-FSDP2 takes the module that runs first for the root of all, gathers what belongs to the root in the root's forward, and
-reduces its gradients once those of the root's inputs are there.
+Beside it they call embeddings for `inputs_embeds`, the backbone, the head. FSDP2 takes the module that runs first for
+the root of all, gathers what belongs to the root in the root's forward, and reduces its gradients once those of the
+root's inputs are there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from transformers import PreTrainedModel
 
 from hf_veomni import hf
 from hf_veomni.errors import UnsupportedError
+
+_HELD, RAN = "_omni_held", "_omni_ran"
 
 
 def watch_parts(model: PreTrainedModel) -> None:
@@ -64,3 +68,31 @@ class _Watch:
             )
         self.model._get_fsdp_state()._lazy_init()
         self.model.unshard()
+
+
+def reshard_after_inference(model: nn.Module, args: Any, output: Any) -> None:
+    """Without a backward nothing would free the kept units: parameters would stay unsharded after an evaluation."""
+    setattr(model, RAN, True)
+    if not torch.is_grad_enabled() and not getattr(model, _HELD, False):
+        _reshard(model)
+
+
+def _reshard(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def held_weights(model: nn.Module) -> Iterator[None]:
+    """Within this context the kept units (the head) stay gathered after a forward without gradients, for logits that
+    somebody looks at later."""
+    base: Any = hf.base_model(model)
+    outer = getattr(base, _HELD, False)
+    setattr(base, _HELD, True)
+    try:
+        yield
+    finally:
+        setattr(base, _HELD, outer)
+        if not outer:
+            _reshard(base)
