@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.families import GATED
 
 MODALITIES = ("text", "image", "video", "audio")
 # Passes through (weights, attention): the backward of a linear layer makes two products, for its input and for its
@@ -30,7 +31,6 @@ _WIDTH = ("embed_dim", "d_model", "hidden_size")  # Qwen2-VL's hidden_size is it
 _LAYERS = ("depth", "encoder_layers", "num_hidden_layers")
 _HEADS = ("num_heads", "encoder_attention_heads", "num_attention_heads")
 _MLP = ("encoder_ffn_dim", "intermediate_size")
-_GATED_TYPES = ("pixtral",)  # a gate beside gelu; other encoders with a gate have silu
 _PLAIN_ACTIVATIONS = ("gelu_new", "gelu", "relu", "quick_gelu")  # text models with these have no gate
 
 
@@ -255,7 +255,7 @@ def _is_gated(config: Any, modality: str) -> bool:
     activation = next((getattr(config, name) for name in names if getattr(config, name, None)), "gelu")
     if modality == "text":
         return activation not in _PLAIN_ACTIVATIONS
-    return activation == "silu" or getattr(config, "model_type", None) in _GATED_TYPES
+    return activation == "silu" or getattr(config, "model_type", None) in GATED
 
 
 def _mlp_width(config: Any, width: int, layers: int, modality: str) -> int:

@@ -5,7 +5,7 @@
     for the model       [rows of all items, width], zeros where the token is in another rank's slice
 
 The model scatters all of them into embeddings of the full row, of which the first layer's hook keeps the slice: what
-the zeros become is cut away. That is so in the families below; in others every rank gets all rows (`towers`).
+the zeros become is cut away. That is so in the families of `SCATTER`; in others every rank gets all rows (`towers`).
 
 Shapes: S tokens of the row, S' = S padded to a multiple of sp, s = S'/sp tokens of a slice.
 """
@@ -22,13 +22,10 @@ from torch import Tensor, nn
 from hf_veomni import hf
 from hf_veomni.comm.all_to_all import all_to_all
 from hf_veomni.context import current, enter, leave
+from hf_veomni.families import SCATTER
 from hf_veomni.host import on_host
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment
-
-# Model types that scatter features in the order of their placeholders and look at them nowhere else.
-_SCATTER = {"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"}
-_SCATTER |= {"gemma3", "idefics3", "internvl", "llava_onevision", "smolvlm", "voxtral"}
 
 
 class IdsWatch:
@@ -66,7 +63,7 @@ def find_ranks(config: Any, modality: str | None, num_rows: int, state: Parallel
     ids = current().ids
     names = (f"{modality}_token_id", f"{modality}_token_index")
     token = next((found for name in names if isinstance(found := getattr(config, name, None), int)), None)
-    if ids is None or token is None or getattr(config, "model_type", None) not in _SCATTER:
+    if ids is None or token is None or getattr(config, "model_type", None) not in SCATTER:
         return None
     columns = (on_host(ids) == token).nonzero()[:, 1].numpy()
     part = -(-ids.shape[1] // state.sp_size)

@@ -7,7 +7,7 @@
 
 A cost is in patches: attention is quadratic in those of one frame, the rest linear.
 
-A video of the towers in `FRAMES` is as many images as it has temporal patches: attention and windows end with each,
+A video of the towers in `TOWERS` is as many images as it has temporal patches: attention and windows end with each,
 and positions are those within it. So runs of its frames are items too, which are joined again behind the tower.
 """
 
@@ -25,14 +25,6 @@ from torch import Tensor
 from hf_veomni.host import on_host, remember
 
 Arguments = dict[str, Any]
-
-# Model types of towers whose temporal patches do not know of each other, as read and tried in transformers 5.23.
-# Others merge frames (Ernie 4.5 VL), attend to the full clip (Kimi K2.5, MiniMax M3), have no videos (PaddleOCR-VL,
-# HunYuan) or have not been tried (Video-Llama 3, dots3).
-FRAMES = {f"{family}_vision" for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")}
-FRAMES |= {f"{family}_vision" for family in ("qwen3_5_moe", "qwen4_exp", "glm4v", "glm4v_moe", "glm_ocr", "glm5_next")}
-FRAMES |= {f"{family}_vision_encoder" for family in ("qwen2_5_omni", "qwen3_omni_moe")}
-FRAMES |= {"exaone4_5_vision", "cohere_compass_vision"}
 
 # Runs of frames that are worth a rank's share: the more, the nearer the shares, and the more items.
 _RUNS_OF_A_SHARE = 8
@@ -68,7 +60,7 @@ def find_items(arguments: Arguments, width: int, num_ranks: int = 0) -> Items | 
     Args:
         arguments: with their names. Shapes as above.
         width: of the tower's hidden states, which says from how many patches on attention outweighs the rest.
-        num_ranks: that share the items, where a long video may be cut into runs of frames (`FRAMES`); 0 leaves each
+        num_ranks: that share the items, where a long video may be cut into runs of frames (`TOWERS`); 0 leaves each
             video in full.
     """
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}

@@ -4,7 +4,7 @@
       attention        one call of the varlen kernel for all frames (or one fused call a frame), not one split a layer
 
 A stock tower asks the device for its grid again and again: for each of these tables, and in each layer for the lengths
-by which it splits queries, keys and values. Towers of the families in `FRAMES` take the tables ready-made, and the
+by which it splits queries, keys and values. Towers of the families in `TOWERS` take the tables ready-made, and the
 boundaries where their attention is of a flash kind (`tower_attention`). Numbers stay those of stock sdpa.
 """
 
@@ -24,8 +24,9 @@ from transformers.vision_utils import (
 )
 
 from hf_veomni import hf
+from hf_veomni.families import TOWERS
 from hf_veomni.host import on_host
-from hf_veomni.modality.ulysses_vit import TABLES, WINDOWS, cutting, mark_boundaries, register_tower_attention
+from hf_veomni.modality.ulysses_vit import cutting, mark_boundaries, register_tower_attention
 
 
 class ReadyTower:
@@ -57,13 +58,13 @@ class ReadyTower:
         return args, {**kwargs, **self._tables(tower, on_host(grid), grid.device)}
 
     def _tables(self, tower: Any, grid: Tensor, device: torch.device) -> dict[str, Any]:
-        kind, merge = self.config.model_type, self.config.spatial_merge_size
+        rules, merge = TOWERS[self.config.model_type], self.config.spatial_merge_size
         tables: dict[str, Any] = {"position_ids": get_vision_position_ids(grid, merge)}
         edges = {"cu_seqlens": get_vision_cu_seqlens(grid)}
-        if kind in WINDOWS:
+        if rules.windows:
             size, patch = self.config.window_size, self.config.patch_size
             tables["window_index"], edges["cu_window_seqlens"] = get_vision_window_index(grid, merge, size, patch)
-        if kind in TABLES:
+        if rules.tables:
             names = ("interp_indices", "interp_weights")
             found = get_vision_interpolation_indices_and_weights(
                 grid,

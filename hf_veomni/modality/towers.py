@@ -34,11 +34,12 @@ from hf_veomni import hf
 from hf_veomni.comm.gather import gather_shards
 from hf_veomni.context import Encoding, current, is_generating, within
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.families import TOWERS
 from hf_veomni.fsdp.unused import GiveZeros
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment, assign_items
 from hf_veomni.modality.exchange import exchange_rows, find_ranks, watch_ids
-from hf_veomni.modality.items import FRAMES, Items, find_items
+from hf_veomni.modality.items import Items, find_items
 from hf_veomni.modality.ready import ReadyTower
 from hf_veomni.modality.schedule import FEATURES, TowerPasses, units_of, used_features, why_not
 from hf_veomni.modality.ulysses_vit import TowerCut, check_cut
@@ -106,7 +107,7 @@ def attach_towers(
 
 def _takes_tables(tower: nn.Module) -> bool:
     config: Any = getattr(tower, "config", None)
-    return getattr(config, "model_type", None) in FRAMES and hf.attention_name(config) == "sdpa"
+    return getattr(config, "model_type", None) in TOWERS and hf.attention_name(config) == "sdpa"
 
 
 def _attach_passes(
@@ -216,7 +217,7 @@ class _SharedMethod:
         self.owner, self.name, self.model, self.state = owner, name, model, state
         self.kind, self.passes = kind, passes
         config = getattr(_tower(owner, name), "config", None)
-        self.cuts_videos = getattr(config, "model_type", None) in FRAMES
+        self.cuts_videos = getattr(config, "model_type", None) in TOWERS
         self.width = int(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 1)
         self.parameters = list(inspect.signature(self._stock).parameters)
 

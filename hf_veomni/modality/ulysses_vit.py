@@ -43,19 +43,14 @@ from hf_veomni.attention.varlen import varlen_attention
 from hf_veomni.comm.gather import gather_shards
 from hf_veomni.context import Encoding, current
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.families import TOWERS
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment
 from hf_veomni.modality.exchange import exchange_rows, find_ranks
-from hf_veomni.modality.items import FRAMES
 from hf_veomni.sequence.ulysses import ulysses_attention
 
 # transformers hands boundaries to what has "flash" in its name, and cuts queries by them for all others.
 TOWER_NAME = "omni_tower_flash"
-# Model types of towers that take windows, tables of learned positions, or neither from the grid (transformers 5.23).
-WINDOWS = {"qwen2_5_vl_vision", "qwen2_5_omni_vision_encoder", "exaone4_5_vision"}
-_SCALED = {"glm4v_vision", "glm4v_moe_vision"}  # their `embeddings` count patches from the first one that they see
-_PLAIN = {"qwen2_vl_vision", "glm_ocr_vision", "glm5_next_vision"}
-TABLES = FRAMES - WINDOWS - _SCALED - _PLAIN
 _BOUNDARIES = "_omni_boundaries"
 
 
@@ -172,7 +167,7 @@ class TowerCut:
 
     def __init__(self, tower: nn.Module, state: ParallelState) -> None:
         self.config: Any = tower.config
-        self.state, self.kind = state, self.config.model_type
+        self.state, self.rules = state, TOWERS[self.config.model_type]
         self.unit = int(self.config.spatial_merge_size) ** 2
         self.slices: PatchSlices | None = None
         self.lengths: list[int] = []
@@ -187,7 +182,7 @@ class TowerCut:
             tower.register_forward_pre_hook(self.enter, with_kwargs=True),
             tower.register_forward_hook(self.leave),
         ]
-        if self.kind in _SCALED:
+        if self.rules.counts:
             embeddings: Any = tower.embeddings
             self.handles.append(embeddings.register_forward_pre_hook(self.cut_lengths))
 
@@ -211,7 +206,7 @@ class TowerCut:
     def _prepare(self, tower: nn.Module, inputs: dict[str, Any], grid: Tensor, pixels: Tensor) -> PatchSlices:
         """Put into `inputs` what the tower would compute from the grid: of this rank's patches; boundaries of all."""
         order = windows = None
-        if self.kind in WINDOWS:
+        if self.rules.windows:
             config = self.config
             order, windows = get_vision_window_index(
                 grid, config.spatial_merge_size, config.window_size, config.patch_size, kwargs=inputs
@@ -226,7 +221,7 @@ class TowerCut:
         if windows is not None:
             inputs["cu_window_seqlens"], inputs["max_window_seqlen"], _ = self._bound(windows, slices, pixels.device)
             inputs["window_index"] = torch.arange(slices.part, device=grid.device)
-        if self.kind in TABLES:
+        if self.rules.tables:
             self._interpolate(tower, inputs, grid, slices)
         return slices
 
@@ -295,10 +290,10 @@ def check_cut(tower: nn.Module, name: str, sp_size: int) -> None:
     """
     config: Any = getattr(tower, "config", None)
     kind = getattr(config, "model_type", None)
-    if kind not in FRAMES:
+    if kind not in TOWERS:
         raise UnsupportedError(
             f"The rule 'sp: ulysses' names `{name}` ({type(tower).__name__}, model type {kind!r}), whose patches "
-            f"cannot be cut: it takes towers of the model types {', '.join(sorted(FRAMES))}. Use 'balance' (complete "
+            f"cannot be cut: it takes towers of the model types {', '.join(sorted(TOWERS))}. Use 'balance' (complete "
             "items, the default) or 'replicate' for this one."
         )
     heads = getattr(config, "num_heads", None) or config.num_attention_heads

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from hf_veomni.data.modalities import modality_of
+from hf_veomni.families import AUDIO, TILE_PROCESSORS, TILES
 
 MODALITIES = ("image", "video", "audio")
 _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
@@ -33,36 +34,34 @@ def _qwen3_omni(frames: Any) -> Any:
     return rest + frames // 100 * 13
 
 
-# Tokens of an audio clip from its mel frames (sum of its mask), by model type.
-AUDIO_RULES: Mapping[str, Callable[[Any], Any]] = {
-    "qwen2_audio": _qwen2_audio,
-    "qwen2_5_omni": _qwen2_audio,
-    "qwen2_5_omni_thinker": _qwen2_audio,
-    "qwen3_omni_moe": _qwen3_omni,
-    "qwen3_omni_moe_thinker": _qwen3_omni,
-}
+_AUDIO_RULES: Mapping[str, Callable[[Any], Any]] = {"pooled": _qwen2_audio, "chunked": _qwen3_omni}
 
 
-def _tile(config: Any) -> int:
-    """Patches of a square image."""
+def audio_rule(model_type: str | None) -> Callable[[Any], Any] | None:
+    """Tokens of an audio clip from its mel frames (sum of its mask); None where the model's are not known."""
+    known = AUDIO.get(model_type or "")
+    return None if known is None else _AUDIO_RULES[known.rule]
+
+
+def tile_tokens(config: Any) -> int | None:
+    """Tokens of an image or tile of a model; None where they are not known to be all alike."""
+    known = TILES.get(getattr(config, "model_type", None) or "")
+    if known is None:
+        return None
+    if known.tokens is not None:
+        return int(getattr(config, known.tokens))
     size, patch = (
         value[0] if isinstance(value, list | tuple) else value
         for value in (config.vision_config.image_size, config.vision_config.patch_size)
     )
-    return (size // patch) ** 2
+    patches = (size // patch) ** 2
+    if known.over is not None:
+        return patches // getattr(config, known.over) ** 2
+    return int(patches * getattr(config, known.times or "") ** 2)
 
 
-# Tokens of an image or tile, all of them alike, by model type.
-TILE_RULES: Mapping[str, Callable[[Any], int]] = {
-    "gemma3": lambda config: config.mm_tokens_per_image,
-    "gemma3n": lambda config: config.vision_soft_tokens_per_image,
-    "idefics3": lambda config: _tile(config) // config.scale_factor**2,
-    "smolvlm": lambda config: _tile(config) // config.scale_factor**2,
-    "internvl": lambda config: int(_tile(config) * config.downsample_ratio**2),
-}
 # The same of a processor, which has put so many placeholders: it tells lost tiles at least.
 _OF_PROCESSORS = ("image_seq_length", "image_seq_len")
-_ONE_TILE = ("Gemma3Processor", "InternVLProcessor", "Idefics3Processor", "SmolVLMProcessor")
 
 
 class Alignment:
@@ -118,7 +117,7 @@ class Alignment:
             merge = self._merge_size(modality)
             return None if merge is None else patches // merge**2
         if modality == "audio":
-            rule = AUDIO_RULES.get(getattr(self.config, "model_type", ""))
+            rule = audio_rule(getattr(self.config, "model_type", None))
             mask = next((items[name] for name in _AUDIO_MASKS if name in items), None)
             if rule is not None and mask is not None:
                 return int(rule(mask.sum(-1).long()).sum())
@@ -130,9 +129,8 @@ class Alignment:
             return None
         each = None
         if self.config is not None:
-            rule = TILE_RULES.get(getattr(self.config, "model_type", ""))
-            each = rule(self.config) if rule is not None else None
-        elif type(self.processor).__name__ in _ONE_TILE:
+            each = tile_tokens(self.config)
+        elif type(self.processor).__name__ in TILE_PROCESSORS:
             each = next(value for name in _OF_PROCESSORS if (value := getattr(self.processor, name, None)))
         mask = items.get("pixel_attention_mask")
         tiles = pixels.shape[1] if mask is not None and mask.dim() == 4 else len(pixels)

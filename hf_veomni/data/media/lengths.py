@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 from hf_veomni import hf
-from hf_veomni.data.media.alignment import AUDIO_RULES, TILE_RULES
+from hf_veomni.data.media.alignment import audio_rule
 from hf_veomni.data.media.chat import RawReader, sampling_rate
 from hf_veomni.data.media.decode import BrokenItemError, audio_samples, image_size, name_of
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.families import AUDIO, TILES
 
 # (modality of each item, patches of each, parts of each that do not attend to each other) -> cost of each
 CostFunction = Callable[[list[str], list[int], list[int]], Any]
 _TRIALS: Mapping[str, tuple[Any, Any]] = {"image": ((448, 672), (301, 215)), "audio": (8_000, 43_211)}
 _THIN = 4  # pixels that an image processor may take for channels
-_AUDIO_TOWERS = {"qwen2_audio": 2, "qwen2_5_omni": 2, "qwen2_5_omni_thinker": 2}  # patches a token; else 1
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ class SizeReader:
         if patches is None:
             patches = tokens or text.count(self._token(modality))
             if modality == "audio":
-                patches *= _AUDIO_TOWERS.get(self._model_type(), 1)
+                known = AUDIO.get(self._model_type())
+                patches *= 1 if known is None else known.patches
             return text, patches, 1
         if hasattr(getattr(self.processor, "image_processor", None), "merge_size"):
             return text, patches, 1
-        rule = TILE_RULES.get(getattr(self.config, "model_type", ""))
         vision: Any = getattr(self.config, "vision_config", None)
-        if rule is not None and isinstance(getattr(vision, "patch_size", None), int):
+        if getattr(self.config, "model_type", "") in TILES and isinstance(getattr(vision, "patch_size", None), int):
             return text, patches * (vision.image_size // vision.patch_size) ** 2, patches
         return text, tokens or patches, patches
 
@@ -131,13 +131,13 @@ class SizeReader:
         if known is not None:
             return known
         plain = type(self.processor).__name__.removesuffix("Processor").lower()
-        return next((name for name in AUDIO_RULES if name.replace("_", "") == plain), "")
+        return next((name for name in AUDIO if name.replace("_", "") == plain), "")
 
     def _formula(self, modality: str, size: Any) -> tuple[int | None, int | None]:
         """Tokens and patches of an item of a size by the processor's formula, None where it has none."""
         counts = hf.count_multimodal_tokens(self.processor, modality, size)
         if counts is None and modality == "audio":
-            rule = AUDIO_RULES.get(self._model_type())
+            rule = audio_rule(self._model_type())
             maker: Any = getattr(self.processor, "feature_extractor", None)
             if rule is None or not hasattr(maker, "hop_length"):
                 return None, None

@@ -16,37 +16,13 @@ from torch import Tensor, nn
 from hf_veomni import hf
 from hf_veomni.context import current, within
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.families import LIGHTNING, MIXERS
 from hf_veomni.mesh import ParallelState
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.sequence.families.lightning import check_lightning, run_lightning
 from hf_veomni.sequence.hints import attends_by_name
 from hf_veomni.sequence.mixers.functions import FUNCTIONS, MixerCall
 from hf_veomni.sequence.mixers.replicated import run_gathered
-
-# Classes whose forward does nothing along the sequence but call functions of `FUNCTIONS`: each was read, and is tested
-# against one rank. The number of heads (channels) that a scan assigns, by the attribute that holds it; None for a
-# convolution alone, which any number of ranks can share.
-_BY_FUNCTIONS: dict[str, str | None] = {
-    "Qwen3NextGatedDeltaNet": "num_v_heads",
-    "Qwen3_5GatedDeltaNet": "num_v_heads",
-    "Qwen3_5MoeGatedDeltaNet": "num_v_heads",
-    "OlmoHybridGatedDeltaNet": "num_v_heads",
-    "KimiLinearDeltaAttention": "num_heads",
-    "BailingHybridDeltaAttention": "num_heads",
-    "BambaMixer": "num_heads",
-    "FalconH1Mixer": "num_heads",
-    "GraniteMoeHybridMambaLayer": "num_heads",
-    "NemotronHMamba2Mixer": "num_heads",
-    "Zamba2MambaMixer": "num_heads",
-    "JambaMambaMixer": "intermediate_size",
-    "MambaMixer": "intermediate_size",
-    "FalconMambaMixer": "intermediate_size",
-    "Mamba2Mixer": "num_heads",
-    "Lfm2ShortConv": None,
-    "Lfm2MoeShortConv": None,
-    "Lfm3ShortConv": None,
-}
-_LIGHTNING = "MiniMaxLightningAttention"
 
 
 @dataclass(frozen=True)
@@ -66,10 +42,10 @@ class Mixer:
 def find_scheme(module: nn.Module) -> str | None:
     """How a mixer can share rows without computing them more than once; None if nothing here knows it."""
     kind, names = type(module).__name__, set(hf.code_names(module))
-    if kind in _BY_FUNCTIONS:
+    if kind in MIXERS:
         # A forward that was rewritten since would silently mix something else.
         return "functions" if names & FUNCTIONS.keys() else None
-    return "lightning" if kind == _LIGHTNING and check_lightning(module, names) else None
+    return "lightning" if kind in LIGHTNING and check_lightning(module, names) else None
 
 
 def find_mixers(layers: Sequence[tuple[str, nn.Module]], gathered: Set[nn.Module] = frozenset()) -> list[Mixer]:
@@ -162,7 +138,7 @@ def check_mixer_heads(mixers: Iterable[Mixer], sp_size: int) -> None:
     """Raises UnsupportedError where a mixer has fewer heads than `sp_size`."""
     for mixer in mixers:
         kind = type(mixer.module).__name__
-        attribute = "num_attention_heads" if mixer.scheme == "lightning" else _BY_FUNCTIONS.get(kind)
+        attribute = LIGHTNING[kind] if mixer.scheme == "lightning" else MIXERS.get(kind)
         if mixer.scheme == "gather" or attribute is None or sp_size <= (heads := getattr(mixer.module, attribute)):
             continue
         raise UnsupportedError(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_veomni.modality.items import FRAMES
+from hf_veomni.families import TOWERS
 from tests.ranks.modality.test_towers_families import ALL, NONE, check_towers
 from tests.ranks.parity import relative_error
 
@@ -126,7 +126,7 @@ def _run_tower(model_type: str) -> dict[str, float]:
     return errors | {"detached": relative_error(again[0], wanted[0])}
 
 
-@pytest.mark.parametrize("model_type", sorted(FRAMES))
+@pytest.mark.parametrize("model_type", sorted(TOWERS))
 def test_every_tower(ranks, model_type):
     for errors in ranks(2).run(_run_tower, model_type):
         worst = max(errors, key=errors.__getitem__)

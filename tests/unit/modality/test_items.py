@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from hf_veomni.families import TOWERS
 from hf_veomni.modality import assign_items, balance_report
-from hf_veomni.modality.items import FRAMES, find_items
+from hf_veomni.modality.items import find_items
 from tests.grid_towers import build_tower, make_pixels
 
 
@@ -61,7 +62,7 @@ def _features(output: Any) -> list[torch.Tensor]:
     return [output.pooler_output, *(output.get("deepstack_features") or ())]
 
 
-@pytest.mark.parametrize("model_type", sorted(FRAMES))
+@pytest.mark.parametrize("model_type", sorted(TOWERS))
 def test_frames_do_not_know_of_each_other(model_type):
     """A video in one call, and its frames in a call each; sizes at which windows are cut off at the edge."""
     tower = build_tower(model_type).eval()
