@@ -40,7 +40,8 @@ class EvaluationMixin(_Trainer):
     """
 
     _evaluates_stream = False
-    _eval_losses: list[tuple[Tensor, Tensor | None]]  # of the batches evaluated so far, and the items in each
+    # Of the batches evaluated so far, and the items in each; None outside of `evaluation_loop`.
+    _eval_losses: list[tuple[Tensor, Tensor | None]] | None = None
 
     @override
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -102,7 +103,7 @@ class EvaluationMixin(_Trainer):
             else:
                 stack.enter_context(self._full(model, not prediction_loss_only))
             found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if found[0] is not None and not isinstance(inputs, DummyBatch):
+        if self._eval_losses is not None and found[0] is not None and not isinstance(inputs, DummyBatch):
             # `predict_with_generate` takes the model's loss as it is, a mean over the same items.
             counted = self._counted or getattr(self.args, "predict_with_generate", False)
             items: Any = self._get_num_items_in_batch([inputs], self.args.device) if counted else None
@@ -129,11 +130,11 @@ class EvaluationMixin(_Trainer):
         Collective: one all-reduce of four numbers over all ranks.
         """
         totals = torch.zeros(4, dtype=torch.float64)  # loss and items of the finite batches and of the others
-        for loss, items in self._eval_losses:
+        for loss, items in self._eval_losses or ():
             count = float("nan") if items is None else float(items)
             if count != 0:  # of no items there is no mean
                 totals[[0, 1] if bool(loss.isfinite()) else [2, 3]] += torch.tensor([float(loss) * count, count])
-        self._eval_losses = []
+        self._eval_losses = None
         if self.parallel_state.world_size > 1:
             totals = totals.to(self.args.device)
             dist.all_reduce(totals)

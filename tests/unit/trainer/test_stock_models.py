@@ -112,6 +112,24 @@ def test_trains_resumes_and_evaluates_as_the_stock_trainer(tmp_path, name):
     _same(_run(OmniTrainer, OmniTrainingArguments, str(tmp_path / "omni"), name, evaluated), expected)
 
 
+def _by_hand(trainer: Any, kind: Any, folder: str, name: str) -> list[float]:
+    torch.manual_seed(0)
+    made = trainer(MODELS[name](), kind(folder, use_cpu=True, report_to=[]), train_dataset=_rows(name, 4))
+    made.current_gradient_accumulation_steps = 1  # which the stock loop sets
+    batch = next(iter(made.get_train_dataloader()))
+    return [
+        float(made.training_step(made.model, batch, torch.tensor(32))),
+        float(made.prediction_step(made.model, batch, prediction_loss_only=True)[0]),
+        float(made.prediction_step(made.model, batch, prediction_loss_only=False)[0]),
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_that_are_called_by_hand(tmp_path, name):
+    expected = _by_hand(Trainer, TrainingArguments, str(tmp_path), name)
+    assert _by_hand(OmniTrainer, OmniTrainingArguments, str(tmp_path), name) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
 def test_resumes_whatever_the_optimizer_keeps(tmp_path, optimizer):
     evaluated = _rows("masked LM", 8)
