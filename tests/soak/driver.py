@@ -159,27 +159,30 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def _wait_for_moment(attempt: Attempt, known: Undisturbed, chance: random.Random) -> None:
-    """Half of the kills wait for a save, the first or a later one, and then for a part of its time."""
-    if chance.random() < 0.5:
+    """Most kills wait for a save, the first or a later one, and then for a part of its time."""
+    if chance.random() < 0.35:
         attempt.wait(chance.uniform(0, known.start + (known.end - known.start) * 0.4))
         return
     for _ in range(chance.randrange(3)):
         attempt.wait(ATTEMPT, lambda: attempt.saving)
         attempt.wait(ATTEMPT, lambda: not attempt.saving)
-    attempt.wait(ATTEMPT, lambda: attempt.saving)
-    time.sleep(chance.uniform(0, known.save))
+    while attempt.running:
+        attempt.wait(ATTEMPT, lambda: attempt.saving)
+        time.sleep(chance.uniform(0, known.save))
+        if attempt.saving:  # else it was over sooner than that
+            return
 
 
 def _attempt(attempt: Attempt, known: Undisturbed, tally: Tally, chance: random.Random) -> int:
-    """One start and its kill. Returns the newest step that was seen in its place before the kill."""
+    """One start and its kill. Returns the newest step that was seen in its place then."""
     _wait_for_moment(attempt, known, chance)
-    seen = named(attempt.run)
-    alive, saving = attempt.processes(), attempt.saving
-    killed = attempt.running
+    saving, alive = attempt.saving, attempt.processes()
+    killed = bool(alive)
     if killed:
         attempt.kill(alive if chance.random() < 0.25 else [chance.choice(alive)])
-        tally.kills += 1
         tally.during_save += saving and attempt.saving
+        tally.kills += 1
+    seen = named(attempt.run)
     tally.stalled += attempt.end()
     if not killed and attempt.failed:
         tally.failed += 1
