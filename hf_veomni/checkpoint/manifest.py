@@ -97,7 +97,7 @@ def find_damage(directory: Path, *, contents: bool = False) -> str | None:
         return f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
     for name, (size, _) in entries.items():
         path = directory / name
-        if not path.resolve().is_relative_to(directory.resolve()):
+        if "\0" in name or not path.resolve().is_relative_to(directory.resolve()):
             return f"its {MANIFEST} names a file outside of it ('{name}')"
         if not path.is_file():
             return f"'{name}' is missing"

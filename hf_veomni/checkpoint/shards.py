@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +183,11 @@ def write_state(state: Mapping[str, Any], directory: str | os.PathLike[str]) -> 
             }:
                 stale.unlink()
     with together(f"Writing '{directory}'"):
-        shard, index = plan_state(state, directory)
+        shard, text = plan_state(state, directory)
         write_shard(shard)
     with together(f"Writing '{directory}'"):
         if rank == 0:
-            (directory / INDEX).write_text(index)
+            (directory / INDEX).write_text(text)
             flush(directory / INDEX)
             flush(directory)
 
@@ -239,10 +240,10 @@ class ShardReader:
                 "from. Use an earlier one, or load its weights alone with from_pretrained."
             )
         try:
-            index = json.loads(path.read_text())
-            self.shapes = {str(name): tuple(int(n) for n in shape) for name, shape in index["shapes"].items()}
-            self.values = dict(index["values"])
-            version, files = int(index["version"]), int(index["files"])
+            stored = json.loads(path.read_text())
+            self.shapes = {str(name): tuple(map(index, shape)) for name, shape in stored["shapes"].items()}
+            self.values = dict(stored["values"])
+            version, files = index(stored["version"]), index(stored["files"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"'{path}' cannot be read ({type(error).__name__}: {error}).") from error
         if version != _VERSION:
@@ -257,9 +258,10 @@ class ShardReader:
             places = json.loads((handle.metadata() or {})[_INFO])
             for name in handle.keys():
                 part = handle.get_slice(name)
-                offset, shape = tuple(places[name]["saved_offsets"]), tuple(part.get_shape())
-                if len(offset) != len(shape):
-                    raise ValueError(f"'{name}' has {len(shape)} dimensions and {len(offset)} offsets")
+                offset, shape = tuple(map(index, places[name]["saved_offsets"])), tuple(part.get_shape())
+                spans = list(zip(offset, shape, self.shapes[name], strict=True))
+                if any(at < 0 or at + size > total for at, size, total in spans):
+                    raise ValueError(f"'{name}' {shape} at {offset} is outside of {self.shapes[name]}")
                 found = _Part(offset, shape, str_to_torch_dtype[part.get_dtype()], handle)
                 self._parts.setdefault(name, {})[offset] = found
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -115,6 +115,7 @@ class CheckpointingMixin(_Trainer):
         root, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self._saver is None:
             self._saver = CheckpointSaver(self.args.async_save)
+            self._beside = self._saver.poll if self.args.async_save else None
         self._finish_save()
         with together(f"Cleaning up '{root}'"):
             if self.args.should_save:
@@ -165,13 +166,6 @@ class CheckpointingMixin(_Trainer):
             self._rotate(written)
 
     @override
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self._beside = None if self._saver is None else self._saver.poll()
-        if self._beside is not None and self.parallel_state.world_size == 1:
-            raise self._beside
-        return super().get_batch_samples(*args, **kwargs)
-
-    @override
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._finish_save()
         return super()._finalize_training(*args, **kwargs)
@@ -217,7 +211,7 @@ class CheckpointingMixin(_Trainer):
         finally:
             if self._saver is not None:
                 self._saver.close()
-                self._saver = None
+                self._saver = self._beside = None
 
     @override
     def _init_training_state(

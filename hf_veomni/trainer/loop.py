@@ -5,7 +5,7 @@ Before a step the ranks tell each other about the batches they have read, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -50,7 +50,7 @@ class BatchingMixin(LossMixin):
     _last_batch: Any = None
     _budget: TokenBudgetSampler | None = None
     _throughput: ThroughputCallback | None = None
-    _beside: Exception | None = None  # what went wrong on this rank beside training: all hear of it at the next step
+    _beside: Callable[[], Exception | None] | None = None  # tells what went wrong beside training on this rank
 
     @property
     def parallel_state(self) -> ParallelState:
@@ -146,13 +146,16 @@ class BatchingMixin(LossMixin):
         state = self.parallel_state
         if self._epoch_is_over:
             return [], None  # of a stream Trainer goes on asking, `max_steps` times
+        failed = None if self._beside is None else self._beside()
         if state.world_size == 1:
+            if failed is not None:
+                raise failed
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
             self._num_real = self._most_real = len(batches)
             self._epoch_is_over = not batches
             return self._fill_window(batches, num_batches if batches else 0), num_items
         batches, error = take(epoch_iterator, num_batches)
-        error = error or self._beside
+        error = error or failed
         ends = self._train_batches is not None and self._train_batches.ends_with_dummy
         if batches and ends and self.accelerator.gradient_state.end_of_dataloader:
             batches[-1] = DummyBatch.of(batches[-1])

@@ -13,7 +13,7 @@ from hf_veomni.checkpoint.manifest import Digest, publish, write_manifest
 from hf_veomni.checkpoint.shards import INDEX, Shard, plan_state, write_shard
 from hf_veomni.checkpoint.writer import note_path
 
-_GRACE = 30.0  # seconds that a save under way gets when training ends in an error
+_GRACE = 10.0  # seconds that a save under way gets when training ends in an error: a rank may be dead
 
 
 class CheckpointSaver:
@@ -92,6 +92,6 @@ class CheckpointSaver:
         return target
 
     def close(self) -> None:
-        """End the process beside this one; a save under way gets half a minute."""
+        """End the process beside this one; a save under way gets `_GRACE` seconds."""
         if self._writer is not None:
             self._writer.close(_GRACE)

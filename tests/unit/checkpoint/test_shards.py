@@ -63,6 +63,10 @@ def test_a_part_is_put_together_from_several_files(tmp_path: Path) -> None:
         reader.read("w", (slice(1, 6), slice(1, 3)))
 
 
+def _shapes() -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in state().items() if isinstance(value, torch.Tensor)}
+
+
 def _change(name: str, value: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         index = json.loads((folder / INDEX).read_text())
@@ -80,7 +84,9 @@ def _change(name: str, value: Any) -> Callable[[Path], None]:
         (_change("shapes", ["weight"]), "index.json' cannot be read"),
         (_change("version", 2), "has version 2"),
         (_change("files", 2), "shard-00002.*is missing"),
-        (_change("shapes", {}), "of another model"),
+        (_change("shapes", {}), "is no file of a sharded checkpoint"),
+        (_change("shapes", {**_shapes(), "weight": [2, 4]}), "is outside of"),
+        (_change("shapes", {**_shapes(), "weight": [12]}), "is no file of a sharded checkpoint"),
         (lambda folder: (folder / shard_name(0)).unlink(), "is missing"),
         (lambda folder: (folder / shard_name(0)).write_bytes(b""), "is no file of a sharded checkpoint"),
         (lambda folder: (folder / shard_name(0)).write_bytes(b"\xff" * 64), "is no file of a sharded checkpoint"),
