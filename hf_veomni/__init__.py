@@ -13,6 +13,7 @@ from hf_veomni.omni import (
     OmniModel,
     build_omni_model,
 )
+from hf_veomni.pairs import run_pair
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.prepare import build_parallelize_model, detach_omni, gather_sequence, prepare_omni
 from hf_veomni.trainer import OmniParallelismConfig, OmniTrainer, OmniTrainerMixin, OmniTrainingArguments
@@ -43,4 +44,5 @@ __all__ = [
     "mix_datasets",
     "pack_dataset",
     "prepare_omni",
+    "run_pair",
 ]

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from hf_veomni.attention.documents import Documents
     from hf_veomni.comm.all_to_all import Transport
+    from hf_veomni.pairs import Lane
     from hf_veomni.sequence.mixers.functions import MixerCall
 
 T = TypeVar("T")
@@ -112,7 +114,9 @@ class ForwardContext:
         mixer: the call that the functions of its modelling file serve; None leaves them as they are.
         recorded: of the checkpointed call that runs; None outside of any.
         transport: of exchanges between ranks; None: their process groups.
-        switch: lets the other sequence in flight run until it gives way; None where there is no other.
+        flight: of two sequences that run side by side the one that this is.
+        lane: the same, where it gives way to the other one: within the backbones of prepared models.
+        dropout: the random stream of the prepared model's call, and what tells whether it was drawn from.
         entries: what `leave` puts back, the innermost first.
     """
 
@@ -127,7 +131,9 @@ class ForwardContext:
     mixer: MixerCall | None = None
     recorded: Recorded | None = None
     transport: Transport | None = None
-    switch: Callable[[], None] | None = None
+    flight: Lane | None = None
+    lane: Lane | None = None
+    dropout: Any = None
     entries: tuple[_Entry, ...] = ()
 
 
@@ -155,6 +161,11 @@ def leave(owner: object) -> None:
     if entry is not None:
         left = tuple(other for other in now.entries if other is not entry)
         _current.set(replace(now, entries=left, **entry.before))
+
+
+def is_inside(owner: object) -> bool:
+    """Whether `owner` has entered fields and not left them."""
+    return any(entry.owner is owner for entry in current().entries)
 
 
 @contextmanager
@@ -188,7 +199,10 @@ class CheckpointCarrier:
 
     @torch.compiler.disable(recursive=False)  # a compiler cannot follow a ContextVar; the function itself it can
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.inner(_Carried(function), *args, **kwargs)
+        carried, lane = _Carried(function), current().lane
+        if lane is None:
+            return self.inner(carried, *args, **kwargs)
+        return lane.checkpoint(self, partial(self.inner, **kwargs), carried, *args)
 
 
 class _Carried:
@@ -200,7 +214,8 @@ class _Carried:
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        token = _current.set(self.context)
+        now = current()  # who runs beside it is another one in each recomputation
+        token = _current.set(replace(self.context, flight=now.flight, lane=now.lane))
         try:
             return self.function(*args, **kwargs)
         finally:

@@ -148,8 +148,8 @@ def land(flight: Flight) -> Tensor:
 
 def give_way() -> None:
     """Let the other sequence in flight run, while what this one waits for is under way."""
-    if (switch := current().switch) is not None:
-        switch()
+    if (lane := current().lane) is not None:
+        lane.give_way()
 
 
 @_uncompiled

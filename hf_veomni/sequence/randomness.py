@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_veomni.context import current, enter, is_inside, leave
 from hf_veomni.mesh import ParallelState
 
 
@@ -42,18 +43,18 @@ class _OwnDropout:
 
     def __init__(self, state: ParallelState) -> None:
         self._device, self._rank = state.device, state.sp_rank
-        self._running: list[tuple[ExitStack, Tensor]] = []
 
     def enter(self, module: nn.Module, args: Any) -> None:
         if module.training:
             stack = ExitStack()
             stack.enter_context(own_stream(self._device, _state(self._device).numpy().tobytes(), self._rank))
-            self._running.append((stack, _state(self._device)))
+            enter(self, dropout=(stack, _state(self._device)))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._running:
+        if not is_inside(self):
             return
-        stack, begun = self._running.pop()
+        stack, begun = current().dropout
+        leave(self)
         drew = not torch.equal(_state(self._device), begun)
         stack.close()
         if drew:

@@ -1,0 +1,221 @@
+"""Two sequences in flight: in which order they run, what each has for itself, and how an error of one ends both."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import hf_veomni.pairs
+from hf_veomni import UnsupportedError, run_pair
+from hf_veomni.comm import give_way
+from hf_veomni.context import CheckpointCarrier, current, enter, leave, within
+from hf_veomni.pairs import Visit, run_both
+
+
+def _both(function: Any, *inputs: Any) -> tuple[Any, Any]:
+    """Both at once, which give way from their beginning on."""
+    calls = [partial(function, x) for x in inputs]
+    return run_both((calls[0], calls[1]), (Visit(), Visit()))
+
+
+def test_each_runs_until_it_gives_way() -> None:
+    events: list[str] = []
+
+    def run(name: str) -> str:
+        for step in range(3):
+            events.append(f"{name}{step}")
+            give_way()
+        return name
+
+    assert _both(run, "a", "b") == ("a", "b")
+    assert events == ["a0", "b0", "a1", "b1", "a2", "b2"]
+
+
+def test_nothing_gives_way_outside_of_a_backbone() -> None:
+    events: list[str] = []
+
+    def run(name: str) -> None:
+        for step in range(2):
+            events.append(f"{name}{step}")
+            give_way()
+        enter(run, lane=current().flight)
+        give_way()
+        leave(run)
+        events.append(f"{name} ends")
+
+    run_pair(run, "a", "b")
+    assert events == ["a0", "a1", "b0", "b1", "a ends", "b ends"]
+    assert current().flight is None and current().lane is None
+
+
+def test_each_has_its_own_context_grad_mode_and_autocast() -> None:
+    variable: ContextVar[str] = ContextVar("variable", default="")
+    variable.set("outer")
+
+    def run(name: str) -> list[Any]:
+        found: list[Any] = [variable.get()]
+        variable.set(name)
+        with within(ids=torch.zeros(1) if name == "a" else None), torch.set_grad_enabled(name == "a"):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=name == "b"):
+                give_way()
+                dtype = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+                found += [variable.get(), current().ids is None, torch.is_grad_enabled(), dtype]
+            give_way()
+            found.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return found
+
+    first, second = _both(run, "a", "b")
+    assert first == ["outer", "a", False, True, torch.float32, torch.float32]
+    assert second == ["outer", "b", True, False, torch.bfloat16, torch.float32]
+    assert variable.get() == "outer" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def test_each_draws_from_its_own_stream() -> None:
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        give_way()
+        first = torch.rand(2)
+        give_way()
+        return torch.cat([first, torch.rand(2)])
+
+    alone = [run(seed) for seed in (3, 4)]
+    for found, expected in zip(_both(run, 3, 4), alone, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_streams_of_a_pair_differ_and_are_left_alone_where_nothing_draws() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    run_pair(lambda _: None, 1, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    first, second = run_pair(lambda _: torch.rand(4), 1, 2)
+    assert not torch.equal(first, second)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_error_of_one_ends_the_hooks_and_blocks_of_the_other() -> None:
+    ended: list[str] = []
+
+    class Layer(nn.Module):
+        def forward(self, name: str) -> None:
+            give_way()
+            if name == "b":
+                raise KeyError(name)
+            give_way()
+
+    layer = Layer()
+    layer.register_forward_hook(lambda module, args, output: ended.append(args[0]), always_call=True)
+
+    def run(name: str) -> None:
+        try:
+            layer(name)
+        finally:
+            ended.append(f"{name} ends")
+
+    with pytest.raises(KeyError, match="b"):
+        _both(run, "a", "b")
+    assert ended == ["b", "b ends", "a", "a ends"]
+    assert _both(lambda x: x, 1, 2) == (1, 2)
+
+
+def test_an_error_before_the_other_has_begun_is_raised() -> None:
+    def run(name: str) -> None:
+        raise KeyError(name)
+
+    with pytest.raises(KeyError, match="a"):
+        _both(run, "a", "b")
+
+
+def _meeting(key: object, log: list[Any], value: int) -> int:
+    def together(*visits: Visit) -> tuple[int, int]:
+        log.append(tuple(visit.args[0] for visit in visits))
+        return visits[0].args[0] * 10, visits[1].args[0] * 10
+
+    def alone(value: int) -> int:
+        log.append(value)
+        return value * 100
+
+    lane = current().lane
+    assert lane is not None
+    return lane.meet(key, Visit((value,)), together, alone)
+
+
+def test_who_comes_second_calls_for_both() -> None:
+    log: list[Any] = []
+
+    def run(value: int) -> list[int]:
+        give_way()
+        first = _meeting("one", log, value)
+        give_way()
+        return [first, _meeting("two", log, value + 1)]
+
+    assert _both(run, 1, 5) == ([10, 20], [50, 60])
+    assert sorted(sum(log, ())) == [1, 2, 5, 6] and len(log) == 2
+
+
+def test_what_only_one_comes_to_is_called_alone() -> None:
+    log: list[Any] = []
+
+    def run(more: int, value: int) -> list[int]:
+        found = [_meeting("only", log, value)] if value == more else []
+        return [*found, _meeting("both", log, value)]
+
+    assert _both(partial(run, 5), 1, 5) == ([10], [500, 50])  # the second one comes elsewhere, and then to the first
+    assert _both(partial(run, 1), 1, 5) == ([100, 100], [500])  # the first one waited where the second never comes
+    log.clear()
+    assert _both(lambda value: _meeting(value, log, value), 1, 5) == (100, 500)  # each waits elsewhere
+    assert sorted(log) == [1, 5]
+
+
+class _Block(nn.Module):
+    """Gives way twice, and draws a dropout mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        give_way()
+        hidden = nn.functional.dropout(self.one(x).tanh(), 0.5)
+        give_way()
+        return x + self.two(hidden).sigmoid()
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_gradients_equal_those_of_one_after_the_other(carried: bool) -> None:
+    blocks = [_Block() for _ in range(3)]
+    carriers = [CheckpointCarrier(partial(checkpoint, use_reentrant=False)) for _ in blocks]
+    inputs = [torch.randn(n, 4, dtype=torch.float64) for n in (5, 3)]
+
+    def run(index: int) -> Tensor:
+        torch.manual_seed(index)
+        hidden = inputs[index]
+        for block, carrier in zip(blocks, carriers, strict=True):
+            hidden = carrier(block, hidden) if carried else block(hidden)
+        return hidden.square().sum()
+
+    parameters = [p for block in blocks for p in block.parameters()]
+    expected = torch.autograd.grad(run(0) + run(1), parameters)
+    first, second = _both(run, 0, 1)
+    for _ in range(2):  # layers run again for each backward
+        found = torch.autograd.grad(first + second, parameters, retain_graph=True)
+        for got, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-14, atol=1e-14)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    carrier = CheckpointCarrier(partial(checkpoint, use_reentrant=True))
+    with pytest.raises(UnsupportedError, match="use_reentrant"):
+        _both(lambda x: carrier(torch.sin, x), torch.ones(1), torch.ones(1))
+
+
+def test_a_missing_greenlet_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_veomni.pairs, "greenlet", None)
+    with pytest.raises(UnsupportedError, match=r"pip install 'hf-veomni\[overlap\]'"):
+        run_pair(lambda x: x, 1, 2)
