@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from hf_veomni import hf
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.mesh import get_parallel_state, is_prepared
 
 logger = logging.get_logger(__name__)
 
@@ -28,8 +29,14 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     out of what it runs, and of what it runs again.
 
     Raises:
-        UnsupportedError: the model has no layers of the kind that transformers can checkpoint one by one.
+        UnsupportedError: the model has no layers of the kind that transformers can checkpoint one by one, or its plan
+            has two sequences in flight.
     """
+    if is_prepared(model) and (overlap := get_parallel_state(model).plan.overlap) != "none":
+        raise UnsupportedError(
+            f"`overlap` ({overlap!r}) cannot be combined with compiled layers, which cannot be called with two "
+            "sequences inside: leave one of the two off."
+        )
     layers = [m for m in hf.base_model(model).modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise UnsupportedError(

@@ -20,7 +20,7 @@ SIZES = ("dp_replicate_size", "dp_shard_size", "sp_size", "ep_size", "pp_size")
 SHORT_NAMES = {"dp_replicate": "dp_replicate_size", "dp_shard": "dp_shard_size", "dp": "dp_shard_size"}
 SHORT_NAMES |= {"sp": "sp_size", "ep": "ep_size", "pp": "pp_size"}
 
-OVERLAPS = ("none", "chunks")
+OVERLAPS = ("none", "pairs", "chunks")
 
 # What a rule in `modules` may say. A key or value that nothing reads would be an option without effect.
 MODULE_RULES: dict[str, tuple[str, ...]] = {
@@ -86,13 +86,14 @@ class ParallelPlan:
             or audio clips: "balance" (the default) assigns complete items and runs of frames to the SP ranks,
             "ulysses" cuts the patches of each call over them, for an image too large for one, and "replicate" runs the
             tower on all.
-            `overlap`: that of an attention or experts module, where it differs from the plan's.
-        overlap: "chunks" exchanges by chunks of heads and of tokens, which run under each other's attention and
-            experts (docs/overlap.md); "none" exchanges all at once.
+            `overlap`: "chunks" or "none" for an attention or experts module, where it differs from the plan's.
+        overlap: "pairs" runs two sequences at once, so that one computes while the other one exchanges, and FSDP2
+            gathers a layer's parameters once for both. "chunks" exchanges by chunks of heads and of tokens, which run
+            under each other's attention and experts. "none" exchanges all at once (docs/overlap.md).
 
     Raises:
         ValueError: a size that is no positive integer, sizes that do not fit each other, or an unknown rule.
-        UnsupportedError: `pp_size` above 1.
+        UnsupportedError: `pp_size` above 1, or an `overlap` that is not there yet.
     """
 
     dp_replicate_size: int = 1
@@ -233,7 +234,7 @@ class ParallelPlan:
 
     @classmethod
     def from_string(cls, text: str) -> ParallelPlan:
-        """A plan as one types it: `"sp=2,ep=2,overlap=chunks"`; the empty string is the default plan. Rules need yaml.
+        """A plan as one types it: `"sp=2,ep=2,overlap=pairs"`; the empty string is the default plan. Rules need yaml.
 
         Raises:
             ValueError: an entry that is no `name=integer` (`overlap`: a word), or an unknown name.

@@ -26,6 +26,8 @@ from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert import attach_experts, attach_router_loss, check_model, cut_into_chunks, find_experts
 from hf_veomni.fsdp import (
     RaiseTogether,
+    attach_pairs,
+    check_overlap,
     check_same_value,
     check_units,
     mark_replaced,
@@ -117,6 +119,7 @@ def _parallelize(
     base = hf.base_model(model)
     before = list(model.parameters())
     with RaiseTogether():
+        check_overlap(state)
         check_units(base, state)
         overlaps = state.plan.overlap == "chunks" or state.plan.says("overlap")
         chunked = _find_chunked(base, state) if overlaps else []
@@ -128,6 +131,8 @@ def _parallelize(
     undo: list[Callable[[], Any]] = [attach() for attach in chunked]
     experts = attach_experts(base, state, undo)
     shard_parameters(base, state, mp_policy, experts)
+    if state.plan.overlap == "pairs":
+        attach_pairs(base, undo)
     if pending is not None:
         materialize_weights(model, pending, state.device)
     mark_replaced(before, model)

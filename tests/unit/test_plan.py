@@ -64,6 +64,11 @@ def test_resolve_takes_what_is_left_of_the_world():
             lambda: ParallelPlan(modules={"lm_heat": {"fsdp": "keep"}}).match_modules(["lm_head"]),
             r"Near: \['lm_head'\]",
         ),
+        (
+            lambda: ParallelPlan(overlap="pair"),
+            r"`overlap` \('pair'\) is unknown: did you mean 'pairs'.*chunks, none, pairs",
+        ),
+        (lambda: ParallelPlan.from_string("sp=2,overlap=2"), r"`overlap` \(2\) is unknown"),
         (lambda: ParallelPlan().fsdp_size, r"call `plan.resolve"),
         (lambda: ParallelPlan.parse("missing.yaml"), r"'missing.yaml' does not exist"),
         (lambda: ParallelPlan.parse(3), r"`plan` \(3\) must be"),
@@ -135,11 +140,12 @@ def test_a_backend_that_names_no_plan_is_refused(monkeypatch, backend):
         ParallelPlan.from_env()
 
 
-def test_overlap_is_part_of_a_plan(tmp_path):
-    plan = ParallelPlan.from_string("sp=2,overlap=chunks")
-    assert plan.overlap == "chunks" and str(plan) == "sp=2,overlap=chunks"
+@pytest.mark.parametrize("overlap", ["chunks", "pairs"])
+def test_overlap_is_part_of_a_plan(tmp_path, overlap):
+    plan = ParallelPlan.from_string(f"sp=2,overlap={overlap}")
+    assert plan.overlap == overlap and str(plan) == f"sp=2,overlap={overlap}"
     assert ParallelPlan.from_dict(plan.to_dict()) == plan != ParallelPlan(sp_size=2)
-    assert plan.resolve(4).overlap == "chunks" and hash(plan) != hash(ParallelPlan(sp_size=2))
+    assert plan.resolve(4).overlap == overlap and hash(plan) != hash(ParallelPlan(sp_size=2))
     plan.to_yaml(tmp_path / "plan.yaml")
     assert ParallelPlan.from_yaml(tmp_path / "plan.yaml") == plan
     assert ParallelPlan.from_string("overlap=none") == ParallelPlan()
