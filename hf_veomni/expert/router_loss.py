@@ -35,6 +35,7 @@ from hf_veomni.context import current, enter, leave
 from hf_veomni.expert.dispatch import count_pairs
 from hf_veomni.expert.forward import counts_tokens
 from hf_veomni.mesh import ParallelState
+from hf_veomni.pairs import Visit
 
 _NAME = "load_balancing_loss_func"
 # What of a model's inputs tells which tokens count, and for how much.
@@ -79,9 +80,21 @@ class _LossOfAllRanks:
         if not isinstance(gate_logits, tuple) or not gate_logits:
             return 0
         assert num_experts is not None
-        chosen, probabilities, count = _sums(gate_logits, num_experts, top_k, self._valid(len(gate_logits[0])))
-        device = probabilities.device
-        weight = torch.as_tensor(self._share(device), dtype=torch.float64).to(device, non_blocking=True)
+        sums = _sums(gate_logits, num_experts, top_k, self._valid(len(gate_logits[0])))
+        share = torch.as_tensor(self._share(sums[0].device), dtype=torch.float64)
+        args = *sums, share.to(sums[0].device, non_blocking=True)
+        flight = current().flight
+        if flight is None or not flight.parts:
+            return self._loss(*args)
+        return flight.meet(self.state, Visit(args), self._of_both, self._loss)
+
+    def _of_both(self, first: Visit, second: Visit) -> tuple[Tensor, Tensor]:
+        """The loss of a batch that runs in two parts, and zero: its factors are sums over both."""
+        sums = [one + other for one, other in zip(first.args, second.args, strict=True)]
+        return self._loss(*sums), torch.zeros_like(sums[1][0])
+
+    def _loss(self, chosen: Tensor, probabilities: Tensor, count: Tensor, weight: Tensor) -> Tensor:
+        num_experts = len(chosen)
         both = torch.cat([chosen.double(), probabilities.detach().double(), count.double()[None], weight[None]])
         both = both * counts_tokens()
         self._reduce(both)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ from hf_veomni.trainer.loaders import (
     keep_batches_unsplit,
     set_epoch,
 )
-from hf_veomni.trainer.losses import LossMixin
+from hf_veomni.trainer.losses import LossMixin, MicroBatch
 from hf_veomni.trainer.throughput import ThroughputCallback
 from hf_veomni.trainer.trl import noting_nothing
 
@@ -43,8 +45,6 @@ from hf_veomni.trainer.trl import noting_nothing
 class BatchingMixin(LossMixin):
     """Overrides of Trainer for a world where several ranks read the same rows."""
 
-    _micro_step = 0
-    _most_real = 0  # batches of the window that are no dummy batches, on the data rank that has most
     _epoch_is_over = False
     _train_batches: UnsplitBatches | None = None
     _last_batch: Any = None
@@ -142,7 +142,7 @@ class BatchingMixin(LossMixin):
             ValueError: ranks of an SP group read different rows, or a data rank got none at all; on every rank.
             Exception: what reading a batch raised on some rank; on every rank.
         """
-        self._micro_step = 0
+        self._micro_step, self._window, self._splits, self._partner = 0, num_batches, False, None
         state = self.parallel_state
         if self._epoch_is_over:
             return [], None  # of a stream Trainer goes on asking, `max_steps` times
@@ -161,7 +161,10 @@ class BatchingMixin(LossMixin):
             batches[-1] = DummyBatch.of(batches[-1])
         tokens = sum((self._count_items(batch) for batch in batches), start=torch.zeros((), dtype=torch.long))
         held = self._last_batch is not None
-        facts = exchange_facts(batches, tokens, held=held, error=error, state=state, device=device)
+        alone = self._overlaps and num_batches % 2 == 1 and len(batches) == num_batches
+        splits = alone and self._counts_items(batches[-1]) and self._parts(batches[-1]) is not None
+        facts = exchange_facts(batches, tokens, held=held, splits=splits, error=error, state=state, device=device)
+        self._splits = bool(facts[:, SPLITS].all())
         batches = self._fill_window(batches, num_batches if facts[:, BATCHES].any() else 0)
         self._epoch_is_over = not batches
         groups = facts[:: state.sp_size]
@@ -213,13 +216,21 @@ class BatchingMixin(LossMixin):
         if self._throughput is not None and not isinstance(inputs, DummyBatch):
             self._throughput.add(inputs)
         logged = nullcontext() if self._micro_step <= self._most_real else noting_nothing(self)
-        with self._averaging(0.0 if isinstance(inputs, DummyBatch) else 1.0), logged:
-            if state.world_size == 1:
-                return super().training_step(model, inputs, num_items_in_batch)
-            # Not dist.get_rank(): replicas of the same plan on another launcher's numbering draw the same masks.
-            place = state.dp_rank * state.sp_size + state.sp_rank
-            with own_stream(self.args.device, self.args.seed, self.state.global_step, self._micro_step, place):
-                return super().training_step(model, inputs, num_items_in_batch)
+        # Not dist.get_rank(): replicas of the same plan on another launcher's numbering draw the same masks.
+        place = state.dp_rank * state.sp_size + state.sp_rank
+        key = self.args.device, self.args.seed, self.state.global_step, self._micro_step, place
+        stream = partial(own_stream, *key) if state.world_size > 1 else nullcontext
+        batch = MicroBatch(0.0 if isinstance(inputs, DummyBatch) else 1.0, stream=stream)
+        if self._waits():
+            self._partner = replace(batch, inputs=self._prepare_inputs(inputs))
+            return torch.zeros((), device=self.args.device)
+        beside, self._partner = self._partner, None
+        parts = self._parts(inputs) if self._splits and self._micro_step == self._window else None
+        if parts is not None:
+            beside = replace(batch, inputs=self._prepare_inputs(parts[0]), stream=partial(own_stream, *key, "first"))
+            inputs = parts[1]
+        with self._averaging(batch, beside, parts is not None), logged, stream():
+            return super().training_step(model, inputs, num_items_in_batch)
 
     @override
     def _defer_fsdp_gradient_reduction(self) -> Any:
@@ -251,7 +262,7 @@ class BatchingMixin(LossMixin):
 
 
 # Columns of the facts.
-BATCHES, TOKENS, CHECKSUM, REAL, ROWS, HELD, FAILED = range(7)
+BATCHES, TOKENS, CHECKSUM, REAL, ROWS, HELD, SPLITS, FAILED = range(8)
 
 
 def take(iterator: Iterator[Any], count: int) -> tuple[list[Any], Exception | None]:
@@ -280,6 +291,7 @@ def exchange_facts(
     num_tokens: Tensor | int,
     *,
     held: bool,
+    splits: bool = False,
     error: Exception | None,
     state: ParallelState,
     device: torch.device,
@@ -289,10 +301,11 @@ def exchange_facts(
     Args:
         num_tokens: label tokens in them.
         held: whether an earlier batch of this pass is at hand, to be run again as a dummy batch.
+        splits: whether the last one can be run in two parts.
         error: what went wrong while they were read, or beside training.
 
     Returns:
-        int64 [ranks, 7] on the CPU, with the columns named above; `REAL` are the batches that are no dummy batches.
+        int64 [ranks, 8] on the CPU, with the columns named above; `REAL` are the batches that are no dummy batches.
 
     Collective: one all-gather over all ranks.
 
@@ -308,6 +321,7 @@ def exchange_facts(
         len(real),
         sum(find_batch_size(batch) or 0 for batch in real),
         int(held or bool(batches)),
+        int(splits),
         0 if error is None else 1 + isinstance(error, BackgroundError),
     )
     sent = torch.stack([torch.as_tensor(fact, dtype=torch.long).to(device) for fact in facts])

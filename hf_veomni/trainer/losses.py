@@ -15,7 +15,8 @@ model's forward takes keyword arguments: right for losses that divide by N, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 
 from hf_veomni import hf
 from hf_veomni.context import current
+from hf_veomni.data.halves import split_batch
 from hf_veomni.expert import counting_no_tokens
 from hf_veomni.hf.require import override
 from hf_veomni.mesh import get_parallel_state, is_prepared
+from hf_veomni.pairs import run_pair
 from hf_veomni.prepare import full_output
 
 if TYPE_CHECKING:
@@ -53,6 +56,21 @@ def overrides(trainer: Any, *names: str) -> bool:
     """Whether a user has replaced one of these methods of a trainer: in a class of their own or on the instance."""
     own = [owner for owner in type(trainer).__mro__ if owner.__module__.split(".")[0] not in _LIBRARIES]
     return any(name in vars(place) for place in (trainer, *own) for name in names)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What `compute_loss` is called with.
+
+    Attributes:
+        factor: what its loss counts in the mean over the window: 0 for a dummy batch.
+        inputs: in place of those that it is handed.
+        stream: of random numbers, which its forward draws from.
+    """
+
+    factor: float
+    inputs: Any = None
+    stream: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class _AloneAccelerator:
@@ -121,6 +139,11 @@ class LossMixin(_Trainer):
     """Overrides of Trainer for the normalisation of the loss, whoever computes it."""
 
     _num_real: float = 0  # batches of the window that are no dummy batches, a data rank
+    _micro_step = 0
+    _window = 0  # micro-batches of it
+    _most_real = 0  # batches of the window that are no dummy batches, on the data rank that has most
+    _splits = False  # whether its last one, which has no partner, runs in two parts
+    _partner: MicroBatch | None = None  # that waits for the next one
     _computes_loss = False
     _outputs_are_full = False
     _counted = False  # whether Trainer has scaled a loss as one that was divided by a number of items
@@ -155,8 +178,12 @@ class LossMixin(_Trainer):
         return torch.as_tensor(num_items).to(torch.float64 if exact else torch.float32) / batches
 
     @contextmanager
-    def _averaging(self, factor: float) -> Iterator[None]:
-        """Around a `training_step`: its loss counts `factor` (0 for a dummy batch) in the mean over the window.
+    def _averaging(self, batch: MicroBatch, beside: MicroBatch | None = None, parts: bool = False) -> Iterator[None]:
+        """Around a `training_step`: what its loss counts in the mean over the window.
+
+        Args:
+            beside: runs at once with `batch`, before it in order, and its loss is added.
+            parts: they are parts of one batch.
 
         What `compute_loss` returns is scaled already, so that a `training_step` of the user's own may do without what
         Trainer's does. A class that says `loss_is_scaled_for_ga` takes the mean over the window itself, and what is
@@ -171,12 +198,22 @@ class LossMixin(_Trainer):
             model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             items = self._items_a_batch(num_items_in_batch, ranks if scaled else ranks * real)
+
+            def compute(one: MicroBatch) -> tuple[Tensor, list[Any]]:
+                with one.stream(), nullcontext() if one.factor else counting_no_tokens():
+                    given = inputs if one.inputs is None else one.inputs
+                    found = compute_loss(model, given, return_outputs=return_outputs, num_items_in_batch=items)
+                loss, *outputs = found if isinstance(found, tuple) else (found,)
+                return (loss * one.factor if scaled else loss * one.factor / real), outputs
+
             self.current_gradient_accumulation_steps = real if scaled else 1
-            with self._as_one_process(own), nullcontext() if factor else counting_no_tokens():
-                found = compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
+            with self._as_one_process(own):
+                if beside is None:
+                    loss, outputs = compute(replace(batch, stream=nullcontext))  # it runs in that of its step
+                else:
+                    (first, _), (loss, outputs) = run_pair(compute, beside, batch, parts=parts)
+                    loss = first + loss
             self.current_gradient_accumulation_steps = real
-            loss, *outputs = found if isinstance(found, tuple) else (found,)
-            loss = loss * factor if scaled else loss * factor / real
             return (loss, *outputs) if outputs else loss
 
         self.compute_loss, self.loss_is_scaled_for_ga = averaged, True
@@ -212,3 +249,16 @@ class LossMixin(_Trainer):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+
+    def _waits(self) -> bool:
+        """Whether a micro-batch is run with the next one of the window, beside it and for the same log."""
+        first, second = self._micro_step, self._micro_step + 1
+        alike = (first <= self._most_real) == (second <= self._most_real)
+        return self._overlaps and self._partner is None and first % 2 == 1 and second <= self._window and alike
+
+    @property
+    def _overlaps(self) -> bool:
+        return self.args.plan.overlap == "pairs"
+
+    def _parts(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        return split_batch(batch, hf.text_config(hf.base_model(self.model)).hidden_size)
