@@ -46,6 +46,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "transformers:Trainer": (
         "_get_output_dir",
         "_loss_shifts_labels",
+        "_prepare_inputs",
         "_signature_columns",
         "_tr_loss",
         "compute_loss_func",
