@@ -21,6 +21,7 @@ SCRIPTS = {
     "expert_parallel": True,
     "syncs": True,
     "activation_memory": False,
+    "pairs": False,
     "linear_attention": False,
     "towers": False,
     "overlap": False,

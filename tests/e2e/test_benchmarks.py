@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import benchmarks.__main__ as entry
-from benchmarks import _record, activation_memory, expert_parallel, overlap, packing_vs_padding, step, syncs
+from benchmarks import _record, activation_memory, expert_parallel, overlap, packing_vs_padding, pairs, step, syncs
 from benchmarks._flops import flops_of_step
 from benchmarks._memory import MemoryLog
 from benchmarks._phases import PHASES
@@ -115,6 +115,24 @@ def test_activation_memory_falls_with_sp(bench: Any) -> None:
     rows = bench("activation_memory", *SHAPE, "--sp", "1", "2", "--tokens", "256", "--median", "32")
     assert [(row["sp_size"], row["checkpointing"]) for row in rows] == [(1, False), (1, True), (2, False), (2, True)]
     assert all(abs(row["held_times_sp"] - 1) < 0.1 and abs(row["peak_times_sp"] - 1) < 0.1 for row in rows)
+
+
+def test_halves_in_flight_need_no_more_than_their_row(bench: Any) -> None:
+    rows = bench("pairs", *SHAPE, "--tokens", "512", "--repeats", "1")
+    assert [row["checkpointing"] for row in rows] == [False, True]
+    for row in rows:
+        assert row["held_ratio"] <= 1.02 and row["peak_ratio"] <= 1.02 and row["cpu_ratio"] > 0
+        assert row["pairs"]["gathers"] < row["turns"]["gathers"]
+
+
+def test_pairs_notice_what_takes_more() -> None:
+    def way(size: int, loss: float = 2.0) -> dict[str, Any]:
+        return {"loss": loss, "held": size, "peak": 2 * size, "cpu_seconds": {"p50": 1.0}}
+
+    row = {"checkpointing": False, "plain": way(100), "pairs": way(101), "turns": way(50)}
+    assert pairs.compare(row, 1.02) == [] and row["held_ratio"] == 1.01
+    held, peak, loss = pairs.compare({**row, "pairs": way(103, 2.1)}, 1.02)
+    assert "held" in held and "1.030" in held and "peak" in peak and "loss of pairs" in loss
 
 
 def test_activation_memory_notices_what_does_not_fall() -> None:
