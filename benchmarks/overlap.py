@@ -95,6 +95,8 @@ SHAPES = {
 DEVICES = [
     ("H100", "NVLink 4", 450e9),
     ("H100", "InfiniBand NDR 400", 50e9),
+    ("H100", "Ethernet 200", 25e9),
+    ("H100", "Ethernet 100", 12.5e9),
     ("H200", "NVLink 4", 450e9),
     ("B200", "NVLink 5", 900e9),
     ("B200", "InfiniBand XDR 800", 100e9),

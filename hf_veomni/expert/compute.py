@@ -116,6 +116,20 @@ def compute_as_selected(forward: Callable[..., Tensor], x: Tensor, route: Route)
     return forward(x, ids, x.new_ones(ids.shape))
 
 
+def compute_rows(
+    experts: Any,
+    forward: Callable[..., Tensor] | None,
+    adapters: Mapping[str, Sequence[LowRank]],
+    x: Tensor,
+    route: Route,
+) -> Tensor:
+    """`compute_experts`, or `forward` of the module where it is given, on any number of rows, none included."""
+    rows, local = keep_connected(x, route)
+    if forward is None:
+        return compute_experts(experts, rows, local, adapters)[: len(x)]
+    return compute_as_selected(forward, rows, local)[: len(x)]
+
+
 def keep_connected(x: Tensor, route: Route) -> tuple[Tensor, Route]:
     """One row of zeros for the first expert where no row came: parameters need a gradient of zeros, not none."""
     if len(x):

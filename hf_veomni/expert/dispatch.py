@@ -102,11 +102,11 @@ def make_routes(
     sent = torch.stack([count.view(ranks, -1) for count in counts], dim=1).flatten()  # [ranks, chunks, e]
     each = [len(sent) // ranks] * ranks
     came = exchange(sent, group, each, each)
-    both = torch.stack([sent, came]).view(2, ranks, chunks, -1)
-    known: list[Any] = both.tolist()
+    arrivals = came.view(ranks, chunks, -1)
+    known: list[Any] = torch.stack([sent, came]).view(2, ranks, chunks, -1).tolist()
     routes = []
     for chunk, order in enumerate(orders):
-        arriving = both[1, :, chunk]
+        arriving = arrivals[:, chunk]
         send, receive = ([sum(row[chunk]) for row in rows] for rows in known)
         sizes = [sum(column) for column in zip(*(row[chunk] for row in known[1]), strict=True)]
         routes.append(Route(order, arriving.sum(0), arriving.flatten(), send, receive, sizes))
@@ -172,7 +172,9 @@ def dispatch(x: Tensor, route: Route, top_k: int, group: dist.ProcessGroup | Non
     """
     if route.send is None or route.receive is None or group is None:
         return _RepeatTokens.apply(x, route, top_k)
-    return _arrive(all_to_all(_leave(x, route, top_k), group, route.send, route.receive), route)
+    rows = _leave(x, route, top_k)
+    rows = all_to_all(rows, group, route.send, route.receive)
+    return _arrive(rows, route)
 
 
 def launch_dispatch(x: Tensor, route: Route, top_k: int, group: dist.ProcessGroup) -> Flight:

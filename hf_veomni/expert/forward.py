@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from hf_veomni import hf
 from hf_veomni.comm.all_to_all import Flight, give_way
 from hf_veomni.context import CheckpointCarrier, current, within
-from hf_veomni.expert.compute import LowRank, compute_as_selected, compute_experts, keep_connected
+from hf_veomni.expert.compute import LowRank, compute_rows
 from hf_veomni.expert.dispatch import (
     Route,
     chunk_sizes,
@@ -74,7 +74,7 @@ def _recall_routes(make: Callable[[], list[Route]]) -> list[Route]:
     """The next routes of the layer that runs: `make()`, or in a recomputation those of the forward."""
     recorded = current().recorded
     # What is kept has nothing derived from it.
-    return make() if recorded is None else [replace(route) for route in recorded.recall(make)]
+    return make() if recorded is None else list(map(replace, recorded.recall(make)))
 
 
 class ExpertsForward(hf.EPImplementation):
@@ -93,52 +93,52 @@ class ExpertsForward(hf.EPImplementation):
         self.num_experts = int(experts.num_experts) * ranks  # type: ignore[operator]  # the module counts its own
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        chunks = vars(self.experts).get(_CHUNKS, 1)
+        adapters: Callable[[], Mapping[str, Sequence[LowRank]]] | None = getattr(self.experts, _ADAPTERS, None)
+        active = adapters() if adapters is not None else {}
+        own = not active and hf.experts_implementation(self.experts) != "grouped_mm"
+        work = partial(compute_rows, self.experts, self.experts_forward if own else None, active)
+        chunks, top_k = vars(self.experts).get(_CHUNKS, 1), top_k_index.shape[-1]
         routes = _recall_routes(partial(make_routes, top_k_index, self.num_experts, self.group, chunks))
-        top_k = top_k_index.shape[-1]
         if chunks > 1:  # with a group: `cut_into_chunks`
-            return self._in_chunks(hidden_states, top_k_weights, top_k, routes)
-        (route,) = routes
-        rows = dispatch(hidden_states, route, top_k, self.group)
-        return combine(self._compute(rows, route), top_k_weights, route, self.group).to(hidden_states.dtype)
+            out, count = self._run_chunks(hidden_states, top_k_weights, routes, work)
+        else:
+            rows = dispatch(hidden_states, routes[0], top_k, self.group)
+            count = len(rows)
+            out = combine(work(rows, routes[0]), top_k_weights, routes[0], self.group)
+        if _ROWS in vars(self.experts) and is_training_forward(self.experts):
+            vars(self.experts)[_ROWS] += count
+        return out.to(hidden_states.dtype)
 
-    def _in_chunks(self, hidden_states: Tensor, weights: Tensor, top_k: int, routes: list[Route]) -> Tensor:
+    def _run_chunks(
+        self, x: Tensor, weights: Tensor, routes: list[Route], work: Callable[[Tensor, Route], Tensor]
+    ) -> tuple[Tensor, int]:
         """The exchanges of one chunk of tokens under the experts' work on another, and so in the backward.
 
-        exchange   | to 0 | to 1 | back 0 | to 2 | back 1 | ...
-        compute           | experts 0     | experts 1     | ...
+            exchange   | to 0 | to 1 | back 0 | to 2 | back 1 | ...
+            compute           | experts 0     | experts 1     | ...
+
+        Returns:
+            The output [t, H], and rows that were computed here.
         """
-        assert self.group is not None
-        sizes = chunk_sizes(len(hidden_states), len(routes))
-        tokens, parts = hidden_states.split(sizes), weights.split(sizes)
-        arriving = [launch_dispatch(tokens[0], routes[0], top_k, self.group)]
+        group, top_k, sizes = self.group, weights.shape[-1], chunk_sizes(len(x), len(routes))
+        assert group is not None
+        tokens, parts = x.split(sizes), weights.split(sizes)
+        arriving = [launch_dispatch(tokens[0], routes[0], top_k, group)]
         give_way()
         leaving: list[Flight] = []
         out: list[Tensor] = []
+        count = 0
         for chunk, route in enumerate(routes):
             if chunk + 1 < len(routes):
-                arriving.append(launch_dispatch(tokens[chunk + 1], routes[chunk + 1], top_k, self.group))
+                arriving.append(launch_dispatch(tokens[chunk + 1], routes[chunk + 1], top_k, group))
             rows = land_dispatch(arriving[chunk], route)
-            leaving.append(launch_combine(self._compute(rows, route), route, self.group))
+            count += len(rows)
+            leaving.append(launch_combine(work(rows, route), route, group))
             if chunk:
                 out.append(land_combine(leaving[chunk - 1], parts[chunk - 1], routes[chunk - 1]))
         give_way()
         out.append(land_combine(leaving[-1], parts[-1], routes[-1]))
-        return torch.cat(out).to(hidden_states.dtype)
-
-    def _compute(self, rows: Tensor, route: Route) -> Tensor:
-        """The experts' outputs [R, H] of rows [R, H]."""
-        count = len(rows)
-        if _ROWS in vars(self.experts) and is_training_forward(self.experts):
-            vars(self.experts)[_ROWS] += count
-        rows, local = keep_connected(rows, route)
-        adapters: Callable[[], Mapping[str, Sequence[LowRank]]] | None = getattr(self.experts, _ADAPTERS, None)
-        active = adapters() if adapters is not None else {}
-        if active or hf.experts_implementation(self.experts) == "grouped_mm":
-            out = compute_experts(self.experts, rows, local, active)
-        else:
-            out = compute_as_selected(self.experts_forward, rows, local)
-        return out[:count]
+        return torch.cat(out), count
 
 
 def cut_into_chunks(experts: nn.Module) -> Callable[[], Any]:

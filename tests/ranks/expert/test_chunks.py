@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -82,7 +81,9 @@ def _models(setting: Setting, plan: str, checkpointing: bool) -> float:
 @pytest.mark.parametrize("plan", ["sp=2,ep=2", "dp_shard=2,ep=2"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_models_equal_the_blocking_form(ranks, name, plan, checkpointing):
-    for worst in ranks(2).run(_models, Setting(model=name), plan, checkpointing, timeout=120):
+    # The gradients of GPT-OSS' biases are small differences of large sums: fp32 has 3e-6 of them in any two orders.
+    setting = Setting(model=name, dtype=torch.float64 if name == "gpt_oss" else torch.float32)
+    for worst in ranks(2).run(_models, setting, plan, checkpointing, timeout=120):
         assert worst < 1e-6
 
 
@@ -94,9 +95,7 @@ def test_adapters_on_experts_equal_the_blocking_form(ranks, checkpointing):
 
 
 def test_routes_of_chunks_read_the_host_once(ranks):
-    from tests.ranks.expert import test_chunks
-
-    assert all(ranks(2).run(partial(test_chunks._counts)))
+    assert all(ranks(2).run(_counts))
 
 
 def _counts() -> bool:
