@@ -6,7 +6,8 @@ from __future__ import annotations
 class UnsupportedError(ValueError):
     """A sound wish that this package, a model family, an installed version or a device does not support.
 
-    The message names the value, the rule and the way out. On several ranks every rank raises it, where one does. What
+    The message names the value, the rule and the way out. In `prepare_omni` every rank raises it where one does, in a
+    forward every rank of the SP group, which has the same rows. What
     is wrong by itself (a size that is no positive integer, a malformed yaml, shapes that do not match) is a plain
     ValueError or TypeError, so `except UnsupportedError` tells "not here" from "not like this".
     """

@@ -1,7 +1,7 @@
 """Fill a model that was built on the meta device: each rank reads its own parts of the checkpoint's files.
 
-    plan_weights          before the model is touched: names, shapes and conversions of the complete checkpoint, no
-    values retain_weights         everything on meta, in the dtypes of the values
+    plan_weights          before the model is touched: names, shapes and conversions of the files, no values
+    retain_weights        everything on meta, in the dtypes of the values
     (experts sharded over EP, parameters sharded, all on meta)
     materialize_weights   memory for this rank's parts, and the parts read from the files
 

@@ -9,7 +9,7 @@ sp=2 and E=4; ep is the innermost axis, so an EP group is a neighbourhood, as an
     row             A       A       B       B         dp_shard
     tokens          first   second  first   second    sp
     experts         0 1     2 3     0 1     2 3       ep
-    copy            0       0       1       1         efsdp: these ranks shard the experts' parameters
+    shard           0       0       1       1         efsdp: these ranks shard the experts' parameters
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def check_experts(model: nn.Module, ep_size: int) -> list[ExpertsModule]:
                 f"`ep_size` ({ep_size}) must divide the number of experts ({module.num_experts}) of '{module.name}': "
                 f"use {', '.join(sizes)}."
             )
-        if len(module.parameters) != sum(1 for _ in module.experts.parameters(recurse=False)):
+        own = sum(1 for _ in module.experts.parameters(recurse=False))
+        if not own or len(module.parameters) != own:
             raise UnsupportedError(
                 f"'{module.name}' ({type(module.experts).__name__}) has parameters that are not stacked along its "
                 f"{module.num_experts} experts: use ep_size=1."

@@ -2,9 +2,9 @@
 
 transformers' attention modules look their function up by a name in their config. Those of a prepared model get a view
 of that config (`hf.AttentionConfig`) with a name of their own, under which the function is registered that exchanges
-tokens for heads (`ulysses`) around the one that the model has selected: "omni|sdpa" for "sdpa". So the config that
-users see and save keeps its name, entries of transformers' registry stay what they are, and other models on the same
-config never get here.
+tokens for heads (`ulysses`) around the one that the model has selected: "omni|sdpa" for "sdpa". The view is
+seen by nobody else: the config that users see and save has the name of the inner function, entries of transformers'
+registry stay what they are, and other models on the same config never get here.
 
 Cross-attention takes this rank's queries and full keys, without an exchange:
 

@@ -19,13 +19,14 @@ from hf_veomni.sequence.hints import attention_paths, backbone_paths, hint_rule
 from hf_veomni.sequence.mixers import Mixer, find_mixers, find_unknown
 from hf_veomni.sequence.ulysses import head_layout
 
-# Modules that carry a state along the sequence, or pick tokens, outside of the attention interface.
-_MIXERS = re.compile(
+# Modules that carry a state along the sequence, or pick tokens, outside of the attention interface: by their names, so
+# that one without a rule (`families.MIXERS`) is refused and not overlooked.
+_LOOKS_LIKE_A_MIXER = re.compile(
     r"Mamba|SSM|DeltaNet|LinearAttention|LightningAttention|Recurrent|R(?i:wkv)|Hyena|TimeMix|ShortConv|Conv1d$|Indexer"
     r"|R(?i:glru)|Retention|(?i:xlstm)"
 )
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-# What layers of hybrid stacks are called besides; their mixers are looked at one by one.
+# What layers of hybrid models are called besides; their mixers are looked at one by one.
 _HYBRID_TYPES = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding", "recurrent", "moe", "mlp"}
 
 
@@ -85,7 +86,7 @@ def _check_layer(
     model: nn.Module, name: str, layer: nn.Module, attentions: list[nn.Module], mixers: list[Mixer]
 ) -> None:
     known = {module for mixer in mixers for module in mixer.module.modules()}
-    if (path := find_unknown(layer, _MIXERS, known.union(attentions))) is not None:
+    if (path := find_unknown(layer, _LOOKS_LIKE_A_MIXER, known.union(attentions))) is not None:
         raise _refuse(
             model,
             f"`{'.'.join(filter(None, (name, path)))}` ({type(layer.get_submodule(path)).__name__}) mixes tokens "

@@ -123,7 +123,7 @@ def sequence_to_heads(
     """Local query [B, H, s, D], key and value [B, K, s, D] to [B, h, S, D] and [B, k, S, D].
 
     Collective: one all-to-all over `group` (two if the value width differs, as in MLA); the backward is the reverse
-    one, which sums the gradients of key/value heads that several ranks read.
+    one. The gradients of a key/value head that several ranks read are then added up, in rank order.
     """
     joint = [(query, key, value)] if value.shape[-1] == query.shape[-1] else [(query, key), (value,)]
     every = iter((layout.query, layout.key_value, layout.key_value))
