@@ -6,6 +6,9 @@
 
 Where nothing is known, `on_host` copies, for which the host waits until the device has done all that it was given.
 
+The fake tensors of a dry run have no values, but may have remembered ones: `on_host` gives real numbers, and so does
+what is computed from them, while everything else stays fake.
+
 torch counts changes in place, by which a copy that no longer holds is noticed. It does not count what is written
 through `tensor.data` or numpy, and what a collective writes (`dist.broadcast` into a tensor): `forget` such a tensor
 before.
@@ -14,12 +17,17 @@ before.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch._subclasses import FakeTensor
-from torch.utils._pytree import tree_map_only
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+Made = TypeVar("Made")
+_HOST = "_omni_host"  # on a fake tensor, of which torch makes no subclass
 
 
 class Remembered(Tensor):
@@ -51,11 +59,37 @@ class Remembered(Tensor):
         return remember(on_host(self).clone(), self.device)
 
 
+class _Values(Tensor):
+    """Values of a fake tensor. Functions of them and of nothing fake are computed; others are as fake as the rest."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(_Values, forget, (args, kwargs or {}))
+        if any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        with unset_fake_temporarily():
+            return tree_map_only(Tensor, _as_values, func(*args, **kwargs))
+
+
+def _as_values(tensor: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(_Values)  # pyright: ignore[reportReturnType]
+
+
+def make(function: Callable[..., Made], *args: Any, **kwargs: Any) -> Made:
+    """What the host computes from plain numbers and real tensors: in a dry run too it has values."""
+    with unset_fake_temporarily():
+        return function(*args, **kwargs)
+
+
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # of inference mode nothing is counted
 
 
 def _known(tensor: Tensor) -> Tensor | None:
+    if isinstance(tensor, FakeTensor):
+        host, versions = vars(tensor).get(_HOST, (None, None))
+        return None if host is None or versions != (_version(tensor), _version(host)) else _as_values(host)
     if not isinstance(tensor, Remembered):
         return None
     if tensor._host is None:
@@ -72,14 +106,20 @@ def _carry(source: Remembered, moved: Tensor) -> Tensor:
 
 def forget(tensor: Tensor) -> Tensor:
     """The same tensor as a plain one."""
+    if isinstance(tensor, _Values):
+        with torch._C.DisableTorchFunctionSubclass():
+            return tensor.as_subclass(Tensor)
     return tensor.as_subclass(Tensor) if isinstance(tensor, Remembered) else tensor
 
 
 def with_values(tensor: Tensor, host: Tensor) -> Tensor:
     """`tensor` with `host`, values that were read from it or that it was made of."""
     plain, host = forget(tensor), forget(host)
-    if plain.is_inference() or isinstance(plain, FakeTensor) or torch.compiler.is_compiling():
-        # torch does not count changes of the first, makes no subclass of the second, and takes none into graphs.
+    if torch.compiler.is_compiling() or plain.is_inference():
+        return plain  # a graph takes no subclass, and torch counts no changes of the other
+    if isinstance(plain, FakeTensor):
+        if not isinstance(host, FakeTensor):
+            vars(plain)[_HOST] = (host, (_version(plain), _version(host)))
         return plain
     own = host.device == plain.device and is_same(host, plain)
     made: Any = plain.as_subclass(Remembered)
@@ -97,7 +137,9 @@ def remember(tensor: Tensor, device: torch.device | str | None = None) -> Tensor
     """A tensor of the CPU, or its copy on `device`, that keeps its values on the host."""
     plain = forget(tensor)
     assert plain.device.type == "cpu", plain.device
-    return with_values(plain if device is None else plain.to(device, non_blocking=True), plain)
+    moved = plain if device is None else plain.to(device, non_blocking=True)
+    mode = active_fake_mode()
+    return with_values(moved if mode is None else mode.from_tensor(moved), plain)
 
 
 def knows(tensor: Any) -> bool:

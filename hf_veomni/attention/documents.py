@@ -102,7 +102,10 @@ class Documents:
         """[B, S], the document of every token, counted within its row; None if no row is packed."""
         if not self.is_packed:
             return None
-        rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in self.lengths]
+        rows = [
+            torch.arange(len(row)).repeat_interleave(torch.tensor(row), output_size=self.row_length)
+            for row in self.lengths
+        ]
         return torch.stack(rows).to(self.cu_seqlens.device, non_blocking=True)
 
     def spans(self) -> Iterator[tuple[int, int, int]]:

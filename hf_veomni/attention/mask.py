@@ -22,7 +22,7 @@ from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.mask_reader import MaskFunction, Pattern, holds_absolute_chunks, read_pattern, required
 from hf_veomni.context import current
 from hf_veomni.errors import UnsupportedError
-from hf_veomni.host import apply, on_host, remember, with_values
+from hf_veomni.host import apply, make, on_host, remember, with_values
 
 
 class Span(NamedTuple):
@@ -100,7 +100,7 @@ class MaskSpec:
         """The mask of rows with `extra` tokens of padding behind, which attend to nothing."""
         padding = self.padding
         if padding is None:
-            padding = remember(torch.ones(self.num_rows, self.row_length, dtype=torch.bool), self.device)
+            padding = remember(make(torch.ones, self.num_rows, self.row_length, dtype=torch.bool), self.device)
         padding = apply(Tensor.expand, apply(Tensor.bool, padding), self.num_rows, -1)
         padding = apply(torch.nn.functional.pad, padding, (0, extra))
         length = self.row_length + extra

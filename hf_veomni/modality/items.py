@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_veomni.host import on_host, remember
+from hf_veomni.host import make, on_host, remember
 
 Arguments = dict[str, Any]
 
@@ -100,7 +100,7 @@ def _by_grid(arguments: Arguments, name: str, grid: str, width: int, num_ranks: 
     kind, device = arguments[grid].dtype, arguments[grid].device
 
     def select(indices: Sequence[int]) -> Arguments:
-        chosen = remember(torch.tensor([sizes[i] for i in indices], dtype=kind), device)
+        chosen = remember(make(torch.tensor, [sizes[i] for i in indices], dtype=kind), device)
         return {**arguments, name: torch.cat([blocks[i] for i in indices]), grid: chosen}
 
     costs = [_cost(h * w, t, width) for t, h, w in sizes]

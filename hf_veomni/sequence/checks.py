@@ -14,7 +14,7 @@ from hf_veomni.attention.documents import Documents
 from hf_veomni.attention.mask import MaskSpec
 from hf_veomni.attention.varlen import VARLEN_NAME
 from hf_veomni.errors import UnsupportedError
-from hf_veomni.host import apply, on_host, remember, with_values
+from hf_veomni.host import apply, make, on_host, remember, with_values
 from hf_veomni.sequence.inspect import ShardPoints
 from hf_veomni.sequence.origin import Origin
 
@@ -113,7 +113,7 @@ def find_positions(given: Any, like: Tensor, mask: Any, config: Any) -> Tensor:
         found = with_values(given, on_host(given))  # waits for the device here, or not at all
         check_text_positions(found, mask)
         return found
-    found = remember(torch.arange(like.shape[1])[None], like.device)
+    found = remember(make(lambda: torch.arange(like.shape[1])[None]), like.device)
     if "mrope_section" in str(getattr(config, "rope_parameters", None)):  # whose own default has all rows
         found = apply(Tensor.expand, found, like.shape[0], -1)
     return found
@@ -146,7 +146,7 @@ def prepare_mask(
                 f"tokens cannot be filled up to a multiple of {sp_size}: pass a mask."
             )
         if not restarts(inputs["position_ids"]):
-            inputs["attention_mask"] = remember(torch.ones(like.shape[:2], dtype=torch.long), like.device)
+            inputs["attention_mask"] = remember(make(torch.ones, like.shape[:2], dtype=torch.long), like.device)
     return mask
 
 

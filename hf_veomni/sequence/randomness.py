@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from hf_veomni.context import current, enter, is_inside, leave
 from hf_veomni.mesh import ParallelState
@@ -29,9 +30,12 @@ def own_stream(device: torch.device, *key: Any) -> Iterator[None]:
         yield
 
 
-def _state(device: torch.device) -> Tensor:
-    """Of the generator that dropout on `device` draws from; on the CPU."""
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+def _state(device: torch.device) -> bytes:
+    """Of the generator that dropout on `device` draws from."""
+    with unset_fake_temporarily():  # in a dry run, too, it has values
+        of_cpu = device.type == "cpu"
+        state = torch.get_rng_state() if of_cpu else torch.get_device_module(device).get_rng_state(device)
+        return state.numpy().tobytes()
 
 
 class _OwnDropout:
@@ -47,7 +51,7 @@ class _OwnDropout:
     def enter(self, module: nn.Module, args: Any) -> None:
         if module.training:
             stack = ExitStack()
-            stack.enter_context(own_stream(self._device, _state(self._device).numpy().tobytes(), self._rank))
+            stack.enter_context(own_stream(self._device, _state(self._device), self._rank))
             enter(self, dropout=(stack, _state(self._device)))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -55,7 +59,7 @@ class _OwnDropout:
             return
         stack, begun = current().dropout
         leave(self)
-        drew = not torch.equal(_state(self._device), begun)
+        drew = _state(self._device) != begun
         stack.close()
         if drew:
             torch.rand(1, device=self._device)

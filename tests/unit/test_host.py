@@ -8,10 +8,10 @@ import pickle
 import pytest
 import torch
 from accelerate.utils import send_to_device
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.data import DataLoader
 
-from hf_veomni.host import apply, forget, forget_in_graphs, knows, on_host, remember, with_values
+from hf_veomni.host import apply, forget, forget_in_graphs, knows, make, on_host, remember, with_values
 
 DEVICE = torch.device("meta")
 
@@ -111,3 +111,20 @@ def test_fakes_stay_fakes() -> None:
         ids = torch.zeros(3, dtype=torch.long)
         made = with_values(ids, torch.zeros(3, dtype=torch.long))
         assert made is ids and not knows(made)
+
+
+def test_fakes_remember_real_values() -> None:
+    """What is computed from them on the host is real, also where the function makes tensors of its own."""
+    real = torch.tensor([[0, 1, 2, 0, 1]])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids = remember(real, DEVICE)
+        assert isinstance(ids, FakeTensor) and knows(ids) and not knows(ids + 1)
+        assert ids.device.type == DEVICE.type
+        assert (on_host(ids).diff(dim=1) != 1).nonzero()[:, 1].tolist() == [2]
+        longer = apply(lambda x: torch.cat([x, x.new_ones(1, 2).cumsum(1) - 1], 1), ids)
+        assert longer.shape == (1, 7) and on_host(longer).tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+        made = remember(make(lambda: torch.arange(3)[None]), DEVICE)
+        assert on_host(made).numpy().tolist() == [[0, 1, 2]]
+        assert isinstance(on_host(ids) + torch.zeros(1), FakeTensor)  # with something that has no values
+        ids.add_(1)
+        assert not knows(ids)

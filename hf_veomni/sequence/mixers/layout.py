@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_veomni.attention.documents import Documents
+from hf_veomni.host import forget, make, remember
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,11 @@ def scan_layout(documents: Documents, chunk: int, device: torch.device | str = "
 
     A chunked scan fills its last chunk anyway, so that none of them costs more than alone.
     """
+    batches, result = make(_scan_indices, documents, chunk)
+    return ScanLayout(tuple(forget(remember(x, device)) for x in batches), forget(remember(result, device)))
+
+
+def _scan_indices(documents: Documents, chunk: int) -> tuple[list[Tensor], Tensor]:
     size = documents.row_length
     groups: dict[int, list[tuple[int, int]]] = {}
     for row, begin, end in documents.spans():
@@ -91,8 +97,8 @@ def scan_layout(documents: Documents, chunk: int, device: torch.device | str = "
         real = step < lengths
         result[index[real]] = offset + torch.arange(index.numel()).view_as(index)[real]
         offset += index.numel()
-        batches.append(index.to(device, non_blocking=True))
-    return ScanLayout(tuple(batches), result.to(device, non_blocking=True))
+        batches.append(index)
+    return batches, result
 
 
 def _index(rows: list[list[int]], device: torch.device | str) -> Tensor:
