@@ -1,4 +1,4 @@
-"""`hf-veomni`: what works under sequence parallelism, what is installed, and checkpoints made plain."""
+"""`hf-veomni`: what works, what a job takes, what is installed, and checkpoints made plain."""
 
 from __future__ import annotations
 
@@ -219,6 +219,56 @@ def convert(
         raise typer.Exit(1) from error
     for path in written:
         console.print(f"{path}  {path.stat().st_size / 1e9:.2f} GB", soft_wrap=True, markup=False)
+
+
+@app.command("dry-run")
+def dry_run(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or path of a config.json.")],
+    world_size: Annotated[int, typer.Option(help="Ranks.")],
+    plan: Annotated[str, typer.Option(help="As in `prepare_omni`: 'sp=8,ep=8' or a yaml file.")] = "",
+    tokens: Annotated[int, typer.Option(help="Tokens of a packed sequence.")] = 4096,
+    documents: Annotated[int, typer.Option(help="Documents of equal length in it.")] = 1,
+    rank: Annotated[int, typer.Option(help="The rank to play.")] = 0,
+    kernels: Annotated[str, typer.Option(help="Choose kernels as on 'cuda' or on 'cpu'.")] = "cuda",
+    dtype: Annotated[str, typer.Option(help="Of the parameters.")] = "bfloat16",
+    mixed_precision: Annotated[bool, typer.Option(help="bf16 autocast and gathers around them.")] = False,
+    checkpointing: Annotated[bool, typer.Option(help="Activation checkpointing of the layers.")] = False,
+    lora: Annotated[int | None, typer.Option(help="Rank of LoRA adapters on all linear layers.")] = None,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches of the step.")] = 1,
+    skew: Annotated[float, typer.Option(help="What this rank's experts get, over their share.")] = 1.0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result to this file, too.")] = None,
+) -> None:
+    """Memory and traffic of a training step on ranks that are not there: the real code, without a GPU."""
+    import torch
+
+    from hf_veomni import dryrun
+
+    if not 1 <= documents <= tokens // 2:
+        raise typer.BadParameter(f"--documents ({documents}) of --tokens ({tokens}) must be of 2 tokens or more each.")
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise typer.BadParameter(f"--dtype ('{dtype}') is no dtype of torch: use bfloat16 or float32.")
+    lengths = [tokens // documents + (i < tokens % documents) for i in range(documents)]
+    try:
+        found = dryrun.dry_run(
+            model,
+            plan,
+            world_size,
+            tokens=lengths,
+            rank=rank,
+            kernels=kernels,
+            dtype=getattr(torch, dtype),
+            mixed_precision=mixed_precision,
+            checkpointing=checkpointing,
+            lora=lora,
+            accumulation=accumulation,
+            skew=skew,
+        )
+    except ValueError as error:  # of ours, which says what to do
+        raise typer.BadParameter(str(error)) from error
+    for part in found.render():
+        console.print(part)
+    if json_path is not None:
+        json_path.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
 
 
 @app.command()

@@ -1,0 +1,182 @@
+"""`dry_run`: the real code on ranks that are not there, without a GPU."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
+
+from hf_veomni import hf
+from hf_veomni.dryrun.report import DryRun
+from hf_veomni.dryrun.step import record_step
+from hf_veomni.dryrun.world import fake_world
+from hf_veomni.host import forget, remember
+from hf_veomni.mesh import get_parallel_state
+from hf_veomni.plan import ParallelPlan
+from hf_veomni.prepare import detach_omni, prepare_omni
+
+Model = str | os.PathLike[str] | PreTrainedConfig | Callable[[], nn.Module]
+KERNELS = ("cuda", "cpu")
+
+
+def dry_run(
+    model: Model,
+    plan: ParallelPlan | str | None,
+    world_size: int,
+    *,
+    tokens: int | Sequence[int] = 4096,
+    batch: Mapping[str, Tensor] | None = None,
+    rank: int = 0,
+    kernels: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    mixed_precision: bool = False,
+    checkpointing: bool = False,
+    lora: int | Any = None,
+    accumulation: int = 1,
+    skew: float = 1.0,
+) -> DryRun:
+    """Run one training step of one of `world_size` ranks in this process, with tensors that have no memory.
+
+    It is the real code: `prepare_omni`, its hooks and exchanges, FSDP2, loss, backward, clipping and AdamW. What
+    cannot be known without values or without the other ranks is assumed, see docs/planning.md.
+
+    Args:
+        model: Hub id, folder or path of a config.json; a config; or a function that builds the model, called where
+            its parameters are fake (a `PeftModel`, or one that no Auto class makes).
+        plan: as in `prepare_omni`.
+        tokens: of the packed sequence, or the lengths of its documents.
+        batch: real tensors on the CPU that the model is called with, in place of text of `tokens`; with `labels`, and
+            with `position_ids`.
+        rank: which one to play.
+        kernels: "cuda" chooses as on a CUDA device (varlen attention, grouped matmuls), "cpu" as on the CPU.
+        dtype: of the parameters.
+        mixed_precision: bf16 autocast and bf16 gathers around parameters in `dtype`, as the Trainer with `bf16=True`.
+        checkpointing: activation checkpointing of the layers.
+        lora: rank of LoRA adapters on all linear layers, or a PEFT config; None trains all parameters.
+        accumulation: micro-batches of the step.
+        skew: what this rank's experts get, over their share.
+
+    Raises:
+        ValueError: an unknown device, or a plan, rank or batch that does not fit.
+        UnsupportedError: what `prepare_omni` and the forward refuse.
+        RuntimeError: `torch.distributed` is initialised.
+    """
+    began = time.perf_counter()
+    _check(kernels, rank, world_size, accumulation, skew)
+    resolved = ParallelPlan.parse(plan).resolve(world_size)
+    given = dict(text_batch(tokens) if batch is None else batch)
+    build = model if callable(model) else builder(load_config(model), dtype)
+    with fake_world(world_size, rank, kernels=kernels, skew=skew):
+        built = add_adapters(build(), lora)
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed_precision else None
+        name = type(hf.base_model(built)).__name__
+        prepared = prepare_omni(built, resolved, mp_policy=policy)
+        if checkpointing:
+            hf.base_model(prepared).activation_checkpointing_enable()
+        prepared.train()
+        device = get_parallel_state(prepared).device
+        batches = [{key: _fake(value, device) for key, value in given.items()} for _ in range(accumulation)]
+        try:
+            found = record_step(prepared, batches, fake=True, autocast=mixed_precision)
+        finally:
+            detach_omni(prepared)  # what is process-wide is put back
+    return DryRun(
+        model=name,
+        plan=str(resolved),
+        world_size=world_size,
+        rank=rank,
+        tokens=int(given["input_ids"].shape[-1]),
+        kernels=kernels,
+        peak=found.peak,
+        phases=found.phases,
+        before=found.before,
+        kept=found.kept,
+        collectives=found.collectives,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _check(kernels: str, rank: int, world_size: int, accumulation: int, skew: float) -> None:
+    if kernels not in KERNELS:
+        raise ValueError(f"`kernels` ({kernels!r}) must be one of {', '.join(KERNELS)}.")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"`rank` ({rank}) must be one of the {world_size} ranks: 0 to {world_size - 1}.")
+    if accumulation < 1:
+        raise ValueError(f"`accumulation` ({accumulation}) must be 1 or more micro-batches.")
+    if skew <= 0:
+        raise ValueError(f"`skew` ({skew}) must be above 0; 1 is balanced.")
+
+
+def _fake(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    plain = forget(value)
+    if plain.is_floating_point():
+        return torch.empty(plain.shape, dtype=plain.dtype, device=device)
+    return remember(plain, device)
+
+
+def text_batch(tokens: int | Sequence[int]) -> dict[str, Tensor]:
+    """One packed sequence of documents of these lengths, as a collator makes it.
+
+    Raises:
+        ValueError: a document of less than two tokens, which has nothing to learn.
+    """
+    lengths = [tokens] if isinstance(tokens, int) else list(tokens)
+    if not lengths or min(lengths) < 2:
+        raise ValueError(f"`tokens` ({tokens}) must be one length, or several, of 2 tokens or more.")
+    ids = torch.ones(1, sum(lengths), dtype=torch.long)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    labels = ids.masked_fill(positions == 0, -100)
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+def load_config(model: str | os.PathLike[str] | PreTrainedConfig) -> PreTrainedConfig:
+    """The config of a Hub id, a folder or a file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(model, PreTrainedConfig):
+        return model
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`model` ('{model}') has no config that transformers reads: give a Hub id, a folder with a config.json, "
+            f"or the path of such a file. {error}"
+        ) from error
+
+
+def builder(config: PreTrainedConfig, dtype: torch.dtype) -> Callable[[], nn.Module]:
+    """A function that builds the model of a config, with a language head where the family has one."""
+    known: tuple[tuple[Any, Any], ...] = (
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
+    )
+    auto: Any = next((auto for mapping, auto in known if type(config) in mapping), AutoModel)
+    return lambda: auto.from_config(config, dtype=dtype)
+
+
+def add_adapters(model: nn.Module, lora: Any) -> nn.Module:
+    """`model` with LoRA of this rank on its linear layers, or with a PEFT config's adapters; None: as it is."""
+    if lora is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=lora, target_modules="all-linear") if isinstance(lora, int) else lora
+    return get_peft_model(model, config)  # type: ignore[arg-type, return-value]

@@ -1,0 +1,154 @@
+"""Dry runs on the shapes that one wants to know of, and what they say by hand-made formulas."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+from typer.testing import CliRunner
+
+from hf_veomni import UnsupportedError
+from hf_veomni.cli import app
+from hf_veomni.dryrun import DryRun, dry_run
+from hf_veomni.dryrun.world import balanced_route, even_split
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 1 << 18,
+}
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
+LAYERS, WIDTH, HEADS, KEYS, HEAD = 2, 64, 8, 4, 16
+DENSE, MOE = LlamaConfig(**SIZES), Qwen3MoeConfig(**SIZES, **EXPERTS)
+
+
+def bytes_of(run: DryRun, kind: str, axis: str) -> tuple[int, int]:
+    """(calls, payload)"""
+    return next((c.calls, c.payload) for c in run.collectives if (c.kind, c.axis) == (kind, axis))
+
+
+def test_exchanges_of_a_mixture_of_experts_by_hand() -> None:
+    """128 ranks, 16K tokens: bytes by the formulas of docs/architecture.md."""
+    run = dry_run(MOE, "sp=4,ep=8", 128, tokens=16384, checkpointing=True)
+    t = 16384 // 4
+    keys = 4 * 1  # each of 4 ranks reads one of 4 key/value heads
+    to_heads, back = (HEADS + 2 * keys) * HEAD * t * 2, HEADS * HEAD * t * 2
+    # forward, the same in the recomputation, and the backward
+    assert bytes_of(run, "all-to-all", "sp") == (6 * LAYERS, 3 * LAYERS * (to_heads + back))
+    pairs, counts = t * 4 * WIDTH * 2, 16 * 8
+    assert bytes_of(run, "all-to-all", "ep") == (7 * LAYERS, LAYERS * (6 * pairs + counts))
+    experts = 16 // 8 * 3 * 64 * 32 * 2
+    assert bytes_of(run, "all-gather", "efsdp") == (2 * LAYERS, 2 * LAYERS * experts)
+    assert bytes_of(run, "reduce-scatter", "efsdp") == (LAYERS, LAYERS * experts)
+    assert {c.axis: c.ranks for c in run.collectives} == {"sp": 4, "ep": 8, "efsdp": 16, "fsdp": 128}
+
+
+def test_static_memory_by_hand() -> None:
+    run = dry_run(DENSE, "dp_replicate=2,sp=2", 8, tokens=256)
+    attention = WIDTH * (HEADS + 2 * KEYS) * HEAD + HEADS * HEAD * WIDTH
+    total = LAYERS * (attention + 3 * WIDTH * 128 + 2 * WIDTH) + 2 * 512 * WIDTH + WIDTH
+    buffers = HEAD // 2 * 4 * 2  # rope
+    assert run.before["parameters"] == pytest.approx(total // 4 * 2 + buffers, abs=buffers)
+    assert run.before["optimizer"] == pytest.approx(2 * (total // 4) * 2, rel=0.01)
+    assert run.phases["optimizer"] == pytest.approx(2 * run.before["parameters"] + run.before["optimizer"], rel=0.02)
+
+
+def test_logits_and_scores_are_never_whole() -> None:
+    """The CUDA path: no [S, S] in the attention, no [s, V] in the loss."""
+    short, long = (dry_run(DENSE, "sp=2", 2, tokens=[n, n]) for n in (4096, 8192))
+    assert long.peak.total < 2.1 * short.peak.total
+    grown = dry_run(DENSE, "sp=4", 4, tokens=[8192, 8192])
+    kept = [run.kept["activations"] for run in (long, grown)]
+    assert kept[1] == pytest.approx(kept[0] / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "cuda"])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_adapters_train_alone(rank: int, kernels: str) -> None:
+    full, lora = (dry_run(MOE, "sp=2,ep=2", 4, rank=rank, kernels=kernels, tokens=501, lora=r) for r in (None, 4))
+    assert lora.before["optimizer"] < full.before["optimizer"] / 2
+    assert lora.phases["optimizer"] < full.phases["optimizer"]
+
+
+def test_mixed_precision_keeps_fp32_shards() -> None:
+    plain, mixed = (
+        dry_run(DENSE, "", 4, tokens=256, dtype=dtype, mixed_precision=mixed)
+        for dtype, mixed in ((torch.bfloat16, False), (torch.float32, True))
+    )
+    assert mixed.before["parameters"] == pytest.approx(2 * plain.before["parameters"], rel=0.02)
+    gathers = [bytes_of(run, "all-gather", "fsdp") for run in (plain, mixed)]
+    assert gathers[0] == gathers[1]
+
+
+def test_skew_fills_a_rank() -> None:
+    even, full = (dry_run(MOE, "ep=4", 8, tokens=4096, skew=skew) for skew in (1.0, 2.0))
+    assert full.peak.total > 1.1 * even.peak.total
+    assert bytes_of(even, "all-to-all", "ep")[1] < bytes_of(full, "all-to-all", "ep")[1]
+
+
+def test_accumulated_gradients_are_there_in_the_next_forward() -> None:
+    once, twice = (dry_run(DENSE, "", 2, tokens=64, accumulation=n) for n in (1, 2))
+    assert once.kept["gradients"] == 0 and twice.kept["gradients"] == pytest.approx(
+        once.before["parameters"], rel=0.01
+    )
+
+
+def test_nothing_is_left_behind() -> None:
+    before = dict(AttentionInterface._global_mapping)
+    dry_run(DENSE, "sp=2", 2, tokens=64)
+    assert not dist.is_initialized()
+    assert dict(AttentionInterface._global_mapping) == before
+    real = torch.arange(3)
+    assert nn.Linear(2, 2).to("cpu").weight.shape == (2, 2) and real.tolist() == [0, 1, 2]
+
+
+def test_model_of_ones_own() -> None:
+    run = dry_run(lambda: AutoModelForCausalLM.from_config(DENSE, dtype=torch.float32), "", 2, tokens=64)
+    assert run.model == "LlamaForCausalLM" and run.before["parameters"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"kernels": "tpu"}, ValueError, "`kernels` .'tpu'. must be one of cuda, cpu"),
+        ({"rank": 4}, ValueError, "`rank` .4. must be one of the 4 ranks"),
+        ({"plan": "sp=3"}, ValueError, "must divide the number of ranks"),
+        ({"plan": "ep=2"}, UnsupportedError, "ep_size"),
+        ({"tokens": 1}, ValueError, "2 tokens or more"),
+        ({"skew": 0}, ValueError, "`skew`"),
+        ({"accumulation": 0}, ValueError, "`accumulation`"),
+    ],
+)
+def test_refuses(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        dry_run(DENSE, world_size=4, **{"plan": "", "tokens": 64, **options})
+    assert not dist.is_initialized()
+
+
+def test_command(tmp_path: Path) -> None:
+    DENSE.save_pretrained(tmp_path)
+    arguments = ["dry-run", str(tmp_path), "--world-size", "4", "--plan", "sp=2", "--tokens", "64", "--documents", "2"]
+    result = CliRunner().invoke(app, [*arguments, "--json", str(tmp_path / "run.json")])
+    assert result.exit_code == 0, result.output
+    assert "What the peak is made of" in result.output and "all-to-all" in result.output
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["peak_bytes"] == sum(found["peak"].values()) and found["plan"] == "dp_shard=2,sp=2"
+    result = CliRunner().invoke(app, ["dry-run", str(tmp_path / "nowhere"), "--world-size", "4"])
+    assert result.exit_code == 2 and "has no config" in result.output
+
+
+def test_even_splits() -> None:
+    assert even_split(10, 4) == [3, 3, 2, 2] and sum(even_split(7, 8)) == 7
+    route = balanced_route(1.0, torch.zeros(5, 2, dtype=torch.long), 4, None)
+    assert route.sizes == [3, 3, 2, 2]
