@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-import sys
 from contextlib import ExitStack
 from functools import cache
 from typing import Any
@@ -30,7 +30,7 @@ def _general(name: str) -> str:
 
 def _origin() -> str | None:
     """Category of what the code that runs makes; None for shapes that DTensor tries on tensors of its own."""
-    frame = sys._getframe(2)
+    frame = inspect.currentframe()
     while frame is not None:
         name = frame.f_code.co_filename
         if _LOSS in name:

@@ -24,6 +24,7 @@ from hf_veomni import hf
 from hf_veomni.dryrun.report import DryRun
 from hf_veomni.dryrun.step import record_step
 from hf_veomni.dryrun.world import fake_world
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import forget, remember
 from hf_veomni.mesh import get_parallel_state
 from hf_veomni.plan import ParallelPlan
@@ -72,13 +73,14 @@ def dry_run(
 
     Raises:
         ValueError: an unknown device, or a plan, rank or batch that does not fit.
-        UnsupportedError: what `prepare_omni` and the forward refuse.
+        UnsupportedError: inputs of an encoder; what `prepare_omni` and the forward refuse.
         RuntimeError: `torch.distributed` is initialised.
     """
     began = time.perf_counter()
     _check(kernels, rank, world_size, accumulation, skew)
     resolved = ParallelPlan.parse(plan).resolve(world_size)
     given = dict(text_batch(tokens) if batch is None else batch)
+    _check_text(given)
     build = model if callable(model) else builder(load_config(model), dtype)
     with fake_world(world_size, rank, kernels=kernels, skew=skew):
         built = add_adapters(build(), lora)
@@ -121,13 +123,19 @@ def _check(kernels: str, rank: int, world_size: int, accumulation: int, skew: fl
         raise ValueError(f"`skew` ({skew}) must be above 0; 1 is balanced.")
 
 
+def _check_text(batch: Mapping[str, Any]) -> None:
+    name = next((n for n, x in batch.items() if isinstance(x, Tensor) and x.is_floating_point()), None)
+    if name is not None:
+        raise UnsupportedError(
+            f"`batch` holds '{name}': encoders of images, video and audio ask for values, which a dry run does not "
+            "have. Leave it out, and count the encoder's share yourself."
+        )
+
+
 def _fake(value: Any, device: torch.device) -> Any:
     if not isinstance(value, Tensor):
         return value
-    plain = forget(value)
-    if plain.is_floating_point():
-        return torch.empty(plain.shape, dtype=plain.dtype, device=device)
-    return remember(plain, device)
+    return remember(forget(value), device)
 
 
 def text_batch(tokens: int | Sequence[int]) -> dict[str, Tensor]:

@@ -25,10 +25,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from hf_veomni.expert.dispatch import Route, count_pairs
+from hf_veomni.comm.all_to_all import exchange
+from hf_veomni.expert.dispatch import Route, chunk_sizes, count_pairs
+from hf_veomni.hf.require import require
 from hf_veomni.loss import fused
 from hf_veomni.loss.head import default_chunk_tokens
 
+_FAKE = "torch.testing._internal.distributed.fake_pg"
 # transformers' own name: whether there are as many placeholders as features is a question to the values.
 _UNCHECKED = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
@@ -69,23 +72,31 @@ def even_split(number: int, parts: int) -> list[int]:
     return [small + (part < larger) for part in range(parts)]
 
 
-def balanced_route(skew: float, top_k_index: Tensor, num_experts: int, group: dist.ProcessGroup | None) -> Route:
-    """What `make_route` makes where routing is even, and this rank's experts get `skew` times their share.
+def balanced_routes(
+    skew: float, top_k_index: Tensor, num_experts: int, group: dist.ProcessGroup | None, chunks: int = 1
+) -> list[Route]:
+    """What `make_routes` makes where routing is even, and this rank's experts get `skew` times their share.
 
-    Collective: that of `make_route`.
+    Collective: that of `make_routes`.
     """
-    experts = top_k_index.reshape(-1)
-    order = torch.argsort(experts, stable=True)
-    counts = count_pairs(experts, num_experts)
+    parts = [part.reshape(-1) for part in top_k_index.split(chunk_sizes(len(top_k_index), chunks))]
+    orders = [torch.argsort(experts, stable=True) for experts in parts]
+    counts = [count_pairs(experts, num_experts) for experts in parts]
+    pairs = [experts.numel() for experts in parts]
     if group is None:
-        return Route(order, counts, known_sizes=even_split(experts.numel(), num_experts))
+        sizes = [even_split(number, num_experts) for number in pairs]
+        return [Route(o, c, known_sizes=s) for o, c, s in zip(orders, counts, sizes, strict=True)]
     ranks = dist.get_world_size(group)
-    arriving = torch.empty_like(counts)
-    dist.all_to_all_single(arriving, counts, group=group)
-    send = even_split(experts.numel(), ranks)
-    receive = even_split(round(experts.numel() * skew), ranks)
-    sizes = even_split(sum(receive), num_experts // ranks)
-    return Route(order, arriving.view(ranks, -1).sum(0), arriving, send, receive, sizes)
+    sent = torch.stack([count.view(ranks, -1) for count in counts], dim=1).flatten()
+    each = [len(sent) // ranks] * ranks
+    came = exchange(sent, group, each, each).view(ranks, chunks, -1)
+    routes = []
+    for chunk, number in enumerate(pairs):
+        send, receive = even_split(number, ranks), even_split(round(number * skew), ranks)
+        sizes = even_split(sum(receive), num_experts // ranks)
+        arriving = came[:, chunk]
+        routes.append(Route(orders[chunk], arriving.sum(0), arriving.flatten(), send, receive, sizes))
+    return routes
 
 
 def _chunk_on_cuda(vocabulary: int, hidden_bytes: int, device_type: str = "cuda") -> int:
@@ -109,7 +120,7 @@ def _substitutes(world_size: int, kernels: str, skew: float) -> Iterator[tuple[s
     yield "hf_veomni.mesh", "_find_device", lambda: device
     yield "hf_veomni.fsdp.sync", "_alone", lambda: True
     yield "hf_veomni.sequence.attach", "check_same_rows", lambda given, state: None
-    yield "hf_veomni.expert.forward", "make_route", partial(balanced_route, skew)
+    yield "hf_veomni.expert.forward", "make_routes", partial(balanced_routes, skew)
     if kernels == "cuda":
         yield "hf_veomni.attention.varlen", "has_kernel", lambda device: True
         yield "hf_veomni.expert.compute", "has_grouped_kernel", lambda device: True
@@ -141,7 +152,7 @@ def _replaced(where: str, name: str, value: Any) -> Iterator[None]:
     module, _, member = where.partition(":")
     owner: Any = import_module(module)
     owner = getattr(owner, member) if member else owner
-    if not hasattr(owner, name):
+    if value is None and not hasattr(owner, name):
         yield  # of another version of torch
         return
     stock = getattr(owner, name)
@@ -161,10 +172,10 @@ def fake_world(world_size: int, rank: int, *, kernels: str = "cpu", skew: float 
     """
     if dist.is_initialized():
         raise RuntimeError("This process is a rank already: `torch.distributed` is initialised. Dry-run in another.")
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
-
+    require(_FAKE, ("FakeStore",))
+    store = import_module(_FAKE).FakeStore()  # the module registers the backend "fake"
     _clear_sharding_prop_cache()  # which knows meshes by their sizes, and would give those of another world
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=store)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with ExitStack() as stack:

@@ -162,7 +162,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "torch.distributed.tensor._utils": ("compute_local_shape_and_global_offset",),
     "torch.nn:Module": ("_buffers", "_call_impl", "_forward_hooks", "_forward_pre_hooks", "_parameters"),
     "torch.optim.lr_scheduler:LRScheduler": ("_last_lr", "_step_count"),
-    "torch.utils._python_dispatch": ("is_in_torch_dispatch_mode",),
+    "torch.utils._python_dispatch": ("TorchDispatchMode", "is_in_torch_dispatch_mode"),
     "torch.utils._pytree": ("tree_leaves", "tree_map_only"),
 }
 

@@ -19,7 +19,7 @@ from tests.versions import ROOT, read_pins
 
 LIBRARIES = ("transformers", "accelerate", "peft", "torch")
 # Of single families, asked for before they are read; and names of a namedtuple, of a schema and of a storage.
-ELSEWHERE = {"_apply_gate", "_reshape", "_split_heads", "_replace", "_schema", "_cdata", "_to_copy"}
+ELSEWHERE = {"_apply_gate", "_reshape", "_split_heads", "_asdict", "_replace", "_schema", "_cdata", "_to_copy"}
 # Required where they are used, on the device that has them.
 ELSEWHERE |= {"_varlen_attn", "_varlen_attn_backward", "_C"}
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from hf_veomni import UnsupportedError
 from hf_veomni.cli import app
 from hf_veomni.dryrun import DryRun, dry_run
-from hf_veomni.dryrun.world import balanced_route, even_split
+from hf_veomni.dryrun.world import balanced_routes, even_split
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -128,6 +128,7 @@ def test_model_of_ones_own() -> None:
         ({"tokens": 1}, ValueError, "2 tokens or more"),
         ({"skew": 0}, ValueError, "`skew`"),
         ({"accumulation": 0}, ValueError, "`accumulation`"),
+        ({"batch": {"pixel_values": torch.zeros(1)}}, UnsupportedError, "`batch` holds 'pixel_values'"),
     ],
 )
 def test_refuses(options: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -150,5 +151,5 @@ def test_command(tmp_path: Path) -> None:
 
 def test_even_splits() -> None:
     assert even_split(10, 4) == [3, 3, 2, 2] and sum(even_split(7, 8)) == 7
-    route = balanced_route(1.0, torch.zeros(5, 2, dtype=torch.long), 4, None)
+    (route,) = balanced_routes(1.0, torch.zeros(5, 2, dtype=torch.long), 4, None)
     assert route.sizes == [3, 3, 2, 2]
