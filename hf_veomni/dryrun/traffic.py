@@ -68,7 +68,11 @@ def _bytes(value: Any) -> int:
 def axis_names(state: ParallelState) -> dict[str, str]:
     """Names of axes by the name of their process group; axes of the same ranks may share one ("fsdp/ep")."""
     found: dict[str, list[str]] = {}
-    axes = ((state.fsdp_mesh, ("dp_replicate", "fsdp")), (state.mesh, ("sp",)), (state.expert_mesh, ("efsdp", "ep")))
+    axes = (
+        (state.fsdp_mesh, ("dp_replicate", "fsdp")),
+        (state.mesh, ("sp",)),
+        (state.expert_mesh, ("dp_replicate", "efsdp", "ep")),
+    )
     for mesh, names in axes:
         for name in names:
             if mesh is not None and name in (mesh.mesh_dim_names or ()) and mesh[name].size() > 1:
