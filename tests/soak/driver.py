@@ -24,7 +24,7 @@ from hf_veomni.checkpoint.manifest import STAGING
 from hf_veomni.trainer.folders import last_complete_checkpoint
 from tests.soak.training import RESULT, WORLD, Variant, run_rank
 
-SURVIVORS = 30.0  # seconds that the other processes get to notice
+SURVIVORS = 45.0  # seconds that the other processes get to notice; a start waits for `TIMEOUT`
 ATTEMPT = 180.0  # seconds that a start may take to reach the end
 
 

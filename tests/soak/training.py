@@ -21,6 +21,7 @@ from tests.ranks.training import PackedRows, adapt_experts, collate, full, lora_
 
 WORLD = 2
 RESULT = "result.pt"
+TIMEOUT = timedelta(seconds=30)  # of a collective, and of a start whose other rank was killed before it came
 _PR_SET_PDEATHSIG = 1
 
 
@@ -80,7 +81,7 @@ def run_rank(rank: int, variant: Variant, folder: Path, rendezvous: Path, report
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
     method = f"file://{rendezvous}"
-    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=WORLD, timeout=TIMEOUT)
     torch.manual_seed(0)
     trainer = _trainer(variant, folder, report)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 from typer.testing import CliRunner
 
+from hf_veomni.checkpoint.background import BackgroundWriter
 from hf_veomni.checkpoint.convert import convert
 from hf_veomni.checkpoint.manifest import find_damage
-from tests.ranks.trainer.test_checkpoint import _assert_continues, _small_files, _train_and_resume, _trainer, plans
+from tests.ranks.trainer.test_checkpoint import _assert_continues, _train_and_resume, _trainer, plans
 from tests.ranks.training import Run, adapt_experts, full, tiny_mixtral, tiny_model
 
 SHARDED, ASYNC = {"sharded_weights": True}, {"async_save": True}
@@ -153,8 +155,17 @@ def _fails(plan: str, directory: Path, rank: int) -> str:
     run = Run(arguments=SAVE | ASYNC | {"max_steps": 4})
     trainer = _trainer(plan, run, directory, callbacks=[wait] if mine else [])
     wait.trainer = trainer
+    start = BackgroundWriter._open
+
+    def start_with_little_space(writer: BackgroundWriter) -> Any:
+        process = start(writer)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+        return process
+
     try:
-        with _small_files(35_000 if mine else None):
+        with pytest.MonkeyPatch.context() as patch:
+            if mine:
+                patch.setattr(BackgroundWriter, "_open", start_with_little_space)
             trainer.train()
     except Exception as error:
         return f"step {trainer.state.global_step}, {type(error).__name__}: {error}"
