@@ -107,8 +107,8 @@ def work(rank: int, case: tuple[str, int], folder: str, options: argparse.Namesp
     """One rank of one case; the first leaves a row."""
     torch.set_num_threads(1)
     name, world = case
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     if world > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     shared: dict[str, Any] = {
         "output_dir": f"{folder}/run",
