@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,10 +131,8 @@ class Bench:
         self.schedule, self.link = schedule, link
         torch.manual_seed(0)
         stock = AutoModelForCausalLM.from_config(shapes.config()).train()
-        overlap = {"plain": "none", "transformers": "none"}.get(schedule, schedule)
-        plan: Any = {f"{shapes.axis}_size": RANKS} | ({} if overlap == "none" else {"overlap": overlap})
-        with _stock_experts() if schedule == "transformers" else nullcontext():
-            self.model: Any = prepare_omni(stock, plan)
+        plan: Any = {f"{shapes.axis}_size": RANKS, "overlap": "none" if schedule == "plain" else schedule}
+        self.model: Any = prepare_omni(stock, plan)
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         length = tokens * (RANKS if shapes.axis == "sp" else 1)
@@ -146,7 +144,7 @@ class Bench:
         self.model.zero_grad()
         self.link.reset()
         if self.schedule == "pairs":
-            from hf_veomni import run_pair  # pyright: ignore[reportAttributeAccessIssue]
+            from hf_veomni import run_pair
 
             losses = run_pair(lambda batch: self.model(**batch).loss, *self.batches)
             (losses[0] + losses[1]).backward()
@@ -156,31 +154,6 @@ class Bench:
 
     def gradients(self) -> list[Tensor]:
         return [p.grad.to_local().clone() for p in self.model.parameters()]
-
-
-@contextmanager
-def _stock_experts() -> Iterator[None]:
-    """transformers' own exchange of tokens in place of ours."""
-    from transformers.distributed.expert_parallel import AllToAllEP
-
-    from hf_veomni.expert import attach
-
-    class Stock(AllToAllEP):
-        def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
-            super().__init__(experts, ep_mesh, tp_mesh)
-            self.tp_mesh = _NoTensorParallel()  # which rank holds which tokens is ours to say
-
-    ours: Any = attach.ExpertsForward
-    attach.ExpertsForward = Stock  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        attach.ExpertsForward = ours
-
-
-class _NoTensorParallel:
-    def size(self) -> int:
-        return 1
 
 
 def _popularity(config: Any) -> Tensor:
@@ -292,7 +265,7 @@ def check(rows: list[dict[str, Any]], tolerance: float, slower: float) -> list[s
         name = f"{row['schedule']} of {row['model']} ({row['routing']}, checkpointing {row['checkpointing']})"
         if row["gradient_error"] > tolerance:
             wrong.append(f"gradients of {name} are off by {row['gradient_error']:.1e}")
-        if row["schedule"] != "transformers" and row["compute_over_plain"]["p50"] > 1 + slower:
+        if row["compute_over_plain"]["p50"] > 1 + slower:
             wrong.append(f"{name} computes {row['compute_over_plain']['p50']:.3f} times as long as plain")
     return list(dict.fromkeys(wrong))
 
@@ -335,7 +308,7 @@ def draw_timeline(options: argparse.Namespace, path: Path) -> None:
     link, shapes = Link(), SHAPES["experts"]
     found = []
     with linked(link, RANKS):
-        for name in (name for name in options.schedules if name != "transformers"):
+        for name in options.schedules:
             bench = Bench(shapes, name, False, link, options.tokens or shapes.tokens)
             with even_routing(bench.model):
                 bench.step()
@@ -362,7 +335,7 @@ def draw_timeline(options: argparse.Namespace, path: Path) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES], default=[*SHAPES])
-    parser.add_argument("--schedules", nargs="+", default=["plain", "chunks"], help="the first is plain")
+    parser.add_argument("--schedules", nargs="+", choices=["plain", "chunks", "pairs"], default=["plain", "chunks"])
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS, help="link / compute")
     parser.add_argument("--routing", nargs="+", choices=["balanced", "skewed"], default=["balanced", "skewed"])
     parser.add_argument("--checkpointing", nargs="+", type=int, choices=[0, 1], default=[0, 1])
