@@ -1,0 +1,36 @@
+"""Plans with two sequences in flight that are refused before anything is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import hf_veomni.pairs
+from hf_veomni import ParallelPlan, ParallelState, UnsupportedError
+from hf_veomni.fsdp import check_overlap
+
+
+def _state(world_size: int, **plan: Any) -> ParallelState:
+    return ParallelState(plan=ParallelPlan(**plan).resolve(world_size), device=torch.device("cpu"))
+
+
+def test_one_rank_has_nothing_to_overlap() -> None:
+    with pytest.raises(ValueError, match=r"`overlap` \('pairs'\) has no effect on one rank.*leave it out"):
+        check_overlap(_state(1, overlap="pairs"))
+    check_overlap(_state(1))
+    check_overlap(_state(2, overlap="pairs"))
+
+
+def test_a_rule_that_keeps_a_module_out_is_refused() -> None:
+    rules = {"*.self_attn": {"overlap": "chunks"}, "*.experts": {"overlap": "none"}}
+    with pytest.raises(UnsupportedError, match=r"`overlap` \('none'\) for '\*.experts'.*leave one of the two out"):
+        check_overlap(_state(2, sp_size=2, overlap="pairs", modules=rules))
+
+
+def test_a_missing_greenlet_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_veomni.pairs, "greenlet", None)
+    with pytest.raises(UnsupportedError, match=r"pip install 'hf-veomni\[overlap\]'.*leave `overlap` out"):
+        check_overlap(_state(2, overlap="pairs"))
+    check_overlap(_state(2))
