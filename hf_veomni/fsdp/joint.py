@@ -170,16 +170,16 @@ def check_overlap(state: ParallelState) -> None:
 
     Raises:
         ValueError: there is one rank, so nothing is exchanged or gathered.
-        UnsupportedError: a rule for a module that keeps it out; the package greenlet is missing.
+        UnsupportedError: a rule by module beside it; the package greenlet is missing.
     """
     if state.plan.overlap != "pairs":
         return
     if state.world_size == 1:
         raise ValueError("`overlap` ('pairs') has no effect on one rank, where nothing is exchanged: leave it out.")
-    kept_out = [pattern for pattern, rules in state.plan.modules.items() if rules.get("overlap") == "none"]
-    if kept_out:
+    ruled = [(pattern, rules["overlap"]) for pattern, rules in state.plan.modules.items() if "overlap" in rules]
+    if ruled:
         raise UnsupportedError(
-            f"The rule `overlap` ('none') for {kept_out[0]!r} has no effect under `overlap` ('pairs'), where two "
-            "sequences run through the full model: leave one of the two out."
+            f"The rule `overlap` ({ruled[0][1]!r}) for {ruled[0][0]!r} cannot be combined with `overlap` ('pairs'), "
+            "where two sequences run through the full model: leave one of the two out."
         )
     check_greenlet()

@@ -23,9 +23,10 @@ def test_one_rank_has_nothing_to_overlap() -> None:
     check_overlap(_state(2, overlap="pairs"))
 
 
-def test_a_rule_that_keeps_a_module_out_is_refused() -> None:
-    rules = {"*.self_attn": {"overlap": "chunks"}, "*.experts": {"overlap": "none"}}
-    with pytest.raises(UnsupportedError, match=r"`overlap` \('none'\) for '\*.experts'.*leave one of the two out"):
+@pytest.mark.parametrize("value", ["none", "chunks"])
+def test_a_rule_by_module_is_refused(value: str) -> None:
+    rules = {"lm_head": {"fsdp": "keep"}, "*.experts": {"overlap": value}}
+    with pytest.raises(UnsupportedError, match=rf"`overlap` \('{value}'\) for '\*.experts'.*leave one of the two out"):
         check_overlap(_state(2, sp_size=2, overlap="pairs", modules=rules))
 
 
