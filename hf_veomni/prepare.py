@@ -223,7 +223,8 @@ def _describe(model: Any, state: ParallelState) -> str:
         f"{type(base).__name__.removeprefix('FSDP')} under the plan {state.plan}",
         f"{state.world_size} {'ranks' if state.world_size > 1 else 'rank'} on {state.device.type}",
         f"{state.dp_size} of them with data of their own" if state.sp_size > 1 else "",
-        f"attention {hf.attention_name(hf.find_backbone(base).config)}",
+        # ModernBERT's `get_decoder` finds its head, which has no config.
+        f"attention {hf.attention_name(getattr(hf.find_backbone(base), 'config', base.config))}",
         f"{units} FSDP units" if units else "",
         f"{trained:,} of {total:,} parameters trained",
     ]

@@ -63,3 +63,13 @@ def test_no_plan_for_several_ranks_is_a_warning(ranks, how):
 
 def test_verbosity_silences_it(ranks):
     assert [text for text, _ in ranks(2).run(_said, "sp=2", "prepare", "warning", timeout=60)] == ["", ""]
+
+
+def test_a_model_whose_get_decoder_is_its_head_is_described():
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    from hf_veomni import detach_omni, prepare_omni
+
+    ids: dict[str, int] = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    detach_omni(prepare_omni(ModernBertForMaskedLM(ModernBertConfig(**sizes, **ids)), ""))
