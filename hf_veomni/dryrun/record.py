@@ -132,7 +132,7 @@ class StepRecorder(TorchDispatchMode):
                     self._own(value, "optimizer", names.get(parameter, ""))
 
     def _own(self, tensor: Tensor, category: str, name: str) -> None:
-        tensor = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+        tensor = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
         if self.memory.counts(tensor):
             module = _general(name.rpartition(".")[0])
             self.memory.born(tensor, Place("before", module, ""), category)

@@ -55,7 +55,7 @@ def record_step(
     optimizer.step()
     optimizer.zero_grad()
     recorder = StepRecorder(model, axis_names(get_parallel_state(model)), fake)
-    kept = dict.fromkeys(CATEGORIES, 0)
+    kept: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
     with recorder:
         recorder.note_owned(optimizer)
         begin = len(recorder.memory.events)

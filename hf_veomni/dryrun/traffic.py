@@ -106,7 +106,11 @@ class TrafficLog:
         if rule is None:
             raise NotImplementedError(f"The collective '{name}' is not counted: add it to {__name__}.")
         group = args[rule.group]
-        group = dist.distributed_c10d._resolve_process_group(group) if isinstance(group, str) else unbox(group)
+        if isinstance(group, str):
+            resolve: Any = dist.distributed_c10d._resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
+            group = resolve(group)
+        else:
+            group = unbox(group)
         ranks = group.size()
         payload = _bytes(rule.payload(args, result))
         match rule.kind:

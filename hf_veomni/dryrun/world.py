@@ -60,7 +60,8 @@ def _move(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         return made[x]
 
     for owner in module.modules() if dtype is not None else ():
-        for tensors in (owner._parameters, owner._buffers):
+        both: tuple[Any, ...] = owner._parameters, owner._buffers
+        for tensors in both:
             changed = {n: cast(x) for n, x in tensors.items() if x is not None and x.is_floating_point()}
             tensors.update(changed)
     return module
