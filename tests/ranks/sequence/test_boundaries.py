@@ -59,4 +59,4 @@ def _masks_above() -> None:
 
 
 def test_numbers_in_a_mask_are_refused_where_masks_are_made_above_the_stack(ranks):
-    ranks(2).raises(_masks_above, match="makes its masks above the text stack")
+    ranks(2).raises(_masks_above, match="makes its masks above the text backbone")
