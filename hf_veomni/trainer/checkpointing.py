@@ -196,7 +196,13 @@ class CheckpointingMixin(_Trainer):
     @override
     def _save_rng_state(self, output_dir: str) -> None:
         with together(f"Saving the random state to '{output_dir}'"):
-            super()._save_rng_state(output_dir)
+            try:
+                super()._save_rng_state(output_dir)
+            except RuntimeError as error:  # torch.save, of a file that it cannot write to its end
+                raise OSError(
+                    f"The random state cannot be written to '{output_dir}' ({str(error).splitlines()[0]}): is the "
+                    "disk full, or a quota used up?"
+                ) from error
 
     @override
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

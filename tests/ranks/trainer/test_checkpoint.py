@@ -393,7 +393,7 @@ def _save_with_little_space(plan: str, directory: Path, limit: int | None, rank:
 @pytest.mark.parametrize(("limit", "rank"), [(4096, 0), (50_000, 0), (4096, 1), (1000, 1)])
 def test_no_space_leaves_no_checkpoint_and_reaches_every_rank(ranks, tmp_path, limit, rank):
     errors = ranks(2).run(_save_with_little_space, "sp=2", tmp_path, limit, rank, True, timeout=90)
-    assert all("File too large" in error for error in errors), errors
+    assert all("File too large" in error or "disk full" in error for error in errors), errors
     assert not list(tmp_path.iterdir())
 
 
