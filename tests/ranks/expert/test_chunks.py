@@ -77,7 +77,7 @@ def _models(setting: Setting, plan: str, checkpointing: bool) -> float:
     return max(differences(*models, batch))
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("plan", ["sp=2,ep=2", "dp_shard=2,ep=2"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_models_equal_the_blocking_form(ranks, name, plan, checkpointing):
@@ -87,7 +87,7 @@ def test_models_equal_the_blocking_form(ranks, name, plan, checkpointing):
         assert worst < 1e-6
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_adapters_on_experts_equal_the_blocking_form(ranks, checkpointing):
     setting = Setting(model="qwen3_moe", lora=True)
     for worst in ranks(2).run(_models, setting, "sp=2,ep=2", checkpointing, timeout=120):

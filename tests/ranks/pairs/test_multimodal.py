@@ -42,7 +42,9 @@ def _compare(family: str, plan: dict[str, Any], checkpointing: bool) -> tuple[fl
     return relative_error(first + second, expected), error
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "checkpointing"]
+)
 @pytest.mark.parametrize(
     ("family", "plan"),
     [("qwen3_vl", {"sp": 2}), ("qwen2_5_vl", {"sp": 2}), ("qwen2_5_vl", {"sp": 2, **ULYSSES})],

@@ -18,13 +18,17 @@ from tests.ranks.parity import Run, Setting, relative_error, whole
 PLANS = ["sp=2", "dp_shard=2", "dp_replicate=2", "sp=2,dp_replicate=2", "sp=2,dp_shard=2"]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "checkpointing"]
+)
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_pair_equals_one_after_the_other(check, plan: str, checkpointing: bool) -> None:
     check(Setting("llama", micro_batches=2), Run(f"{plan},overlap=pairs", checkpointing=checkpointing))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "checkpointing"]
+)
 @pytest.mark.parametrize("model", ["qwen3", "deepseek_v3", "gemma3", "gpt_oss", "qwen3_moe", "qwen3_next"])
 def test_families_equal_one_rank(check, model: str, checkpointing: bool) -> None:
     check(Setting(model, micro_batches=2), Run("sp=2,overlap=pairs", checkpointing=checkpointing))
@@ -35,7 +39,9 @@ def test_two_pairs_of_a_window_equal_one_rank(check, synchronize_each: bool) -> 
     check(Setting("llama", micro_batches=4), Run("sp=2,overlap=pairs", synchronize_each=synchronize_each))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "checkpointing"]
+)
 def test_adapters_equal_one_rank(check, checkpointing: bool) -> None:
     check(Setting("llama", micro_batches=2, lora=True), Run("sp=2,overlap=pairs", checkpointing=checkpointing))
 
@@ -93,7 +99,9 @@ def _step(
 ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "checkpointing"]
+)
 @pytest.mark.parametrize(
     ("world", "plan", "name", "config"),
     [
@@ -239,7 +247,9 @@ def _saved_bytes(checkpointing: bool) -> tuple[int, int]:
     return measure(lambda: compute(full)), measure(lambda: sum(run_pair(compute, *halves)))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "checkpointing"]
+)
 def test_two_halves_keep_no_more_than_the_full_row(ranks, checkpointing: bool) -> None:
     for full, halves in ranks(2).run(_saved_bytes, checkpointing, timeout=60):
         assert 0 < halves <= full

@@ -68,7 +68,7 @@ def _models(name: str, packed: bool, checkpointing: bool) -> tuple[float, int]:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["llama", "llama_uneven", "llama_mqa", "gpt_oss", "deepseek_v3"])
 def test_models_equal_the_blocking_form(ranks, name, packed, checkpointing):
     if name == "gpt_oss" and packed is False:

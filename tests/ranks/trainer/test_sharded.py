@@ -101,7 +101,7 @@ def test_converted_experts_equal_what_is_saved_plainly(ranks, tmp_path, lora):
     assert result.exit_code == 1 and "has no sharded weights" in result.output
 
 
-@pytest.mark.parametrize("saving", [SHARDED, ASYNC], ids=["sharded", "async"])
+@pytest.mark.parametrize("saving", [pytest.param(SHARDED, marks=pytest.mark.slow), ASYNC], ids=["sharded", "async"])
 @pytest.mark.parametrize("kind", ["full", "lora", "experts", "experts-lora"])
 def test_resume_is_exact(ranks, tmp_path, kind, saving):
     arguments = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5, "save_total_limit": 2} | saving
