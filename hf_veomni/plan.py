@@ -50,10 +50,11 @@ def _unknown_key(key: str, valid: Iterable[str]) -> str:
         return f"did you mean '{plain}'?"
     if plain in _ELSEWHERE:
         return f"{_ELSEWHERE[plain]}."
-    return f"{_nearest(key, valid)}."
+    return f"{nearest(key, valid)}."
 
 
-def _nearest(name: str, valid: Iterable[str]) -> str:
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The nearest of the valid names, if one is near, and all of them."""
     valid = sorted(valid)
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
@@ -122,7 +123,7 @@ class ParallelPlan:
             self._check_experts()
         self._check_modules()
         if self.overlap not in OVERLAPS:
-            raise ValueError(f"`overlap` ({self.overlap!r}) is unknown: {_nearest(str(self.overlap), OVERLAPS)}.")
+            raise ValueError(f"`overlap` ({self.overlap!r}) is unknown: {nearest(str(self.overlap), OVERLAPS)}.")
 
     def __hash__(self) -> int:
         rules = {pattern: frozenset(rule.items()) for pattern, rule in self.modules.items()}
@@ -143,9 +144,9 @@ class ParallelPlan:
                 raise ValueError(f"`modules[{pattern!r}]` ({rules!r}) must map rule names to values.")
             for key, value in rules.items():
                 if key not in MODULE_RULES:
-                    raise ValueError(f"Unknown rule '{key}' in `modules[{pattern!r}]`: {_nearest(key, MODULE_RULES)}.")
+                    raise ValueError(f"Unknown rule '{key}' in `modules[{pattern!r}]`: {nearest(key, MODULE_RULES)}.")
                 if value not in MODULE_RULES[key]:
-                    hint = _nearest(str(value), MODULE_RULES[key])
+                    hint = nearest(str(value), MODULE_RULES[key])
                     raise ValueError(f"`modules[{pattern!r}]`: '{key}' ({value!r}) is unknown: {hint}.")
 
     @property

@@ -177,8 +177,9 @@ def prepare_omni(
 
     Raises:
         ValueError: a plan that does not fit the world, ranks with different plans or models, or a checkpoint that is
-            not the model's. The model is as it was then.
-        UnsupportedError: the plan asks for something that is not there for this model. The model is as it was then.
+            not the model's.
+        UnsupportedError: the plan asks for something that is not there for this model. Until parameters are sharded
+            the model is as it was then.
     """
     if lean_loss is not None:
         warnings.warn("`lean_loss` is now called `chunked_loss`.", FutureWarning, stacklevel=2)
@@ -205,10 +206,15 @@ def prepare_omni(
             step()
         raise
     setattr(base, _UNDO, undo + getattr(base, _UNDO))
-    announce(_describe(model, state))
-    if given is None and plan == ParallelPlan():
-        warn_of_no_plan(state.world_size)
+    _tell(model, state, unplanned=given is None and plan == ParallelPlan())
     return model
+
+
+def _tell(model: nn.Module, state: ParallelState, unplanned: bool) -> None:
+    """Name the plan in force, and say if nobody has chosen it."""
+    announce(_describe(model, state))
+    if unplanned:
+        warn_of_no_plan(state.world_size)
 
 
 def _describe(model: Any, state: ParallelState) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from hf_veomni.plan import ParallelPlan
+from hf_veomni.plan import ParallelPlan, nearest
 from hf_veomni.yaml_files import read_mapping
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -65,7 +65,7 @@ $pack
         processing_class=processor,
         peft_config=$lora,
     )
-    trainer.train($resume)
+    trainer.train()
     trainer.save_model()
     if args.process_index == 0:
         print(f"The model is in {args.output_dir}.")
@@ -74,11 +74,6 @@ $pack
 if __name__ == "__main__":
     main()
 ''')
-
-
-def _nearest(name: str, valid: list[str]) -> str:
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return (f"did you mean '{near[0]}'? " if near else "") + f"Valid: {', '.join(valid)}."
 
 
 def _read(cls: type, values: Any, where: str) -> Any:
@@ -92,7 +87,7 @@ def _read(cls: type, values: Any, where: str) -> Any:
     known = {f.name: f for f in fields(cls)}
     for key in values:
         if key not in known:
-            raise ValueError(f"Unknown key '{key}' in {where}: {_nearest(str(key), list(known))}")
+            raise ValueError(f"Unknown key '{key}' in {where}: {nearest(str(key), known)}.")
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"`{name}` is missing in {where}: see `hf-veomni train --help` for an example.")
@@ -206,9 +201,10 @@ class Recipe:
 
     def command(self, script: str) -> list[str]:
         """The command that runs the script, without the interpreter."""
-        if self.world_size() == 1:
+        size = self.world_size()
+        if size == 1:
             return [script]
-        return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.world_size()}", script]
+        return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", script]
 
     def script(self, script: str = "train.py") -> str:
         """The Python script that the recipe stands for.
@@ -246,7 +242,6 @@ class Recipe:
             eval_rows="eval_rows" if self.data.eval_fraction else "None",
             train_on=repr(self.data.train_on) if self.data.train_on else f'"assistant" if {chats} else "all"',
             lora=self._lora(model_class),
-            resume="",
         )
 
     def _pack(self, name: str, rows: str) -> str:
