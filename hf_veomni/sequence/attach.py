@@ -102,7 +102,7 @@ class SequenceAttachment:
         self._option = attention
         self._signature = list(inspect.signature(self.points.decoder.forward).parameters)
         self._model_signature = list(inspect.signature(self.model.forward).parameters)
-        self._views_as_row = views_as_row(self.points.decoder) and self.gather_point is not self.points.decoder
+        self._views_as_row = views_as_row(self.points.decoder)
         self._looks_ahead = any(not getattr(m, "is_causal", False) for m in self.points.attentions)
         self._origin = find_origin(self.points.decoder, self.points.layers)
         self._capabilities = Capabilities(
@@ -298,7 +298,9 @@ class SequenceAttachment:
     def _join_output(self, decoder: nn.Module, output: Any, row: Row) -> Any:
         if row.full or row.gathered:
             return None
-        if self._views_as_row:
+        if self._views_as_row:  # full, with padding, since its last norm
+            if self.gather_point is decoder:
+                return map_hidden(output, lambda hidden: hidden[:, : row.length])
             output = map_hidden(output, lambda hidden: shard_sequence(hidden, 1, self.state))
             self.outputs.note(output, row.length)
             return output

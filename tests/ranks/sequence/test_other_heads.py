@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForSequenceClassification, MllamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPTJConfig,
+    GPTJForSequenceClassification,
+    GPTNeoConfig,
+    GPTNeoForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MllamaForCausalLM,
+)
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 _SIZES: dict[str, Any] = dict(
@@ -16,13 +27,24 @@ _SIZES: dict[str, Any] = dict(
 )
 _IDS = torch.arange(3, 17).view(2, 7)
 
+# Backbones of GPT-2's kind view what their last norm returns as full sequences.
+_GPT: dict[str, Any] = dict(vocab_size=50, n_embd=32, n_layer=2, n_head=2, pad_token_id=0, num_labels=3)
+_GPT |= dict(bos_token_id=1, eos_token_id=2, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+_NEO: dict[str, Any] = dict(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, pad_token_id=0, num_labels=3)
+_NEO |= dict(attention_types=[[["global", "local"], 1]], window_size=3, bos_token_id=1, eos_token_id=2)
+_HEADS = {
+    "classifier": lambda: LlamaForSequenceClassification(LlamaConfig(**_SIZES, num_labels=3)),
+    "gpt2 classifier": lambda: GPT2ForSequenceClassification(GPT2Config(**_GPT)),
+    "gpt2 tagger": lambda: GPT2ForTokenClassification(GPT2Config(**_GPT, classifier_dropout=0.0)),
+    "gptj classifier": lambda: GPTJForSequenceClassification(GPTJConfig(**_GPT, rotary_dim=8)),
+    "gpt_neo classifier": lambda: GPTNeoForSequenceClassification(GPTNeoConfig(**_NEO)),
+}
+
 
 def _model(family: str) -> nn.Module:
     torch.manual_seed(0)
-    if family == "classifier":
-        config = LlamaConfig(**_SIZES)
-        config.num_labels = 3
-        return LlamaForSequenceClassification(config).train()
+    if family in _HEADS:
+        return _HEADS[family]().train()
     config = MllamaTextConfig(
         **_SIZES, num_key_value_heads=1, cross_attention_layers=[1], bos_token_id=1, eos_token_id=2
     )
@@ -34,8 +56,8 @@ def _model(family: str) -> nn.Module:
 
 
 def _inputs(family: str) -> dict[str, Tensor]:
-    if family == "classifier":
-        return {"input_ids": _IDS, "labels": torch.tensor([0, 2])}
+    if family in _HEADS:
+        return {"input_ids": _IDS, "labels": _IDS % 3 if "tagger" in family else torch.tensor([0, 2])}
     states = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
     seen = torch.zeros(2, 1, 7, 5)
     seen[1, :, :3, 2:] = torch.finfo(torch.float32).min  # its first tokens do not see all of the picture
@@ -56,14 +78,14 @@ def _train(family: str, plan: str | None) -> tuple[float, dict[str, Tensor]]:
     model = _model(family)
     if plan is not None:
         prepare_omni(model, plan)
-    loss = model(**_inputs(family), **({} if family == "classifier" else {"use_cache": False})).loss
+    loss = model(**_inputs(family), **({} if family in _HEADS else {"use_cache": False})).loss
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return loss.item(), {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
 
 
 @pytest.mark.parametrize(
-    ("family", "plan"), [("classifier", "dp_shard=2"), ("classifier", "sp=2"), ("mllama", "sp=2")]
+    ("family", "plan"), [("classifier", "dp_shard=2"), *((family, "sp=2") for family in [*_HEADS, "mllama"])]
 )
 def test_other_heads_equal_one_process(ranks, family, plan):
     expected, gradients = _train(family, None)
