@@ -113,8 +113,13 @@ def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
 
 
 def find_backbone(model: PreTrainedModel) -> nn.Module:
-    """The module with the decoder's `layers`, as far as transformers tells; Llama 4's `get_decoder` is one off."""
+    """The module with the decoder's `layers`, as far as transformers tells; Llama 4's `get_decoder` is one off.
+
+    ModernBERT's leads to `decoder`, the linear layer of its head: the base model is meant then.
+    """
     decoder = model.get_decoder()
+    if not any(decoder.children()):
+        return model.base_model
     return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
 
 
