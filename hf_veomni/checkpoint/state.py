@@ -46,8 +46,9 @@ def _groups_with_parameters(optimizer: Optimizer) -> Iterator[None]:
 def _get_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """By name. torch fills an empty state by a step of size 0, which optimizers with modes take in training alone."""
     train: Any = getattr(optimizer, "train", None)
-    if callable(train) and not optimizer.state:
+    if callable(train) and not any(optimizer.state.values()):
         train()
+        optimizer.state.clear()  # looking a parameter up there has made an empty entry, which torch takes for a state
     return get_optimizer_state_dict(model, optimizer, options=_BY_NAME)
 
 

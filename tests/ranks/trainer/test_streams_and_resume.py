@@ -47,7 +47,7 @@ def test_ranks_of_a_group_read_the_same_rows_of_a_stream(ranks, plan, size, rows
 
 
 class Modal(torch.optim.SGD):
-    """As the schedule-free optimizers: momentum, and a step in training mode alone."""
+    """As the schedule-free optimizers: momentum, a step in training mode alone, and modes that look each state up."""
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
@@ -55,12 +55,16 @@ class Modal(torch.optim.SGD):
             group["train_mode"] = False
 
     def train(self) -> None:
-        for group in self.param_groups:
-            group["train_mode"] = True
+        self._enter(True)
 
     def eval(self) -> None:
+        self._enter(False)
+
+    def _enter(self, mode: bool) -> None:
         for group in self.param_groups:
-            group["train_mode"] = False
+            for p in group["params"]:
+                assert "unknown" not in self.state[p]  # a look that leaves an empty entry behind
+            group["train_mode"] = mode
 
     def step(self, closure: Any = None) -> Any:
         assert all(group["train_mode"] for group in self.param_groups), "not in train mode"
