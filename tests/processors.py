@@ -7,9 +7,11 @@ from transformers import (
     Gemma3Processor,
     Idefics3Processor,
     LlavaOnevisionProcessor,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
     Qwen2AudioProcessor,
+    SiglipImageProcessorPil,
     WhisperFeatureExtractor,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -94,6 +96,13 @@ def gemma3() -> Gemma3Processor:
         setattr(tokenizer, name, token)
         setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
     return Gemma3Processor(images, tokenizer, image_seq_length=4)
+
+
+def llava_siglip() -> LlavaProcessor:
+    """Pictures of 16 pixels, 4 tokens each. LLaVA's formula asks for the crop that CLIP's pictures get and SigLIP's do
+    not (llava-interleave-qwen)."""
+    images = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    return LlavaProcessor(images, byte_tokenizer("<image>"), 8, "full", image_token="<image>")
 
 
 class _OneVisionPictures(LlavaOnevisionProcessor):

@@ -113,12 +113,9 @@ def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
 
 
 def find_backbone(model: PreTrainedModel) -> nn.Module:
-    """The module with the decoder's `layers`, as far as transformers tells; Llama 4's `get_decoder` is one off.
-
-    ModernBERT's leads to `decoder`, the linear layer of its head: the base model is meant then.
-    """
+    """The module with the decoder's `layers`, as far as transformers tells; Llama 4's `get_decoder` is one off."""
     decoder = model.get_decoder()
-    if not any(decoder.children()):
+    if not any(decoder.children()):  # the last layer of ModernBERT's head
         return model.base_model
     return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
 

@@ -60,6 +60,7 @@ class SizeReader:
         self.reader, self.processor, self.cost = RawReader(processor, further=further), processor, cost
         self.config = getattr(model_config, "thinker_config", None) or model_config
         self._repeats: dict[str, bool] = {}
+        self._without_formula: set[str] = set()
         self._replacements: dict[tuple[str, Any, int], str] = {}
 
     def measure(self, where: str, sample: Mapping[str, Any]) -> Size:
@@ -135,6 +136,8 @@ class SizeReader:
 
     def _formula(self, modality: str, size: Any) -> tuple[int | None, int | None]:
         """Tokens and patches of an item of a size by the processor's formula, None where it has none."""
+        if modality in self._without_formula:
+            return None, None
         counts = hf.count_multimodal_tokens(self.processor, modality, size)
         if counts is None and modality == "audio":
             rule = audio_rule(self._model_type())
@@ -148,10 +151,14 @@ class SizeReader:
     def _is_repeated(self, modality: str) -> bool:
         """Whether a placeholder becomes itself, as often as the formula says."""
         if modality not in self._repeats:
-            trials = [(self._formula(modality, trial)[0], self._try(modality, trial)) for trial in _TRIALS[modality]]
-            self._repeats[modality] = all(
-                number is not None and text == self._token(modality) * number for number, text in trials
-            )
+            tried = [self._try(modality, trial) for trial in _TRIALS[modality]]
+            try:
+                told = [self._formula(modality, trial)[0] for trial in _TRIALS[modality]]
+            except Exception:  # made for other parts than this processor has: LLaVA's reads a crop that SigLIP lacks
+                self._without_formula.add(modality)
+                told = [None]
+            repeated = zip(told, tried, strict=False)
+            self._repeats[modality] = all(n is not None and text == self._token(modality) * n for n, text in repeated)
         return self._repeats[modality]
 
     def _counts_pictures(self, modality: str) -> bool:

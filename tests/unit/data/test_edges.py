@@ -22,6 +22,7 @@ PICTURES = {
     "idefics": (processors.idefics, "<image>"),
     "onevision": (processors.onevision, "<image>"),
     "gemma3": (processors.gemma3, "<start_of_image>"),
+    "llava": (processors.llava_siglip, "<image>"),
 }
 SIZES = [(1, 40), (2, 33), (3, 50), (4, 60), (5, 40), (40, 1), (50, 3), (60, 4), (3, 3), (1, 1), (4, 4), (9, 70)]
 
