@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.hf-veomni-installed
 CHECKPOINT := outputs/checkpoints/smollm2-135m
 MOE_CHECKPOINT := outputs/checkpoints/smollm2-135m-moe
+VLM_CHECKPOINT := outputs/checkpoints/smollm2-135m-llava
+DIGITS := outputs/data/digits
 NOTEBOOK := notebooks/lora_quickstart.ipynb
 
 # A checkpoint folder or a Hub id, for example MODEL=HuggingFaceTB/SmolLM2-135M-Instruct.
@@ -22,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: sweep walk help setup checkpoint demo demo-moe read draw listen check test test-slow test-floor test-newest bench docs notebook clean
+.PHONY: sweep walk help setup checkpoint demo demo-moe read vlm draw listen check test test-slow test-floor test-newest bench docs notebook clean
 
 help:  ## this list
 	@grep -E '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## (.*)/  make \1\t\2/' | expand -t 30
@@ -64,6 +66,15 @@ LAUNCH_SP2 := $(BIN)/accelerate launch --config_file accelerate_configs/cpu_sp2.
 
 read: $(STAMP) $(if $(filter $(MODEL),$(CHECKPOINT)),$(CHECKPOINT)/config.json)  ## teach SmolLM2 to read digits and photographs, sp=2, two CPU processes
 	$(LAUNCH_SP2) examples/read_digits.py --model $(MODEL) $(ARGS)
+
+$(VLM_CHECKPOINT)/config.json: | $(CHECKPOINT)/config.json
+	$(BIN)/python examples/make_vlm_checkpoint.py --model $(CHECKPOINT) --output $(VLM_CHECKPOINT)
+
+$(DIGITS)/test.jsonl: | $(STAMP)
+	$(BIN)/python examples/digit_chats.py --output $(DIGITS)
+
+vlm: $(STAMP) $(VLM_CHECKPOINT)/config.json $(DIGITS)/test.jsonl  ## a stock vision-language model on a folder of pictures, sp=2, two CPU processes
+	$(LAUNCH_SP2) examples/finetune_vlm.py --model $(VLM_CHECKPOINT) --data $(DIGITS) --train_encoder $(ARGS)
 
 draw: $(STAMP)  ## teach a small model to draw digits, sp=2, two CPU processes
 	$(LAUNCH_SP2) examples/draw_digits.py $(ARGS)
