@@ -10,7 +10,7 @@ import transformers
 # Sparse attention: under sequence parallelism only as replicated modules, which keep their config.
 _REPLICATED = {
     "AXK2Attention", "DeepseekV32Attention", "Dots3NoteTextAttention", "Glm5NextTextAttention", "GlmMoeDsaAttention",
-    "HYV4Attention", "MiniMaxM3VLAttention", "MistralLarge4TextAttention",
+    "HYV4Attention", "HYV4VLAttention", "MiniMaxM3VLAttention", "MistralLarge4TextAttention",
 }  # fmt: skip
 # For `reorder_and_upcast_attn` alone, which is refused (`sequence/attention`).
 _UPCASTING = {"GPT2Attention", "DecisionTransformerGPT2Attention"}
