@@ -30,8 +30,7 @@ def _stock_units(model: PreTrainedModel) -> dict[str, str]:
 
     Towers are no units of their own unless rules of the plan say so: they are gathered and reduced with the root.
     """
-    # A rank whose row has no image does not run their tower, and nobody should have to wait for it there.
-    skipped = {module for tower in hf.towers(model) for module in tower.modules()}
+    skipped = _not_always_run(model)
     styles = hf.fsdp_styles(model) or {}
     units = {n: _STYLES[style] for n, style in styles.items() if model.get_submodule(n) not in skipped}
     names = {module: name for name, module in model.named_modules()}
@@ -45,6 +44,22 @@ def _stock_units(model: PreTrainedModel) -> dict[str, str]:
         if block not in skipped and planned.isdisjoint(block.modules()):
             units[names[block]] = "free"
     return units
+
+
+def _not_always_run(model: PreTrainedModel) -> set[nn.Module]:
+    """A rank whose row has no image does not run their tower, and nobody should have to wait for it there.
+
+    transformers names one tower for each modality, and none of some families (Granite Speech, the second one of
+    DeepSeek-VL hybrid): what stands beside the backbone of a model of several parts counts as one, but for an encoder
+    that every row of an encoder-decoder runs.
+    """
+    skipped = {module for tower in hf.towers(model) for module in tower.modules()}
+    backbone = hf.find_backbone(model)
+    parts = getattr(model.config, "sub_configs", None) and not getattr(model, "merges_full_features", False)
+    if not parts or hf.is_encoder_decoder(model) or backbone is model:
+        return skipped
+    inside = {module for part in (backbone, *hf.heads(model)) for module in part.modules()}
+    return skipped | {module for module in model.modules() if inside.isdisjoint(module.modules())}
 
 
 def _blocks(model: PreTrainedModel) -> list[nn.Module]:

@@ -12,13 +12,13 @@ from hf_veomni.hf.names import (
     attention_name,
     base_model,
     code_names,
-    count_multimodal_tokens,
     eager_attention,
     experts_implementation,
     find_backbone,
     find_routers,
     first_scaled_position,
     fsdp_styles,
+    heads,
     input_embeddings,
     is_encoder_decoder,
     is_experts_module,
@@ -35,13 +35,13 @@ from hf_veomni.hf.names import (
     restore_loss,
     set_attention_name,
     supports_sdpa,
-    template_variables,
     text_config,
     towers,
     uses_attention_interface,
     uses_cache,
     wrap_checkpointing,
 )
+from hf_veomni.hf.processors import count_multimodal_tokens, template_variables
 
 __all__ = [
     "AttentionConfig",
@@ -61,6 +61,7 @@ __all__ = [
     "find_routers",
     "first_scaled_position",
     "fsdp_styles",
+    "heads",
     "input_embeddings",
     "is_encoder_decoder",
     "is_experts_module",

@@ -120,6 +120,11 @@ def find_backbone(model: PreTrainedModel) -> nn.Module:
     return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
 
 
+def heads(model: PreTrainedModel) -> list[nn.Module]:
+    """Embeddings of tokens and output head, those that the model has."""
+    return [m for m in (input_embeddings(model), model.get_output_embeddings()) if isinstance(m, nn.Module)]
+
+
 def reads_attention_mask(module: nn.Module) -> bool:
     """Whether an attention module looks into its mask instead of only handing it to the attention function."""
     tree = _forward_tree(type(module))
@@ -372,27 +377,6 @@ def restore_checkpointing(modules: Iterable[nn.Module], wrapper: type) -> None:
         function: Any = vars(module).get("_gradient_checkpointing_func")
         if isinstance(function, wrapper):
             setattr(module, "_gradient_checkpointing_func", function.inner)  # noqa: B010
-
-
-def template_variables(template: str) -> frozenset[str]:
-    """Names that a chat template reads and does not set."""
-    from jinja2 import meta
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    environment = _compile_jinja_template(template).environment
-    return frozenset(meta.find_undeclared_variables(environment.parse(template)))
-
-
-def count_multimodal_tokens(processor: Any, modality: str, size: Any) -> tuple[int, int | None] | None:
-    """Tokens and patches (or tiles) of an "image" (height, width) or "audio" (samples) by the processor's own formula;
-    None if it has none."""
-    name = {"image": "image_sizes", "audio": "audio_lengths"}[modality]
-    count = getattr(processor, "_get_num_multimodal_tokens", None)
-    if count is None or name not in inspect.signature(count).parameters:
-        return None
-    found = count(**{name: [size]})
-    patches = found.num_image_patches if modality == "image" else None
-    return int(getattr(found, f"num_{modality}_tokens")[0]), None if patches is None else int(patches[0])
 
 
 __all__ = ["EPImplementation", "ParamWrapper"]

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
@@ -162,19 +163,14 @@ def _may_be_skipped(model: PreTrainedModel, module: nn.Module) -> bool:
     """Whether rows without images or audio do not run a module: a tower, a projector, or a part of them."""
     if _runs_all(model) or not hf.towers(model):
         return False
-    inside = {p for other in (hf.find_backbone(model), *_heads(model)) for p in other.parameters()}
+    inside = {p for other in (hf.find_backbone(model), *hf.heads(model)) for p in other.parameters()}
     return inside.isdisjoint(module.parameters())
 
 
 def _names_outside(model: nn.Module, decoder: nn.Module) -> list[str]:
     """Trained parameters that a row without images or audio may leave without gradient."""
-    inside = {p for module in (decoder, *_heads(model)) for p in module.parameters()}
+    inside = {p for module in (decoder, *hf.heads(model)) for p in module.parameters()}
     return [name for name, p in model.named_parameters() if p.requires_grad and p not in inside]
-
-
-def _heads(model: Any) -> list[nn.Module]:
-    found = (hf.input_embeddings(model), model.get_output_embeddings())
-    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def _outside_units(names: Sequence[str], rules: Any) -> list[str]:
@@ -195,7 +191,8 @@ def _touch(
     hidden = kwargs.get("inputs_embeds")
     if hidden is None or not torch.is_grad_enabled():
         return None
-    parameters = [model.get_parameter(name) for name in names]
+    # What is a shard still belongs to a unit that runs by itself (the encoder of an encoder-decoder).
+    parameters = [p for p in map(model.get_parameter, names) if not isinstance(p, DTensor)]
     return args, {**kwargs, "inputs_embeds": GiveZeros.apply(hidden, *parameters, *loose)}
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PLANS = ("sp=2", "dp_shard=2")
 ROWS, ACCUMULATED, STEPS = 2, 2, 2  # rows of a batch in one process and batches of a step
@@ -85,6 +85,9 @@ def _run(model_type: str, trainer_class: Any, args_class: Any, rows: int, **opti
     warnings.filterwarnings("ignore")
     kind, model_class = tiny.choose_class(model_type)
     model = tiny.build(tiny.tiny_config(model_type), model_class, torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            _freeze(module)
     with tempfile.TemporaryDirectory() as directory:
         args = args_class(
             output_dir=directory,
@@ -108,6 +111,12 @@ def _run(model_type: str, trainer_class: Any, args_class: Any, rows: int, **opti
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return [(entry["loss"], float(entry["grad_norm"])) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _freeze(norm: nn.Module) -> None:
+    """Let a batch norm keep what it has seen: each data rank normalises by the rows of its own, as under any DDP."""
+    norm.eval()
+    norm.train = lambda mode=True: norm
 
 
 def _samples(model: Any, kind: str) -> list[dict[str, Tensor]]:
