@@ -120,7 +120,7 @@ def find_backbone(model: PreTrainedModel) -> nn.Module:
     return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
 
 
-def heads(model: PreTrainedModel) -> list[nn.Module]:
+def heads(model: Any) -> list[nn.Module]:
     """Embeddings of tokens and output head, those that the model has."""
     return [m for m in (input_embeddings(model), model.get_output_embeddings()) if isinstance(m, nn.Module)]
 
