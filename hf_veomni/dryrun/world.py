@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from hf_veomni.comm.all_to_all import exchange
+from hf_veomni.expert.compute import Groups
 from hf_veomni.expert.dispatch import Route, chunk_sizes, count_pairs
 from hf_veomni.hf.require import require
 from hf_veomni.loss import fused
@@ -86,7 +87,7 @@ def balanced_routes(
     pairs = [experts.numel() for experts in parts]
     if group is None:
         sizes = [even_split(number, num_experts) for number in pairs]
-        return [Route(o, c, known_sizes=s) for o, c, s in zip(orders, counts, sizes, strict=True)]
+        return [Route(o, Groups(c, s)) for o, c, s in zip(orders, counts, sizes, strict=True)]
     ranks = dist.get_world_size(group)
     sent = torch.stack([count.view(ranks, -1) for count in counts], dim=1).flatten()
     each = [len(sent) // ranks] * ranks
@@ -96,7 +97,7 @@ def balanced_routes(
         send, receive = even_split(number, ranks), even_split(round(number * skew), ranks)
         sizes = even_split(sum(receive), num_experts // ranks)
         arriving = came[:, chunk]
-        routes.append(Route(orders[chunk], arriving.sum(0), arriving.flatten(), send, receive, sizes))
+        routes.append(Route(orders[chunk], Groups(arriving.sum(0), sizes), arriving.flatten(), send, receive))
     return routes
 
 

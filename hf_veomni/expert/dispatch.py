@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_veomni.comm.all_to_all import Flight, all_to_all, exchange, land, launch
+from hf_veomni.expert.compute import Groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,18 +31,16 @@ class Route:
 
     Attributes:
         order: [P] pairs sorted by expert.
-        counts: [e] pairs for each local expert.
+        groups: pairs for each local expert, [e].
         arriving: [E] pairs for each local expert from each rank in turn; None without a group.
         send, receive: pairs exchanged with each rank of the group; None without a group.
-        known_sizes: `counts` on the host where they had to be read; None where nobody has asked yet.
     """
 
     order: Tensor
-    counts: Tensor
+    groups: Groups
     arriving: Tensor | None = None
     send: list[int] | None = None
     receive: list[int] | None = None
-    known_sizes: list[int] | None = None
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -53,14 +52,9 @@ class Route:
         """[R] order that sorts what arrives by local expert."""
         assert self.arriving is not None and self.receive is not None
         ranks = len(self.receive)
-        local = torch.arange(len(self.counts), device=self.counts.device).repeat(ranks)
+        local = torch.arange(len(self.groups.counts), device=self.order.device).repeat(ranks)
         local = local.repeat_interleave(self.arriving, output_size=sum(self.receive))
         return torch.argsort(local, stable=True)
-
-    @cached_property
-    def sizes(self) -> list[int]:
-        """`counts` on the host. Without a group the first look waits for the device; the grouped kernel needs none."""
-        return self.counts.tolist() if self.known_sizes is None else self.known_sizes
 
 
 def count_pairs(experts: Tensor, num_experts: int, weights: Tensor | None = None) -> Tensor:
@@ -97,7 +91,7 @@ def make_routes(
     orders = [torch.argsort(experts, stable=True) for experts in parts]
     counts = [count_pairs(experts, num_experts) for experts in parts]
     if group is None:
-        return [Route(*pair) for pair in zip(orders, counts, strict=True)]
+        return [Route(order, Groups(count)) for order, count in zip(orders, counts, strict=True)]
     ranks = dist.get_world_size(group)
     sent = torch.stack([count.view(ranks, -1) for count in counts], dim=1).flatten()  # [ranks, chunks, e]
     each = [len(sent) // ranks] * ranks
@@ -109,7 +103,7 @@ def make_routes(
         arriving = arrivals[:, chunk]
         send, receive = ([sum(row[chunk]) for row in rows] for rows in known)
         sizes = [sum(column) for column in zip(*(row[chunk] for row in known[1]), strict=True)]
-        routes.append(Route(order, arriving.sum(0), arriving.flatten(), send, receive, sizes))
+        routes.append(Route(order, Groups(arriving.sum(0), sizes), arriving.flatten(), send, receive))
     return routes
 
 

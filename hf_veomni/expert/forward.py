@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from hf_veomni import hf
 from hf_veomni.comm.all_to_all import Flight, give_way
 from hf_veomni.context import CheckpointCarrier, current, within
-from hf_veomni.expert.compute import LowRank, compute_rows
+from hf_veomni.expert.compute import Groups, LowRank, compute_rows
 from hf_veomni.expert.dispatch import (
     Route,
     chunk_sizes,
@@ -104,13 +104,13 @@ class ExpertsForward(hf.EPImplementation):
         else:
             rows = dispatch(hidden_states, routes[0], top_k, self.group)
             count = len(rows)
-            out = combine(work(rows, routes[0]), top_k_weights, routes[0], self.group)
+            out = combine(work(rows, routes[0].groups), top_k_weights, routes[0], self.group)
         if _ROWS in vars(self.experts) and is_training_forward(self.experts):
             vars(self.experts)[_ROWS] += count
         return out.to(hidden_states.dtype)
 
     def _run_chunks(
-        self, x: Tensor, weights: Tensor, routes: list[Route], work: Callable[[Tensor, Route], Tensor]
+        self, x: Tensor, weights: Tensor, routes: list[Route], work: Callable[[Tensor, Groups], Tensor]
     ) -> tuple[Tensor, int]:
         """The exchanges of one chunk of tokens under the experts' work on another, and so in the backward.
 
@@ -133,7 +133,7 @@ class ExpertsForward(hf.EPImplementation):
                 arriving.append(launch_dispatch(tokens[chunk + 1], routes[chunk + 1], top_k, group))
             rows = land_dispatch(arriving[chunk], route)
             count += len(rows)
-            leaving.append(launch_combine(work(rows, route), route, group))
+            leaving.append(launch_combine(work(rows, route.groups), route, group))
             if chunk:
                 out.append(land_combine(leaving[chunk - 1], parts[chunk - 1], routes[chunk - 1]))
         give_way()

@@ -107,11 +107,12 @@ def test_experts_of_two_ranks_stay_on_the_device(group: dist.ProcessGroup) -> No
     experts = torch.arange(tokens * top_k, device=DEVICE) % 4
     counts = count_pairs(experts, 4)
     arriving, half = torch.empty_like(counts), tokens * top_k // 2
-    route = Route(torch.argsort(experts), arriving.view(2, -1).sum(0), arriving, [half] * 2, [half] * 2, [half] * 2)
+    groups = compute.Groups(arriving.view(2, -1).sum(0), [half] * 2)
+    route = Route(torch.argsort(experts), groups, arriving, [half] * 2, [half] * 2)
     x = torch.randn(tokens, width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(2, width, width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     weights = torch.rand(tokens, top_k, device=DEVICE, requires_grad=True)
-    rows = compute.grouped_matmul(dispatch(x, route, top_k, group), weight, route)
+    rows = compute.grouped_matmul(dispatch(x, route, top_k, group), weight, groups)
     out = combine(rows, weights, route, group)
     assert out.shape == (tokens, width)
     out.sum().backward()

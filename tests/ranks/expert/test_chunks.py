@@ -43,7 +43,7 @@ def _exchange(tokens: int) -> float:
         routes = make_routes(index, EXPERTS, group, chunks)
 
         def work(rows: Tensor, route: Any, scale: Tensor) -> Tensor:
-            return (rows * scale.repeat_interleave(route.counts, 0)).sin()
+            return (rows * scale.repeat_interleave(route.groups.counts, 0)).sin()
 
         if chunks == 1:
             out = combine(work(dispatch(x, routes[0], TOP_K, group), routes[0], scale), weights, routes[0], group)

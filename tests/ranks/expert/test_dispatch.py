@@ -71,7 +71,7 @@ def _compare(routing: str) -> float:
     route = make_route(index, EXPERTS, group)
     rows = dispatch(x, route, TOP_K, group)
     count = len(rows)
-    rows, local = keep_connected(rows, route)
+    rows, local = keep_connected(rows, route.groups)
     out = combine(torch.tanh(grouped_matmul(rows, mine, local))[:count], weights, route, group)
     ((rank + 1) * out.square().sum()).backward()
     outputs, tokens, routers, experts = _expected(routing, world_size)

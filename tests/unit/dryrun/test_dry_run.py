@@ -152,4 +152,4 @@ def test_command(tmp_path: Path) -> None:
 def test_even_splits() -> None:
     assert even_split(10, 4) == [3, 3, 2, 2] and sum(even_split(7, 8)) == 7
     (route,) = balanced_routes(1.0, torch.zeros(5, 2, dtype=torch.long), 4, None)
-    assert route.sizes == [3, 3, 2, 2]
+    assert route.groups.sizes == [3, 3, 2, 2]

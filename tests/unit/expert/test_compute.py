@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_veomni.expert import compute
-from hf_veomni.expert.dispatch import Route, make_route
+from hf_veomni.expert.dispatch import make_route
 
 ROWS, EXPERTS, WIDTH, OUT = 24, 4, 16, 32
 
 
-def _inputs() -> tuple[Tensor, Tensor, Route]:
+def _inputs() -> tuple[Tensor, Tensor, compute.Groups]:
     torch.manual_seed(0)
     index = torch.randint(EXPERTS, (ROWS, 1))
-    return torch.randn(ROWS, WIDTH), torch.randn(EXPERTS, WIDTH, OUT), make_route(index, EXPERTS, None)
+    return torch.randn(ROWS, WIDTH), torch.randn(EXPERTS, WIDTH, OUT), make_route(index, EXPERTS, None).groups
 
 
 @pytest.fixture
@@ -39,11 +39,11 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 
 def test_fp32_weights_under_autocast_take_the_kernel(kernel_calls: list[torch.dtype]) -> None:
     """As when LoRA is trained on experts with bf16 autocast; a plain matmul under autocast says what is right."""
-    x, weight, route = _inputs()
+    x, weight, groups = _inputs()
     x, weight = x.requires_grad_(), weight.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        expected = torch.cat([rows @ matrix for rows, matrix in zip(x.split(route.sizes), weight, strict=True)])
-        out = compute.grouped_matmul(x, weight, route)
+        expected = torch.cat([rows @ matrix for rows, matrix in zip(x.split(groups.sizes), weight, strict=True)])
+        out = compute.grouped_matmul(x, weight, groups)
     assert kernel_calls == [torch.bfloat16] and out.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
@@ -54,13 +54,13 @@ def test_fp32_weights_under_autocast_take_the_kernel(kernel_calls: list[torch.dt
 
 
 def test_the_kernel_asks_the_host_nothing(kernel_calls: list[torch.dtype]) -> None:
-    x, weight, route = _inputs()
-    compute.grouped_matmul(x.bfloat16(), weight.bfloat16(), route)
-    assert kernel_calls and "sizes" not in vars(route)
+    x, weight, groups = _inputs()
+    compute.grouped_matmul(x.bfloat16(), weight.bfloat16(), groups)
+    assert kernel_calls and "sizes" not in vars(groups)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_full_precision_is_left_to_plain_matmuls(kernel_calls: list[torch.dtype], dtype: torch.dtype) -> None:
-    x, weight, route = _inputs()
-    out = compute.grouped_matmul(x.to(dtype), weight.to(dtype), route)
+    x, weight, groups = _inputs()
+    out = compute.grouped_matmul(x.to(dtype), weight.to(dtype), groups)
     assert not kernel_calls and out.dtype == dtype
