@@ -74,22 +74,18 @@ class Encoding(NamedTuple):
 
 
 class Recorded:
-    """What one checkpointed call has made, for its recomputation to have again in the same order."""
+    """What a checkpointed call makes, for its recomputations to have again in the same order."""
 
-    def __init__(self) -> None:
-        self._values: list[Any] = []
-        self._place: int | None = None  # of the next value; None in the forward
+    def __init__(self, made: list[Any], again: bool) -> None:
+        """`made`: of the forward, which appends to it; `again`: what runs is a recomputation."""
+        self._made, self._again = made, iter(made) if again else None
 
     def recall(self, make: Callable[[], T]) -> T:
         """`make()`; in a recomputation what the forward has made in its place."""
-        if self._place is None:
-            self._values.append(make())
-            return self._values[-1]
-        self._place += 1
-        return self._values[self._place - 1]
-
-    def rewind(self) -> None:
-        self._place = 0
+        if self._again is not None:
+            return next(self._again)
+        self._made.append(make())
+        return self._made[-1]
 
 
 class _Entry(NamedTuple):
@@ -209,15 +205,16 @@ class _Carried:
     """What is checkpointed; called once in the forward, and again for each backward."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.recorded = function, Recorded()
-        self.context = replace(current(), recorded=self.recorded)
+        self.function, self.context = function, current()
+        self.made: list[Any] = []
+        self.ran = False
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        recorded, self.ran = Recorded(self.made, again=self.ran), True
         now = current()  # who runs beside it is another one in each recomputation
-        token = _current.set(replace(self.context, flight=now.flight, lane=now.lane))
+        token = _current.set(replace(self.context, recorded=recorded, flight=now.flight, lane=now.lane))
         try:
             return self.function(*args, **kwargs)
         finally:
             _current.reset(token)
-            self.recorded.rewind()
