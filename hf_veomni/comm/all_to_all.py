@@ -167,9 +167,23 @@ def all_to_all(x: Tensor, group: dist.ProcessGroup, send: Sequence[int], receive
 
     Collective: one all-to-all over `group`; its backward is the reverse all-to-all.
     """
-    flight = launch(x, group, send, receive)
+    return all_to_all_of_each((x,), group, ((send, receive),))[0]
+
+
+@_uncompiled
+def all_to_all_of_each(
+    tensors: Sequence[Tensor], group: dist.ProcessGroup, sizes: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[Tensor]:
+    """`all_to_all` of several tensors, whose exchanges are under way at once.
+
+    Args:
+        sizes: what each one sends to the ranks and receives from them.
+
+    Collectives: one all-to-all each over `group`; the backward has the reverse ones.
+    """
+    flights = [launch(x, group, *size) for x, size in zip(tensors, sizes, strict=True)]
     give_way()
-    return land(flight)
+    return [land(flight) for flight in flights]
 
 
 def exchange(x: Tensor, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]) -> Tensor:

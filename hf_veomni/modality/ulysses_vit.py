@@ -97,17 +97,7 @@ def tower_attention(
     if state is None:
         return varlen_attention(module, query, key, value, found.spec, **options)
     assert state.sp_group is not None
-    return ulysses_attention(
-        varlen_attention,
-        module,
-        query,
-        key,
-        value,
-        found.spec,
-        group=state.sp_group,
-        rank=state.sp_rank,
-        **options,
-    )
+    return ulysses_attention(varlen_attention, module, query, key, value, found.spec, group=state.sp_group, **options)
 
 
 def _make_spec(lengths: list[int], device: torch.device) -> MaskSpec:

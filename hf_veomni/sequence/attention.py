@@ -9,7 +9,7 @@ registry stay what they are, and other models on the same config never get here.
 Cross-attention takes this rank's queries and full keys, without an exchange:
 
     queries    [B, H, s, D]    of this rank's tokens
-    keys       [B, K, E, D]    of all tokens of the encoder, the same on every rank
+    keys       [B, G, E, D]    of all tokens of the encoder, the same on every rank
     mask       [B, 1, S', E]   made for the full row, or [B, 1, 1, E]; this rank's queries are cut out
 
 The output is this rank's [B, s, H, D]. The gradient of the keys is that of this rank's queries alone; where they come
@@ -110,9 +110,8 @@ def _around(name: str) -> hf.AttentionFunction:
         seen = ModuleView(module, config=module.config.shared)  # of which flash attention asks its own name
         if group is None:
             return function(seen, query, key, value, attention_mask, **kwargs)
-        kwargs |= {"group": group, "rank": state.sp_rank}
         exchanged = vars(module).get(EXCHANGED, ulysses_attention)
-        return exchanged(function, seen, query, key, value, attention_mask, **kwargs)
+        return exchanged(function, seen, query, key, value, attention_mask, group=group, **kwargs)
 
     return torch.compiler.disable(attention)  # pyright: ignore (what it reads of the row would be frozen into a graph)
 

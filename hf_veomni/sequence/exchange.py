@@ -24,9 +24,9 @@ def exchanged(
     assert group is not None
     layout = head_layout(query.shape[1], key.shape[1], dist.get_world_size(group))
     first, last = layout.query[state.sp_rank]
-    query, key, value = sequence_to_heads(query, key, value, layout, group, state.sp_rank)
+    query, key, value = sequence_to_heads(query, key, value, layout, group)
     out = attend(query, key, value, slice(first, last))
-    return heads_to_sequence(out.transpose(1, 2), layout, group, state.sp_rank)
+    return heads_to_sequence(out.transpose(1, 2), layout, group)
 
 
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:

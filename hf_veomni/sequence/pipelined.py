@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,12 +26,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_veomni.comm.all_to_all import Flight, give_way, land, launch
-from hf_veomni.sequence.ulysses import EXCHANGED, HeadLayout, Span, attend_heads, head_layout
+from hf_veomni.sequence.ulysses import (
+    EXCHANGED,
+    AttentionCall,
+    HeadLayout,
+    Inner,
+    ModuleView,
+    PackHeads,
+    Spans,
+    head_layout,
+    join_exchanges,
+    pack_output,
+    split_sizes,
+    unpack_heads,
+)
 
 MOST_CHUNKS = 8
-
-Spans = tuple[Span, ...]  # of heads, one for each rank
-Parts = tuple[tuple[int, Spans], ...]  # of one exchange: which tensors, and which of their heads
 
 
 @lru_cache(maxsize=64)
@@ -65,35 +76,6 @@ def _cut(layout: HeadLayout, number: int) -> list[HeadLayout]:
     return parts
 
 
-class _PackChunks(torch.autograd.Function):
-    """[B, *, s, D] tensors as what each exchange sends, [heads, B, s, D] in rank order; all in one node.
-
-    So their gradients are added into one tensor each, where a node for each chunk would give zeros for all others.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, exchanges: tuple[Parts, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchanges, ctx.shapes = exchanges, [t.shape for t in tensors]
-        return tuple(
-            torch.cat([tensors[index][:, low:high].transpose(0, 1) for index, (low, high) in _blocks(parts)])
-            for parts in exchanges
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        out = [grads[0].new_zeros(shape) for shape in ctx.shapes]
-        for parts, grad in zip(ctx.exchanges, grads, strict=True):
-            spans = list(_blocks(parts))
-            for block, (index, (low, high)) in zip(grad.split([b - a for _, (a, b) in spans]), spans, strict=True):
-                out[index][:, low:high] += block.transpose(0, 1)
-        return None, *out
-
-
-def _blocks(parts: Parts) -> list[tuple[int, Span]]:
-    """(tensor, heads of it) that one exchange sends, rank by rank."""
-    return [(index, spans[peer]) for peer in range(len(parts[0][1])) for index, spans in parts]
-
-
 class _Arrivals:
     """The exchanges of q, k and v, chunk by chunk."""
 
@@ -102,14 +84,11 @@ class _Arrivals:
         tensors: tuple[Tensor, Tensor, Tensor],
         chunks: tuple[tuple[HeadLayout, Spans], ...],
         group: dist.ProcessGroup,
-        rank: int,
     ) -> None:
-        self.chunks, self.group, self.rank = chunks, group, rank
-        joint = ((0, 1, 2),) if tensors[1].shape[-1] == tensors[2].shape[-1] else ((0, 1), (2,))
-        spans = [(part.query, fresh, fresh) for part, fresh in chunks]
-        self.exchanges = [[tuple((i, chunk[i]) for i in parts) for parts in joint] for chunk in spans]
-        flat = tuple(parts for chunk in self.exchanges for parts in chunk)
-        self._packed = list(_PackChunks.apply(flat, *tensors))
+        self.chunks, self.group, self.rank = chunks, group, dist.get_rank(group)
+        widths = tensors[1].shape[-1], tensors[2].shape[-1]
+        self.exchanges = [join_exchanges(part.query, fresh, widths) for part, fresh in chunks]
+        self._packed = list(PackHeads.apply(tuple(chain.from_iterable(self.exchanges)), *tensors))
         self._flights: list[list[Flight]] = []
         self._carried: tuple[Tensor, ...] = ()  # the last key and value head of the chunk before
 
@@ -117,21 +96,15 @@ class _Arrivals:
         """Start the next chunk's exchanges; nothing if all are on their way."""
         if len(self._flights) == len(self.chunks):
             return
-        flights = []
-        for parts in self.exchanges[len(self._flights)]:
-            send = [sum(spans[peer][1] - spans[peer][0] for _, spans in parts) for peer in range(len(parts[0][1]))]
-            flights.append(launch(self._packed.pop(0), self.group, send, [send[self.rank]] * len(send)))
+        exchanges = self.exchanges[len(self._flights)]
+        flights = [launch(self._packed.pop(0), self.group, *split_sizes(parts, self.rank)) for parts in exchanges]
         self._flights.append(flights)
 
     def land(self, chunk: int) -> list[Tensor]:
         """Query [B, n, S, D], and the key and value heads that it reads; chunks in order."""
         layout, fresh = self.chunks[chunk]
-        found: list[Tensor] = []
-        for parts, flight in zip(self.exchanges[chunk], self._flights[chunk], strict=True):
-            received = land(flight).unflatten(0, (len(layout.query), -1))  # [sp, heads, B, s, D]
-            counts = [spans[self.rank][1] - spans[self.rank][0] for _, spans in parts]
-            found += [part.flatten(2, 3) for part in received.permute(2, 1, 0, 3, 4).split(counts, dim=1)]
-        query, *rest = found
+        pairs = zip(self._flights[chunk], self.exchanges[chunk], strict=True)
+        query, *rest = chain.from_iterable(unpack_heads(land(flight), parts, self.rank) for flight, parts in pairs)
         if fresh[self.rank][0] > layout.key_value[self.rank][0]:  # the first one came with the chunk before
             rest = [torch.cat(pair, dim=1) for pair in zip(self._carried, rest, strict=True)]
         self._carried = tuple(x[:, -1:] for x in rest)
@@ -139,25 +112,25 @@ class _Arrivals:
 
 
 def pipelined_attention(
-    inner: Callable[..., tuple[Tensor, Any]],
-    module: torch.nn.Module,
+    inner: Inner,
+    module: torch.nn.Module | ModuleView,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
     *,
     group: dist.ProcessGroup,
-    rank: int,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """`ulysses_attention`, in chunks of heads; one chunk where a rank has a single query head.
 
     Collectives: two all-to-alls a chunk over `group` (three if the value width differs), and as many in the backward.
     They are as many bytes as those of the blocking form.
     """
-    num_heads, size = query.shape[1], dist.get_world_size(group)
-    chunks = chunk_layouts(head_layout(num_heads, key.shape[1], size))
-    arrivals = _Arrivals((query, key, value), chunks, group, rank)
+    call = AttentionCall(inner, module, attention_mask, query.shape[1], options)
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    chunks = chunk_layouts(head_layout(query.shape[1], key.shape[1], size))
+    arrivals = _Arrivals((query, key, value), chunks, group)
     flights: list[Flight] = []
     landed: list[Tensor] = []
     arrivals.launch_next()
@@ -165,12 +138,11 @@ def pipelined_attention(
     for chunk, (layout, _) in enumerate(chunks):
         arrivals.launch_next()
         q, k, v = arrivals.land(chunk)
-        out = attend_heads(inner, module, q, k, v, attention_mask, layout, rank, num_heads, kwargs)
+        out = call.attend(q, k, v, layout, rank)
         del q, k, v
-        heads = [last - first for first, last in layout.query]
-        send = out.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4).flatten(0, 1)  # [sp * n, B, s, D]
-        flights.append(launch(send, group, [heads[rank]] * size, heads))
-        del out, send
+        packed, send, receive = pack_output(out, layout, rank)
+        flights.append(launch(packed, group, send, receive))
+        del out, packed
         if chunk:
             landed.append(land(flights[chunk - 1]))
     give_way()

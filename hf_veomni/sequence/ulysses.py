@@ -8,24 +8,28 @@
 Query heads are assigned as evenly as the head count allows (9 heads over 2 ranks: 5 and 4). A rank gets the key/value
 heads that its query heads read, so fewer key/value heads than ranks are replicated, and nothing else is sent.
 
-Shapes: B rows; S, s tokens of the full row and of this rank; H, h query heads; K, k key/value heads; D head width.
+Shapes: B rows; S, s tokens of the full row and of this rank; H, h query heads; G, g key/value heads; D head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_veomni.comm.all_to_all import Flight, all_to_all, give_way, land, launch
+from hf_veomni.comm.all_to_all import all_to_all, all_to_all_of_each
 from hf_veomni.errors import UnsupportedError
 
 Span = tuple[int, int]
+Spans = tuple[Span, ...]  # of heads, one for each rank
+Parts = tuple[tuple[int, Spans], ...]  # of one exchange: which tensors, and which of their heads go to each rank
+Inner = Callable[..., tuple[Tensor, Any]]  # an attention function of transformers' `AttentionInterface`
 
 EXCHANGED = "_omni_exchanged"  # on an attention module: what runs in place of `ulysses_attention`
 
@@ -39,8 +43,8 @@ class HeadLayout:
         key_value: per rank the span of the key/value heads that those read; spans may overlap.
     """
 
-    query: tuple[Span, ...]
-    key_value: tuple[Span, ...]
+    query: Spans
+    key_value: Spans
     group: int
 
     def counts(self, rank: int) -> list[int]:
@@ -72,78 +76,92 @@ def head_layout(num_query: int, num_key_value: int, sp_size: int) -> HeadLayout:
     return HeadLayout(query, key_value, group)
 
 
-class _PackHeads(torch.autograd.Function):
-    """Several [B, *, s, D] tensors as the blocks [sum, B, s, D] that one all-to-all sends, in rank order.
+class PackHeads(torch.autograd.Function):
+    """[B, *, s, D] tensors as what each exchange sends, [heads, B, s, D] in rank order; all in one node.
 
-    Spans may overlap: the gradient of a head that several ranks read is the sum of theirs, added in rank order.
+    Spans may overlap: the gradient of a head that several ranks read is the sum of theirs, added in rank order. In one
+    node gradients are added into one tensor each, where a node for each exchange would give zeros for all others.
     """
 
     @staticmethod
-    def forward(ctx: Any, spans: tuple[tuple[Span, ...], ...], *tensors: Tensor) -> Tensor:
-        ctx.spans, ctx.shapes = spans, [t.shape for t in tensors]
-        return torch.cat([tensor[:, low:high].transpose(0, 1) for tensor, (low, high) in _blocks(spans, tensors)])
+    def forward(ctx: Any, exchanges: tuple[Parts, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchanges, ctx.shapes = exchanges, [t.shape for t in tensors]
+        return tuple(
+            torch.cat([tensors[index][:, low:high].transpose(0, 1) for index, (low, high) in _blocks(parts)])
+            for parts in exchanges
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         out = [grads[0].new_zeros(shape) for shape in ctx.shapes]
-        spans = list(_blocks(ctx.spans, out))
-        blocks = grads[0].split([high - low for _, (low, high) in spans])
-        for block, (tensor, (low, high)) in zip(blocks, spans, strict=True):
-            tensor[:, low:high] += block.transpose(0, 1)
+        for parts, grad in zip(ctx.exchanges, grads, strict=True):
+            spans = _blocks(parts)
+            for block, (index, (low, high)) in zip(grad.split([b - a for _, (a, b) in spans]), spans, strict=True):
+                out[index][:, low:high] += block.transpose(0, 1)
         return None, *out
 
 
-def _blocks(spans: tuple[tuple[Span, ...], ...], tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Span]]:
-    """Each tensor with the span of its heads that a rank gets, rank by rank."""
-    return ((tensor, span[peer]) for peer in range(len(spans[0])) for tensor, span in zip(tensors, spans, strict=True))
+def _blocks(parts: Parts) -> list[tuple[int, Span]]:
+    """(tensor, heads of it) that one exchange sends, rank by rank."""
+    return [(index, spans[peer]) for peer in range(len(parts[0][1])) for index, spans in parts]
 
 
-def _launch_heads(
-    group: dist.ProcessGroup, rank: int, spans: tuple[tuple[Span, ...], ...], *tensors: Tensor
-) -> Flight:
-    send = [sum(span[peer][1] - span[peer][0] for span in spans) for peer in range(len(spans[0]))]
-    return launch(_PackHeads.apply(spans, *tensors), group, send, [send[rank]] * len(send))
+def join_exchanges(query: Spans, key_value: Spans, widths: tuple[int, int]) -> tuple[Parts, ...]:
+    """What q, k and v (0, 1, 2) take: one exchange, or one more for values of another of the `widths` of k and v."""
+    spans = (query, key_value, key_value)
+    joint = ((0, 1, 2),) if widths[0] == widths[1] else ((0, 1), (2,))
+    return tuple(tuple((index, spans[index]) for index in parts) for parts in joint)
 
 
-def _land_heads(flight: Flight, rank: int, spans: tuple[tuple[Span, ...], ...]) -> list[Tensor]:
-    """Local [B, n, S, D] tensors, n heads of this rank each."""
-    received = land(flight).unflatten(0, (len(spans[0]), -1))  # [sp, n, B, s, D]
-    counts = [span[rank][1] - span[rank][0] for span in spans]
+def split_sizes(parts: Parts, rank: int) -> tuple[list[int], list[int]]:
+    """Heads that this rank sends to each, and gets from each."""
+    send = [sum(spans[peer][1] - spans[peer][0] for _, spans in parts) for peer in range(len(parts[0][1]))]
+    return send, [send[rank]] * len(send)
+
+
+def unpack_heads(received: Tensor, parts: Parts, rank: int) -> list[Tensor]:
+    """[heads, B, s, D] in rank order to local [B, n, S, D] tensors, n heads of this rank each."""
+    received = received.unflatten(0, (len(parts[0][1]), -1))  # [sp, heads, B, s, D]
+    counts = [spans[rank][1] - spans[rank][0] for _, spans in parts]
     return [part.flatten(2, 3) for part in received.permute(2, 1, 0, 3, 4).split(counts, dim=1)]
 
 
 def _repeat_heads(x: Tensor, counts: list[int]) -> Tensor:
-    """[B, k, S, D] to [B, sum(counts), S, D]: head i `counts[i]` times (expand, so the backward is a plain sum)."""
+    """[B, g, S, D] to [B, sum(counts), S, D]: head i `counts[i]` times (expand, so the backward is a plain sum)."""
     return torch.cat([x[:, i : i + 1].expand(-1, n, -1, -1) for i, n in enumerate(counts)], dim=1)
 
 
 def sequence_to_heads(
-    query: Tensor, key: Tensor, value: Tensor, layout: HeadLayout, group: dist.ProcessGroup, rank: int
+    query: Tensor, key: Tensor, value: Tensor, layout: HeadLayout, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Local query [B, H, s, D], key and value [B, K, s, D] to [B, h, S, D] and [B, k, S, D].
+    """Local query [B, H, s, D], key and value [B, G, s, D] to [B, h, S, D] and [B, g, S, D].
 
     Collective: one all-to-all over `group` (two if the value width differs, as in MLA); the backward is the reverse
     one. The gradients of a key/value head that several ranks read are then added up, in rank order.
     """
-    joint = [(query, key, value)] if value.shape[-1] == query.shape[-1] else [(query, key), (value,)]
-    every = iter((layout.query, layout.key_value, layout.key_value))
-    spans = [tuple(next(every) for _ in tensors) for tensors in joint]
-    flights = [_launch_heads(group, rank, s, *tensors) for s, tensors in zip(spans, joint, strict=True)]
-    give_way()
-    landed = [_land_heads(flight, rank, s) for flight, s in zip(flights, spans, strict=True)]
-    query, key, value = (tensor for tensors in landed for tensor in tensors)
+    rank = dist.get_rank(group)
+    exchanges = join_exchanges(layout.query, layout.key_value, (key.shape[-1], value.shape[-1]))
+    sizes = [split_sizes(parts, rank) for parts in exchanges]
+    landed = all_to_all_of_each(PackHeads.apply(exchanges, query, key, value), group, sizes)
+    heads = (unpack_heads(received, parts, rank) for received, parts in zip(landed, exchanges, strict=True))
+    query, key, value = chain.from_iterable(heads)
     return query, key, value
 
 
-def heads_to_sequence(out: Tensor, layout: HeadLayout, group: dist.ProcessGroup, rank: int) -> Tensor:
+def pack_output(out: Tensor, layout: HeadLayout, rank: int) -> tuple[Tensor, list[int], list[int]]:
+    """Attention output [B, S, h, D] as what is sent, [sp * h, B, s, D], and heads for each rank and of each rank."""
+    heads = [last - first for first, last in layout.query]
+    send = out.unflatten(1, (len(heads), -1)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    return send, [heads[rank]] * len(heads), heads
+
+
+def heads_to_sequence(out: Tensor, layout: HeadLayout, group: dist.ProcessGroup) -> Tensor:
     """Attention output [B, S, h, D] of this rank's heads to [B, s, H, D] of this rank's tokens.
 
     Collective: one all-to-all over `group`; the backward is the reverse one.
     """
-    size = len(layout.query)
-    heads = [last - first for first, last in layout.query]
-    send = out.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4).flatten(0, 1)  # [sp * h, B, s, D]
-    received = all_to_all(send, group, [heads[rank]] * size, heads)  # [H, B, s, D]
+    packed, send, receive = pack_output(out, layout, dist.get_rank(group))
+    received = all_to_all(packed, group, send, receive)  # [H, B, s, D]
     return received.permute(1, 2, 0, 3).contiguous()
 
 
@@ -164,39 +182,46 @@ def _slice_per_head(x: Any, dim: int, span: Span, num_heads: int) -> Any:
     return x
 
 
-def attend_heads(
-    inner: Callable[..., tuple[Tensor, Any]],
-    module: torch.nn.Module | ModuleView,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    layout: HeadLayout,
-    rank: int,
-    num_heads: int,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """`inner` on this rank's heads [B, h, S, D] as `layout` has them, of `num_heads`; [B, S, h, D]. No collective."""
-    span, counts = layout.query[rank], layout.counts(rank)
-    if len(set(counts)) > 1:  # attention functions repeat every key/value head equally often
-        key, value, counts = _repeat_heads(key, counts), _repeat_heads(value, counts), [1]
-    overrides: dict[str, Any] = {"num_key_value_groups": counts[0]}
-    if isinstance(getattr(module, "sinks", None), Tensor):
-        overrides["sinks"] = _slice_per_head(module.sinks, 0, span, num_heads)
-    kwargs = dict(kwargs)
-    for name, dim in (("s_aux", 0), ("position_bias", 1)):
-        if kwargs.get(name) is None:
-            kwargs.pop(name, None)
-        else:
-            kwargs[name] = _slice_per_head(kwargs[name], dim, span, num_heads)
-    mask = attention_mask
-    if isinstance(mask, Tensor) and mask.dim() == 4:
-        mask = _slice_per_head(mask, 1, span, num_heads)
-    return inner(ModuleView(module, **overrides), query, key, value, mask, **kwargs)[0]
+@dataclass(frozen=True)
+class AttentionCall:
+    """The call of an attention module that is to be run on heads: all but queries, keys and values.
+
+    Attributes:
+        inner: the attention function.
+        module: what it gets as `module`.
+        mask: whatever it takes for the FULL row; an entry per head is cut to this rank's.
+        num_heads: H, by which entries per head are known.
+        options: keyword arguments of the function.
+    """
+
+    inner: Inner
+    module: torch.nn.Module | ModuleView
+    mask: Any
+    num_heads: int
+    options: dict[str, Any]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: HeadLayout, rank: int) -> Tensor:
+        """[B, S, h, D] of this rank's heads [B, h, S, D], as `layout` has them. No collective."""
+        span, counts = layout.query[rank], layout.counts(rank)
+        if len(set(counts)) > 1:  # attention functions repeat every key/value head equally often
+            key, value, counts = _repeat_heads(key, counts), _repeat_heads(value, counts), [1]
+        overrides: dict[str, Any] = {"num_key_value_groups": counts[0]}
+        if isinstance(sinks := getattr(self.module, "sinks", None), Tensor):
+            overrides["sinks"] = _slice_per_head(sinks, 0, span, self.num_heads)
+        options = dict(self.options)
+        for name, dim in (("s_aux", 0), ("position_bias", 1)):
+            if options.get(name) is None:
+                options.pop(name, None)
+            else:
+                options[name] = _slice_per_head(options[name], dim, span, self.num_heads)
+        mask = self.mask
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            mask = _slice_per_head(mask, 1, span, self.num_heads)
+        return self.inner(ModuleView(self.module, **overrides), query, key, value, mask, **options)[0]
 
 
 def ulysses_attention(
-    inner: Callable[..., tuple[Tensor, Any]],
+    inner: Inner,
     module: torch.nn.Module | ModuleView,
     query: Tensor,
     key: Tensor,
@@ -204,22 +229,22 @@ def ulysses_attention(
     attention_mask: Any,
     *,
     group: dist.ProcessGroup,
-    rank: int,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Run `inner`, any Hugging Face attention function, on this rank's heads of the full rows.
 
     Args:
-        query: local [B, H, s, D]; key and value local [B, K, s, D].
+        query: local [B, H, s, D]; key and value local [B, G, s, D].
         attention_mask: whatever `inner` takes for the FULL row; sliced here if it has an entry per head.
+        options: keyword arguments of `inner`.
 
     Returns:
         Local output [B, s, H, D], and None: attention weights would be those of this rank's heads only.
 
     Collectives: two all-to-alls over `group` (three if the value width differs), and as many in the backward.
     """
-    num_heads = query.shape[1]
-    layout = head_layout(num_heads, key.shape[1], dist.get_world_size(group))
-    query, key, value = sequence_to_heads(query, key, value, layout, group, rank)
-    out = attend_heads(inner, module, query, key, value, attention_mask, layout, rank, num_heads, kwargs)
-    return heads_to_sequence(out, layout, group, rank), None
+    call = AttentionCall(inner, module, attention_mask, query.shape[1], options)
+    layout = head_layout(query.shape[1], key.shape[1], dist.get_world_size(group))
+    query, key, value = sequence_to_heads(query, key, value, layout, group)
+    out = call.attend(query, key, value, layout, dist.get_rank(group))
+    return heads_to_sequence(out, layout, group), None

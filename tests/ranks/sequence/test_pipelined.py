@@ -108,7 +108,7 @@ def _order() -> list[str]:
     module, group = torch.nn.Module(), dist.group.WORLD
     tensors = [torch.randn(1, 8, 6, 2, requires_grad=True) for _ in range(3)]
     with within(transport=Logged()):
-        out, _ = pipelined_attention(attention, module, *tensors, None, group=group, rank=dist.get_rank())
+        out, _ = pipelined_attention(attention, module, *tensors, None, group=group)
         log.append("|")
         out.sum().backward()
     return log

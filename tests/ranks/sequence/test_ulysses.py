@@ -54,7 +54,7 @@ def _errors(num_query: int, num_key_value: int, value_width: int, exchanged: Any
         if local:
             pieces = [x.narrow(2, rank * part, part) for x in leaves]
             extra = {"s_aux": whole[3], "position_bias": bias}
-            out, _ = exchanged(_attention, module, *pieces, mask, group=group, rank=rank, **extra)
+            out, _ = exchanged(_attention, module, *pieces, mask, group=group, **extra)
             assert out.shape == (2, part, num_query, value_width) and out.is_contiguous()
             out = gather_shards(out, group, dim=1) / size  # every rank has the same loss; the backward sums them
         else:
