@@ -52,10 +52,16 @@ class BatchingMixin(LossMixin):
     _throughput: ThroughputCallback | None = None
     _beside: Callable[[], Exception | None] | None = None  # tells what went wrong beside training on this rank
 
+    _known_state: tuple[Any, ParallelState] | None = None  # of which model
+
     @property
     def parallel_state(self) -> ParallelState:
-        # Not prepared: a model that one rank trains as it is.
-        return get_parallel_state(self.model) if is_prepared(self.model) else init_parallel_state(self.args.plan)
+        if self._known_state is not None and self._known_state[0] is self.model:
+            return self._known_state[1]
+        if not is_prepared(self.model):  # a model that one rank trains as it is
+            return init_parallel_state(self.args.plan)
+        self._known_state = self.model, get_parallel_state(self.model)
+        return self._known_state[1]
 
     @override
     def get_cp_size(self) -> int:
