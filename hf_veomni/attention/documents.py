@@ -77,8 +77,9 @@ class Documents:
             rows[first // size].append(following - first)
         return cls.from_lengths(rows, device=position_ids.device)
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
+        """B."""
         return len(self.lengths)
 
     @cached_property
@@ -93,9 +94,10 @@ class Documents:
 
     def told_by(self, position_ids: Tensor) -> bool:
         """Whether these, [B, S], are the positions that the documents were read of: the same memory, unchanged."""
-        if self.positions is None or position_ids.shape != (self.num_rows, self.row_length):
+        rows, positions = self.num_rows, self.positions
+        if positions is None or position_ids.shape != (rows, self.row_length):
             return False
-        return knows(self.positions) and is_same(forget(self.positions).expand(self.num_rows, -1), position_ids)
+        return knows(positions) and is_same(forget(positions).expand(rows, -1), position_ids)
 
     @cached_property
     def segments(self) -> Tensor | None:

@@ -90,17 +90,16 @@ class CausalLMLoss:
         Raises:
             ValueError: targets whose shape does not fit the logits.
         """
-        group = self._state.sp_group
-        labels, shift_labels = (x if x is None else x.to(logits.device) for x in (labels, shift_labels))
-        if shift_labels is None and labels is not None and labels.shape[-1] == logits.shape[-2] > 1:
+        group, shape, device = self._state.sp_group, logits.shape, logits.device
+        labels = None if labels is None else labels.to(device)
+        shift_labels = None if shift_labels is None else shift_labels.to(device)
+        if shift_labels is None and labels is not None and labels.shape[-1] == shape[-2] > 1:
             group = None  # full rows: every rank computes the loss of all of them
-        targets, divisor = targets_and_count(
-            labels, shift_labels, num_items_in_batch, logits.shape[-2], group, ignore_index
-        )
-        if targets.numel() != logits.shape[:-1].numel():
+        targets, divisor = targets_and_count(labels, shift_labels, num_items_in_batch, shape[-2], group, ignore_index)
+        if targets.numel() != shape[:-1].numel():
             raise ValueError(
-                f"Targets of shape {tuple(targets.shape)} must match logits of shape {tuple(logits.shape)} in all "
-                "but the vocabulary: pass labels with one class index for each input token."
+                f"Targets of shape {tuple(targets.shape)} must match logits of shape {tuple(shape)} in all but the "
+                "vocabulary: pass labels with one class index for each input token."
             )
         total = self._sum(logits, targets, ignore_index)
         if isinstance(divisor, Tensor):

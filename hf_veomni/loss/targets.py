@@ -76,7 +76,7 @@ def targets_and_count(
     if shift_labels is not None:
         name, targets = "shift_labels", shift_labels
     elif labels is not None:
-        name, targets = "labels", apply(_shift, labels, ignore_index)
+        name, targets = "labels", apply(F.pad, labels, (-1, 1), value=ignore_index)
     else:
         raise ValueError("`labels` (None) or `shift_labels` (None) must be given: the loss needs targets.")
     divisor = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
@@ -109,8 +109,4 @@ def _shard(targets: Tensor, name: str, local_length: int, group: dist.ProcessGro
             f"({local_length} on each of {size} ranks): pass the labels of the same row as `input_ids`."
         )
     start = dist.get_rank(group) * local_length
-    return apply(lambda x: F.pad(x, (0, missing), value=ignore_index)[:, start : start + local_length], targets)
-
-
-def _shift(labels: Tensor, ignore_index: int) -> Tensor:
-    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return apply(F.pad, targets, (-start, start + local_length - targets.shape[1]), value=ignore_index)

@@ -62,14 +62,15 @@ class Outputs:
                 the first token, or pick one).
         """
         for tensor in tensors_in(output):
-            if tensor.dim() < 2 or self.is_full(tensor):
+            shape = tensor.shape
+            node: Any = tensor.grad_fn
+            if len(shape) < 2 or self.is_full(tensor):
                 continue
-            if tensor.shape[1] not in (self._part(length), length):
+            if shape[1] not in (self._part(length), length):
                 if made_full:
                     self.note_full(tensor)
             else:
                 self._outputs[tensor] = (length, False)
-                node: Any = tensor.grad_fn
                 if node is not None:
                     node.metadata.setdefault(_MARK, (id(self), length))
 
