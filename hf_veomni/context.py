@@ -55,6 +55,7 @@ class Call:
 
     owner: object  # the SequenceAttachment
     cached: bool  # whether a cache was asked for; some families hand their backbone the default of their config
+    generating: bool  # whether it comes from the model's own `generate`
     positions: Tensor | None  # Mamba's model does not hand them on to its backbone
     row: Row | None = None  # the last one that its backbone was called with
 
@@ -184,6 +185,12 @@ def is_cut() -> bool:
     """Whether layers see slices; the rule where nothing is known of the row."""
     row = current().row
     return row is None or not row.full
+
+
+def recall(make: Callable[[], T]) -> T:
+    """`make()`; in a recomputation what the call that is run again has made in its place."""
+    recorded = current().recorded
+    return make() if recorded is None else recorded.recall(make)
 
 
 class CheckpointCarrier:

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from hf_veomni import hf
 from hf_veomni.comm.all_to_all import Flight, give_way
-from hf_veomni.context import CheckpointCarrier, current, within
+from hf_veomni.context import CheckpointCarrier, current, recall, within
 from hf_veomni.expert.compute import Groups, LowRank, compute_rows
 from hf_veomni.expert.dispatch import (
     Route,
@@ -70,13 +70,6 @@ def stop_rows(experts: nn.Module) -> None:
     vars(experts).pop(_ROWS, None)
 
 
-def _recall_routes(make: Callable[[], list[Route]]) -> list[Route]:
-    """The next routes of the layer that runs: `make()`, or in a recomputation those of the forward."""
-    recorded = current().recorded
-    # What is kept has nothing derived from it.
-    return make() if recorded is None else list(map(replace, recorded.recall(make)))
-
-
 class ExpertsForward(hf.EPImplementation):
     """Forward of an experts module: (hidden states [t, H], expert ids [t, K], weights [t, K]) -> [t, H].
 
@@ -98,7 +91,8 @@ class ExpertsForward(hf.EPImplementation):
         own = not active and hf.experts_implementation(self.experts) != "grouped_mm"
         work = partial(compute_rows, self.experts, self.experts_forward if own else None, active)
         chunks, top_k = vars(self.experts).get(_CHUNKS, 1), top_k_index.shape[-1]
-        routes = _recall_routes(partial(make_routes, top_k_index, self.num_experts, self.group, chunks))
+        made = recall(partial(make_routes, top_k_index, self.num_experts, self.group, chunks))
+        routes = list(map(replace, made))  # what is kept for a recomputation has nothing derived from it
         if chunks > 1:  # with a group: `cut_into_chunks`
             out, count = self._run_chunks(hidden_states, top_k_weights, routes, work)
         else:

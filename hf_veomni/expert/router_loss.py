@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from hf_veomni.context import current, enter, leave
 from hf_veomni.expert.dispatch import count_pairs
-from hf_veomni.expert.forward import counts_tokens
 from hf_veomni.mesh import ParallelState
 from hf_veomni.pairs import Visit
 
@@ -96,7 +95,7 @@ class _LossOfAllRanks:
     def _loss(self, chosen: Tensor, probabilities: Tensor, count: Tensor, weight: Tensor) -> Tensor:
         num_experts = len(chosen)
         both = torch.cat([chosen.double(), probabilities.detach().double(), count.double()[None], weight[None]])
-        both = both * counts_tokens()
+        both = both * (not current().idle)
         self._reduce(both)
         chosen_all, probable_all = both[:num_experts], both[num_experts : 2 * num_experts]
         total, weights = both[-2].clamp(min=1), both[-1]  # 0 where no rank has a token that counts

@@ -14,6 +14,7 @@ nothing here runs a second time in the backward; a recomputation has the layers'
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -97,6 +98,7 @@ class SequenceAttachment:
         if gathered is None:
             rules.check([*self.points.mixers, *(self.encoder.points.mixers if self.encoder else ())])
         self.outputs = Outputs(state.sp_size)
+        self._compared = False  # the rows of the SP group's ranks
         self._handles: list[Any] = []
         self._configs = hf.iterate_configs(self.points.decoder, iter(self.points.attentions))
         self._option = attention
@@ -202,8 +204,9 @@ class SequenceAttachment:
         extra = 0 if full else -length % self.state.sp_size
         row, documents = Row(self, length, length + extra, full), None
         if not full:
-            if self.outputs.is_empty and self.state.sp_size > 1:  # once: a loader that assigns wrongly always does
+            if not self._compared and self.state.sp_size > 1:  # once: a loader that assigns wrongly always does
                 check_same_rows(given, self.state)
+                self._compared = True
             inputs, documents = self._prepare(inputs, given, extra, row)
             self.outputs.add(length)
         hf.wrap_checkpointing(self._checkpointed, CheckpointCarrier)
@@ -216,7 +219,7 @@ class SequenceAttachment:
 
     def _note_cache(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         kwargs = {**dict(zip(self._model_signature, args, strict=False)), **kwargs}
-        call = Call(self, hf.uses_cache(kwargs), kwargs.get("position_ids"))
+        call = Call(self, hf.uses_cache(kwargs), is_generating(model), kwargs.get("position_ids"))
         enter(call, call=call)
 
     def _forget_cache(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -233,15 +236,15 @@ class SequenceAttachment:
         """With a cache and in `generate` every rank of the SP group runs the full row."""
         call = current().call
         if call is not None and call.owner is self:
-            requested = call.cached
+            requested, generating = call.cached, call.generating
         else:
-            requested = hf.uses_cache(inputs)
+            requested, generating = hf.uses_cache(inputs), is_generating(self.model)
         if requested and torch.is_grad_enabled() and self.state.sp_size > 1:
             raise UnsupportedError(
                 "`use_cache=True` or `past_key_values` cannot be combined with gradients under sequence parallelism: "
                 "leave them out in training, or generate under torch.no_grad()."
             )
-        return requested or is_generating(self.model)
+        return requested or generating
 
     def _prepare(
         self, inputs: dict[str, Any], given: Tensor, extra: int, row: Row
@@ -289,8 +292,10 @@ class SequenceAttachment:
         row = current().row
         if row is None or row.owner is not self:
             return None  # `_enter` raised
-        leave(row)
-        joined = self._join_output(decoder, output, row)
+        try:
+            joined = self._join_output(decoder, output, row)
+        finally:
+            leave(row)
         if self._linear is not None and output is not None:  # None: an error is on its way
             self._linear.check_called(row)
         return joined
@@ -334,7 +339,7 @@ class SequenceAttachment:
         if any(table.shape[-2] != row.padded for table in tables):
             kind, shapes = type(module).__name__, [tuple(table.shape) for table in tables]
             raise UnsupportedError(f"{kind} returned tables of shapes {shapes}, not [..., {row.padded}, width].")
-        sliced = tuple(shard_sequence(table, -2, self.state) for table in tables)
+        sliced = tuple(map(partial(shard_sequence, dim=-2, state=self.state), tables))
         return sliced if isinstance(output, tuple) else sliced[0]
 
     @torch.compiler.disable

@@ -25,7 +25,7 @@ def test_the_package_has_one_context_variable() -> None:
 
 
 def test_owners_leave_in_any_order() -> None:
-    call, row = Call(None, False, None), Row(None, 8, 8, False)
+    call, row = Call(None, False, False, None), Row(None, 8, 8, False)
     enter(call, call=call)
     enter(row, row=row, documents=DOCUMENTS)
     assert current().call is call and current().row is row and current().documents is DOCUMENTS
