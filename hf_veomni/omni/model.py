@@ -234,31 +234,19 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
         codes = {name: c for name, c in (("image", image_codes), ("audio", audio_codes)) if c is not None}
         features = {"pixel_values": pixel_values, "input_features": input_features}
         features |= {"image_codes": image_codes, "audio_codes": audio_codes}
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         cache = past_key_values if cache is None else cache
         begins = cache is None or cache.get_seq_length() == 0
-        if input_ids is not None:
-            inputs_embeds = self.embed_inputs(input_ids, features, dummies=begins)
-            if position_ids is None and cache is None:
-                position_ids = self.get_pos_id(input_ids, attention_mask=attention_mask, **features)
-        elif any(value is not None for value in features.values()):
-            raise ValueError("Features need `input_ids`, which say where they go: leave `inputs_embeds` out.")
-        stock = {"attention_mask": attention_mask, "position_ids": position_ids, hf.CACHE: cache}
-        out, hidden = self._run_foundation(
-            inputs_embeds=inputs_embeds, use_cache=use_cache, logits_to_keep=logits_to_keep, **stock, **kwargs
-        )
+        inputs_embeds = self._to_embeddings(input_ids, inputs_embeds, features, dummies=begins)
+        if input_ids is not None and position_ids is None and cache is None:
+            position_ids = self.get_pos_id(input_ids, attention_mask=attention_mask, **features)
+        stock = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        stock |= {hf.CACHE: cache, "logits_to_keep": logits_to_keep}
+        out, hidden = self._run_foundation(inputs_embeds=inputs_embeds, **stock, **kwargs)
         kept = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
-        # In the order of the decoders, with codes and without, since ranks with other rows run the same modules.
-        wanted = [name for name in self.decoders if name in codes or (begins and input_ids is not None)]
-        logits = {name: self.decoders[name].lm_head(kept if name in codes else kept[:, :1])[0] for name in wanted}
-        idle = [zero_of(logits.pop(name)) for name in wanted if name not in codes]
-        loss, aux_loss = None, getattr(out, "aux_loss", None)
+        logits, idle = self._run_heads(kept, codes, dummies=begins and input_ids is not None)
+        loss = None
         if labels is not None:
-            loss = self._sum_losses(self.loss_function, out.logits, logits, labels, input_ids, codes, kwargs)
-            loss = sum(idle, loss)
-            if aux_loss is not None:
-                loss = loss + self.foundation.router_aux_loss_coef * aux_loss
+            loss = sum(idle, self._sum_losses(self.loss_function, out, logits, labels, input_ids, codes, kwargs))
         return OmniOutput(
             loss=loss,
             logits=out.logits,
@@ -266,31 +254,54 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
             attentions=out.attentions,
             image_logits=logits.get("image"),
             audio_logits=logits.get("audio"),
-            aux_loss=aux_loss,
+            aux_loss=getattr(out, "aux_loss", None),
             **{hf.CACHE: out.get(hf.CACHE)},
         )
+
+    def _to_embeddings(
+        self, input_ids: Tensor | None, embeds: Tensor | None, features: Mapping[str, Tensor | None], dummies: bool
+    ) -> Tensor:
+        """Embeddings of a row, which is given as ids and features or as embeddings alone."""
+        if input_ids is not None and embeds is None:
+            return self.embed_inputs(input_ids, features, dummies=dummies)
+        if input_ids is not None or embeds is None:
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        if any(value is not None for value in features.values()):
+            raise ValueError("Features need `input_ids`, which say where they go: leave `inputs_embeds` out.")
+        return embeds
+
+    def _run_heads(
+        self, hidden: Tensor, codes: Mapping[str, Tensor], dummies: bool
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Logits of the heads whose codes are given, and a zero that hangs on each of the others, with `dummies`.
+
+        In the order of the decoders, with codes and without, since ranks with other rows run the same modules.
+        """
+        wanted = [name for name in self.decoders if name in codes or dummies]
+        logits = {name: self.decoders[name].lm_head(hidden if name in codes else hidden[:, :1])[0] for name in wanted}
+        return logits, [zero_of(logits.pop(name)) for name in wanted if name not in codes]
 
     def _sum_losses(
         self,
         loss_function: Any,
-        words: Tensor,
+        out: Any,
         heads: Mapping[str, Tensor],
         labels: Tensor,
         input_ids: Tensor | None,
         codes: Mapping[str, Tensor],
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """Loss of the text's logits `words` and of those of the codes' `heads`."""
-        size = self.config.get_text_config(decoder=True).vocab_size
-        if not codes or input_ids is None:
-            return loss_function(logits=words, labels=labels, vocab_size=size, **kwargs)
-        kwargs["num_items_in_batch"] = _num_targets(labels, kwargs)
-        text, targets = self._split_labels(labels, input_ids, codes)
-        loss = loss_function(logits=words, labels=text, vocab_size=size, **kwargs)
+        """Loss of the text's logits and of those of the codes' `heads`, and the router's of the foundation's `out`."""
+        size, text, targets = self.config.get_text_config(decoder=True).vocab_size, labels, {}
+        if codes and input_ids is not None:
+            kwargs["num_items_in_batch"] = _num_targets(labels, kwargs)
+            text, targets = self._split_labels(labels, input_ids, codes)
+        loss = loss_function(logits=out.logits, labels=text, vocab_size=size, **kwargs)
         for name, logits in heads.items():
             part = loss_function(logits=logits, labels=targets[name], vocab_size=logits.shape[-1], **kwargs)
             loss = loss + self.config.decoders[name]["loss_weight"] * part
-        return loss
+        aux_loss = getattr(out, "aux_loss", None)
+        return loss if aux_loss is None else loss + self.foundation.router_aux_loss_coef * aux_loss
 
     def _run_foundation(self, **inputs: Any) -> tuple[Any, Tensor]:
         """Output of the causal LM, and what its backbone hands to its head."""
