@@ -22,7 +22,7 @@ from transformers import (
 
 from hf_veomni import hf
 from hf_veomni.dryrun.report import DryRun
-from hf_veomni.dryrun.step import record_step
+from hf_veomni.dryrun.step import Recorded, record_step
 from hf_veomni.dryrun.world import fake_world
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import forget, remember
@@ -79,37 +79,43 @@ def dry_run(
     began = time.perf_counter()
     _check(kernels, rank, world_size, accumulation, skew)
     resolved = ParallelPlan.parse(plan).resolve(world_size)
-    given = dict(text_batch(tokens) if batch is None else batch)
-    _check_text(given)
+    _check_text(given := text_batch(tokens) if batch is None else batch)
     build = model if callable(model) else builder(load_config(model), dtype)
     with fake_world(world_size, rank, kernels=kernels, skew=skew):
         built = add_adapters(build(), lora)
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed_precision else None
-        name = type(hf.base_model(built)).__name__
-        prepared = prepare_omni(built, resolved, mp_policy=policy)
-        if checkpointing:
-            hf.base_model(prepared).activation_checkpointing_enable()
-        prepared.train()
-        device = get_parallel_state(prepared).device
-        batches = [{key: _fake(value, device) for key, value in given.items()} for _ in range(accumulation)]
-        try:
-            found = record_step(prepared, batches, fake=True, autocast=mixed_precision)
-        finally:
-            detach_omni(prepared)  # what is process-wide is put back
+        found = _record(built, resolved, given, accumulation, mixed_precision, checkpointing)
     return DryRun(
-        model=name,
+        model=type(hf.base_model(built)).__name__.removeprefix("FSDP"),
         plan=str(resolved),
         world_size=world_size,
         rank=rank,
         tokens=int(given["input_ids"].shape[-1]),
         kernels=kernels,
-        peak=found.peak,
-        phases=found.phases,
-        before=found.before,
-        kept=found.kept,
-        collectives=found.collectives,
         seconds=time.perf_counter() - began,
+        **vars(found),
     )
+
+
+def _record(
+    model: nn.Module,
+    plan: ParallelPlan,
+    batch: Mapping[str, Any],
+    accumulation: int,
+    mixed_precision: bool,
+    checkpointing: bool,
+) -> Recorded:
+    """A step of the model, prepared within a world that is not there."""
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed_precision else None
+    prepared = prepare_omni(model, plan, mp_policy=policy)
+    if checkpointing:
+        hf.base_model(prepared).activation_checkpointing_enable()
+    prepared.train()
+    device = get_parallel_state(prepared).device
+    batches = [{key: _fake(value, device) for key, value in batch.items()} for _ in range(accumulation)]
+    try:
+        return record_step(prepared, batches, fake=True, autocast=mixed_precision)
+    finally:
+        detach_omni(prepared)  # what is process-wide is put back
 
 
 def _check(kernels: str, rank: int, world_size: int, accumulation: int, skew: float) -> None:
