@@ -6,7 +6,8 @@ import difflib
 import fnmatch
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -110,12 +111,31 @@ def build_parallelize_model(
         raise ValueError(f"`plan` ({plan}) differs from the plan of `state` ({state.plan}): pass one of them.")
     with RaiseTogether():
         pending = _check_parameters(model, checkpoint)
-    return _parallelize(model, state, mp_policy, pending)
+    with _undone_on_failure() as undo:
+        _parallelize(model, state, mp_policy, pending, undo)
+    return model
+
+
+@contextmanager
+def _undone_on_failure() -> Iterator[list[Callable[[], Any]]]:
+    """Hands out a list for steps that undo what the block does; where it fails, they run, the last one first."""
+    undo: list[Callable[[], Any]] = []
+    try:
+        yield undo
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
 
 
 def _parallelize(
-    model: Model, state: ParallelState, mp_policy: MixedPrecisionPolicy | None, pending: PendingWeights | None
-) -> Model:
+    model: nn.Module,
+    state: ParallelState,
+    mp_policy: MixedPrecisionPolicy | None,
+    pending: PendingWeights | None,
+    undo: list[Callable[[], Any]],
+) -> None:
+    """The parameters. Adds to `undo` how to take off all but the shards, and marks the model as prepared."""
     base = hf.base_model(model)
     before = list(model.parameters())
     with RaiseTogether():
@@ -128,7 +148,7 @@ def _parallelize(
     synchronize_parameters(model, state.device)
     if pending is not None:
         retain_weights(model, pending)
-    undo: list[Callable[[], Any]] = [attach() for attach in chunked]
+    undo.extend(attach() for attach in chunked)
     experts = attach_experts(base, state, undo)
     shard_parameters(base, state, mp_policy, experts)
     if state.plan.overlap == "pairs":
@@ -139,7 +159,6 @@ def _parallelize(
     undo.append(attach_stock_calls(model, base, state.world_size))
     setattr(base, _STATE, state)
     setattr(base, _UNDO, undo)
-    return model
 
 
 def prepare_omni(
@@ -192,20 +211,14 @@ def prepare_omni(
         pending = _check_parameters(model, checkpoint)
     check_same_value("plan", plan)
     state = init_parallel_state(plan)
-    undo: list[Callable[[], Any]] = []
-    try:
+    with _undone_on_failure() as undo:
         with RaiseTogether():
             hf_peft.check_adapters(model, state.world_size, state.sp_size)
             undo.append(hf_peft.call_with_hooks(model))
             check_model(base, state)
             state.plan.match_modules(name for name, _ in base.named_modules() if name)
             _attach(base, state, attention, chunked_loss, undo, apart=not hf_peft.picks_tokens_by_place(model))
-        _parallelize(model, state, mp_policy, pending)
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
-    setattr(base, _UNDO, undo + getattr(base, _UNDO))
+        _parallelize(model, state, mp_policy, pending, undo)
     _tell(model, state, unplanned=given is None and plan == ParallelPlan())
     return model
 

@@ -72,6 +72,33 @@ def test_detached_sharded_model_computes_as_the_stock_model(ranks, model, plan):
     assert ranks(2).run(_detach_sharded, model, plan) == [[], []]
 
 
+def _fail_at_the_end(setting: Setting, plan: str) -> list[str]:
+    """What the last step of preparing leaves behind where it raises, beside the class, hooks and shards of FSDP."""
+    from hf_veomni import prepare, prepare_omni
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("the last step")
+
+    model = make_model(setting)
+    before, original = traces(model), prepare.attach_stock_calls
+    prepare.attach_stock_calls = fail
+    try:
+        with pytest.raises(RuntimeError, match="the last step"):
+            prepare_omni(model, plan)
+    finally:
+        prepare.attach_stock_calls = original
+    found = left_by_us(model) + wrapped_functions()
+    return found if plan else found + changes(before, traces(model))
+
+
+def test_a_failure_at_the_end_of_preparing_leaves_a_stock_model(ranks):
+    assert ranks(1).run(_fail_at_the_end, Setting("qwen3_moe", lora=True), "") == [[]]
+
+
+def test_a_failure_at_the_end_leaves_nothing_beside_shards(ranks):
+    assert ranks(2).run(_fail_at_the_end, Setting("llama"), "sp=2,overlap=chunks") == [[], []]
+
+
 def _prepare_again(path: str) -> list[float]:
     from hf_veomni import detach_omni, prepare_omni
     from hf_veomni.hf import base_model
