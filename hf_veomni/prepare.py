@@ -23,10 +23,10 @@ from hf_veomni.checkpoint import (
     plan_weights,
     retain_weights,
 )
+from hf_veomni.comm.agree import together
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert import attach_experts, attach_router_loss, check_model, cut_into_chunks, find_experts
 from hf_veomni.fsdp import (
-    RaiseTogether,
     attach_pairs,
     check_overlap,
     check_same_value,
@@ -109,7 +109,7 @@ def build_parallelize_model(
     """
     if plan is not None and ParallelPlan.parse(plan).resolve(state.world_size) != state.plan:
         raise ValueError(f"`plan` ({plan}) differs from the plan of `state` ({state.plan}): pass one of them.")
-    with RaiseTogether():
+    with together("Preparing the model"):
         pending = _check_parameters(model, checkpoint)
     with _undone_on_failure() as undo:
         _parallelize(model, state, mp_policy, pending, undo)
@@ -138,7 +138,7 @@ def _parallelize(
     """The parameters. Adds to `undo` how to take off all but the shards, and marks the model as prepared."""
     base = hf.base_model(model)
     before = list(model.parameters())
-    with RaiseTogether():
+    with together("Preparing the model"):
         check_overlap(state)
         check_units(base, state)
         overlaps = state.plan.overlap == "chunks" or state.plan.says("overlap")
@@ -204,7 +204,7 @@ def prepare_omni(
         warnings.warn("`lean_loss` is now called `chunked_loss`.", FutureWarning, stacklevel=2)
         chunked_loss = lean_loss
     settle_device()  # before the first collective
-    with RaiseTogether():
+    with together("Preparing the model"):
         base = hf.base_model(model)
         given, plan = plan, ParallelPlan.parse(plan)
         _check_fresh(base)
@@ -212,7 +212,7 @@ def prepare_omni(
     check_same_value("plan", plan)
     state = init_parallel_state(plan)
     with _undone_on_failure() as undo:
-        with RaiseTogether():
+        with together("Preparing the model"):
             hf_peft.check_adapters(model, state.world_size, state.sp_size)
             undo.append(hf_peft.call_with_hooks(model))
             check_model(base, state)

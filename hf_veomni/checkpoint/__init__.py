@@ -1,6 +1,5 @@
 """Saving and loading: plain formats for others, sharded state for resuming."""
 
-from hf_veomni.checkpoint.agree import agree, together
 from hf_veomni.checkpoint.background import BackgroundError, BackgroundWriter
 from hf_veomni.checkpoint.files import staged
 from hf_veomni.checkpoint.load import PendingWeights, materialize_weights, plan_weights, retain_weights
@@ -16,6 +15,7 @@ from hf_veomni.checkpoint.state import (
     weights_state,
 )
 from hf_veomni.checkpoint.stock_calls import attach_stock_calls
+from hf_veomni.comm.agree import agree, together
 
 __all__ = [
     "BackgroundError",

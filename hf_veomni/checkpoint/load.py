@@ -30,8 +30,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
-from hf_veomni.checkpoint.agree import together
 from hf_veomni.checkpoint.lazy import LazyTensor, open_lazy
+from hf_veomni.comm.agree import together
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert import find_layouts
 from hf_veomni.hf import weights as hf_weights

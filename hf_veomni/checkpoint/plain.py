@@ -21,10 +21,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from hf_veomni import hf
-from hf_veomni.checkpoint.agree import together
 from hf_veomni.checkpoint.files import staged
 from hf_veomni.checkpoint.load import read_converted
 from hf_veomni.checkpoint.manifest import names_within
+from hf_veomni.comm.agree import together
 from hf_veomni.expert import AdapterLayout, find_layouts
 
 

@@ -31,9 +31,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.modeling_utils import str_to_torch_dtype
 
-from hf_veomni.checkpoint.agree import together
 from hf_veomni.checkpoint.lazy import Box, LazyTensor
 from hf_veomni.checkpoint.manifest import Digest, flush
+from hf_veomni.comm.agree import together
 from hf_veomni.errors import UnsupportedError
 
 INDEX = "index.json"

@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from hf_veomni.checkpoint.agree import together
 from hf_veomni.checkpoint.plain import adapter_keys
 from hf_veomni.checkpoint.shards import read_state, write_state
+from hf_veomni.comm.agree import together
 
 # Names instead of positions: another plan may group or order the parameters differently.
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)

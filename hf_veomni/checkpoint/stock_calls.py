@@ -14,8 +14,8 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 
-from hf_veomni.checkpoint.agree import meet
 from hf_veomni.checkpoint.plain import gather_full_state, gather_plain_state, save_plain
+from hf_veomni.comm.agree import meet
 from hf_veomni.errors import UnsupportedError
 
 MEETING = timedelta(minutes=2)  # how long a rank waits for the others to call `save_pretrained` too

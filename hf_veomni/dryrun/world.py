@@ -121,6 +121,7 @@ def _substitutes(world_size: int, kernels: str, skew: float) -> Iterator[tuple[s
     yield "hf_veomni.mesh", "_start", lambda: (device, world_size)
     yield "hf_veomni.mesh", "_find_device", lambda: device
     yield "hf_veomni.fsdp.sync", "_alone", lambda: True
+    yield "hf_veomni.comm.agree", "_world_size", lambda: 1
     yield "hf_veomni.sequence.attach", "check_same_rows", lambda given, state: None
     yield "hf_veomni.expert.forward", "make_routes", partial(balanced_routes, skew)
     if kernels == "cuda":

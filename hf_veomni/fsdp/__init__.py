@@ -4,11 +4,10 @@ from hf_veomni.fsdp.grad_norm import clip_grad_norm_
 from hf_veomni.fsdp.hooks import held_weights
 from hf_veomni.fsdp.joint import attach_pairs, check_overlap
 from hf_veomni.fsdp.replaced import check_not_replaced, mark_replaced
-from hf_veomni.fsdp.sync import RaiseTogether, check_same_value, synchronize_parameters
+from hf_veomni.fsdp.sync import check_same_value, synchronize_parameters
 from hf_veomni.fsdp.wrap import check_dtype_can_change, check_units, shard_parameters
 
 __all__ = [
-    "RaiseTogether",
     "attach_pairs",
     "check_dtype_can_change",
     "check_not_replaced",

@@ -1,4 +1,4 @@
-"""Make the ranks start from the same parameters, and fail together where they cannot."""
+"""Make the ranks start from the same parameters; where they cannot, all of them raise alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_veomni.errors import UnsupportedError
+from hf_veomni.comm.agree import name_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -27,35 +27,6 @@ def _alone() -> bool:
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-class RaiseTogether:
-    """Within this context an error on some ranks becomes an error on all of them, which else would deadlock.
-
-    The body must be free of collectives. A rank that had no error itself raises the message of the first rank that had
-    one: as UnsupportedError where that rank refused, otherwise as ValueError.
-
-    Collective: one small all-gather over all ranks at the end.
-    """
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if _alone() or (error is not None and not isinstance(error, Exception)):
-            return
-        refused = isinstance(error, UnsupportedError)
-        reports = _gather(None if error is None else (refused, f"{type(error).__name__}: {error}"))
-        failed = [rank for rank, report in enumerate(reports) if report is not None]
-        if failed and error is None:
-            refused, message = reports[failed[0]]
-            raise (UnsupportedError if refused else ValueError)(
-                f"This rank ({dist.get_rank()}) stops because {_ranks(failed)} of {len(reports)} failed: {message}"
-            )
-
-
 def _kinds(values: list[str]) -> dict[str, list[int]]:
     """The distinct values and which ranks have them."""
     kinds: dict[str, list[int]] = {}
@@ -65,7 +36,7 @@ def _kinds(values: list[str]) -> dict[str, list[int]]:
 
 
 def _say(kinds: dict[str, list[int]]) -> str:
-    return "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in kinds.items())
+    return "; ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in kinds.items())
 
 
 def check_same_value(name: str, value: Any) -> None:

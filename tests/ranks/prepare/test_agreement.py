@@ -79,7 +79,7 @@ def _fail_on_one_rank(name: str) -> None:
 )
 def test_a_refusal_on_one_rank_reaches_all(ranks, name, kind, match):
     messages = ranks(2).raises(_fail_on_one_rank, name, match=match, kind=kind, timeout=30)
-    assert messages[0].startswith(f"This rank (0) stops because rank 1 of 2 failed: {kind}: ")
+    assert messages[0].startswith(f"Preparing the model failed on rank 1: {kind}: ")
 
 
 def _refuse_a_file_on_one_rank() -> None:

@@ -12,6 +12,10 @@ from torch.distributed import distributed_c10d
 from hf_veomni.errors import public_kind
 
 
+def name_ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -27,7 +31,7 @@ def agree(error: Exception | None, what: str) -> None:
 
     Raises:
         Exception: `error` itself on its own rank; elsewhere an UnsupportedError, ValueError, OSError or RuntimeError
-            that names the rank.
+            that names the ranks and repeats the message of the first one.
     """
     if _world_size() == 1:
         if error is not None:
@@ -38,10 +42,10 @@ def agree(error: Exception | None, what: str) -> None:
     dist.all_gather_object(reports, mine)
     if error is not None:
         raise error
-    for rank, report in enumerate(reports):
-        if report is not None:
-            kind, message = report
-            raise kind(f"{what} failed on rank {rank}: {message}")
+    failed = [rank for rank, report in enumerate(reports) if report is not None]
+    if (report := next(filter(None, reports), None)) is not None:
+        kind, message = report
+        raise kind(f"{what} failed on {name_ranks(failed)}: {message}")
 
 
 def meet(what: str, turn: int, limit: timedelta) -> None:
