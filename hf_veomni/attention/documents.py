@@ -92,6 +92,11 @@ class Documents:
         """Whether some row holds more than one document."""
         return any(len(row) > 1 for row in self.lengths)
 
+    @cached_property
+    def holds_several(self) -> bool:
+        """Whether some row holds more than one document beside the padding that fills it up."""
+        return any(len(row) > 1 + (self.padding > 0) for row in self.lengths)
+
     def told_by(self, position_ids: Tensor) -> bool:
         """Whether these, [B, S], are the positions that the documents were read of: the same memory, unchanged."""
         rows, positions = self.num_rows, self.positions

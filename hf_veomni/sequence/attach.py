@@ -276,8 +276,8 @@ class SequenceAttachment:
             inputs = cut_deepstack(inputs, row.padded, self.state)
         inputs = pad_inputs(inputs, extra, pad_token if isinstance(pad_token, int) and pad_token >= 0 else 0)
         documents = row_documents(inputs["position_ids"], given.shape[0], extra)
-        check_documents(self._capabilities, documents, mask, positions, filled=bool(extra))
-        check_masks_above(self.name, documents, inputs.get("attention_mask"), filled=bool(extra))
+        check_documents(self._capabilities, documents, mask, positions)
+        check_masks_above(self.name, documents, inputs.get("attention_mask"))
         check_counted(self.name, self.points.max_counted, max(row.padded // self.state.sp_size, documents.max_length))
         # transformers reads the mask; the rest may reach compiled modules, and compilers take plain tensors.
         inputs = {k: forget(x) if isinstance(x, Tensor) and k != "attention_mask" else x for k, x in inputs.items()}

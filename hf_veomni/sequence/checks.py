@@ -165,20 +165,14 @@ def row_documents(positions: Tensor, num_rows: int, padding: int = 0) -> Documen
     return replace(documents, padding=padding)
 
 
-def check_documents(
-    capabilities: Capabilities, documents: Documents, mask: Any, positions: Tensor, *, filled: bool
-) -> None:
-    """Raises UnsupportedError where documents are too long or would see each other.
-
-    Args:
-        filled: whether the last document is the dummy that fills a row up.
-    """
+def check_documents(capabilities: Capabilities, documents: Documents, mask: Any, positions: Tensor) -> None:
+    """Raises UnsupportedError where documents are too long or would see each other."""
     capabilities.context.check(documents.max_length)
     # The dummy document that fills a row up comes last, so a causal mask alone keeps the one before it apart.
     # Without attention there is no mask, and mixers keep documents apart by themselves.
-    if all(len(row) <= 1 + filled for row in documents.lengths):
+    if not documents.holds_several:
         return
-    lengths = [length for row in documents.lengths for length in row[: len(row) - filled]]
+    lengths = [length for row in documents.lengths for length in row[: len(row) - (documents.padding > 0)]]
     if capabilities.context.mixes(lengths) and not _only_padded(positions, mask):
         raise UnsupportedError(
             f"Packed documents of {min(lengths)} to {max(lengths)} tokens: from more than "
@@ -246,10 +240,9 @@ def restarts(positions: Tensor) -> bool:
     return bool((on_host(positions).diff(dim=-1) < 0).any())
 
 
-def check_masks_above(name: str, documents: Documents, mask: Any, *, filled: bool) -> None:
+def check_masks_above(name: str, documents: Documents, mask: Any) -> None:
     """Raises UnsupportedError for packed documents where the model has made its masks above the text backbone."""
-    packed = any(len(row) > 1 + filled for row in documents.lengths)
-    if packed and isinstance(mask, (dict, MaskSpec)):
+    if documents.holds_several and isinstance(mask, (dict, MaskSpec)):
         raise UnsupportedError(
             f"{name} makes its masks above the text backbone, where packed documents are not known: train it on "
             "one document a row, or use its text-only class."

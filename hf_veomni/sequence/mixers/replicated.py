@@ -113,8 +113,8 @@ def _check(call: MixerCall, hidden_states: Any, inputs: Mapping[str, Any]) -> No
     if not isinstance(hidden_states, Tensor) or hidden_states.shape[1:2] != (documents.row_length // call.size,):
         shape = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else type(hidden_states).__name__
         raise _refuse(f"takes {shape}, not [rows, {documents.row_length // call.size} tokens of the slice, ...]")
-    packed = any(len(row) > 1 + (documents.padding > 0) for row in documents.lengths)
-    if packed and (name := next((n for n, x in inputs.items() if _OF_ROW.search(n) and x is not None), None)):
+    name = next((n for n, x in inputs.items() if _OF_ROW.search(n) and x is not None), None)
+    if documents.holds_several and name is not None:
         raise _refuse(f"takes `{name}`, positions of the row, not of the documents that are packed in it")
 
 
