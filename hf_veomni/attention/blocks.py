@@ -7,7 +7,7 @@
 Two ways to keep the memory of a long document in bounds: `take_slices` cuts all blocks out at once and leaves each to
 a fused kernel; `attend_recomputed` keeps nothing of a block but its output and computes it again in the backward.
 
-Shapes: B rows; S tokens of a full row; H query heads; K key/value heads; D, E widths of keys and of values; m queries
+Shapes: B rows; S tokens of a full row; H query heads; G key/value heads; D, W widths of keys and of values; m queries
 and n keys of one block. All are local to this rank and without collectives.
 """
 
@@ -101,14 +101,14 @@ def attend(
     """The attention formula step by step, scores in fp32 at least: softmax over [scores, sink], the sink dropped.
 
     Args:
-        query, key, value: [B, H, m, D], [B, K, n, D], [B, K, n, E].
+        query, key, value: [B, H, m, D], [B, G, n, D], [B, G, n, W].
         sinks: [H], one more score for every query, without a value (gpt-oss).
         bias: added to the scores, [B or 1, H or 1, m, n].
         mask: bool, [m, n] or [B, 1, m, n]; a query without any key gets zeros, and so do its gradients.
         seed: of the dropout.
 
     Returns:
-        [B, H, m, E].
+        [B, H, m, W].
     """
     (rows, heads, m, width), (num_kv, n) = query.shape, key.shape[1:3]
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -220,11 +220,11 @@ def attend_recomputed(
     """Attention with anything that a fused kernel has no argument for.
 
     Args:
-        query, key, value: [B, H, S, D], [B, K, S, D], [B, K, S, E].
+        query, key, value: [B, H, S, D], [B, G, S, D], [B, G, S, W].
         sinks: [H]; bias: [B or 1, H or 1, S, S], as the model made it.
 
     Returns:
-        [B, S, H, E]; zeros for padding. Backward: once more the forward of each block, then its gradients.
+        [B, S, H, W]; zeros for padding. Backward: once more the forward of each block, then its gradients.
     """
     if bias is not None and bias.shape[-2:] != (spec.row_length, spec.row_length):
         bias = bias.expand(-1, -1, spec.row_length, spec.row_length)

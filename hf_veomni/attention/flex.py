@@ -13,8 +13,8 @@ size S x S is made for it.
 FlexAttention is compiled for the device, and what a device can take (widths, shared memory) shows when it is compiled:
 the first call of a kind runs 256 tokens forward and backward and compares them with the formula (`flex_works`).
 
-Shapes: B rows; S tokens of a full row, P of one that is padded to complete blocks; H query heads; K key/value heads;
-D, E widths of keys and of values. All are local to this rank and without collectives.
+Shapes: B rows; S tokens of a full row, P of one that is padded to complete blocks; H query heads; G key/value heads;
+D, W widths of keys and of values. All are local to this rank and without collectives.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def attend_flex(
     *,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """[B, H, S, D], [B, K, S, D], [B, K, S, E] and sinks [H] to [B, S, H, E]; zeros for padding."""
+    """[B, H, S, D], [B, G, S, D], [B, G, S, W] and sinks [H] to [B, S, H, W]; zeros for padding."""
     limits = find_limits(spec)
     assert limits is not None
     mask = spec.cache.get("flex")
@@ -148,7 +148,7 @@ def attend_flex(
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, formula: Formula, sinks: Tensor | None) -> Tensor:
-    """[B, H, S, E]. Rows are padded to complete blocks, which keeps short ones off the kernel for decoding."""
+    """[B, H, S, W]. Rows are padded to complete blocks, which keeps short ones off the kernel for decoding."""
     length, padded = query.shape[2], mask.shape[-2]
     query, key, value = (F.pad(x, (0, 0, 0, padded - length)).contiguous() for x in (query, key, value))
     shapes = (min(query.shape[0], 2), query.shape[1], key.shape[1], query.shape[3], value.shape[3])

@@ -9,7 +9,7 @@ and the gradients of queries, keys and values are those that the kernel's own ba
 o and lse: it takes its weights as exp(score - lse'), and subtracts dO . o' from their gradients, as the softmax over
 [scores, sink] does. It ignores a gradient of its lse, so nothing that comes behind it could put the sink in.
 
-Shapes: T packed tokens; H query heads; K key/value heads, H a multiple of K; D head width, a multiple of 8. All are
+Shapes: T packed tokens; H query heads; G key/value heads, H a multiple of G; D head width, a multiple of 8. All are
 local to this rank and without collectives.
 """
 
@@ -50,7 +50,7 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, packing: Packing, s
     """Attention of packed documents in one call.
 
     Args:
-        query: [T, H, D], bf16 or fp16; key and value [T, K, D].
+        query: [T, H, D], bf16 or fp16; key and value [T, G, D].
         sinks: [H], or None.
 
     Returns:

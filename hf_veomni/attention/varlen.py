@@ -6,8 +6,8 @@
                 document each, for which sdpa has faster kernels than this one (1.85 times on an H100)
     "blocks"    blocks of queries by the formula, computed again in the backward: everything else
 
-Shapes: B rows; S tokens of a full row; T = B*S; H query heads; K key/value heads; D, E widths of keys and of values.
-Local to this rank, without collectives: under Ulysses, H and K are this rank's heads and S is the full row.
+Shapes: B rows; S tokens of a full row; T = B*S; H query heads; G key/value heads; D, W widths of keys and of values.
+Local to this rank, without collectives: under Ulysses, H and G are this rank's heads and S is the full row.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def varlen_attention(
     """The attention function of transformers' `AttentionInterface`.
 
     Args:
-        query: [B, H, S, D]; key [B, K, S, D]; value [B, K, S, E]; H a multiple of K.
+        query: [B, H, S, D]; key [B, G, S, D]; value [B, G, S, W]; H a multiple of G.
         attention_mask: what `omni_mask` returned: it alone says who sees whom, `sliding_window` and `is_causal` are
             in it. A tensor or None (decoding with a cache) is left to stock sdpa.
         scaling: of the scores, default D**-0.5.
@@ -74,7 +74,7 @@ def varlen_attention(
         position_bias: [B or 1, H, S, S], added to the scores.
 
     Returns:
-        [B, S, H, E], zeros for padding, and None for the weights.
+        [B, S, H, W], zeros for padding, and None for the weights.
 
     Raises:
         UnsupportedError: the mask is of rows of another shape, or is missing while packed documents are set.
@@ -182,7 +182,7 @@ def _stock_attention(
 
 
 def _attend_fused(query: Tensor, key: Tensor, value: Tensor, spec: MaskSpec, scaling: float) -> Tensor:
-    """One fused call per span, or per block of queries where a window is felt. Returns [B, S, H, E]."""
+    """One fused call per span, or per block of queries where a window is felt. Returns [B, S, H, W]."""
     width = value.shape[-1]
     query, key, value = _equal_widths(query, key, value)  # else sdpa falls back to full scores
     full = _is_one_document_a_row(spec)
@@ -269,7 +269,7 @@ def has_kernel(device: torch.device) -> bool:
 def _attend_kernel(
     query: Tensor, key: Tensor, value: Tensor, spec: MaskSpec, scaling: float, sinks: Tensor | None
 ) -> Tensor:
-    """All spans in one call of the varlen kernel. Returns [B, S, H, E]."""
+    """All spans in one call of the varlen kernel. Returns [B, S, H, W]."""
     rows, heads, length, _ = query.shape
     width = -(-max(query.shape[-1], value.shape[-1]) // 8) * 8  # the kernel's widths are multiples of 8
     layout = spec.kernel_layout

@@ -3,8 +3,8 @@
 A conversion from the files' layout to the model's (one tensor an expert -> a stack, a fused projection -> three) is
 written by transformers for full tensors. Run on the part that a rank owns it goes wrong, often silently:
 
-    files       gate [I, H], up [I, H] of each expert
-    model       gate_up [E, 2 I, H], of which rank 0 of 2 owns rows 0 ... I - 1: all of gate, none of up
+    files       gate [I, C], up [I, C] of each expert
+    model       gate_up [E, 2 I, C], of which rank 0 of 2 owns rows 0 ... I - 1: all of gate, none of up
     by part     half of gate and half of up: the same shape, other numbers
 
 So the conversion sees tensors with their global shapes here, and the parts that a rank owns are traced back through

@@ -1,6 +1,6 @@
 """The experts' matmuls over rows that are sorted by expert.
 
-Shapes: R rows, H hidden size, I intermediate size, e local experts, r rank of an adapter.
+Shapes: R rows, C hidden size, I intermediate size, e local experts, r rank of an adapter.
 
 The same flags that transformers' own implementations read (`has_gate`, `has_bias`, `is_transposed`,
 `has_post_expert_norm`, `_apply_gate`) say what a family's experts compute.
@@ -74,12 +74,12 @@ def grouped_matmul(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """Each block of rows times its own matrix.
 
     Args:
-        x: [R, K], sorted by group.
-        weight: [e, K, N].
+        x: [R, in], sorted by group.
+        weight: [e, in, out].
         groups: of the rows; only the loop over them asks the host.
 
     Returns:
-        [R, N], in the dtype of the weight, or of autocast. A group without rows gets a gradient of zeros.
+        [R, out], in the dtype of the weight, or of autocast. A group without rows gets a gradient of zeros.
     """
     weight = _settle_autocast(weight)
     if _grouped_mm_fits(x, weight):
@@ -108,11 +108,11 @@ def compute_experts(
 
     Args:
         experts: a stock experts module whose stacked parameters are this rank's, [e, ...].
-        x: [R, H], sorted by local expert as `groups` says.
+        x: [R, C], sorted by local expert as `groups` says.
         adapters: adapters by the name of the parameter that they add to.
 
     Returns:
-        [R, H].
+        [R, C].
     """
     adapters = adapters or {}
 

@@ -1,11 +1,11 @@
 """Sum of token losses from lazy logits, a chunk of logits at a time.
 
-Shapes: N scored tokens of this rank, H hidden size, V vocabulary.
+Shapes: N scored tokens of this rank, C hidden size, V vocabulary.
 
 A plain linear head, the usual case, goes through one autograd function. Its forward walks over chunks of tokens:
 
-    frozen head     logits [c, V] -> loss, and the gradient of the hidden states at once    2 matmuls, as many as stock
-    trained head    logits [c, V] -> loss, and each token's log-sum-exp                     1 matmul
+    frozen head     logits [n, V] -> loss, and the gradient of the hidden states at once    2 matmuls, as many as stock
+    trained head    logits [n, V] -> loss, and each token's log-sum-exp                     1 matmul
 
 and the backward of a trained head walks over blocks of the vocabulary, for which the log-sum-exp is what was missing:
 
@@ -114,7 +114,7 @@ def _leaf_and_logits(block: Tensor, ops: tuple[Op, ...]) -> tuple[Tensor, Tensor
 def _score_tokens(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One chunk of c tokens: loss (scalar), log-sum-exp [c], and the gradient of the hidden states [c, H] if wanted.
+    """One chunk of n tokens: loss (scalar), log-sum-exp [n], and the gradient of the hidden states [n, C] if wanted.
 
     A function of its own, so that the chunk's logits are freed before the next ones are made.
     """
@@ -141,7 +141,7 @@ def _score_tokens(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """(hidden [N, H], weight [V, H], bias [V] or None, targets [N]) -> sum of token losses, scalar."""
+    """(hidden [N, C], weight [V, C], bias [V] or None, targets [N]) -> sum of token losses, scalar."""
 
     @staticmethod
     def forward(

@@ -20,7 +20,7 @@ Op = tuple[Callable[..., Tensor], tuple[Any, ...]]
 
 @dataclass
 class HeadCall:
-    """One call of the output head on hidden states [..., s, H], kept so that it can be made for some tokens, or late.
+    """One call of the output head on hidden states [..., s, C], kept so that it can be made for some tokens, or late.
 
     `weight` and `bias` are set for a plain linear head; any other head is called through `forward`.
     """
@@ -42,7 +42,7 @@ class HeadCall:
     hooks: list[Callable[[Tensor], Any]] = field(default_factory=list)
 
     def run(self, hidden: Tensor) -> Tensor:
-        """The head's output for `hidden` [..., H], under the autocast of the original call."""
+        """The head's output for `hidden` [..., C], under the autocast of the original call."""
         with autocast(hidden.device.type, self.autocast):
             if self.weight is not None:
                 return F.linear(hidden, self.weight, self.bias)
@@ -121,7 +121,7 @@ def record_head_call(
 
 
 # Bytes of fp32 logits that are held at once at most, and the fewest and the most tokens whose logits these are. The
-# CPU's: 128 MiB were as fast as more. On an H100 (H = 4096, V = 152K, 16K tokens) the full logits take 126 ms; chunks
+# CPU's: 128 MiB were as fast as more. On an H100 (C = 4096, V = 152K, 16K tokens) the full logits take 126 ms; chunks
 # of 2,048 tokens take as long, 1,024 take 135, 512 take 146. Compiled (`fused`), a logit takes 2 bytes, not 4.
 _CHUNKS = {"cpu": (128 << 20, 64, 1 << 30), "accelerator": (1280 << 20, 512, 2048)}
 

@@ -124,7 +124,7 @@ class LazyLogits(Tensor):
         return _Track.apply(recipe, recipe.call.hidden, *recipe.call.parameters)
 
     def of_tokens(self, take: Callable[[Tensor], Tensor]) -> Tensor:
-        """The logits of other tokens: `take` maps hidden states [B, s, H] to theirs, and logits [B, s, V] alike."""
+        """The logits of other tokens: `take` maps hidden states [B, s, C] to theirs, and logits [B, s, V] alike."""
         if self.recipe.real is not None:
             return take(self.recipe.real)
         call = self.recipe.call

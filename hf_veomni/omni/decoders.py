@@ -1,7 +1,7 @@
 """Decoders of an omni model: items of a modality as codes, which a head of their own predicts.
 
-Shapes: N items of a modality, n codes of an item, H width of the foundation, C codes there are; of audio clips K
-codebooks, T frames, n = T K.
+Shapes: N items of a modality, n codes of an item, C width of the foundation, V codes there are; of audio clips Q
+codebooks, T frames, n = T Q.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class DecoderMixin:
 
     Attributes:
         num_codes: codes of an item that is generated.
-        embed: codes [...] -> embeddings [..., H]; a module.
+        embed: codes [...] -> embeddings [..., C]; a module.
     """
 
     num_codes: int
@@ -34,19 +34,19 @@ class DecoderMixin:
         raise NotImplementedError(f"{type(self).__name__} must implement `lm_encode(features)`.")
 
     def lm_head(self, hidden: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [..., H] -> logits of the next code, and with `labels` [...] the mean loss (not shifted)."""
+        """Hidden states [..., C] -> logits of the next code, and with `labels` [...] the mean loss (not shifted)."""
         raise NotImplementedError(f"{type(self).__name__} must implement `lm_head(hidden, labels)`.")
 
     def allowed(self, place: int) -> Tensor | None:
-        """[C] which codes may stand at a place of an item, counted from 0; None: all."""
+        """[V] which codes may stand at a place of an item, counted from 0; None: all."""
         return None
 
     def lm_embed(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., H] -> embeddings [..., H] of the codes that they predict: the next input."""
+        """Hidden states [..., C] -> embeddings [..., C] of the codes that they predict: the next input."""
         raise NotImplementedError(f"{type(self).__name__} must implement `lm_embed(hidden)`.")
 
     def lm_generate(self, hidden: Tensor) -> Tensor:
-        """Hidden states [N, n, H] that predict the codes of N items -> the items."""
+        """Hidden states [N, n, C] that predict the codes of N items -> the items."""
         raise NotImplementedError(f"{type(self).__name__} must implement `lm_generate(hidden)`.")
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class _CodeDecoder(DecoderMixin, nn.Module):
     """
 
     def __init__(self, vq: Any, size: int, hidden_size: int, options: dict[str, Any]) -> None:
-        """`size`: C."""
+        """`size`: V."""
         super().__init__()
         self.vq = vq
         self.embed = nn.Embedding(size, hidden_size)
@@ -163,7 +163,7 @@ class AudioDecoder(_CodeDecoder):
         clips = features[:, None] if features.dim() == 2 else features
         if clips.dim() != 3 or clips.shape[1] != 1:
             raise ValueError(f"Audio clips of shape {tuple(features.shape)} must be [N, samples] or [N, 1, samples].")
-        codes = self.vq.encode(clips.to(self.vq.dtype)).audio_codes  # [N, K, T]
+        codes = self.vq.encode(clips.to(self.vq.dtype)).audio_codes  # [N, Q, T]
         first = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size
         return (codes + first[:, None]).transpose(1, 2).flatten(1)
 

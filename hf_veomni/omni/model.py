@@ -1,10 +1,10 @@
 """`OmniModel`: encoders -> foundation -> decoders as one `PreTrainedModel`. Knows nothing of parallelism.
 
     input_ids  [B, S]   text, and placeholders: one for each feature of an encoder, one for each code of a decoder
-    embeddings [B, S, H] of the text; at placeholders what the encoders give, or the decoder's embedding of a code
-    hidden     [B, S, H] -> logits of the text head, and of the decoder's head where rows have codes
+    embeddings [B, S, C] of the text; at placeholders what the encoders give, or the decoder's embedding of a code
+    hidden     [B, S, C] -> logits of the text head, and of the decoder's head where rows have codes
 
-Shapes: B rows, S tokens of a row, H width of the foundation, N items of a modality, n tokens of an item.
+Shapes: B rows, S tokens of a row, C width of the foundation, N items of a modality, n tokens of an item.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class OmniOutput(CausalLMOutputWithPast):
 class OmniModel(PreTrainedModel, OmniGenerationMixin):
     """Encoders, a foundation and decoders, composed from an `OmniConfig` (see `build_omni_model`).
 
-    A subclass may name other classes for the parts, each built as `cls(config of the part, H, options)`; the
+    A subclass may name other classes for the parts, each built as `cls(config of the part, C, options)`; the
     foundation's class, None for what `AutoModelForCausalLM` chooses, is a `PreTrainedModel` built from its config.
     """
 
@@ -136,7 +136,7 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
         return own(input_ids, **inputs) if own is not None else FoundationMixin().get_pos_id(input_ids, **inputs)
 
     def embed_inputs(self, input_ids: Tensor, features: Mapping[str, Tensor | None], dummies: bool = True) -> Tensor:
-        """Embeddings [B, S, H]: of the text, and at placeholders of the features (by keyword of the forward).
+        """Embeddings [B, S, C]: of the text, and at placeholders of the features (by keyword of the forward).
 
         With `dummies` a part whose modality is missing runs a dummy item: its parameters get gradients of zeros, and
         every caller runs the same modules whatever its rows hold.

@@ -1,6 +1,6 @@
 """Parts of an omni model: what an encoder and a foundation have to offer, and stock encoders.
 
-Shapes: N items of a modality, n tokens of an item, B rows, S tokens of a row, H width of the foundation.
+Shapes: N items of a modality, n tokens of an item, B rows, S tokens of a row, C width of the foundation.
 Decoders are in `decoders`. The component map (encoders -> foundation -> decoders, and the names lm_encode, lm_head,
 ...) is that of VeOmni, arXiv 2508.02317, section 3.1.
 """
@@ -26,7 +26,7 @@ class EncoderMixin:
     """An encoder of one modality: features in, embeddings of the foundation's width out."""
 
     def lm_encode(self, features: Tensor) -> Tensor:
-        """[N, ...] as the modality's processor makes them -> embeddings [N, n, H], one for each placeholder."""
+        """[N, ...] as the modality's processor makes them -> embeddings [N, n, C], one for each placeholder."""
         raise NotImplementedError(f"{type(self).__name__} must implement `lm_encode(features)`.")
 
     def count_tokens(self, features: Tensor) -> int | None:

@@ -2,7 +2,7 @@
 
     backbone          pre-hook    pads the row, finds the packed documents, switches the cache off
       rotary          post-hook   rope tables [.., S', D] -> [.., s, D]
-      layer           pre-hook    hidden states [B, S', H] -> [B, s, H], in the first layer that sees the full row
+      layer           pre-hook    hidden states [B, S', C] -> [B, s, C], in the first layer that sees the full row
         attention     mark        the registered attention function exchanges tokens for heads (`ulysses`)
     backbone          post-hook   checks that what comes out is this rank's slice
 

@@ -9,8 +9,8 @@ registry stay what they are, and other models on the same config never get here.
 Cross-attention takes this rank's queries and full keys, without an exchange:
 
     queries    [B, H, s, D]    of this rank's tokens
-    keys       [B, G, E, D]    of all tokens of the encoder, the same on every rank
-    mask       [B, 1, S', E]   made for the full row, or [B, 1, 1, E]; this rank's queries are cut out
+    keys       [B, G, X, D]    of all tokens of the encoder, the same on every rank
+    mask       [B, 1, S', X]   made for the full row, or [B, 1, 1, X]; this rank's queries are cut out
 
 The output is this rank's [B, s, H, D]. The gradient of the keys is that of this rank's queries alone; where they come
 from a cut encoder, its gather point adds the ranks' up (`gather_points`).
@@ -146,7 +146,7 @@ def is_cross(module: nn.Module) -> bool:
 
 
 def cross_mask(module: nn.Module, mask: Any, tokens: int, state: ParallelState) -> Any:
-    """The mask [B, 1, s, E] or [B, 1, 1, E] of this rank's queries and full keys."""
+    """The mask [B, 1, s, X] or [B, 1, 1, X] of this rank's queries and full keys."""
     if isinstance(mask, MaskSpec):  # made where both sequences have the same length
         mask = _dense(mask)
     return cut_queries(module, mask, tokens, state)
@@ -166,7 +166,7 @@ def cut_queries(module: nn.Module, mask: Any, tokens: int, state: ParallelState)
 
 
 def _dense(spec: MaskSpec) -> Tensor:
-    """Bool [B, 1, S', E] of a mask whose padding is that of the keys."""
+    """Bool [B, 1, S', X] of a mask whose padding is that of the keys."""
     masks: Callable[..., Tensor] = required("sdpa_mask")
     return masks(
         batch_size=spec.num_rows,

@@ -135,7 +135,7 @@ def find_boundaries(inputs: Mapping[str, Any], given: Tensor) -> tuple[Tensor, s
     """Which tokens begin a document, bool [B, S], and the name of the input that tells; "" if none does.
 
     Args:
-        given: ids [B, S] or embeddings [B, S, H].
+        given: ids [B, S] or embeddings [B, S, C].
 
     Raises:
         ValueError: edges that do not end with the rows, or differ for queries and keys; numbers of another shape.

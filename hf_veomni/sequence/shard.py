@@ -94,7 +94,7 @@ def pad_inputs(inputs: dict[str, Any], extra: int, pad_token_id: int) -> dict[st
     """Lengthen everything in a backbone's inputs that has a sequence axis by `extra` tokens.
 
     Args:
-        inputs: `input_ids` [B, S] or `inputs_embeds` [B, S, H]; `position_ids` [..., S]; `attention_mask` [B, S].
+        inputs: `input_ids` [B, S] or `inputs_embeds` [B, S, C]; `position_ids` [..., S]; `attention_mask` [B, S].
 
     Raises:
         UnsupportedError: an attention mask that is already expanded to [B, 1, S, S] or per layer type.

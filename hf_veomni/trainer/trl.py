@@ -5,7 +5,7 @@ full rows. Reference models are sharded like the model that is trained.
 
 The fused head is a forward that TRL puts on the model, which scores hidden states instead of returning logits:
 `model(..., labels=labels, fused_lm_head=True)`. Labels that are shifted already it takes as `shift_labels` [B, s],
-beside hidden states [B, s, H], which is what a rank holds. So none of it is replaced: one hook hands over the labels,
+beside hidden states [B, s, C], which is what a rank holds. So none of it is replaced: one hook hands over the labels,
 another gathers the scores. It reads the head's weight beside its module, of which FSDP2 knows nothing, so the head is
 gathered before.
 """

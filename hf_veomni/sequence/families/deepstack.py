@@ -17,7 +17,7 @@ def cut_deepstack(inputs: dict[str, Any], padded: int, state: ParallelState) -> 
 
     Args:
         inputs: `visual_pos_masks` [B, S], true for a token of an image or video, and `deepstack_visual_embeds`, for
-            each of some layers the features [n, H] of the true ones in order. Without them nothing changes.
+            each of some layers the features [n, C] of the true ones in order. Without them nothing changes.
         padded: S', to which the row is filled up with tokens of no image.
     """
     mask, features = inputs.get("visual_pos_masks"), inputs.get("deepstack_visual_embeds")
