@@ -8,7 +8,6 @@ again.
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,18 +21,14 @@ from hf_veomni.data.media.decode import BrokenItemError
 from hf_veomni.data.media.lengths import CostFunction, Size, SizeReader
 from hf_veomni.data.media.skips import check_on_error
 from hf_veomni.data.modalities import ITEM_COLUMNS, RAW_COLUMNS, TEXT_COLUMNS, is_raw
-from hf_veomni.data.pieces import Pieces, Rules, plan_rows
+from hf_veomni.data.pipeline import LEFT_OUT, Measured, Packing, Pieces, Rules, lists_of
 from hf_veomni.data.sample import READ
 from hf_veomni.data.text import DOCUMENT_LENGTHS
 from hf_veomni.errors import UnsupportedError
 
-logger = logging.getLogger(__name__)
-
 SAMPLES, DOCUMENTS, COST = "samples", "documents", "cost"
 ROW_COLUMNS = (SAMPLES, DOCUMENTS, COST)
-BUFFER_SIZE = 1000  # samples that a stream packs at a time: undecoded, but their files may be in memory
 _MEASURED_AT_ONCE = 256
-_LEFT_OUT = -1
 _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 _AUDIO_MASKS = ("feature_attention_mask", "input_features_mask")
 
@@ -86,7 +81,7 @@ class Meter:
         found = [self.measure(f"sample {i}", sample) for i, sample in zip(indices, samples, strict=True)]
         return pa.table(
             {
-                "tokens": pa.array([s.tokens if isinstance(s, Size) else _LEFT_OUT for s in found], pa.int64()),
+                "tokens": pa.array([s.tokens if isinstance(s, Size) else LEFT_OUT for s in found], pa.int64()),
                 "cost": pa.array([s.cost if isinstance(s, Size) else 0.0 for s in found], pa.float64()),
                 "reason": pa.array([s if isinstance(s, str) else "" for s in found], pa.string()),
             }
@@ -141,68 +136,84 @@ class _Fetch:
         return [_plain(numbers[int(document)]) for document in documents]
 
 
-def pack_samples(
-    dataset: Any, rules: Rules, meter: Meter, num_proc: int | None, buffer_size: int | None, further: Sequence[str]
-) -> Any:
-    """Rows of samples; see `pack_dataset`.
+class SamplePacking(Packing):
+    """Samples, each a document: its tokens are those that the processor will make."""
 
-    Args:
-        rules: its `columns` are the names of the dataset's columns; those that no collator reads are refused.
-        further: names that the collator is told of.
-    """
-    check_on_error(meter.on_error)
-    if rules.overlong not in ("error", "drop"):
-        raise UnsupportedError(
-            f"`overlong` ({rules.overlong!r}) would cut through images or audio: choose 'error' or 'drop', and cut "
-            "texts before the processor sees them."
+    buffer_size = 1000  # undecoded, but their files may be in memory
+
+    def __init__(self, rules: Rules, names: Sequence[str], meter: Meter, further: Sequence[str]) -> None:
+        """
+        Args:
+            names: columns of the dataset; those that no collator reads are refused.
+            further: names that the collator is told of.
+        """
+        super().__init__(replace(rules, can_cut=False))
+        check_on_error(meter.on_error)
+        if rules.overlong not in ("error", "drop"):
+            raise UnsupportedError(
+                f"`overlong` ({rules.overlong!r}) would cut through images or audio: choose 'error' or 'drop', and "
+                "cut texts before the processor sees them."
+            )
+        self.names, self.meter = _known(names, further, meter), meter
+
+    def select(self, dataset: Dataset) -> Dataset:
+        return dataset.select_columns(self.names)
+
+    def measure(self, source: Dataset, num_proc: int | None) -> Measured:
+        heavy = [n for n in self.names if n in ITEM_COLUMNS and n not in (*_GRIDS.values(), *_AUDIO_MASKS)]
+        sizes = source.remove_columns(heavy).with_format("arrow")
+        sizes = sizes.map(
+            replace(self.meter, features=sizes.features),
+            with_indices=True,
+            batched=True,
+            batch_size=_MEASURED_AT_ONCE,
+            remove_columns=sizes.column_names,
+            features=Features({"tokens": Value("int64"), "cost": Value("float64"), "reason": Value("string")}),
+            load_from_cache_file=False,
+            num_proc=num_proc,
+            desc="Measuring",
+        ).with_format("numpy")
+        tokens, costs, reasons = (np.asarray(sizes[name][:]) for name in ("tokens", "cost", "reason"))
+        return Measured(np.zeros_like(tokens), tokens, costs, [reason for reason in reasons.tolist() if reason])
+
+    def write(
+        self, dataset: Dataset, source: Dataset, measured: Measured, pieces: Pieces, num_proc: int | None
+    ) -> Dataset:
+        """The numbers of documents: their samples are fetched with a row."""
+        assert measured.costs is not None
+        ends = pieces.ends
+        plan = pa.table(
+            {
+                DOCUMENTS: lists_of(pieces.documents.astype(np.int64), ends),
+                DOCUMENT_LENGTHS: lists_of(pieces.lengths.astype(np.int32), ends),
+                COST: pa.array(np.add.reduceat(measured.costs[pieces.documents], ends - pieces.row_sizes)),
+            }
         )
-    if isinstance(dataset, IterableDataset):
-        return _pack_stream(dataset, rules, meter, buffer_size or BUFFER_SIZE, further)
-    names = _known(rules.columns, further, meter)
-    raw = "input_ids" not in names or any(name in RAW_COLUMNS for name in names)
-    dataset = dataset.select_columns(names)
-    heavy = [name for name in names if name in ITEM_COLUMNS and name not in (*_GRIDS.values(), *_AUDIO_MASKS)]
-    sizes = dataset.remove_columns(heavy).with_format("arrow")
-    sizes = sizes.map(
-        replace(meter, features=sizes.features),
-        with_indices=True,
-        batched=True,
-        batch_size=_MEASURED_AT_ONCE,
-        remove_columns=sizes.column_names,
-        features=Features({"tokens": Value("int64"), "cost": Value("float64"), "reason": Value("string")}),
-        load_from_cache_file=False,
-        num_proc=num_proc,
-        desc="Measuring",
-    ).with_format("numpy")
-    if not len(sizes):
-        raise ValueError("`dataset` has no rows: there is nothing to pack.")
-    tokens, costs, reasons = (sizes[name][:] for name in ("tokens", "cost", "reason"))
-    pieces, kept = _plan(tokens, rules, reasons.tolist(), range(len(tokens)))
-    documents = kept[pieces.documents]
-    ends = np.cumsum(pieces.row_sizes)
-    offsets = pa.array(np.concatenate([[0], ends]).astype(np.int32))
-    plan = pa.table(
-        {
-            DOCUMENTS: pa.ListArray.from_arrays(offsets, pa.array(documents.astype(np.int64))),
-            DOCUMENT_LENGTHS: pa.ListArray.from_arrays(offsets, pa.array(pieces.lengths.astype(np.int32))),
-            COST: pa.array(np.add.reduceat(costs[documents], ends - pieces.row_sizes)),
+        raw = "input_ids" not in self.names or any(name in RAW_COLUMNS for name in self.names)
+        return Dataset(plan).with_transform(_Fetch(source, raw))
+
+    def open(self, dataset: IterableDataset) -> tuple[IterableDataset, list[str], None]:
+        return undecoded(dataset).with_format(None), self.names, None
+
+    def read(self, batch: dict[str, list[Any]], indices: list[int]) -> list[dict[str, Any]]:
+        _known([name for name in batch if name not in self.names], (), self.meter)  # of a stream without a schema
+        columns = [batch.get(name, [None] * len(indices)) for name in self.names]
+        return [_plain(dict(zip(self.names, values, strict=True))) for values in zip(*columns, strict=True)]
+
+    def measure_buffer(self, read: list[dict[str, Any]], indices: list[int]) -> Measured:
+        found = [self.meter.measure(f"sample {i}", sample) for i, sample in zip(indices, read, strict=True)]
+        tokens = np.array([s.tokens if isinstance(s, Size) else LEFT_OUT for s in found], dtype=np.int64)
+        costs = np.array([s.cost if isinstance(s, Size) else 0.0 for s in found])
+        return Measured(np.zeros_like(tokens), tokens, costs, [s for s in found if isinstance(s, str)])
+
+    def write_buffer(self, read: list[dict[str, Any]], measured: Measured, pieces: Pieces) -> dict[str, list[Any]]:
+        assert measured.costs is not None
+        rows = [pieces.documents[row] for row in pieces.rows()]
+        return {
+            SAMPLES: [[read[number] for number in row] for row in rows],
+            DOCUMENT_LENGTHS: [measured.lengths[row].tolist() for row in rows],
+            COST: [sum(measured.costs[row].tolist()) for row in rows],
         }
-    )
-    return Dataset(plan).with_transform(_Fetch(dataset, raw))
-
-
-def _plan(tokens: np.ndarray, rules: Rules, reasons: Sequence[str], names: Sequence[int]) -> tuple[Pieces, np.ndarray]:
-    """Pieces of the samples that are kept, and which those are."""
-    kept = np.flatnonzero(tokens != _LEFT_OUT)
-    why = [reason for reason in reasons if reason]
-    if why:
-        shown = "; ".join(why[:3]) + (" ..." if len(why) > 3 else "")
-        logger.warning("skipped %d samples of %d that cannot be read: %s", len(why), len(tokens), shown)
-    lengths = tokens[kept]
-    pieces = plan_rows(np.zeros_like(lengths), lengths, rules, [names[index] for index in kept.tolist()])
-    if not len(pieces.row_sizes) and isinstance(names, range):
-        raise ValueError(f"Nothing is left to pack: none of {len(tokens)} samples has tokens that fit `max_tokens`.")
-    return pieces, kept
 
 
 def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,40 +237,6 @@ def _known(names: Sequence[str], further: Sequence[str], meter: Meter) -> list[s
             "`item_columns` what holds items along its first axis."
         )
     return list(names)
-
-
-def _pack_stream(dataset: IterableDataset, rules: Rules, meter: Meter, size: int, further: Sequence[str]) -> Any:
-    return (
-        undecoded(dataset)
-        .with_format(None)
-        .map(
-            _pack_buffer,
-            with_indices=True,
-            batched=True,
-            batch_size=size,
-            remove_columns=list(rules.columns),
-            fn_kwargs={"rules": rules, "meter": meter, "names": _known(rules.columns, further, meter)},
-        )
-    )
-
-
-def _pack_buffer(
-    batch: dict[str, list[Any]], indices: list[int], rules: Rules, meter: Meter, names: list[str]
-) -> dict[str, list[Any]]:
-    _known([name for name in batch if name not in rules.columns], (), meter)  # of a stream without a schema
-    columns = [batch.get(name, [None] * len(indices)) for name in names]
-    samples = [_plain(dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
-    found = [meter.measure(f"sample {i}", sample) for i, sample in zip(indices, samples, strict=True)]
-    tokens = np.array([s.tokens if isinstance(s, Size) else _LEFT_OUT for s in found], dtype=np.int64)
-    costs = [s.cost if isinstance(s, Size) else 0.0 for s in found]
-    pieces, kept = _plan(tokens, rules, [s for s in found if isinstance(s, str)], indices)
-    rows = np.split(np.arange(len(pieces.documents)), np.cumsum(pieces.row_sizes)[:-1]) if len(kept) else []
-    numbers = [[int(kept[pieces.documents[place]]) for place in row] for row in rows]
-    return {
-        SAMPLES: [[samples[number] for number in row] for row in numbers],
-        DOCUMENT_LENGTHS: [[int(tokens[number]) for number in row] for row in numbers],
-        COST: [sum(costs[number] for number in row) for row in numbers],
-    }
 
 
 def column_names(dataset: Dataset | IterableDataset, look_at: int) -> list[str]:

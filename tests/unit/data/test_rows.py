@@ -160,6 +160,17 @@ def test_what_cannot_be_packed_late_is_refused(qwen, picture_files):
     assert sum(len(r["samples"]) for r in pack_dataset(source, 40, overlong="drop", processor=qwen[1])) < 12
 
 
+@pytest.mark.parametrize("samples", [True, False])
+def test_a_buffer_of_which_nothing_is_left_makes_no_row(qwen, picture_files, samples):
+    documents = [{"input_ids": [1] * n} for n in (9, 9, 2, 3)]
+    if samples:
+        documents = [{"text": f"{processors.PICTURE} is", "images": [name]} for name in picture_files[:2]]
+        documents += [{"text": "ab", "images": None}] * 2
+    stream = Dataset.from_list(documents).to_iterable_dataset()
+    rows = list(pack_dataset(stream, 8, overlong="drop", buffer_size=2, processor=qwen[1] if samples else None))
+    assert [len(row["document_lengths"]) for row in rows] == [2]
+
+
 def test_costs_come_from_the_model_and_balance_the_batches(qwen, picture_files):
     config, processor = qwen
     model = CostModel.from_config(config)
