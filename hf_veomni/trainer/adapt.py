@@ -17,7 +17,6 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils.operations import recursively_apply
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from hf_veomni import hf
 from hf_veomni.checkpoint import (
@@ -31,6 +30,7 @@ from hf_veomni.checkpoint import (
 from hf_veomni.comm import all_gather
 from hf_veomni.expert import counts_tokens
 from hf_veomni.fsdp import check_not_replaced
+from hf_veomni.fsdp import clip_grad_norm_ as clip_over_meshes
 from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.mesh import is_prepared
 from hf_veomni.plan import ParallelPlan
@@ -120,8 +120,8 @@ def _adapt_gathering(accelerator: Any, group: dist.ProcessGroup | None) -> None:
 
 
 def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
-    stock_model, stock_clip = accelerator.prepare_model, accelerator.clip_grad_norm_
-    stock_scheduler, stock_optimizer = accelerator.prepare_scheduler, accelerator.prepare_optimizer
+    stock_model, stock_scheduler = accelerator.prepare_model, accelerator.prepare_scheduler
+    stock_optimizer = accelerator.prepare_optimizer
 
     def assigning(stock: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(stock)
@@ -143,10 +143,10 @@ def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
         # Already sharded and placed: what is left for accelerate is autocast.
         return stock_model(model, device_placement=not is_prepared(model), evaluation_mode=True)
 
-    @wraps(stock_clip)
+    @wraps(accelerator.clip_grad_norm_)
     def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-        norm = stock_clip(parameters, max_norm, norm_type)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        accelerator.unscale_gradients()
+        return clip_over_meshes(parameters, max_norm, norm_type)
 
     @wraps(stock_optimizer)
     def prepare_optimizer(optimizer: Any, device_placement: bool | None = None) -> Any:

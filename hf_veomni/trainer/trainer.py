@@ -15,6 +15,7 @@ from hf_veomni import hf
 from hf_veomni.compile import compile_layers, warn_of_checkpointing
 from hf_veomni.data import OmniDataCollatorWithPacking
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.fsdp import clip_grad_norm_
 from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.mesh import get_parallel_state, is_prepared
 from hf_veomni.prepare import prepare_omni
@@ -197,6 +198,18 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
         if self.model is not None:
             _prepare(self.model, self.args)
         adapt_trl(self, self.accelerator)
+
+    @override
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """The norm of all gradients before clipping, over all meshes at once."""
+        self.accelerator.unscale_gradients()
+        return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+
+    @override
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """`grad_norm`: of `_clip_grad_norm`; None where nothing was clipped."""
+        norm = clip_grad_norm_(model.parameters(), torch.inf) if grad_norm is None else grad_norm
+        return super()._get_grad_norm(model, norm)
 
     def _check_optimizer(self) -> None:
         """`fully_shard` replaces parameters: an optimizer made before trains tensors that nobody reads."""
