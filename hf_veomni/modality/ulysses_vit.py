@@ -47,7 +47,7 @@ from hf_veomni.families import TOWERS
 from hf_veomni.mesh import ParallelState
 from hf_veomni.modality.balance import Assignment
 from hf_veomni.modality.exchange import exchange_rows, find_ranks
-from hf_veomni.sequence.ulysses import ulysses_attention
+from hf_veomni.sequence.ulysses import AttentionCall, ulysses_attention
 
 # transformers hands boundaries to what has "flash" in its name, and cuts queries by them for all others.
 TOWER_NAME = "omni_tower_flash"
@@ -97,7 +97,8 @@ def tower_attention(
     if state is None:
         return varlen_attention(module, query, key, value, found.spec, **options)
     assert state.sp_group is not None
-    return ulysses_attention(varlen_attention, module, query, key, value, found.spec, group=state.sp_group, **options)
+    call = AttentionCall(varlen_attention, module, found.spec, query.shape[1], options)
+    return ulysses_attention(call, query, key, value, state.sp_group), None
 
 
 def _make_spec(lengths: list[int], device: torch.device) -> MaskSpec:

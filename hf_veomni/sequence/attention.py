@@ -33,7 +33,7 @@ from hf_veomni.attention.mask_reader import required
 from hf_veomni.context import current
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import ParallelState
-from hf_veomni.sequence.ulysses import EXCHANGED, ModuleView, ulysses_attention
+from hf_veomni.sequence.ulysses import EXCHANGED, AttentionCall, ModuleView, ulysses_attention
 
 _PREFIX = "omni|"  # as transformers' own "paged|"
 # What attention modules call the states of another sequence.
@@ -111,7 +111,8 @@ def _around(name: str) -> hf.AttentionFunction:
         if group is None:
             return function(seen, query, key, value, attention_mask, **kwargs)
         exchanged = vars(module).get(EXCHANGED, ulysses_attention)
-        return exchanged(function, seen, query, key, value, attention_mask, group=group, **kwargs)
+        call = AttentionCall(function, seen, attention_mask, query.shape[1], kwargs)
+        return exchanged(call, query, key, value, group), None
 
     return torch.compiler.disable(attention)  # pyright: ignore (what it reads of the row would be frozen into a graph)
 

@@ -30,8 +30,6 @@ from hf_veomni.sequence.ulysses import (
     EXCHANGED,
     AttentionCall,
     HeadLayout,
-    Inner,
-    ModuleView,
     PackHeads,
     Spans,
     head_layout,
@@ -112,22 +110,13 @@ class _Arrivals:
 
 
 def pipelined_attention(
-    inner: Inner,
-    module: torch.nn.Module | ModuleView,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    *,
-    group: dist.ProcessGroup,
-    **options: Any,
-) -> tuple[Tensor, None]:
+    call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup
+) -> Tensor:
     """`ulysses_attention`, in chunks of heads; one chunk where a rank has a single query head.
 
     Collectives: two all-to-alls a chunk over `group` (three if the value width differs), and as many in the backward.
     They are as many bytes as those of the blocking form.
     """
-    call = AttentionCall(inner, module, attention_mask, query.shape[1], options)
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     chunks = chunk_layouts(head_layout(query.shape[1], key.shape[1], size))
     arrivals = _Arrivals((query, key, value), chunks, group)
@@ -149,7 +138,7 @@ def pipelined_attention(
     landed.append(land(flights[-1]))  # [heads of all ranks, B, s, D] each
     parts = [iter(x.split([b - a for a, b in layout.query])) for x, (layout, _) in zip(landed, chunks, strict=True)]
     heads = torch.cat([next(part) for _ in range(size) for part in parts])
-    return heads.permute(1, 2, 0, 3).contiguous(), None
+    return heads.permute(1, 2, 0, 3).contiguous()
 
 
 def pipeline(attention: torch.nn.Module) -> Callable[[], Any]:

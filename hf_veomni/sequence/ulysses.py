@@ -187,7 +187,7 @@ class AttentionCall:
     """The call of an attention module that is to be run on heads: all but queries, keys and values.
 
     Attributes:
-        inner: the attention function.
+        inner: any Hugging Face attention function.
         module: what it gets as `module`.
         mask: whatever it takes for the FULL row; an entry per head is cut to this rank's.
         num_heads: H, by which entries per head are known.
@@ -221,30 +221,18 @@ class AttentionCall:
 
 
 def ulysses_attention(
-    inner: Inner,
-    module: torch.nn.Module | ModuleView,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    *,
-    group: dist.ProcessGroup,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Run `inner`, any Hugging Face attention function, on this rank's heads of the full rows.
+    call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup
+) -> Tensor:
+    """Run an attention function on this rank's heads of the full rows.
 
     Args:
         query: local [B, H, s, D]; key and value local [B, G, s, D].
-        attention_mask: whatever `inner` takes for the FULL row; sliced here if it has an entry per head.
-        options: keyword arguments of `inner`.
 
     Returns:
-        Local output [B, s, H, D], and None: attention weights would be those of this rank's heads only.
+        Local output [B, s, H, D]. There are no attention weights: they would be those of this rank's heads only.
 
     Collectives: two all-to-alls over `group` (three if the value width differs), and as many in the backward.
     """
-    call = AttentionCall(inner, module, attention_mask, query.shape[1], options)
     layout = head_layout(query.shape[1], key.shape[1], dist.get_world_size(group))
     query, key, value = sequence_to_heads(query, key, value, layout, group)
-    out = call.attend(query, key, value, layout, dist.get_rank(group))
-    return heads_to_sequence(out, layout, group), None
+    return heads_to_sequence(call.attend(query, key, value, layout, dist.get_rank(group)), layout, group)

@@ -12,7 +12,7 @@ from hf_veomni import UnsupportedError, detach_omni, prepare_omni
 from hf_veomni.comm.all_to_all import _GROUPS
 from hf_veomni.context import within
 from hf_veomni.sequence.pipelined import pipelined_attention
-from hf_veomni.sequence.ulysses import EXCHANGED
+from hf_veomni.sequence.ulysses import EXCHANGED, AttentionCall
 from tests.models import build_model, packed_batch, padded_batch
 from tests.ranks.sequence.test_ulysses import _errors
 
@@ -108,7 +108,7 @@ def _order() -> list[str]:
     module, group = torch.nn.Module(), dist.group.WORLD
     tensors = [torch.randn(1, 8, 6, 2, requires_grad=True) for _ in range(3)]
     with within(transport=Logged()):
-        out, _ = pipelined_attention(attention, module, *tensors, None, group=group)
+        out = pipelined_attention(AttentionCall(attention, module, None, 8, {}), *tensors, group)
         log.append("|")
         out.sum().backward()
     return log

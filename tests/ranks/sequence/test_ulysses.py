@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_veomni import gather_sequence, prepare_omni
 from hf_veomni.comm import gather_shards
-from hf_veomni.sequence.ulysses import ulysses_attention
+from hf_veomni.sequence.ulysses import AttentionCall, ulysses_attention
 
 
 class _Module(torch.nn.Module):
@@ -54,7 +54,7 @@ def _errors(num_query: int, num_key_value: int, value_width: int, exchanged: Any
         if local:
             pieces = [x.narrow(2, rank * part, part) for x in leaves]
             extra = {"s_aux": whole[3], "position_bias": bias}
-            out, _ = exchanged(_attention, module, *pieces, mask, group=group, **extra)
+            out = exchanged(AttentionCall(_attention, module, mask, num_query, extra), *pieces, group)
             assert out.shape == (2, part, num_query, value_width) and out.is_contiguous()
             out = gather_shards(out, group, dim=1) / size  # every rank has the same loss; the backward sums them
         else:
