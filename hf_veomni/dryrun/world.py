@@ -29,7 +29,7 @@ from hf_veomni.comm.all_to_all import exchange
 from hf_veomni.expert.compute import Groups
 from hf_veomni.expert.dispatch import Route, chunk_sizes, count_pairs
 from hf_veomni.hf.require import require
-from hf_veomni.loss import fused
+from hf_veomni.loss import chunked
 from hf_veomni.loss.head import default_chunk_tokens
 
 _FAKE = "torch.testing._internal.distributed.fake_pg"
@@ -106,7 +106,7 @@ def _chunk_on_cuda(vocabulary: int, hidden_bytes: int, device_type: str = "cuda"
 
 
 def _compiled_applies(logits: Tensor) -> bool:
-    return logits.dtype != torch.float64 and logits.numel() >= fused._LEAST_ELEMENTS
+    return logits.dtype != torch.float64 and logits.numel() >= chunked._LEAST_ELEMENTS
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,8 +128,8 @@ def _substitutes(world_size: int, kernels: str, skew: float) -> Iterator[tuple[s
         yield "hf_veomni.attention.varlen", "has_kernel", lambda device: True
         yield "hf_veomni.expert.compute", "has_grouped_kernel", lambda device: True
         yield "hf_veomni.loss.head", "default_chunk_tokens", _chunk_on_cuda
-        yield "hf_veomni.loss.fused", "applies", _compiled_applies
-        yield "hf_veomni.loss.fused", "compiled", _compiled
+        yield "hf_veomni.loss.chunked", "can_compile", _compiled_applies
+        yield "hf_veomni.loss.chunked", "compiled", _compiled
     stock = import_module("hf_veomni.mesh").init_parallel_state
     yield "hf_veomni.prepare", "init_parallel_state", _really(stock)
     yield "torch.nn:Module", "to", _move

@@ -1,6 +1,6 @@
 """Sum of token losses from lazy logits, a chunk of logits at a time.
 
-Shapes: N scored tokens of this rank, C hidden size, V vocabulary.
+Shapes: N scored tokens of this rank, C hidden size, V vocabulary; v classes of a block.
 
 A plain linear head, the usual case, goes through one autograd function. Its forward walks over chunks of tokens:
 
@@ -15,8 +15,10 @@ So the weight's gradient is rounded once, as in stock, and needs no fp32 copy of
 more matmul (4 instead of 3). Any other head (an adapter on it, a saved module) is called chunk by chunk under
 activation checkpointing, where autograd finds all that it uses.
 
-Matmuls run in the dtype of the model (or of autocast), and their results are upcast to fp32; on an accelerator what is
-between them is compiled (`fused`).
+Matmuls run in the dtype of the model (or of autocast), and their results are upcast to fp32. Step by step, what is
+between them moves 78 bytes a logit through memory in forward and backward, most of them fp32 copies of bf16 logits,
+which takes as long as a matmul and a half. On an accelerator it is compiled into one pass: the logits are read as the
+matmul wrote them and their gradient is written as the next one reads it, 16 bytes.
 
 `torch.nn.functional.linear_cross_entropy` (torch 2.13) with reduction "sum" is not used: with bf16 it adds up the loss
 in bf16 and rounds the weight's gradient after each chunk (benchmarks/loss_memory.py shows both); it keeps gradients
@@ -25,21 +27,26 @@ until the loss object dies, or else forbids a second backward; and it takes neit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import apply, knows, on_host
-from hf_veomni.loss import fused
 from hf_veomni.loss.head import Op, autocast, replay
 from hf_veomni.loss.lazy_logits import Recipe
+
+# Logits of a block from which on a compilation of some seconds is worth it.
+_LEAST_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,71 @@ class _Settings:
 def full_precision(dtype: torch.dtype) -> torch.dtype:
     """Dtype in which losses are summed: fp64 for fp64 logits, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def log_sum_exp(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all classes, and the logit of the target; [N, v] and [N] to fp32 [N] and [N]."""
+    top = logits.amax(1).float()
+    norm = (logits.float() - top[:, None]).exp().sum(1)
+    return norm.log() + top, logits.gather(1, targets[:, None]).squeeze(1).float()
+
+
+def loss_gradient(logits: Tensor, lse: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """(softmax - one-hot) * scale in the dtype of the logits; [N, v].
+
+    Args:
+        lse: log-sum-exp of all classes, fp32 [N].
+        targets: columns of this block, others if the target is in another block; [N].
+        scale: scalar.
+    """
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    one_hot = (columns == targets[:, None]).float()
+    return (((logits.float() - lse[:, None]).exp() - one_hot) * scale).to(logits.dtype)
+
+
+@lru_cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled once for all sizes, and anew for each dtype and state of the process (inference mode, TF32, a default
+    device). Beyond its limit of 8 torch says so and runs the function as it is, where `fullgraph` would raise."""
+    return torch.compile(function, dynamic=True)
+
+
+@torch.compiler.disable
+def can_compile(logits: Tensor) -> bool:
+    """Whether the compiled functions take these, which the first call tries. Not beneath a mode that wants to see
+    every operator: a dry run, a counter of FLOPs."""
+    return (
+        logits.is_cuda
+        and logits.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and logits.numel() >= _LEAST_ELEMENTS
+        and not is_in_torch_dispatch_mode()
+        and _works(logits.device, logits.dtype)
+    )
+
+
+@lru_cache
+def _works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Compile, and compare with the same functions step by step."""
+    generator = torch.Generator(device).manual_seed(0)  # the global one is left alone
+    logits = torch.randn(64, 4096, device=device, generator=generator).to(dtype)
+    targets, scale = torch.arange(64, device=device) * 64, torch.full((), 0.5, device=device)
+    try:
+        lse, chosen = compiled(log_sum_exp)(logits, targets)
+        found = [lse, chosen, compiled(loss_gradient)(logits, lse, targets, scale)]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the compiler of this device says
+        warnings.warn(
+            f"The loss is computed step by step, since it could not be compiled: {error!r:.500}", stacklevel=3
+        )
+        return False
+    lse, chosen = log_sum_exp(logits, targets)
+    wanted = [lse, chosen, loss_gradient(logits, lse, targets, scale)]
+    errors = [float((a - b).float().norm() / b.float().norm()) for a, b in zip(found, wanted, strict=True)]
+    limit = 1e-4 if dtype == torch.float32 else 1e-2
+    if max(errors) > limit:
+        warnings.warn(f"The compiled loss is off by {max(errors):.0e}: it is computed step by step.", stacklevel=3)
+    return max(errors) <= limit
 
 
 def _block_loss_gradient(
@@ -120,12 +192,12 @@ def _score_tokens(
     """
     vocabulary, smoothing = weight.shape[0], settings.label_smoothing
     block, logits = _leaf_and_logits(F.linear(hidden, weight, bias), settings.ops)
-    if settings.plain and fused.applies(block):  # type: ignore[call-issue]
-        lse, of_target = fused.compiled(fused.log_sum_exp)(block, targets)
+    if settings.plain and can_compile(block):  # type: ignore[call-issue]
+        lse, of_target = compiled(log_sum_exp)(block, targets)
         loss = (lse - of_target).sum()
         if not with_gradient:
             return loss, lse, None
-        return loss, lse, fused.compiled(fused.loss_gradient)(block, lse, targets, torch.ones_like(loss)) @ weight
+        return loss, lse, compiled(loss_gradient)(block, lse, targets, torch.ones_like(loss)) @ weight
     scores = _scores(logits, settings)
     of_target = scores.gather(1, targets[:, None]).squeeze(1)
     uniform = scores.sum() * (smoothing / vocabulary) if smoothing else 0.0
@@ -217,8 +289,8 @@ def _score_classes(
 ) -> Tensor:
     """One block of v classes: gradient of the head's output for all tokens, times `scale`; [N, v]."""
     block, logits = _leaf_and_logits(F.linear(hidden, weight, bias), settings.ops)
-    if settings.plain and fused.applies(block):  # type: ignore[call-issue]
-        return fused.compiled(fused.loss_gradient)(block, lse, targets - first, scale)
+    if settings.plain and can_compile(block):  # type: ignore[call-issue]
+        return compiled(loss_gradient)(block, lse, targets - first, scale)
     softmax = _scores(logits, settings).sub_(lse[:, None]).exp_()
     return _block_loss_gradient(
         block, logits, softmax, targets, vocabulary, settings.label_smoothing, first=first, scale=scale

@@ -122,7 +122,7 @@ def record_head_call(
 
 # Bytes of fp32 logits that are held at once at most, and the fewest and the most tokens whose logits these are. The
 # CPU's: 128 MiB were as fast as more. On an H100 (C = 4096, V = 152K, 16K tokens) the full logits take 126 ms; chunks
-# of 2,048 tokens take as long, 1,024 take 135, 512 take 146. Compiled (`fused`), a logit takes 2 bytes, not 4.
+# of 2,048 tokens take as long, 1,024 take 135, 512 take 146. Compiled, a logit takes 2 bytes, not 4.
 _CHUNKS = {"cpu": (128 << 20, 64, 1 << 30), "accelerator": (1280 << 20, 512, 2048)}
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_veomni.loss import attach_chunked_loss, fused
+from hf_veomni.loss import attach_chunked_loss, chunked
 from tests.models import build_model, padded_batch
 
 
@@ -22,9 +22,9 @@ def test_functions_equal_autograd() -> None:
     loss = F.cross_entropy(logits, targets, reduction="sum")
     (wanted,) = torch.autograd.grad(2.5 * loss, logits)
     with torch.no_grad():
-        lse, of_target = fused.log_sum_exp(logits, targets)
+        lse, of_target = chunked.log_sum_exp(logits, targets)
         scale = torch.tensor(2.5)
-        blocks = [fused.loss_gradient(logits[:, i : i + 15], lse, targets - i, scale) for i in (0, 15, 30)]
+        blocks = [chunked.loss_gradient(logits[:, i : i + 15], lse, targets - i, scale) for i in (0, 15, 30)]
     torch.testing.assert_close((lse - of_target).sum(), loss)
     torch.testing.assert_close(torch.cat(blocks, 1), wanted)
 
@@ -34,8 +34,8 @@ def test_functions_equal_autograd() -> None:
 def test_step_of_a_model(name: str, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the functions apply, with chunks of tokens and blocks of the vocabulary."""
     calls = []
-    monkeypatch.setattr(fused, "applies", lambda logits: True)
-    monkeypatch.setattr(fused, "compiled", lambda function: calls.append(function.__name__) or function)
+    monkeypatch.setattr(chunked, "can_compile", lambda logits: True)
+    monkeypatch.setattr(chunked, "compiled", lambda function: calls.append(function.__name__) or function)
     model = build_model(name).float().train()
     model.get_output_embeddings().weight.requires_grad_(not frozen)
     batch = padded_batch([17, 14]) | {"use_cache": False}
@@ -62,15 +62,15 @@ def test_compiled_once_for_all_sizes() -> None:
         return graph
 
     logits, scale = torch.randn(12, 64), torch.tensor(0.5)
-    for function in (fused.log_sum_exp, fused.loss_gradient):
+    for function in (chunked.log_sum_exp, chunked.loss_gradient):
         compilations.clear()
         compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=True)
         for tokens, classes in ((12, 64), (9, 33), (5, 64)):
             block, targets = logits[:tokens, :classes].clone(), torch.arange(tokens)
-            arguments = (block, targets) if function is fused.log_sum_exp else (block, block.amax(1), targets, scale)
+            arguments = (block, targets) if function is chunked.log_sum_exp else (block, block.amax(1), targets, scale)
             torch.testing.assert_close(compiled(*arguments), function(*arguments))
         assert len(compilations) == 1
-    assert not fused.applies(logits)  # on the CPU
+    assert not chunked.can_compile(logits)  # on the CPU
 
 
 def test_too_many_kinds_to_compile_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,12 +82,12 @@ def test_too_many_kinds_to_compile_are_no_error(monkeypatch: pytest.MonkeyPatch)
         return graph
 
     torch._dynamo.reset()
-    monkeypatch.setattr(fused.torch, "compile", partial(torch.compile, backend=backend))
-    compiled = fused.compiled.__wrapped__(fused.log_sum_exp)
+    monkeypatch.setattr(chunked.torch, "compile", partial(torch.compile, backend=backend))
+    compiled = chunked.compiled.__wrapped__(chunked.log_sum_exp)
     with torch._dynamo.config.patch(recompile_limit=1):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             logits, targets = torch.randn(12, 64).to(dtype), torch.arange(12)
-            torch.testing.assert_close(compiled(logits, targets), fused.log_sum_exp(logits, targets))
+            torch.testing.assert_close(compiled(logits, targets), chunked.log_sum_exp(logits, targets))
     assert len(compilations) == 1
 
 
@@ -99,7 +99,7 @@ def test_a_compiled_model_leaves_the_loss_alone(monkeypatch: pytest.MonkeyPatch)
         traced.append(torch.compiler.is_compiling())
         return False
 
-    monkeypatch.setattr(fused, "applies", applies)
+    monkeypatch.setattr(chunked, "can_compile", applies)
     model = build_model("llama").float().train()
     batch = padded_batch([17, 14]) | {"use_cache": False}
     detach = attach_chunked_loss(model, chunk_tokens=5)
@@ -110,13 +110,13 @@ def test_a_compiled_model_leaves_the_loss_alone(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_modes_that_see_every_operator_see_these(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_works", lambda device, dtype: True)
+    monkeypatch.setattr(chunked, "_works", lambda device, dtype: True)
     with FakeTensorMode():
         logits = torch.empty(4096, 8192, device="cuda", dtype=torch.bfloat16)
-        assert not fused.applies(logits)  # a dry run
-    assert fused.applies(logits)
+        assert not chunked.can_compile(logits)  # a dry run
+    assert chunked.can_compile(logits)
     with FlopCounterMode(display=False):
-        assert not fused.applies(logits)
+        assert not chunked.can_compile(logits)
 
 
 @pytest.mark.gpu
@@ -127,12 +127,12 @@ def test_cuda_equals_step_by_step(dtype: torch.dtype) -> None:
     logits = (3 * torch.randn(1000, 20_011, device="cuda", generator=generator)).to(dtype)
     targets = torch.randint(0, 20_011, (1000,), device="cuda", generator=generator)
     scale = torch.tensor(0.25, device="cuda")
-    assert fused.applies(logits)
+    assert chunked.can_compile(logits)
     exact = logits.double().requires_grad_()
     loss = F.cross_entropy(exact, targets, reduction="sum")
     (wanted,) = torch.autograd.grad(0.25 * loss, exact)
-    lse, of_target = fused.compiled(fused.log_sum_exp)(logits, targets)
-    gradient = fused.compiled(fused.loss_gradient)(logits, lse, targets, scale)
+    lse, of_target = chunked.compiled(chunked.log_sum_exp)(logits, targets)
+    gradient = chunked.compiled(chunked.loss_gradient)(logits, lse, targets, scale)
     assert abs(float((lse - of_target).double().sum() / loss) - 1) < 1e-6
     limit = 1e-5 if dtype == torch.float32 else 4e-3
     assert float((gradient.double() - wanted).norm() / wanted.norm()) < limit
