@@ -14,7 +14,6 @@ nothing here runs a second time in the backward; a recomputation has the layers'
 from __future__ import annotations
 
 import inspect
-from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -61,7 +60,7 @@ from hf_veomni.sequence.inspect import ShardPoints, check_heads, find_shard_poin
 from hf_veomni.sequence.mixers import Gathered, LinearAttachment, check_mixer_heads
 from hf_veomni.sequence.origin import find_origin
 from hf_veomni.sequence.outputs import Outputs
-from hf_veomni.sequence.shard import check_same_rows, cut_call, gather_rows, pad_inputs, shard_sequence
+from hf_veomni.sequence.shard import SliceHooks, check_same_rows, gather_rows, pad_inputs, shard_sequence
 
 _attached: WeakSet[SequenceAttachment] = WeakSet()
 
@@ -160,9 +159,10 @@ class SequenceAttachment:
             for module in pooling:
                 self._handles.append(module.register_forward_pre_hook(self._gather_input, with_kwargs=True))
             attach_generate(self.model)
-            self._handles += [m.register_forward_hook(self._shard_rope) for m in self.points.rotary]
+            slices = SliceHooks(self, self.state)
+            self._handles += [m.register_forward_hook(slices.rope) for m in self.points.rotary]
             self._handles += [
-                m.register_forward_pre_hook(self._shard_hidden, with_kwargs=True)  # pyright: ignore
+                m.register_forward_pre_hook(slices.layer, with_kwargs=True)  # pyright: ignore
                 for m in self.points.layers
             ]
         self._checkpointed = [module for module in decoder.modules() if hasattr(module, "gradient_checkpointing")]
@@ -330,24 +330,6 @@ class SequenceAttachment:
             return None
         full = gather_rows(args[0], row.padded if self._views_as_row else row.length, self.state)
         return (full, *args[1:]), kwargs
-
-    def _shard_rope(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        row = current().row
-        if row is None or row.full or row.owner is not self:
-            return output
-        tables = output if isinstance(output, tuple) else (output,)
-        if any(table.shape[-2] != row.padded for table in tables):
-            kind, shapes = type(module).__name__, [tuple(table.shape) for table in tables]
-            raise UnsupportedError(f"{kind} returned tables of shapes {shapes}, not [..., {row.padded}, width].")
-        sliced = tuple(map(partial(shard_sequence, dim=-2, state=self.state), tables))
-        return sliced if isinstance(output, tuple) else sliced[0]
-
-    @torch.compiler.disable
-    def _shard_hidden(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        row = current().row
-        if row is None or row.full or row.owner is not self:
-            return None
-        return cut_call(layer, args, kwargs, row, self.state)
 
 
 def attach_sequence(

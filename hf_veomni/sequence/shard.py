@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from hf_veomni.attention.mask import MaskSpec
 from hf_veomni.comm.gather import gather_shards
-from hf_veomni.context import Row
+from hf_veomni.context import Row, current
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import apply
 from hf_veomni.mesh import ParallelState
@@ -166,6 +166,36 @@ def cut_call(layer: nn.Module, args: tuple, kwargs: dict, row: Row, state: Paral
     names = _parameters(type(layer))[: len(args)]
     positional = tuple(changed.pop(n, x) for n, x in zip(names, args, strict=False)) + args[len(names) :]
     return positional, {**kwargs, **changed}
+
+
+class SliceHooks:
+    """Hooks that cut what a backbone makes at full length, for its layers."""
+
+    def __init__(self, owner: object, state: ParallelState) -> None:
+        """`owner`: of the rows (`context`) that are to be cut."""
+        self.owner, self.state = owner, state
+
+    def _row(self) -> Row | None:
+        row = current().row
+        return None if row is None or row.full or row.owner is not self.owner else row
+
+    def rope(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """After a rotary embedding: its tables [.., S', D] as [.., s, D]."""
+        row = self._row()
+        if row is None:
+            return output
+        tables = output if isinstance(output, tuple) else (output,)
+        if any(table.shape[-2] != row.padded for table in tables):
+            kind, shapes = type(module).__name__, [tuple(table.shape) for table in tables]
+            raise UnsupportedError(f"{kind} returned tables of shapes {shapes}, not [..., {row.padded}, width].")
+        sliced = tuple(shard_sequence(table, -2, self.state) for table in tables)
+        return sliced if isinstance(output, tuple) else sliced[0]
+
+    @torch.compiler.disable
+    def layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before a layer: the slice of what is as long as the row."""
+        row = self._row()
+        return None if row is None else cut_call(layer, args, kwargs, row, self.state)
 
 
 def _cut(name: str, value: Any, rows: int, row: Row, state: ParallelState) -> Any:
