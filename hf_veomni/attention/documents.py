@@ -11,9 +11,22 @@ from functools import cached_property
 from itertools import accumulate, chain
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_veomni.host import forget, is_same, knows, on_host
+
+
+def find_breaks(positions: Tensor) -> Tensor:
+    """Where a document ends and another begins: a position is not its left neighbour's plus one.
+
+    Args:
+        positions: [.., S] of full rows; waits for the device unless the host knows them (`host`).
+
+    Returns:
+        bool [.., S - 1] on the CPU.
+    """
+    return on_host(positions).diff(dim=-1) != 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +67,7 @@ class Documents:
 
     @classmethod
     def from_position_ids(cls, position_ids: Tensor) -> Documents:
-        """Documents of packed sequences: one begins wherever a position is not its left neighbour's plus one.
+        """Documents of packed sequences, by `find_breaks`.
 
         Args:
             position_ids: [B, S] of the full rows. Waits for the device unless the host knows them (`host`).
@@ -68,9 +81,7 @@ class Documents:
                 "hand over the text row alone."
             )
         num_rows, size = position_ids.shape
-        known = on_host(position_ids)
-        begins = torch.ones_like(known, dtype=torch.bool)
-        begins[:, 1:] = known.diff(dim=1) != 1
+        begins = F.pad(find_breaks(position_ids), (1, 0), value=True)
         flat: list[int] = begins.flatten().nonzero().flatten().tolist()
         rows: list[list[int]] = [[] for _ in range(num_rows)]
         for first, following in zip(flat, [*flat[1:], num_rows * size], strict=True):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
+from hf_veomni.attention.documents import find_breaks
 from hf_veomni.context import is_generating
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.host import on_host, with_values
@@ -222,11 +223,7 @@ def _check_labels(inputs: Mapping[str, Any], decodes: bool) -> None:
 
 
 def _is_packed(positions: Any) -> bool:
-    return (
-        isinstance(positions, Tensor)
-        and positions.shape[-1] > 1
-        and bool((on_host(positions).diff(dim=-1) != 1).any())
-    )
+    return isinstance(positions, Tensor) and bool(find_breaks(positions).any())
 
 
 def _is_full(mask: Any) -> bool:

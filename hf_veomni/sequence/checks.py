@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_veomni import hf
-from hf_veomni.attention.documents import Documents
+from hf_veomni.attention.documents import Documents, find_breaks
 from hf_veomni.attention.mask import MaskSpec
 from hf_veomni.attention.varlen import VARLEN_NAME
 from hf_veomni.errors import UnsupportedError
@@ -288,9 +288,9 @@ def _only_padded(positions: Tensor, mask: Any) -> bool:
 
 def _restarts_between_tokens(positions: Tensor, mask: Tensor) -> bool:
     """Whether some token's position does not follow that of its left neighbour, both of them not padding."""
-    positions, real = on_host(positions), on_host(mask).bool()
-    positions = positions[0] if positions.dim() == 3 else positions
-    return bool(((positions.diff(dim=-1) != 1) & real[:, 1:] & real[:, :-1]).any())
+    real, breaks = on_host(mask).bool(), find_breaks(positions)
+    breaks = breaks[0] if breaks.dim() == 3 else breaks
+    return bool((breaks & real[:, 1:] & real[:, :-1]).any())
 
 
 def check_slice(name: str, hidden: Any, padded: int, sp_size: int) -> None:
