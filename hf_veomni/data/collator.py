@@ -16,14 +16,13 @@ from hf_veomni.data.media.alignment import Alignment
 from hf_veomni.data.media.chat import RawReader
 from hf_veomni.data.media.decode import BrokenItemError
 from hf_veomni.data.media.skips import SkipLog, check_on_error
-from hf_veomni.data.modalities import TEXT_COLUMNS, TOKEN_COLUMNS, is_raw, join_items
+from hf_veomni.data.modalities import GRIDS, TEXT_COLUMNS, TOKEN_COLUMNS, is_raw, join_items
 from hf_veomni.data.positions import RopeIndex, document_positions
 from hf_veomni.data.sample import ASSISTANT_MASK, READ, Sample, ranges_of, read_sample
 from hf_veomni.data.samples import DOCUMENTS, ROW_COLUMNS, SAMPLES
 from hf_veomni.data.text import IGNORE_INDEX
 from hf_veomni.host import remember
 
-_GRIDS = ("image_grid_thw", "video_grid_thw")
 _OWN = ("input_ids", "labels")
 
 
@@ -232,7 +231,7 @@ class OmniDataCollatorWithPacking:
         if sample.positions is not None:
             return [sample.positions]
         if self._compute is None:
-            grids = [name for name in _GRIDS if name in sample.items]
+            grids = [name for name in GRIDS.values() if name in sample.items]
             if grids:
                 raise ValueError(
                     f"{sample.where} has `{grids[0]}` and no `position_ids`, and only its model knows how it counts "

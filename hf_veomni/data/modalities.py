@@ -58,6 +58,9 @@ ITEM_COLUMNS: Mapping[str, ItemColumn] = {
     "audio_feature_lengths": ItemColumn("audio"),
     "audio_seqlens": ItemColumn("audio"),
 }
+# The grid of patches of each item, and which frames of an audio clip are no padding.
+GRIDS = {column.modality: name for name, column in ITEM_COLUMNS.items() if name.endswith("_grid_thw")}
+AUDIO_MASKS = ("feature_attention_mask", "input_features_mask")
 _WIDTHS = {"image_grid_thw": 3, "video_grid_thw": 3, "image_grid_hw": 2, "image_sizes": 2, "spatial_shapes": 2}
 # Columns of raw samples: images and audio that a processor has not seen yet.
 RAW_COLUMNS: Mapping[str, str] = {
@@ -65,6 +68,8 @@ RAW_COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(("audio", "audios"), "audio"),
     **dict.fromkeys(("video", "videos"), "video"),
 }
+# What cannot stand beside token ids: raw items, and what codecs take.
+UNTOKENISED_COLUMNS = frozenset((*RAW_COLUMNS, "input_values", "audio_values"))
 TEXT_COLUMNS = ("messages", "text", "conversations", "prompt", "completion")
 
 

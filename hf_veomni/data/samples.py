@@ -20,7 +20,7 @@ from hf_veomni.data.features import read_json, undecoded
 from hf_veomni.data.media.decode import BrokenItemError
 from hf_veomni.data.media.lengths import CostFunction, Size, SizeReader
 from hf_veomni.data.media.skips import check_on_error
-from hf_veomni.data.modalities import ITEM_COLUMNS, RAW_COLUMNS, TEXT_COLUMNS, is_raw
+from hf_veomni.data.modalities import AUDIO_MASKS, GRIDS, ITEM_COLUMNS, RAW_COLUMNS, TEXT_COLUMNS, is_raw
 from hf_veomni.data.pipeline import LEFT_OUT, Measured, Packing, Pieces, Rules, lists_of
 from hf_veomni.data.sample import READ
 from hf_veomni.data.text import DOCUMENT_LENGTHS
@@ -29,8 +29,6 @@ from hf_veomni.errors import UnsupportedError
 SAMPLES, DOCUMENTS, COST = "samples", "documents", "cost"
 ROW_COLUMNS = (SAMPLES, DOCUMENTS, COST)
 _MEASURED_AT_ONCE = 256
-_GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
-_AUDIO_MASKS = ("feature_attention_mask", "input_features_mask")
 
 
 def holds_samples(names: Sequence[str], item_columns: Sequence[str], processor: Any) -> bool:
@@ -103,12 +101,12 @@ class Meter:
         if self.cost is None:
             return Size(length, float(length))
         modalities, patches, segments = ["text"], [length], [1]
-        for modality, name in _GRIDS.items():
+        for modality, name in GRIDS.items():
             for grid in np.asarray(sample.get(name, ())).reshape(-1, 3).tolist():
                 modalities.append(modality)
                 patches.append(int(np.prod(grid)))
                 segments.append(grid[0] if modality == "video" else 1)
-        frames = next((sample[name] for name in _AUDIO_MASKS if sample.get(name) is not None), ())
+        frames = next((sample[name] for name in AUDIO_MASKS if sample.get(name) is not None), ())
         for one in frames:
             modalities.append("audio")
             patches.append(int(np.sum(one)) // 2)  # Whisper's convolutions halve the mel frames
@@ -160,7 +158,7 @@ class SamplePacking(Packing):
         return dataset.select_columns(self.names)
 
     def measure(self, source: Dataset, num_proc: int | None) -> Measured:
-        heavy = [n for n in self.names if n in ITEM_COLUMNS and n not in (*_GRIDS.values(), *_AUDIO_MASKS)]
+        heavy = [n for n in self.names if n in ITEM_COLUMNS and n not in (*GRIDS.values(), *AUDIO_MASKS)]
         sizes = source.remove_columns(heavy).with_format("arrow")
         sizes = sizes.map(
             replace(self.meter, features=sizes.features),

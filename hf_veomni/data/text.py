@@ -14,13 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Features
 
+from hf_veomni.data.modalities import UNTOKENISED_COLUMNS
 from hf_veomni.errors import UnsupportedError
 
 IGNORE_INDEX = -100  # the label that transformers' losses leave out
 DOCUMENT_LENGTHS = "document_lengths"
-
-# What raw datasets call their columns, and what codecs take: nothing that can stand beside token ids.
-MODALITY_COLUMNS = frozenset("input_values audio_values image images audio audios video videos".split())
 _READ_NOT_CARRIED = ("attention_mask", "position_ids")
 
 
@@ -91,7 +89,7 @@ def _check_column(name: str, kind: pa.DataType, known: bool) -> None:
             break
         leaf, depth = inner, depth + 1
     is_file = pa.types.is_struct(leaf) and {leaf.field(i).name for i in range(leaf.num_fields)} == {"bytes", "path"}
-    if name in MODALITY_COLUMNS or is_file:
+    if name in UNTOKENISED_COLUMNS or is_file:
         raise modality_error(name)
     is_number = pa.types.is_integer(leaf) or pa.types.is_floating(leaf) or pa.types.is_boolean(leaf)
     if known and (depth != 1 or not is_number):

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hf_veomni.data.modalities import modality_of
+from hf_veomni.data.modalities import AUDIO_MASKS, GRIDS, modality_of
 from hf_veomni.families import AUDIO, TILE_PROCESSORS, TILES
 
 MODALITIES = ("image", "video", "audio")
-_GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 _PATCHES = {"image": "pixel_values", "video": "pixel_values_videos"}
-_AUDIO_MASKS = ("feature_attention_mask", "input_features_mask")
 
 
 def _qwen2_audio(frames: Any) -> Any:
@@ -105,20 +103,20 @@ class Alignment:
 
     def _features(self, where: str, modality: str, items: Mapping[str, Tensor]) -> int | None:
         """Features that the encoder will make of a sample's items, or None if no rule is known."""
-        grid = items.get(_GRIDS.get(modality, ""))
+        grid = items.get(GRIDS.get(modality, ""))
         if grid is not None:
             patches = int(grid.prod(-1).sum())
             pixels = items.get(_PATCHES[modality])
             if pixels is not None and pixels.dim() == 2 and len(pixels) != patches:
                 raise ValueError(
-                    f"{where}: `{_PATCHES[modality]}` has {len(pixels)} {modality} patches and `{_GRIDS[modality]}` "
+                    f"{where}: `{_PATCHES[modality]}` has {len(pixels)} {modality} patches and `{GRIDS[modality]}` "
                     f"tells of {patches}: make both with one call of the processor."
                 )
             merge = self._merge_size(modality)
             return None if merge is None else patches // merge**2
         if modality == "audio":
             rule = audio_rule(getattr(self.config, "model_type", None))
-            mask = next((items[name] for name in _AUDIO_MASKS if name in items), None)
+            mask = next((items[name] for name in AUDIO_MASKS if name in items), None)
             if rule is not None and mask is not None:
                 return int(rule(mask.sum(-1).long()).sum())
         return self._fixed(modality, items)
