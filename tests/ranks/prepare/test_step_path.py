@@ -15,9 +15,10 @@ from tests.ranks.step_path import Recorder, Trace, trace_step
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/architecture.md").read_text()
 
-# What a reader has to follow, today: to be lowered as files are merged, for the goals are 24 and 120.
-MOST_FILES = 35
-MOST_SWITCHES = 284
+# What a reader has to follow. Of the switches 51 are those of a layer: 24 in its forward, 19 in its recomputation, 8
+# in its backward. docs/architecture.md says what it would cost to have less.
+MOST_FILES = 34
+MOST_SWITCHES = 225
 
 
 def _section(title: str) -> str:
