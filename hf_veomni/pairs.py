@@ -4,17 +4,20 @@
     second                     compute | launch                        land | compute | launch
 
     give_way    an exchange has been launched: the other one runs until it gives way in its turn
-    meet        what happens once for both (a unit of FSDP2, a frame of activation checkpointing): who comes first
-                waits, who comes second does it for both
+    park        the other one runs until it lets this one go on: neither gets further ahead than one unit of FSDP2
+    meet        what happens once for both (the loss of a router): who comes first waits, who comes second does it for
+                both
+    checkpoint  what is computed again for the backward is so for both at once
 
-One thread runs both, so each has what a thread has one of: ContextVars, grad mode, autocast, random streams. The
-backward needs no schedule: autograd runs the nodes that are ready newest first, and so the interleaving of the forward
-comes back in reverse.
+One thread runs both, so each has what a thread has one of: ContextVars, grad mode, autocast, random streams, hooks on
+what autograd saves. The backward needs no schedule: autograd runs the nodes that are ready newest first, and so the
+interleaving of the forward comes back in reverse.
 """
 
 from __future__ import annotations
 
 import contextvars
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -22,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import _StopRecomputationError
 
 from hf_veomni.context import within
 from hf_veomni.errors import UnsupportedError
@@ -91,6 +96,11 @@ class _ThreadState:
         return further
 
 
+def _saving_hooks() -> Any:
+    """The pair that sees what autograd saves now, the innermost of a stack that a thread has; None without any."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
 @dataclass(eq=False)
 class Visit:
     """A call that a sequence has come to, with the state in which it came."""
@@ -120,6 +130,8 @@ class Lane:
         self.call, self.parts, self.active = call, parts, active
         self.state = visit.state  # that it goes on with, while it does not run
         self.shared: list[Any] = []
+        self.frames: dict[object, list[_Frame]] = {}  # of checkpointing, which the other one has not come to
+        self._around = _saving_hooks()
         self.waits_for: object = None
         self._visit, self._met, self.result = visit, None, None
         assert greenlet is not None
@@ -139,17 +151,47 @@ class Lane:
     def _switch(self) -> None:
         self.state = _ThreadState.now()
         taken = [(shared, shared.take()) for shared in self.shared]
+        saving = []
+        while (hooks := _saving_hooks()) != self._around:
+            saving.append(hooks)
+            torch._C._autograd._pop_saved_tensors_default_hooks()
         try:
             self.other.greenlet.switch()
         finally:
+            for hooks in reversed(saving):
+                torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
             for shared, values in taken:
                 shared.put(values)
             self.state.restore()
 
+    @property
+    def other_runs(self) -> bool:
+        """Whether the other sequence can go on: it has not ended, and does not wait for this one."""
+        return not self.other.greenlet.dead and self.other.waits_for is None
+
     def give_way(self) -> None:
         """Run the other sequence until it gives way, waits for this one or ends; nothing where it cannot run."""
-        if not self.other.greenlet.dead and self.other.waits_for is None:
+        if self.other_runs:
             self._switch()
+
+    def park(self, key: object) -> bool:
+        """Wait until the other sequence calls `release(key)`. Returns whether it has: it may end or wait elsewhere."""
+        self.waits_for = key
+        while self.waits_for is key and self.other_runs:
+            self._switch()
+        released, self.waits_for = self.waits_for is None, None
+        return released
+
+    def release(self, key: object) -> None:
+        """Let the other sequence go on, if that is what it waits for, when this one gives way."""
+        if self.other.waits_for is key:
+            self.other.waits_for = None
+
+    def close(self) -> None:
+        """Let go of what was run: both lanes refer to each other, and would keep it until garbage is collected."""
+        del self.other, self.call
+        self.result = self._visit = self._met = None
+        self.shared, self.frames = [], {}
 
     def meet(
         self, key: object, visit: Visit, together: Callable[[Visit, Visit], tuple], alone: Callable[..., Any]
@@ -162,59 +204,110 @@ class Lane:
         """
         other = self.other
         if other.waits_for is key and not other.greenlet.dead:
-            theirs, other.waits_for = other._visit, None
+            theirs, other._visit = other._visit, None
+            self.release(key)
             other._met, mine = together(theirs, visit)
             other.state = theirs.state
             visit.state.restore()
             return mine
         if other.waits_for is None:
-            self.waits_for, self._visit = key, visit
-            while self.waits_for is not None and not other.greenlet.dead and other.waits_for is None:
-                self._switch()
-            if self.waits_for is None:
+            self._visit = visit
+            if self.park(key):
                 met, self._met = self._met, None
                 return met
-            self.waits_for = None
+            self._visit = None
         return alone(*visit.args, **visit.kwargs)
 
     def checkpoint(self, key: object, inner: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
-        """`inner(function, *args)`, a call of activation checkpointing, in one frame for both sequences.
+        """`inner(function, *args)`, a call of activation checkpointing.
 
-        Frames nest: what a sequence saves while it interrupts the frame of another one would be looked for there.
+        The other sequence's call under the same key is its partner: both are computed again side by side.
 
         Raises:
-            UnsupportedError: reentrant checkpointing, which does not record what it is given by way of others.
+            UnsupportedError: reentrant checkpointing, whose recomputation is a backward of its own; one with contexts
+                of its own, which would be left in another order than they were entered in.
         """
-        if getattr(inner, "keywords", {}).get("use_reentrant", False):
+        given: Mapping[str, Any] = getattr(inner, "keywords", {})
+        way_out = "or leave `overlap` out of the plan."
+        if given.get("use_reentrant", False):
             raise UnsupportedError(
                 "`overlap` ('pairs') cannot be combined with reentrant activation checkpointing: use "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}, or leave `overlap` out of the plan."
+                f"gradient_checkpointing_kwargs={{'use_reentrant': False}}, {way_out}"
             )
-        return self.meet(key, Visit((function, *args)), partial(_checkpoint_both, inner), inner)
+        if "context_fn" in given:
+            raise UnsupportedError(
+                "`overlap` ('pairs') cannot be combined with activation checkpointing that has a `context_fn`: leave "
+                f"it out of gradient_checkpointing_kwargs, {way_out}"
+            )
+        frame = _Frame(function)
+        if waiting := self.other.frames.get(key):
+            frame.join(waiting.pop(0))
+        else:
+            self.frames.setdefault(key, []).append(frame)
+        return inner(frame, *args)
 
 
-class _Both:
-    """What one frame of activation checkpointing runs for both sequences, and runs again for each backward."""
+class _Begin(torch.autograd.Function):
+    """Identity. To ask for what it saved, under activation checkpointing, is to have its frame computed again."""
 
-    def __init__(self, first: Visit, second: Visit) -> None:
-        self.visits, self.states = (first, second), (first.state, second.state)
-        self.functions = first.args[0], second.args[0]
-        self.split = len(first.args) - 1
-        first.args, second.args = (), ()  # the frame keeps them
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.new_empty(0))
+        ctx.passed = False
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        ctx.passed = True
+        return grads[0]
+
+
+class _Frame:
+    """What activation checkpointing runs for one sequence, and runs again for each backward, beside its partner.
+
+    forward      first: frame    second: frame            each as it comes to it
+    backward     the first to be asked for: first | second, one of which computes while the other one exchanges
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.partner: Callable[[], _Frame | None] = lambda: None
+        self.begin: Callable[[], Any] = lambda: None  # its first node, as long as the graph is there
         self.ran = False
+        self.backward = -1  # that it was last computed again for
 
-    def __call__(self, *args: Any) -> tuple[Any, Any]:
-        calls = partial(self.functions[0], *args[: self.split]), partial(self.functions[1], *args[self.split :])
-        visits = self.visits
-        if self.ran:
-            visits = tuple(Visit(state=state) for state in self.states)
-        self.ran, self.visits = True, ()
-        return run_both(calls, visits)
+    def join(self, other: _Frame) -> None:
+        self.partner, other.partner = weakref.ref(other), weakref.ref(self)
 
+    def __call__(self, *args: Any) -> Any:
+        again, self.ran = self.ran, True
+        leaves, structure = tree_flatten(args)
+        place = next((i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad), None)
+        if place is not None and torch.is_grad_enabled():
+            leaves[place] = _Begin.apply(leaves[place])
+            if not again:
+                self.begin = weakref.ref(leaves[place].grad_fn)
+        call = partial(self.function, *tree_unflatten(leaves, structure))
+        return self._beside_partner(call) if again else call()
 
-def _checkpoint_both(inner: Callable[..., Any], first: Visit, second: Visit) -> tuple[Any, Any]:
-    args = *first.args[1:], *second.args[1:]
-    return inner(_Both(first, second), *args)
+    def _beside_partner(self, call: Callable[[], Any]) -> Any:
+        partner, self.backward = self.partner(), torch._C._current_graph_task_id()
+        begin = None if partner is None or partner.backward == self.backward else partner.begin()
+        if begin is None or begin.passed:
+            return call()
+        ended = False
+
+        def mine() -> Any:
+            nonlocal ended
+            try:
+                return call()
+            except _StopRecomputationError:
+                ended = True
+
+        found, _ = run_both((mine, partial(getattr, begin, "saved_tensors")), (Visit(), Visit()))
+        if ended:
+            raise _StopRecomputationError
+        return found
 
 
 def run_both(calls: Calls, visits: tuple[Visit, ...], parts: bool = False, active: bool = True) -> tuple[Any, Any]:
@@ -234,9 +327,12 @@ def run_both(calls: Calls, visits: tuple[Visit, ...], parts: bool = False, activ
             while lane.greenlet:  # has begun and not ended
                 lane.greenlet.throw(_Abandoned())
         before.restore()
+        found = lanes[0].result, lanes[1].result
+        for lane in lanes:
+            lane.close()
     for lane, visit in zip(lanes, visits, strict=True):
         visit.state = lane.state
-    return lanes[0].result, lanes[1].result
+    return found
 
 
 def run_pair(function: Callable[[Any], Any], first: Any, second: Any, *, parts: bool = False) -> tuple[Any, Any]:

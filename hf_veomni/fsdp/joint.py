@@ -1,11 +1,18 @@
-"""Two sequences in one call of an FSDP2 unit, and where a model begins to let another sequence run beside its own.
+"""Two sequences in one FSDP2 unit, and where a model begins to let another sequence run beside its own.
 
     plain    first: gather, layer, free     second: gather, layer, free
     joint    gather     first: layer | second: layer      free
 
 FSDP2's hooks gather a unit's parameters before its forward, and reduce their gradients once those of its inputs are
-there. With one call for both, who comes second makes it: half the gathers, and one reduction, when all is there.
-Everything else that hooks a unit runs for each sequence.
+there. With two sequences who enters first gathers, and who leaves last frees them; in the backward the gradients are
+reduced when those of both have come. Half the gathers and reductions, and no sequence waits at the end of a layer for
+the other one: it goes on into the next layer, while what the other one waits for is under way.
+
+    first     layer i ...... |      layer i + 1 |
+    second    ...... layer i | launch           | land, layer i + 1
+
+It gets no further ahead than that: where the other one has not entered yet, who leaves a unit parks. Everything else
+that hooks a unit runs for each sequence.
 
 Sequences run side by side within the backbone. Outside of it (encoders, head, loss) each runs through alone.
 """
@@ -16,35 +23,115 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
 from hf_veomni.context import current, enter, leave
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import ParallelState
-from hf_veomni.pairs import Visit, check_greenlet, run_both
+from hf_veomni.pairs import Lane, check_greenlet
+
+_REGISTER = "_register_post_backward_hook"
+
+
+def _register_alone(stock: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """FSDP2's, which reduces after one sequence; of two `_Reduction` takes care."""
+    return (args, kwargs) if current().lane is not None else stock(args, kwargs)
 
 
 class _Gate:
-    """A hook that can be left out of a call."""
+    """A hook that is left out where one of two sequences runs, for which `_JointCall` calls it."""
 
     def __init__(self, hook: Callable[..., Any]) -> None:
-        self.hook, self.closed = hook, False
+        self.hook = hook
 
     def __call__(self, *args: Any) -> Any:
-        return None if self.closed else self.hook(*args)
+        return None if current().lane is not None else self.hook(*args)
+
+
+class _Reduction:
+    """When the gradients of a unit are reduced: once those of all its sequences' inputs have come."""
+
+    def __init__(self, groups: Sequence[Any]) -> None:
+        self.groups, self.sequences, self.came = groups, 0, 0
+
+    def await_gradients(self, inputs: Any) -> Any:
+        """The same inputs of one sequence, whose gradients are waited for."""
+        leaves, structure = tree_flatten(inputs)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not (places and torch.is_grad_enabled()):
+            return inputs  # FSDP2 reduces at the end of the backward
+        self.sequences += 1
+        for place, tensor in zip(places, _Await.apply(self, *(leaves[i] for i in places)), strict=True):
+            leaves[place] = tensor
+        return tree_unflatten(leaves, structure)
+
+    def come(self) -> None:
+        self.came += 1
+        if self.came % self.sequences == 0:  # again, where a graph is kept for a second backward
+            for group in reversed(self.groups):
+                group.post_backward()
+
+
+class _Await(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, reduction: _Reduction, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.reduction = reduction
+        return inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.reduction.come()
+        return None, *grads
+
+
+class _Passage:
+    """Of two sequences through one unit."""
+
+    def __init__(self, lane: Lane, groups: Sequence[Any]) -> None:
+        self.lanes, self.entered, self.left = (lane, lane.other), [lane], 0
+        self.reduction = _Reduction(groups)
+
+
+class _Parameters:
+    """Those of modules, which a forward puts others in place of (experts under EP: local tensors, while they compute).
+
+    While the other sequence runs they are as this one has found them.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules, self.found = modules, [dict(module._parameters) for module in modules]
+
+    def take(self) -> list[dict[str, Any]]:
+        now = [dict(module._parameters) for module in self.modules]
+        self.put(self.found)
+        return now
+
+    def put(self, taken: list[dict[str, Any]]) -> None:
+        for module, parameters in zip(self.modules, taken, strict=True):
+            module._parameters.update(parameters)
 
 
 class _JointCall:
-    """In place of a unit's `_call_impl`: one call of FSDP2's hooks for two sequences."""
+    """In place of a unit's `_call_impl`: FSDP2's hooks around both of two sequences."""
 
     def __init__(self, unit: Any) -> None:
-        self.unit, state = unit, _state(unit)
-        self.before = self._gate(unit._forward_pre_hooks, state._pre_forward_hook_handle.id)
-        self.after = self._gate(unit._forward_hooks, state._post_forward_hook_handle.id)
+        self.unit, self.state = unit, _state(unit)
+        self.before = self._gate(unit._forward_pre_hooks, self.state._pre_forward_hook_handle.id)
+        self.after = self._gate(unit._forward_hooks, self.state._post_forward_hook_handle.id)
+        self.groups = _groups(self.state)
+        inner = [module for module in unit.modules() if isinstance(module, FSDPModule) and module is not unit]
+        others = {module for each in inner for module in each.modules()}
+        self.modules = [module for module in unit.modules() if module not in others]
+        self.open: _Passage | None = None
+        for group in self.groups:
+            vars(group)[_REGISTER] = partial(_register_alone, getattr(group, _REGISTER))
         vars(unit)["_call_impl"] = self
 
     @staticmethod
@@ -54,6 +141,8 @@ class _JointCall:
 
     def remove(self) -> None:
         vars(self.unit).pop("_call_impl", None)
+        for group in self.groups:
+            vars(group).pop(_REGISTER, None)
         for hooks in (self.unit._forward_pre_hooks, self.unit._forward_hooks):
             for handle, hook in hooks.items():
                 if hook in (self.before, self.after):
@@ -62,24 +151,63 @@ class _JointCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         lane = current().lane
         if lane is None:
-            return self._stock(*args, **kwargs)
-        return lane.meet(self, Visit(args, kwargs), self._together, self._stock)
-
-    def _stock(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.unit)._call_impl(self.unit, *args, **kwargs)
-
-    def _together(self, *visits: Visit) -> tuple[Any, Any]:
-        given, _ = self.before.hook(self.unit, tuple((visit.args, visit.kwargs) for visit in visits), {})
-        calls = [partial(self._stock, *args, **kwargs) for args, kwargs in given]
-        for visit in visits:
-            visit.args, visit.kwargs = (), {}
-        del given
-        self.before.closed = self.after.closed = True
+            return type(self.unit)._call_impl(self.unit, *args, **kwargs)
+        passage, again = self._enter(lane), self.state._training_state == TrainingState.PRE_BACKWARD
         try:
-            found = run_both((calls[0], calls[1]), visits)
+            args, kwargs = self.before.hook(self.unit, args, kwargs)
+            if not again:  # what is recomputed has the nodes of its first forward
+                args, kwargs = passage.reduction.await_gradients((args, kwargs))
+            output = self._run(lane, *args, **kwargs)
+            return self._leave(lane, passage, output)
+        except BaseException:
+            self.open = None
+            raise
+
+    def _run(self, lane: Lane, *args: Any, **kwargs: Any) -> Any:
+        replaced = [m for m in self.modules if any(isinstance(p, DTensor) for p in m._parameters.values())]
+        parameters = [_Parameters(replaced)] if replaced else []
+        lane.shared += parameters
+        try:
+            return type(self.unit)._call_impl(self.unit, *args, **kwargs)
         finally:
-            self.before.closed = self.after.closed = False
-        return self.after.hook(self.unit, (), found)
+            for one in parameters:
+                lane.shared.remove(one)
+
+    def _enter(self, lane: Lane) -> _Passage:
+        """The passage that the other sequence has begun, or a new one."""
+        while self.open is not None and lane in self.open.entered and lane.park(self.open):
+            pass  # a unit that is called again, while the other one is still in its call before
+        passage = self.open
+        if passage is None or lane not in passage.lanes or lane in passage.entered:
+            self.open = passage = _Passage(lane, self.groups)
+        else:
+            passage.entered.append(lane)
+            lane.release(passage)
+        return passage
+
+    def _leave(self, lane: Lane, passage: _Passage, output: Any) -> Any:
+        """`output` as FSDP2's hook hands it on; parameters are freed once nobody is to come or inside."""
+        passage.left += 1
+        if passage.left == 2 or not (len(passage.entered) == 2 or lane.other_runs):
+            return self._close(lane, passage, output)
+        if self.state._training_state != TrainingState.PRE_BACKWARD:
+            output = self.state._register_pre_backward_hook(output)
+        output = self._cast(output)
+        if len(passage.entered) == 1 and not lane.park(passage) and len(passage.entered) == 1:
+            self._close(lane, passage, ())  # the other one goes elsewhere
+        return output
+
+    def _close(self, lane: Lane, passage: _Passage, output: Any) -> Any:
+        if self.open is passage:
+            self.open = None
+        lane.release(passage)
+        return self.after.hook(self.unit, (), output)
+
+    def _cast(self, output: Any) -> Any:
+        dtype = self.state._mp_policy.output_dtype
+        if dtype is None:
+            return output
+        return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, output)
 
 
 class _Progress:

@@ -140,7 +140,17 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "peft.tuners.tuners_utils": ("BaseTuner", "BaseTunerLayer"),
     "peft.utils.other": ("AuxiliaryTrainingWrapper",),
     "torch:Tensor": ("_base", "_make_wrapper_subclass", "_version"),
-    "torch._C": ("DisableTorchFunctionSubclass", "_current_graph_task_id", "_disabled_torch_function_impl"),
+    "torch._C": (
+        "DisableTorchFunctionSubclass",
+        "_autograd",
+        "_current_graph_task_id",
+        "_disabled_torch_function_impl",
+    ),
+    "torch._C._autograd": (
+        "_pop_saved_tensors_default_hooks",
+        "_push_saved_tensors_default_hooks",
+        "_top_saved_tensors_default_hooks",
+    ),
     "torch._guards": ("active_fake_mode",),
     "torch._subclasses": ("FakeTensor",),
     "torch._subclasses.fake_tensor": ("FakeTensorMode", "unset_fake_temporarily"),
@@ -148,13 +158,19 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "torch.distributed.distributed_c10d": ("_get_default_store", "_resolve_process_group"),
     "torch.distributed.fsdp:FSDPModule": ("_get_fsdp_state",),
     "torch.distributed.fsdp._fully_shard._fsdp_common": ("TrainingState",),
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup": (
+        "_register_post_backward_hook",
+        "post_backward",
+    ),
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState": (
         "_fsdp_param_group",
         "_lazy_init",
         "_modules",
         "_modules_to_run_forward",
+        "_mp_policy",
         "_post_forward_hook_handle",
         "_pre_forward_hook_handle",
+        "_register_pre_backward_hook",
         "_state_ctx",
         "_training_state",
     ),
@@ -162,8 +178,9 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "torch.distributed.tensor._utils": ("compute_local_shape_and_global_offset",),
     "torch.nn:Module": ("_buffers", "_call_impl", "_forward_hooks", "_forward_pre_hooks", "_parameters"),
     "torch.optim.lr_scheduler:LRScheduler": ("_last_lr", "_step_count"),
+    "torch.utils.checkpoint": ("_StopRecomputationError",),
     "torch.utils._python_dispatch": ("TorchDispatchMode", "is_in_torch_dispatch_mode"),
-    "torch.utils._pytree": ("tree_leaves", "tree_map_only"),
+    "torch.utils._pytree": ("tree_flatten", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten"),
 }
 
 # Methods that are replaced on an object, or called by these names.

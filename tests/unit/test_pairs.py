@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -159,6 +161,49 @@ def test_who_comes_second_calls_for_both() -> None:
     assert sorted(sum(log, ())) == [1, 2, 5, 6] and len(log) == 2
 
 
+def test_nothing_of_a_pair_is_kept_until_garbage_is_collected() -> None:
+    class Big:
+        pass
+
+    kept: list[weakref.ref[Big]] = []
+
+    def run(given: Big) -> Big:
+        give_way()
+        made = Big()
+        kept.extend(map(weakref.ref, (given, made)))
+        return made
+
+    gc.disable()
+    try:
+        found: Any = _both(run, Big(), Big())
+        assert [ref() is None for ref in kept] == [True, False] * 2
+        del found
+        assert all(ref() is None for ref in kept)
+    finally:
+        gc.enable()
+
+
+def test_who_parks_goes_on_when_the_other_one_lets_it_or_ends() -> None:
+    events: list[str] = []
+
+    def run(name: str) -> None:
+        lane = current().lane
+        assert lane is not None
+        if name == "a":
+            events.append(f"a released: {lane.park('key')}")
+            events.append(f"a released: {lane.park('never')}")
+            return
+        lane.release("another key")
+        give_way()
+        events.append("b goes on")
+        lane.release("key")
+        give_way()
+        events.append("b ends")
+
+    _both(run, "a", "b")
+    assert events == ["b goes on", "a released: True", "b ends", "a released: False"]
+
+
 def test_what_only_one_comes_to_is_called_alone() -> None:
     log: list[Any] = []
 
@@ -209,9 +254,44 @@ def test_gradients_equal_those_of_one_after_the_other(carried: bool) -> None:
             torch.testing.assert_close(got, wanted, rtol=1e-14, atol=1e-14)
 
 
-def test_reentrant_checkpointing_is_refused() -> None:
-    carrier = CheckpointCarrier(partial(checkpoint, use_reentrant=True))
-    with pytest.raises(UnsupportedError, match="use_reentrant"):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_is_checkpointed_goes_on_alone_and_is_computed_again_side_by_side(at_once: bool) -> None:
+    events: list[str] = []
+
+    def block(x: Tensor, name: str) -> Tensor:
+        events.append(f"{name} begins")
+        y = x.sin()
+        give_way()
+        events.append(f"{name} ends")
+        return y.cos()
+
+    def run(name: str) -> Tensor:
+        x = torch.ones(2, requires_grad=True)
+        for carrier in carriers:
+            x = carrier(block, x, name)
+        return x.sum()
+
+    carriers = [CheckpointCarrier(partial(checkpoint, use_reentrant=False)) for _ in range(2)]
+    losses = _both(run, "a", "b")
+    assert events == ["a begins", "b begins", "a ends", "a begins", "b ends", "b begins", "a ends", "b ends"]
+    events.clear()
+    if at_once:
+        (losses[0] + losses[1]).backward()
+        layer = ["b begins", "a begins", "b ends", "a ends"]
+        assert events == layer * 2
+    else:
+        losses[0].backward()
+        losses[1].backward()
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [({"use_reentrant": True}, "use_reentrant"), ({"use_reentrant": False, "context_fn": tuple}, "context_fn")],
+)
+def test_checkpointing_that_would_mix_both_is_refused(kwargs: dict[str, Any], match: str) -> None:
+    carrier = CheckpointCarrier(partial(checkpoint, **kwargs))
+    with pytest.raises(UnsupportedError, match=match):
         _both(lambda x: carrier(torch.sin, x), torch.ones(1), torch.ones(1))
 
 
