@@ -21,13 +21,16 @@ class Exchange:
     left: int = 0
     count_calls: int = 0  # of token counts, integers, which go ahead of the tokens
     count_left: int = 0
+    weight_left: int = 0  # of router weights, which go with the tokens
 
     def add(self, sent: Tensor, splits: list[int] | None, group: dist.ProcessGroup) -> None:
         ranks, me = dist.get_world_size(group), dist.get_rank(group)
         splits = splits or [len(sent) // ranks] * ranks
         row_bytes = sent[:1].nbytes if len(sent) else 0
         left = row_bytes * sum(rows for rank, rows in enumerate(splits) if rank != me)
-        if sent.dtype.is_floating_point:
+        if sent.dtype.is_floating_point and sent.dim() == 1:
+            self.weight_left += left
+        elif sent.dtype.is_floating_point:
             self.calls, self.handed, self.left = self.calls + 1, self.handed + sent.nbytes, self.left + left
         else:
             self.count_calls, self.count_left = self.count_calls + 1, self.count_left + left

@@ -12,8 +12,9 @@ same processes and take turns. Counted, not estimated:
 FSDP shards the experts over efsdp = ranks / ep, EP over the rest, so `held` is the same at every ep; what EP saves is
 `gathered`, and the all-gathers behind it. With t tokens on a rank, K experts each and H the hidden size, `exchanged`
 is four all-to-alls (dispatch and combine, forward and backward) of t K H elements, of which (ep - 1) / ep leave the
-rank when routing is even. With a router that is forced to be even that holds to the byte on every rank; with the real
-one it holds for what all ranks together hand over, and the ratio of what leaves is reported.
+rank when routing is even, beside t K router weights there and their gradient back. With a router that is forced to be
+even that holds to the byte on every rank; with the real one it holds for what all ranks together hand over, and the
+ratio of what leaves is reported.
 
 Exit status 1 if a count differs from its formula, if `held` or `gathered` is not what is said here, or if a loss
 differs between ep sizes by more than the tolerance.
@@ -215,7 +216,9 @@ def formula(options: argparse.Namespace, ep_size: int) -> dict[str, float]:
     calls = 4 if ep_size > 1 else 0
     handed = calls * options.tokens // options.sp * options.top_k * options.hidden * item
     away = (ep_size - 1) / ep_size
-    return {"calls": calls, "handed": handed, "left": handed * away, "count_left": options.experts * 8 * away}
+    weights = 2 * options.tokens // options.sp * options.top_k * item * away
+    left = {"left": handed * away, "count_left": options.experts * 8 * away, "weight_left": weights}
+    return {"calls": calls, "handed": handed, **left}
 
 
 def summarize(ep_size: int, ranks: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:

@@ -84,6 +84,7 @@ class Flight:
     ) -> None:
         self.transport, self.group, self.send, self.receive = transport, group, tuple(send), tuple(receive)
         self.ticket: Any = None  # of the phase that is open, in the forward or in the backward
+        self.meanwhile: Callable[[], Any] | None = None
         self.link: Tensor | None = None  # empty; its autograd edge leads from `land` to `launch`
 
     def start(self, x: Tensor, back: bool = False) -> None:
@@ -104,6 +105,8 @@ class _Launch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        if ctx.flight.meanwhile is not None:
+            ctx.flight.meanwhile()
         return ctx.flight.wait(), None
 
 
@@ -120,18 +123,25 @@ class _Land(torch.autograd.Function):
 
 
 @_uncompiled
-def launch(x: Tensor, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]) -> Flight:
+def launch(
+    x: Tensor,
+    group: dist.ProcessGroup,
+    send: Sequence[int],
+    receive: Sequence[int],
+    meanwhile: Callable[[], Any] | None = None,
+) -> Flight:
     """Start an exchange of blocks of leading rows between the ranks of `group`; `land` has its result.
 
     Args:
         x: local tensor [sum(send), ...]; block r, of `send[r]` rows, goes to rank r. Must not change until `land`.
         receive: rows that arrive from each rank; `receive[r]` here equals `send[me]` on rank r.
+        meanwhile: called in the backward before it waits, while the gradient is under way.
 
     Collective: one all-to-all over `group`, which all ranks launch in the same order among their collectives. The
     backward waits for the reverse all-to-all, which that of `land` has started.
     """
     flight = Flight(running_transport(), group, send, receive)
-    flight.link = _Launch.apply(x, flight)
+    flight.meanwhile, flight.link = meanwhile, _Launch.apply(x, flight)
     return flight
 
 
@@ -144,6 +154,11 @@ def land(flight: Flight) -> Tensor:
     link, flight.link = flight.link, None
     assert link is not None, "landed twice"
     return _Land.apply(link, flight)
+
+
+def is_backward() -> bool:
+    """Whether a backward runs, as around what activation checkpointing computes again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def give_way() -> None:

@@ -8,20 +8,29 @@ of the EP group; H hidden size; E experts, e = E / ep on this rank.
 
 Each rank may send any number of pairs to any rank, none included; nothing is dropped and nothing is padded. Four
 all-to-alls of P * H elements a step (two in forward, two in backward), of which (ep - 1) / ep leave the rank when
-routing is even, beside one of E counts.
+routing is even, beside one of E counts and, forward and backward, one of the P router weights.
+
+A rank weighs what comes back for its tokens. The backward weighs on the other side, where the experts' output is: what
+goes there is the gradient of each token's sum, and the router weights' own gradient is taken there and sent home.
+
+    forward      y [R, H] ---------------------------> sum over K of w * y
+    backward     w * g, <g, y> <---------------------- g, once for each of the K pairs
+
+So nothing that an exchange brings back is kept for the backward, and a recomputation under activation checkpointing
+ends at the experts' output: it repeats one exchange where there would be two.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_veomni.comm.all_to_all import Flight, all_to_all, exchange, land, launch
+from hf_veomni.comm.all_to_all import Flight, exchange, give_way, land, launch
 from hf_veomni.expert.compute import Groups
 
 
@@ -151,73 +160,128 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * ctx.factor, None
 
 
-def dispatch(x: Tensor, route: Route, top_k: int, group: dist.ProcessGroup | None) -> Tensor:
-    """The rows that this rank's experts work on, sorted by local expert.
+class _WeighGradient(torch.autograd.Function):
+    """Rows [R, H] as they are; in the backward times weights [R], whose gradient is rows * gradient, summed over H."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        ctx.unpacked = None
+        return rows.view_as(rows)
+
+    @staticmethod
+    def unpack(ctx: Any) -> None:
+        """Get what was saved; under activation checkpointing it is computed again here, and all else of the layer."""
+        ctx.unpacked = ctx.saved_tensors
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        (rows, weights), ctx.unpacked = ctx.unpacked or ctx.saved_tensors, None
+        gradient = grads[0].to(torch.promote_types(rows.dtype, weights.dtype))
+        of_weights = (gradient * rows).sum(-1).to(weights.dtype) if ctx.needs_input_grad[1] else None
+        return (gradient * weights.unsqueeze(-1)).to(rows.dtype), of_weights
+
+
+class _SumWeighed(torch.autograd.Function):
+    """Rows [P, H] in the order of the experts to [t, H]; the gradient of rows is that of the sum, not weighed."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, route: Route) -> Tensor:
+        ctx.route, ctx.top_k, ctx.dtype = route, weights.shape[-1], rows.dtype
+        return _sum_weighed(rows[route.inverse], weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].to(ctx.dtype)[ctx.route.order // ctx.top_k], None, None
+
+
+def _sum_weighed(pairs: Tensor, weights: Tensor) -> Tensor:
+    return (pairs.view(*weights.shape, pairs.shape[-1]) * weights.unsqueeze(-1)).sum(1)
+
+
+class Dispatched(NamedTuple):
+    """Exchanges of a dispatch that are under way: of rows, and of weights where there is a backward."""
+
+    rows: Flight
+    weights: Flight | None
+
+
+def launch_dispatch(x: Tensor, weights: Tensor, route: Route, group: dist.ProcessGroup) -> Dispatched:
+    """Start the exchanges of `dispatch`, which `land_dispatch` ends."""
+    assert route.send is not None and route.receive is not None
+    # Inside, expert parameters get 1 / ep of their gradient; see `dispatch`.
+    rows = _RepeatTokens.apply(_ScaleGradient.apply(x, float(len(route.send))), route, weights.shape[-1])
+    flight = launch(rows, group, route.send, route.receive)
+    if not torch.is_grad_enabled():
+        return Dispatched(flight, None)
+    pairs = _Reorder.apply(weights.reshape(-1), route.order, route.inverse)
+    return Dispatched(flight, launch(pairs, group, route.send, route.receive))
+
+
+def land_dispatch(flights: Dispatched, route: Route) -> tuple[Tensor, Tensor | None]:
+    back = _invert(route.arrival)
+    rows = _Reorder.apply(land(flights.rows), route.arrival, back)
+    return rows, None if flights.weights is None else _Reorder.apply(land(flights.weights), route.arrival, back)
+
+
+def dispatch(
+    x: Tensor, weights: Tensor, route: Route, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor | None]:
+    """The rows that this rank's experts work on, sorted by local expert, and their router weights.
 
     Args:
         x: local tokens [t, H].
+        weights: router weights [t, K] of this rank's tokens.
 
     Returns:
-        Local tensor [R, H]. Its gradient is multiplied by ep on the way back, and that of `combine` divided: inside,
-        expert parameters get 1 / ep of their gradient. FSDP averages them over efsdp and dp_replicate only, and with
-        this factor that is the average over all ranks that sent tokens, for any reduction that FSDP knows.
+        Local tensor [R, H], and the weights [R] for `combine`; None without a group or a backward. The rows' gradient
+        is multiplied by ep on the way back, and that of `combine` divided: inside, expert parameters get 1 / ep of
+        their gradient. FSDP averages them over efsdp and dp_replicate only, and with this factor that is the average
+        over all ranks that sent tokens, for any reduction that FSDP knows.
 
-    Collective: one all-to-all over `group`; its backward is the reverse.
+    Collective: two all-to-alls over `group`, of rows and of weights; their backward is the reverse.
     """
-    if route.send is None or route.receive is None or group is None:
-        return _RepeatTokens.apply(x, route, top_k)
-    rows = _leave(x, route, top_k)
-    rows = all_to_all(rows, group, route.send, route.receive)
-    return _arrive(rows, route)
+    if group is None:
+        return _RepeatTokens.apply(x, route, weights.shape[-1]), None
+    flights = launch_dispatch(x, weights, route, group)
+    give_way()
+    return land_dispatch(flights, route)
 
 
-def launch_dispatch(x: Tensor, route: Route, top_k: int, group: dist.ProcessGroup) -> Flight:
-    """Start the exchange of `dispatch`, which `land_dispatch` ends."""
+@torch.compiler.disable  # a compiler knows no nodes of the graph
+def launch_combine(rows: Tensor, arrived: Tensor | None, route: Route, group: dist.ProcessGroup) -> Flight:
+    """Start the exchange of `combine`, which `land_combine` ends."""
     assert route.send is not None and route.receive is not None
-    return launch(_leave(x, route, top_k), group, route.send, route.receive)
+    rows = _ScaleGradient.apply(rows, 1.0 / len(route.send))
+    meanwhile = None
+    if arrived is not None:
+        rows = _WeighGradient.apply(rows, arrived)
+        meanwhile = partial(_WeighGradient.unpack, rows.grad_fn) if rows.requires_grad else None
+    rows = _Reorder.apply(rows, _invert(route.arrival), route.arrival)
+    return launch(rows, group, route.receive, route.send, meanwhile)
 
 
-def land_dispatch(flight: Flight, route: Route) -> Tensor:
-    return _arrive(land(flight), route)
+def land_combine(flight: Flight, weights: Tensor, route: Route) -> Tensor:
+    return _SumWeighed.apply(land(flight), weights.detach(), route)
 
 
-def _leave(x: Tensor, route: Route, top_k: int) -> Tensor:
-    return _RepeatTokens.apply(_ScaleGradient.apply(x, float(len(route.send or ()))), route, top_k)
-
-
-def _arrive(rows: Tensor, route: Route) -> Tensor:
-    return _Reorder.apply(rows, route.arrival, _invert(route.arrival))
-
-
-def combine(rows: Tensor, weights: Tensor, route: Route, group: dist.ProcessGroup | None) -> Tensor:
+def combine(
+    rows: Tensor, arrived: Tensor | None, weights: Tensor, route: Route, group: dist.ProcessGroup | None
+) -> Tensor:
     """The experts' outputs, weighed and summed for each token of this rank; the inverse of `dispatch`.
 
     Args:
         rows: local tensor [R, H], sorted by local expert.
-        weights: router weights [t, K] of this rank's tokens. They stay here, so their gradient needs no exchange.
+        arrived: their weights [R], as `dispatch` returns them.
+        weights: router weights [t, K] of this rank's tokens.
 
     Returns:
         Local tensor [t, H] in the dtype of the weighted sum.
 
     Collective: one all-to-all over `group`; its backward is the reverse.
     """
-    if route.send is not None and route.receive is not None and group is not None:
-        rows = _Reorder.apply(rows, _invert(route.arrival), route.arrival)
-        rows = all_to_all(rows, group, route.receive, route.send)
-        rows = _ScaleGradient.apply(rows, 1.0 / len(route.send))
-    return _weigh(rows, weights, route)
-
-
-def launch_combine(rows: Tensor, route: Route, group: dist.ProcessGroup) -> Flight:
-    """Start the exchange of `combine`, which `land_combine` ends."""
-    assert route.send is not None and route.receive is not None
-    return launch(_Reorder.apply(rows, _invert(route.arrival), route.arrival), group, route.receive, route.send)
-
-
-def land_combine(flight: Flight, weights: Tensor, route: Route) -> Tensor:
-    return _weigh(_ScaleGradient.apply(land(flight), 1.0 / len(flight.send)), weights, route)
-
-
-def _weigh(rows: Tensor, weights: Tensor, route: Route) -> Tensor:
-    pairs = _Reorder.apply(rows, route.inverse, route.order).view(*weights.shape, rows.shape[-1])
-    return (pairs * weights.unsqueeze(-1)).sum(1)
+    if group is None:
+        return _sum_weighed(_Reorder.apply(rows, route.inverse, route.order), weights)
+    flight = launch_combine(rows, arrived, route, group)
+    give_way()
+    return land_combine(flight, weights, route)

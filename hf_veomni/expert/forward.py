@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from hf_veomni import hf
-from hf_veomni.comm.all_to_all import Flight, give_way
+from hf_veomni.comm.all_to_all import Flight, give_way, is_backward
 from hf_veomni.context import CheckpointCarrier, current, recall, within
 from hf_veomni.expert.compute import Groups, LowRank, compute_rows
 from hf_veomni.expert.dispatch import (
@@ -46,7 +46,7 @@ CHUNKS = 4  # of tokens: the same number on all ranks, whatever their tokens
 
 def is_training_forward(module: nn.Module) -> bool:
     """Whether gradients will come of this forward, and it is not activation checkpointing's second one."""
-    return module.training and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+    return module.training and torch.is_grad_enabled() and not is_backward()
 
 
 def counting_no_tokens() -> AbstractContextManager[None]:
@@ -90,15 +90,15 @@ class ExpertsForward(hf.EPImplementation):
         active = adapters() if adapters is not None else {}
         own = not active and hf.experts_implementation(self.experts) != "grouped_mm"
         work = partial(compute_rows, self.experts, self.experts_forward if own else None, active)
-        chunks, top_k = vars(self.experts).get(_CHUNKS, 1), top_k_index.shape[-1]
+        chunks = vars(self.experts).get(_CHUNKS, 1)
         made = recall(partial(make_routes, top_k_index, self.num_experts, self.group, chunks))
         routes = list(map(replace, made))  # what is kept for a recomputation has nothing derived from it
         if chunks > 1:  # with a group: `cut_into_chunks`
             out, count = self._run_chunks(hidden_states, top_k_weights, routes, work)
         else:
-            rows = dispatch(hidden_states, routes[0], top_k, self.group)
+            rows, arrived = dispatch(hidden_states, top_k_weights, routes[0], self.group)
             count = len(rows)
-            out = combine(work(rows, routes[0].groups), top_k_weights, routes[0], self.group)
+            out = combine(work(rows, routes[0].groups), arrived, top_k_weights, routes[0], self.group)
         if _ROWS in vars(self.experts) and is_training_forward(self.experts):
             vars(self.experts)[_ROWS] += count
         return out.to(hidden_states.dtype)
@@ -114,20 +114,21 @@ class ExpertsForward(hf.EPImplementation):
         Returns:
             The output [t, H], and rows that were computed here.
         """
-        group, top_k, sizes = self.group, weights.shape[-1], chunk_sizes(len(x), len(routes))
+        group, sizes = self.group, chunk_sizes(len(x), len(routes))
         assert group is not None
         tokens, parts = x.split(sizes), weights.split(sizes)
-        arriving = [launch_dispatch(tokens[0], routes[0], top_k, group)]
+        arriving = [launch_dispatch(tokens[0], parts[0], routes[0], group)]
         give_way()
         leaving: list[Flight] = []
         out: list[Tensor] = []
         count = 0
         for chunk, route in enumerate(routes):
             if chunk + 1 < len(routes):
-                arriving.append(launch_dispatch(tokens[chunk + 1], routes[chunk + 1], top_k, group))
-            rows = land_dispatch(arriving[chunk], route)
+                following = tokens[chunk + 1], parts[chunk + 1], routes[chunk + 1]
+                arriving.append(launch_dispatch(*following, group))
+            rows, arrived = land_dispatch(arriving[chunk], route)
             count += len(rows)
-            leaving.append(launch_combine(work(rows, route.groups), route, group))
+            leaving.append(launch_combine(work(rows, route.groups), arrived, route, group))
             if chunk:
                 out.append(land_combine(leaving[chunk - 1], parts[chunk - 1], routes[chunk - 1]))
         give_way()

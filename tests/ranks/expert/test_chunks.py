@@ -46,12 +46,17 @@ def _exchange(tokens: int) -> float:
             return (rows * scale.repeat_interleave(route.groups.counts, 0)).sin()
 
         if chunks == 1:
-            out = combine(work(dispatch(x, routes[0], TOP_K, group), routes[0], scale), weights, routes[0], group)
+            rows, arrived = dispatch(x, weights, routes[0], group)
+            out = combine(work(rows, routes[0], scale), arrived, weights, routes[0], group)
         else:
             sizes = chunk_sizes(count, chunks)
-            departed = [launch_dispatch(part, r, TOP_K, group) for part, r in zip(x.split(sizes), routes, strict=True)]
-            rows = [work(land_dispatch(d, r), r, scale) for d, r in zip(departed, routes, strict=True)]
-            back = [launch_combine(part, r, group) for part, r in zip(rows, routes, strict=True)]
+            cut = zip(x.split(sizes), weights.split(sizes), routes, strict=True)
+            departed = [launch_dispatch(*part, group) for part in cut]
+            landed = [land_dispatch(d, r) for d, r in zip(departed, routes, strict=True)]
+            back = [
+                launch_combine(work(rows, r, scale), arrived, r, group)
+                for (rows, arrived), r in zip(landed, routes, strict=True)
+            ]
             parts = zip(back, weights.split(sizes), routes, strict=True)
             out = torch.cat([land_combine(*part) for part in parts])
         (out * given[2]).sum().backward()

@@ -69,10 +69,10 @@ def _compare(routing: str) -> float:
     x.requires_grad_()
     weights.requires_grad_()
     route = make_route(index, EXPERTS, group)
-    rows = dispatch(x, route, TOP_K, group)
+    rows, arrived = dispatch(x, weights, route, group)
     count = len(rows)
     rows, local = keep_connected(rows, route.groups)
-    out = combine(torch.tanh(grouped_matmul(rows, mine, local))[:count], weights, route, group)
+    out = combine(torch.tanh(grouped_matmul(rows, mine, local))[:count], arrived, weights, route, group)
     ((rank + 1) * out.square().sum()).backward()
     outputs, tokens, routers, experts = _expected(routing, world_size)
     assert x.grad is not None and weights.grad is not None
@@ -93,14 +93,16 @@ def test_exchange_equals_one_loop(ranks, world_size, routing):
 
 
 def _bytes(top_k: int) -> tuple[int, int]:
-    """Elements that `all_to_all_single` was handed in a step, and those that left the rank; without the counts."""
+    """Elements that `all_to_all_single` was handed in a step, and those that left the rank, of rows."""
     from hf_veomni.expert.dispatch import combine, dispatch, make_route
 
-    handed, left = [], []
+    handed, left, others = [], [], []
     stock = dist.all_to_all_single
 
     def counting(out: Tensor, x: Tensor, receive: list[int] | None = None, send: list[int] | None = None, **kwargs):
-        if x.is_floating_point():
+        if x.dim() == 1:
+            others.append(x.numel())
+        else:
             assert send is not None
             handed.append(x.numel())
             left.append(x.numel() - send[dist.get_rank()] * x[0].numel())
@@ -112,11 +114,13 @@ def _bytes(top_k: int) -> tuple[int, int]:
     dist.all_to_all_single = counting
     try:
         route = make_route(index, EXPERTS, dist.group.WORLD)
-        rows = dispatch(x, route, top_k, dist.group.WORLD)
-        combine(rows, torch.ones(tokens, top_k), route, dist.group.WORLD).sum().backward()
+        weights = torch.ones(tokens, top_k, requires_grad=True)
+        rows, arrived = dispatch(x, weights, route, dist.group.WORLD)
+        combine(rows, arrived, weights, route, dist.group.WORLD).sum().backward()
     finally:
         dist.all_to_all_single = stock
     assert len(handed) == 4, "dispatch and combine, forward and backward"
+    assert others == [EXPERTS, tokens * top_k, tokens * top_k], "counts; weights forward and backward"
     assert sum(handed) == 4 * tokens * top_k * HIDDEN
     assert sum(left) * ranks == sum(handed) * (ranks - 1)
     return sum(handed), sum(left)

@@ -46,8 +46,9 @@ def test_exchanges_of_a_mixture_of_experts_by_hand() -> None:
     to_heads, back = (HEADS + 2 * keys) * HEAD * t * 2, HEADS * HEAD * t * 2
     # forward, the same in the recomputation, and the backward
     assert bytes_of(run, "all-to-all", "sp") == (6 * LAYERS, 3 * LAYERS * (to_heads + back))
-    pairs, counts = t * 4 * WIDTH * 2, 16 * 8
-    assert bytes_of(run, "all-to-all", "ep") == (7 * LAYERS, LAYERS * (6 * pairs + counts))
+    pairs, weights, counts = t * 4 * WIDTH * 2, t * 4 * 2, 16 * 8
+    # rows there and back, there again, and both gradients; weights there, there again, and their gradient
+    assert bytes_of(run, "all-to-all", "ep") == ((5 + 3 + 1) * LAYERS, LAYERS * (5 * pairs + 3 * weights + counts))
     experts = 16 // 8 * 3 * 64 * 32 * 2
     assert bytes_of(run, "all-gather", "efsdp") == (2 * LAYERS, 2 * LAYERS * experts)
     assert bytes_of(run, "reduce-scatter", "efsdp") == (LAYERS, LAYERS * experts)
