@@ -11,7 +11,8 @@
 `linked` makes it the process group of this process: torch's collectives, FSDP2's among them, find N ranks whose data
 is a copy of this rank's. So block `rank` of what this rank sends comes back from everyone, counts agree with what
 arrives, and the exchange really moves as many bytes as on N ranks. Values are those of N equal ranks: right for
-comparing schedules with each other, and of no use as a model's.
+comparing schedules with each other, and of no use as a model's. Where a rank sends another number of rows to each (a
+skewed router), what comes back from the others is not known here: `equal=False` has zeros of the right sizes for it.
 
 All-to-alls take the link. Gathers, reductions and broadcasts take no time: FSDP prefetches them, and they would hide
 what the exchanges of a layer cost.
@@ -120,9 +121,9 @@ class _Transfer(Work):
 class LinkGroup(dist.ProcessGroup):
     """N ranks of which this process is one and the others hold the same."""
 
-    def __init__(self, rank: int, size: int, link: Link) -> None:
+    def __init__(self, rank: int, size: int, link: Link, equal: bool = True) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]  # the stub lacks `size`
-        self._rank, self._size, self._link = rank, size, link
+        self._rank, self._size, self._link, self._equal = rank, size, link, equal
         self._names: dict[str, str] = {}
 
     def getBackendName(self) -> str:
@@ -148,7 +149,8 @@ class LinkGroup(dist.ProcessGroup):
     ) -> _Transfer:
         rows = list(send) or [len(sent) // self._size] * self._size
         arriving = list(receive) or [len(out) // self._size] * self._size
-        if any(count != rows[self._rank] for count in arriving):
+        copies = self._equal or not sent.is_floating_point()
+        if any(count != rows[self._rank] for count in (arriving if copies else [arriving[self._rank]])):
             raise ValueError(
                 f"Rank {self._rank} sends itself {rows[self._rank]} rows and expects {arriving} of ranks that send "
                 "the same: a size that does not come from the counts exchanged."
@@ -158,7 +160,11 @@ class LinkGroup(dist.ProcessGroup):
         with self._link.moving():
             first = sum(rows[: self._rank])
             block = sent.detach()[first : first + rows[self._rank]]
-            out.detach().view(self._size, *block.shape).copy_(block)
+            if copies:
+                out.detach().view(self._size, *block.shape).copy_(block)
+            else:
+                mine = sum(arriving[: self._rank])
+                out.detach().zero_()[mine : mine + len(block)] = block
         return self._done([out], until)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> _Transfer:
@@ -197,11 +203,15 @@ class LinkGroup(dist.ProcessGroup):
 
 
 @contextmanager
-def linked(link: Link, size: int, rank: int = 0) -> Iterator[None]:
-    """Within this context the process is rank `rank` of `size` ranks behind `link`: the default process group."""
+def linked(link: Link, size: int, rank: int = 0, equal: bool = True) -> Iterator[None]:
+    """Within this context the process is rank `rank` of `size` ranks behind `link`: the default process group.
+
+    Args:
+        equal: the others hold the same as this rank; else zeros, in exchanges of floats.
+    """
 
     def make(store: Any, group_rank: int, group_size: int, timeout: Any) -> LinkGroup:
-        return LinkGroup(group_rank, group_size, link)
+        return LinkGroup(group_rank, group_size, link, equal)
 
     if BACKEND.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(BACKEND, _make, devices=["cpu"])

@@ -90,6 +90,16 @@ def test_an_exchange_moves_the_bytes_of_equal_ranks_and_takes_its_time(hand: Han
             dist.all_to_all_single(torch.empty(6), sent, [1, 2, 3], [1, 2, 3], group=group)
 
 
+def test_unequal_ranks_send_zeros_of_the_sizes_that_were_exchanged(hand: Hand) -> None:
+    link = Link(4.0, clock=hand)
+    out = torch.full((6,), 9.0)
+    with linked(link, 3, rank=1, equal=False):
+        dist.all_to_all_single(out, torch.arange(1.0, 7.0), [1, 2, 3], [2, 2, 2])
+        assert out.tolist() == [0, 3, 4, 0, 0, 0] and link.busy == 4
+        with pytest.raises(ValueError, match="counts exchanged"):
+            dist.all_to_all_single(torch.empty(6), torch.empty(6), [2, 1, 3], [2, 2, 2])
+
+
 def test_other_collectives_are_those_of_equal_ranks_and_take_no_time() -> None:
     link = Link(1.0)
     one = torch.ones(2)
