@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,24 @@ class MemoryLog(TorchDispatchMode):
 
         for module in model.modules():
             module.register_forward_pre_hook(watch)
+
+    def label_parts_of_gradients(self, loss: Tensor) -> None:
+        """Have the gradients labelled that are still to be added up, where a parameter was used more than once."""
+        seen: set[Any] = set()
+        nodes = [loss.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            for place, (following, _) in enumerate(node.next_functions):
+                if following is not None and following.name().endswith("AccumulateGrad"):
+                    node.register_hook(partial(self._label_part, place))
+                nodes.append(following)
+
+    def _label_part(self, place: int, gradients: Any, _: Any) -> None:
+        if gradients[place] is not None:
+            self.label(gradients[place], "gradient")
 
     def mark(self, name: str) -> None:
         """Remember this moment."""

@@ -117,7 +117,6 @@ def test_activation_memory_falls_with_sp(bench: Any) -> None:
     assert all(abs(row["held_times_sp"] - 1) < 0.1 and abs(row["peak_times_sp"] - 1) < 0.1 for row in rows)
 
 
-@pytest.mark.xfail(strict=True, reason="under checkpointing halves keep 1.12 of their row and peak at up to 2.04")
 def test_halves_in_flight_need_no_more_than_their_row(bench: Any) -> None:
     rows = bench("pairs", *SHAPE, "--tokens", "512", "--repeats", "1")
     assert [row["checkpointing"] for row in rows] == [False, True]
@@ -128,7 +127,7 @@ def test_halves_in_flight_need_no_more_than_their_row(bench: Any) -> None:
 
 def test_pairs_notice_what_takes_more() -> None:
     def way(size: int, loss: float = 2.0) -> dict[str, Any]:
-        return {"loss": loss, "held": size, "peak": 2 * size, "cpu_seconds": {"p50": 1.0}}
+        return {"loss": loss, "held": size, "peak": 2 * size, "peak_with_gradients": 9, "cpu_seconds": {"p50": 1.0}}
 
     row = {"checkpointing": False, "plain": way(100), "pairs": way(101), "turns": way(50)}
     assert pairs.compare(row, 1.02) == [] and row["held_ratio"] == 1.01
@@ -152,7 +151,8 @@ def test_expert_exchange_equals_the_formula(bench: Any) -> None:
     options = ["--ranks", "2", "--intermediate", "16", "--experts", "4", "--top-k", "2", "--tokens", "64"]
     one, two = bench("expert_parallel", *SHAPE, *options, "--median", "16", "--rounds", "1", "--steps", "1")
     assert (one["ep_size"], two["ep_size"]) == (1, 2)
-    assert two["formula"] == {"calls": 4, "handed": 4 * 64 * 2 * 32 * 4, "left": 4 * 64 * 32 * 4, "count_left": 16}
+    rows = {"handed": 4 * 64 * 2 * 32 * 4, "left": 4 * 64 * 32 * 4}
+    assert two["formula"] == {"calls": 4, **rows, "count_left": 16, "weight_left": 2 * 64 * 4}
     assert all(rank["left"] == two["formula"]["left"] and rank["count_calls"] == 1 for rank in two["even"])
     assert two["held"]["gathered"] * 2 == one["held"]["gathered"] == 4 * 3 * 32 * 16 * 4
     assert two["held"]["optimizer"] == 2 * two["held"]["parameters"] == 2 * two["held"]["gradients"]
