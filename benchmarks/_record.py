@@ -65,6 +65,12 @@ def record(name: str, rows: Sequence[Mapping[str, Any]], plan: Any = None) -> Pa
     return path
 
 
+def known_rows(name: str) -> list[dict[str, Any]]:
+    """Rows of the result on a CPU as it is, for a run that measures a part of them again."""
+    path = RESULTS / f"{name}_cpu.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 def _commit() -> str | None:
     """The commit, with "+" if tracked files of the package differ from it; None outside of a git checkout."""
     root = Path(__file__).parent.parent

@@ -12,7 +12,18 @@ import pytest
 import torch
 
 import benchmarks.__main__ as entry
-from benchmarks import _record, activation_memory, expert_parallel, overlap, packing_vs_padding, pairs, step, syncs
+from benchmarks import (
+    _record,
+    activation_memory,
+    experiments,
+    expert_parallel,
+    overhead,
+    overlap,
+    packing_vs_padding,
+    pairs,
+    step,
+    syncs,
+)
 from benchmarks._flops import flops_of_step
 from benchmarks._memory import MemoryLog
 from benchmarks._phases import PHASES
@@ -135,6 +146,16 @@ def test_pairs_notice_what_takes_more() -> None:
     assert "held" in held and "1.030" in held and "peak" in peak and "loss of pairs" in loss
 
 
+def test_overhead_runs_and_notices_what_takes_longer(bench: Any) -> None:
+    options = ["--tokens", "64", "--rounds", "1", "--steps", "1", "--tolerance", "9"]
+    rows = bench("overhead", *SHAPE, *options)
+    assert [row["contender"] for row in rows] == [*overhead.CONTENDERS] and rows[1]["over_plain"]["p50"] > 0
+    assert overhead.compare(rows, 9) == []
+    slow = {**rows[2], "rounds": [10 * seconds for seconds in rows[0]["rounds"]], "loss": 0.0}
+    loss, time = overhead.compare([*rows[:2], slow], 9)
+    assert "the loss of prepared, same loss is 0.0" in loss and "takes 10.000 times" in time
+
+
 def test_activation_memory_notices_what_does_not_fall() -> None:
     def row(sp_size: int, held: int, loss: float = 2.0) -> dict[str, Any]:
         rank = {"held": held, "peak": 100 // sp_size, "loss": loss, "left": 0}
@@ -217,23 +238,37 @@ def test_chunks_leave_less_of_the_link_bare(bench: Any, tmp_path: Path, monkeypa
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(overlap, "PICTURE", tmp_path / "shares.svg")
     monkeypatch.setattr(overlap, "TIMELINE", tmp_path / "timeline.svg")
-    options = ["--tokens", "64", "--repeats", "1", "--ratios", "0.6", "--routing", "balanced", "--checkpointing", "0"]
-    rows = bench("overlap", *options, "--slower", "1")
-    for model in ("Qwen3-30B-A3B", "Llama-3-8B"):
-        plain, chunks = (row for row in rows if row["model"] == model and "schedule" in row)
-        assert (plain["schedule"], chunks["schedule"]) == ("plain", "chunks")
-        assert plain["exposed"]["p50"] > 0.95 and chunks["exposed"]["p50"] < 0.75
+    options = ["--tokens", "64", "--repeats", "1", "--ratios", "0.6", "--routing", "balanced"]
+    rows = bench("overlap", *options, "--checkpointing", "0", "--slower", "1")
+    for model, contenders in (("Qwen3-30B-A3B", 4), ("Llama-3-8B", 3)):
+        exposed = {r["schedule"]: r["exposed"]["p50"] for r in rows if r["model"] == model and "schedule" in r}
+        assert len(exposed) == contenders and exposed["plain"] > 0.95 and exposed.get("transformers", 1) > 0.95
+        assert exposed["chunks"] < 0.75 and exposed["pairs"] < 0.4
     assert (tmp_path / "shares.svg").exists() and (tmp_path / "timeline.svg").exists()
 
 
 def test_overlap_notices_what_is_off() -> None:
     def row(**changes: Any) -> dict[str, Any]:
-        good = {"schedule": "chunks", "model": "m", "routing": "balanced", "checkpointing": False}
-        return good | {"gradient_error": 0.0, "compute_over_plain": {"p50": 1.0}} | changes
+        good = {"schedule": "pairs", "model": "m", "routing": "balanced", "checkpointing": False}
+        return good | {"gradient_error": 0.0, "link_over_compute": 0.3, "seconds_over_plain": {"p50": 1.0}} | changes
 
     assert overlap.check([row()], 1e-5, 0.1) == []
-    assert "gradients of chunks" in overlap.check([row(gradient_error=1e-3)], 1e-5, 0.1)[0]
-    assert "1.200 times as long" in overlap.check([row(compute_over_plain={"p50": 1.2})], 1e-5, 0.1)[0]
+    assert "gradients of pairs" in overlap.check([row(gradient_error=1e-3)], 1e-5, 0.1)[0]
+    assert "1.200 times as long" in overlap.check([row(seconds_over_plain={"p50": 1.2})], 1e-5, 0.1)[0]
+
+
+def test_experiments_run_and_are_drawn(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(experiments, "PICTURES", tmp_path)
+    rows = bench("experiments", "--tiny")
+    assert {path.stem.removeprefix("experiment_") for path in tmp_path.glob("*.svg")} == set(experiments.EXPERIMENTS)
+    for name in experiments.EXPERIMENTS:
+        here = [row for row in rows if row["experiment"] == name]
+        assert here and all(row["contender"] for row in here), name
+    one, *_, eight = (row for row in rows if row["experiment"] == "sp")
+    assert one["longest"] == one["tokens"] and eight["longest"] > 4 * one["longest"]
+    sent = {row["plan"]: row["sent"] for row in rows if row["experiment"] == "degrees"}
+    assert sent["sp=1,ep=1"] == 0 < sent["sp=1,ep=2"] < sent["sp=1,ep=8"] < sent["sp=8,ep=8"]
 
 
 def test_link_over_compute_of_devices() -> None:
