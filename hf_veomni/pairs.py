@@ -36,6 +36,8 @@ try:
 except ImportError:  # an extra
     greenlet = None
 
+_autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue] (torch's stubs lack it)
+
 Calls = tuple[Callable[[], Any], Callable[[], Any]]
 
 
@@ -98,7 +100,7 @@ class _ThreadState:
 
 def _saving_hooks() -> Any:
     """The pair that sees what autograd saves now, the innermost of a stack that a thread has; None without any."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return _autograd._top_saved_tensors_default_hooks(True)
 
 
 @dataclass(eq=False)
@@ -154,12 +156,12 @@ class Lane:
         saving = []
         while (hooks := _saving_hooks()) != self._around:
             saving.append(hooks)
-            torch._C._autograd._pop_saved_tensors_default_hooks()
+            _autograd._pop_saved_tensors_default_hooks()
         try:
             self.other.greenlet.switch()
         finally:
             for hooks in reversed(saving):
-                torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+                _autograd._push_saved_tensors_default_hooks(*hooks)
             for shared, values in taken:
                 shared.put(values)
             self.state.restore()
@@ -205,6 +207,7 @@ class Lane:
         other = self.other
         if other.waits_for is key and not other.greenlet.dead:
             theirs, other._visit = other._visit, None
+            assert theirs is not None
             self.release(key)
             other._met, mine = together(theirs, visit)
             other.state = theirs.state

@@ -282,6 +282,6 @@ def combine(
     """
     if group is None:
         return _sum_weighed(_Reorder.apply(rows, route.inverse, route.order), weights)
-    flight = launch_combine(rows, arrived, route, group)
+    flight = launch_combine(rows, arrived, route, group)  # pyright: ignore[reportCallIssue]
     give_way()
     return land_combine(flight, weights, route)

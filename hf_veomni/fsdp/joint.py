@@ -126,7 +126,7 @@ class _JointCall:
         self.before = self._gate(unit._forward_pre_hooks, self.state._pre_forward_hook_handle.id)
         self.after = self._gate(unit._forward_hooks, self.state._post_forward_hook_handle.id)
         self.groups = _groups(self.state)
-        inner = [module for module in unit.modules() if isinstance(module, FSDPModule) and module is not unit]
+        inner: list[Any] = [m for m in unit.modules() if isinstance(m, FSDPModule) and m is not unit]
         others = {module for each in inner for module in each.modules()}
         self.modules = [module for module in unit.modules() if module not in others]
         self.open: _Passage | None = None
