@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from datasets import Features, IterableDataset, Json
+from datasets import Dataset, Features, IterableDataset, Json
 
 
 def parts(feature: Any) -> Iterator[Any]:
@@ -35,6 +35,27 @@ def _is_file(feature: Any) -> bool:
 
 def holds_json(feature: Any) -> bool:
     return any(isinstance(part, Json) for part in parts(feature))
+
+
+def as_shown(what: str, dataset: Dataset) -> Dataset:
+    """A dataset with the columns that its format shows, which are those that a Trainer reads.
+
+    Args:
+        what: to call it in messages.
+
+    Raises:
+        ValueError: a transform of the user's (`with_transform`), since what is packed is read as it is stored.
+    """
+    shown: Any = dataset.format
+    if shown["type"] == "custom":
+        raise ValueError(
+            f"{what} has a transform (`with_transform` or `set_transform`), and samples are read as they are stored, "
+            "without it: apply it with dataset.map(transform, batched=True), or take it off with "
+            "dataset.with_format(None)."
+        )
+    if shown["output_all_columns"] or set(shown["columns"]) == set(dataset.column_names):
+        return dataset
+    return dataset.select_columns(list(shown["columns"]))
 
 
 def undecoded(stream: IterableDataset) -> IterableDataset:

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, Features, IterableDataset
 
-from hf_veomni.data.features import common_feature, undecoded
+from hf_veomni.data.features import as_shown, common_feature, undecoded
 
 _STOP = {"first": "first_exhausted", "all": "all_exhausted"}
 
@@ -71,7 +71,8 @@ def _shares(named: Mapping[str, Any], weights: Any) -> list[float]:
 
 def _undecoded(name: str, source: Any) -> IterableDataset:
     if isinstance(source, Dataset):
-        source = source.to_iterable_dataset()
+        source = as_shown(f"Source {name}", source)
+        source = source.with_format(source.format["type"]).to_iterable_dataset()  # a stream knows no options of it
     if not isinstance(source, IterableDataset):
         raise ValueError(
             f"Source {name} is a {type(source).__name__}: give a datasets.Dataset or IterableDataset, for example "

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from datasets import Dataset, IterableDataset
 
+from hf_veomni.data.features import as_shown
 from hf_veomni.data.media.lengths import CostFunction, SizeReader
 from hf_veomni.data.pipeline import OVERLONG, Packing, Rules
 from hf_veomni.data.planning import STRATEGIES
@@ -63,9 +64,12 @@ def pack_dataset(
 
     Raises:
         ValueError: a document over `max_tokens`, a column of another length than `input_ids`, columns of images, audio
-            or video beside it, no token ids, packed already, an unknown option. Of a stream when it is read.
+            or video beside it, no token ids, packed already, a transform (`with_transform`), an
+            unknown option. Of a stream when it is read.
     """
     _check_options(dataset, max_tokens, strategy, overlong, num_proc, buffer_size)
+    if isinstance(dataset, Dataset):
+        dataset = as_shown("`dataset`", dataset)
     rules, names = Rules(max_tokens, strategy, overlong), column_names(dataset, LOOK_AT)
     if holds_samples(names, item_columns, processor):
         further = (*((columns,) if isinstance(columns, str) else columns), *item_columns)

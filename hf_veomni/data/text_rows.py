@@ -78,8 +78,7 @@ class TextPacking(Packing):
                 desc="Packing",
             )
         )
-        kind = dataset.format["type"]  # a transform of the user's is made for documents, not for packed sequences
-        return packed.with_format(None if kind == "custom" else kind)
+        return packed.with_format(dataset.format["type"])
 
     def open(self, dataset: IterableDataset) -> tuple[IterableDataset, list[str], Features]:
         names = list(self.columns.read)

@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_veomni.data import pack_dataset, unpack
+from hf_veomni.data import mix_datasets, pack_dataset, unpack
 
 STRATEGIES = ("best_fit", "sequential")
 documents = st.lists(st.integers(0, 20), min_size=1, max_size=40).filter(any)
@@ -110,8 +110,20 @@ def test_selected_and_shuffled_rows_are_read_through_their_index():
 def test_the_format_of_the_source_is_kept():
     packed = pack_dataset(Dataset.from_list(samples_of([5, 3])).with_format("torch"), 10)
     assert packed[0]["input_ids"].tolist() == [0, 1, 2, 3, 4, 1000, 1001, 1002]
-    packed = pack_dataset(Dataset.from_list(samples_of([5, 3])).with_transform(lambda batch: {"text": "a"}), 10)
-    assert packed[0]["input_ids"] == [0, 1, 2, 3, 4, 1000, 1001, 1002]
+
+
+def test_only_the_columns_that_a_format_shows_are_packed():
+    source = Dataset.from_list(samples_of([5, 3], labels=True)).with_format("numpy", columns=["input_ids"])
+    stream = mix_datasets([source])
+    assert pack_dataset(source, 10)[0]["labels"].tolist() == [-100, 1, 2, 3, 4, -100, 1001, 1002]
+    assert [sorted(sample) for sample in stream] == [["input_ids"], ["input_ids"]]
+
+
+@pytest.mark.parametrize("call", [lambda dataset: pack_dataset(dataset, 10), lambda dataset: mix_datasets([dataset])])
+def test_a_transform_that_would_be_left_out_is_refused(call):
+    source = Dataset.from_list(samples_of([5, 3])).with_transform(lambda batch: {"input_ids": [[1]]})
+    with pytest.raises(ValueError, match="has a transform .* apply it with dataset.map"):
+        call(source)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "int64"])
