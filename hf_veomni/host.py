@@ -68,10 +68,11 @@ class _Values(Tensor):
         if any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
         with unset_fake_temporarily():
-            return tree_map_only(Tensor, _as_values, func(*args, **kwargs))
+            return tree_map_only(Tensor, as_values, func(*args, **kwargs))
 
 
-def _as_values(tensor: Tensor) -> Tensor:
+def as_values(tensor: Tensor) -> Tensor:
+    """A real tensor of the CPU as one that keeps its values in a dry run, through whatever code computes from it."""
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.as_subclass(_Values)  # pyright: ignore[reportReturnType]
 
@@ -87,9 +88,11 @@ def _version(tensor: Tensor) -> int:
 
 
 def _known(tensor: Tensor) -> Tensor | None:
+    if isinstance(tensor, _Values):
+        return tensor
     if isinstance(tensor, FakeTensor):
         host, versions = vars(tensor).get(_HOST, (None, None))
-        return None if host is None or versions != (_version(tensor), _version(host)) else _as_values(host)
+        return None if host is None or versions != (_version(tensor), _version(host)) else as_values(host)
     if not isinstance(tensor, Remembered):
         return None
     if tensor._host is None:
@@ -137,9 +140,14 @@ def remember(tensor: Tensor, device: torch.device | str | None = None) -> Tensor
     """A tensor of the CPU, or its copy on `device`, that keeps its values on the host."""
     plain = forget(tensor)
     assert plain.device.type == "cpu", plain.device
-    moved = plain if device is None else plain.to(device, non_blocking=True)
+    return with_values(move(plain, device), plain)
+
+
+def move(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+    """A plain tensor of the CPU on `device`, without waiting for it; in a dry run a fake one."""
+    moved = tensor if device is None else tensor.to(device, non_blocking=True)
     mode = active_fake_mode()
-    return with_values(moved if mode is None else mode.from_tensor(moved), plain)
+    return moved if mode is None else mode.from_tensor(moved)
 
 
 def knows(tensor: Any) -> bool:

@@ -5,27 +5,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 
 from hf_veomni import hf
+from hf_veomni.dryrun.encoders import encoding, has_encoder_inputs, keeps_values
 from hf_veomni.dryrun.report import DryRun
 from hf_veomni.dryrun.step import Recorded, record_step
 from hf_veomni.dryrun.world import fake_world
-from hf_veomni.errors import UnsupportedError
-from hf_veomni.host import forget, remember
+from hf_veomni.hf.build import builder, load_config
+from hf_veomni.host import as_values, forget, move, remember
 from hf_veomni.mesh import get_parallel_state
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.prepare import detach_omni, prepare_omni
@@ -61,7 +55,7 @@ def dry_run(
         plan: as in `prepare_omni`.
         tokens: of the packed sequence, or the lengths of its documents.
         batch: real tensors on the CPU that the model is called with, in place of text of `tokens`; with `labels`, and
-            with `position_ids`.
+            with `position_ids`. Values of images, videos and audio do not count, their ids and grids do.
         rank: which one to play.
         kernels: "cuda" chooses as on a CUDA device (varlen attention, grouped matmuls), "cpu" as on the CPU.
         dtype: of the parameters.
@@ -73,13 +67,13 @@ def dry_run(
 
     Raises:
         ValueError: an unknown device, or a plan, rank or batch that does not fit.
-        UnsupportedError: inputs of an encoder; what `prepare_omni` and the forward refuse.
+        UnsupportedError: an encoder that asks for values; what `prepare_omni` and the forward refuse.
         RuntimeError: `torch.distributed` is initialised.
     """
     began = time.perf_counter()
     _check(kernels, rank, world_size, accumulation, skew)
     resolved = ParallelPlan.parse(plan).resolve(world_size)
-    _check_text(given := text_batch(tokens) if batch is None else batch)
+    given = text_batch(tokens) if batch is None else batch
     build = model if callable(model) else builder(load_config(model), dtype)
     with fake_world(world_size, rank, kernels=kernels, skew=skew):
         built = add_adapters(build(), lora)
@@ -110,10 +104,14 @@ def _record(
     if checkpointing:
         hf.base_model(prepared).activation_checkpointing_enable()
     prepared.train()
-    device = get_parallel_state(prepared).device
-    batches = [{key: _fake(value, device) for key, value in batch.items()} for _ in range(accumulation)]
+    device, encodes = get_parallel_state(prepared).device, has_encoder_inputs(batch)
+    batches = [
+        {key: _fake(value, device, encodes and keeps_values(key)) for key, value in batch.items()}
+        for _ in range(accumulation)
+    ]
     try:
-        return record_step(prepared, batches, fake=True, autocast=mixed_precision)
+        with encoding(prepared) if encodes else nullcontext():
+            return record_step(prepared, batches, fake=True, autocast=mixed_precision)
     finally:
         detach_omni(prepared)  # what is process-wide is put back
 
@@ -129,19 +127,13 @@ def _check(kernels: str, rank: int, world_size: int, accumulation: int, skew: fl
         raise ValueError(f"`skew` ({skew}) must be above 0; 1 is balanced.")
 
 
-def _check_text(batch: Mapping[str, Any]) -> None:
-    name = next((n for n, x in batch.items() if isinstance(x, Tensor) and x.is_floating_point()), None)
-    if name is not None:
-        raise UnsupportedError(
-            f"`batch` holds '{name}': encoders of images, video and audio ask for values, which a dry run does not "
-            "have. Leave it out, and count the encoder's share yourself."
-        )
-
-
-def _fake(value: Any, device: torch.device) -> Any:
+def _fake(value: Any, device: torch.device, keep: bool) -> Any:
+    """A tensor of the batch as the model gets it; `keep`: its values stay through the model's own code."""
     if not isinstance(value, Tensor):
         return value
-    return remember(forget(value), device)
+    if value.is_floating_point():
+        return move(forget(value), device)
+    return as_values(forget(value)) if keep else remember(forget(value), device)
 
 
 def text_batch(tokens: int | Sequence[int]) -> dict[str, Tensor]:
@@ -157,33 +149,6 @@ def text_batch(tokens: int | Sequence[int]) -> dict[str, Tensor]:
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     labels = ids.masked_fill(positions == 0, -100)
     return {"input_ids": ids, "labels": labels, "position_ids": positions}
-
-
-def load_config(model: str | os.PathLike[str] | PreTrainedConfig) -> PreTrainedConfig:
-    """The config of a Hub id, a folder or a file.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if isinstance(model, PreTrainedConfig):
-        return model
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`model` ('{model}') has no config that transformers reads: give a Hub id, a folder with a config.json, "
-            f"or the path of such a file. {error}"
-        ) from error
-
-
-def builder(config: PreTrainedConfig, dtype: torch.dtype) -> Callable[[], nn.Module]:
-    """A function that builds the model of a config, with a language head where the family has one."""
-    known: tuple[tuple[Any, Any], ...] = (
-        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
-        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
-    )
-    auto: Any = next((auto for mapping, auto in known if type(config) in mapping), AutoModel)
-    return lambda: auto.from_config(config, dtype=dtype)
 
 
 def add_adapters(model: nn.Module, lora: Any) -> nn.Module:

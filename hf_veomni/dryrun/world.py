@@ -8,6 +8,7 @@ within `fake_world`. Nothing of the step path knows of it:
                                 and compiled functions are chosen as on the device that is asked for
     meshes                      made with real tensors, since torch reads them back
     routes of experts           balanced over the experts, or with the skew that is asked for
+    grids of a rank's items     keep their values, as those of the batch do (`encoders`)
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from hf_veomni.comm.all_to_all import exchange
 from hf_veomni.expert.compute import Groups
 from hf_veomni.expert.dispatch import Route, chunk_sizes, count_pairs
 from hf_veomni.hf.require import require
+from hf_veomni.host import as_values
 from hf_veomni.loss import chunked
 from hf_veomni.loss.head import default_chunk_tokens
 
@@ -124,6 +126,7 @@ def _substitutes(world_size: int, kernels: str, skew: float) -> Iterator[tuple[s
     yield "hf_veomni.comm.agree", "_world_size", lambda: 1
     yield "hf_veomni.sequence.attach", "check_same_rows", lambda given, state: None
     yield "hf_veomni.expert.forward", "make_routes", partial(balanced_routes, skew)
+    yield "hf_veomni.modality.items", "remember", lambda grid, device: as_values(grid)
     if kernels == "cuda":
         yield "hf_veomni.attention.varlen", "has_kernel", lambda device: True
         yield "hf_veomni.expert.compute", "has_grouped_kernel", lambda device: True

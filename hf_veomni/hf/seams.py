@@ -153,7 +153,12 @@ SEAMS: dict[str, tuple[str, ...]] = {
     ),
     "torch._guards": ("active_fake_mode",),
     "torch._subclasses": ("FakeTensor",),
-    "torch._subclasses.fake_tensor": ("FakeTensorMode", "unset_fake_temporarily"),
+    "torch._subclasses.fake_tensor": (
+        "DataDependentOutputException",
+        "DynamicOutputShapeException",
+        "FakeTensorMode",
+        "unset_fake_temporarily",
+    ),
     "torch.distributed.device_mesh:DeviceMesh": ("_flatten",),
     "torch.distributed.distributed_c10d": ("_get_default_store", "_resolve_process_group"),
     "torch.distributed.fsdp:FSDPModule": ("_get_fsdp_state",),

@@ -25,7 +25,7 @@ from transformers.vision_utils import (
 
 from hf_veomni import hf
 from hf_veomni.families import TOWERS
-from hf_veomni.host import on_host
+from hf_veomni.host import forget, make, move, on_host
 from hf_veomni.modality.ulysses_vit import cutting, mark_boundaries, register_tower_attention
 
 
@@ -57,26 +57,46 @@ class ReadyTower:
             return None
         return args, {**kwargs, **self._tables(tower, on_host(grid), grid.device)}
 
-    def _tables(self, tower: Any, grid: Tensor, device: torch.device) -> dict[str, Any]:
-        rules, merge = TOWERS[self.config.model_type], self.config.spatial_merge_size
-        tables: dict[str, Any] = {"position_ids": get_vision_position_ids(grid, merge)}
-        edges = {"cu_seqlens": get_vision_cu_seqlens(grid)}
-        if rules.windows:
-            size, patch = self.config.window_size, self.config.patch_size
-            tables["window_index"], edges["cu_window_seqlens"] = get_vision_window_index(grid, merge, size, patch)
-        if rules.tables:
-            names = ("interp_indices", "interp_weights")
-            found = get_vision_interpolation_indices_and_weights(
-                grid,
-                num_grid_per_side=tower.num_grid_per_side,
-                mode=tower.interpolation_mode,
-                align_corners=tower.interpolation_align_corners,
-                spatial_merge_size=merge,
-            )
-            tables.update(zip(names, found, strict=True))
-        tables = {name: table.to(device, non_blocking=True) for name, table in tables.items()}
+    def _tables(self, tower: nn.Module, grid: Tensor, device: torch.device) -> dict[str, Any]:
+        made, edges = tower_tables(tower, self.config, grid)
+        tables: dict[str, Any] = {name: move(table, device) for name, table in made.items()}
         for name, edge in edges.items():
-            lengths = edge.diff().tolist()
-            tables[name] = mark_boundaries(edge.to(device, non_blocking=True), lengths, device)
+            lengths = make(_lengths, edge)
+            tables[name] = mark_boundaries(move(edge, device), lengths, device)
             tables["max_seqlen" if name == "cu_seqlens" else "max_window_seqlen"] = max(lengths)
         return tables
+
+
+def _lengths(edges: Tensor) -> list[int]:
+    return edges.diff().tolist()
+
+
+def tower_tables(tower: Any, config: Any, grid: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a tower of `TOWERS` computes from the grid of its items, by the names under which it takes it, on the CPU.
+
+    Args:
+        config: the tower's own.
+        grid: [n, 3] on the host.
+
+    Returns:
+        Tables of all patches, and the boundaries between which they attend to each other.
+    """
+    rules, merge = TOWERS[config.model_type], config.spatial_merge_size
+    grid = forget(grid)
+    tables: dict[str, Any] = {"position_ids": make(get_vision_position_ids, grid, merge)}
+    edges: dict[str, Tensor] = {"cu_seqlens": make(get_vision_cu_seqlens, grid)}
+    if rules.windows:
+        size, patch = config.window_size, config.patch_size
+        found = make(get_vision_window_index, grid, merge, size, patch)
+        tables["window_index"], edges["cu_window_seqlens"] = found
+    if rules.tables:
+        found = make(
+            get_vision_interpolation_indices_and_weights,
+            grid,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
+        tables.update(zip(("interp_indices", "interp_weights"), found, strict=True))
+    return tables, edges

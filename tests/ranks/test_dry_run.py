@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig, Qwen3NextConfig
 
-from hf_veomni import prepare_omni
+from hf_veomni import OmniDataCollatorWithPacking, prepare_omni
 from hf_veomni.dryrun import DryRun, dry_run
 from hf_veomni.dryrun.run import add_adapters, text_batch
 from hf_veomni.dryrun.step import record_step
+from tests import multimodal
 
 TOKENS = [700, 323]  # no multiple of the ranks: rows are padded
 _SIZES = {
@@ -55,14 +56,31 @@ def build(kind: str) -> nn.Module:
 def measure(kind: str, plan: str, checkpointing: bool, lora: int | None) -> dict[str, Any]:
     """The same step with real tensors, seen by the recorder and by torch's own profiler of allocations."""
     torch.manual_seed(0)
-    model = add_adapters(build(kind), lora)
+    return measure_step(add_adapters(build(kind), lora), text_batch(TOKENS), plan, checkpointing)
+
+
+def measure_images(family: str, plan: str, checkpointing: bool) -> dict[str, Any]:
+    return measure_step(build_with_tower(family), row_of_images(family), plan, checkpointing)
+
+
+def build_with_tower(family: str) -> nn.Module:
+    kind, config, _ = multimodal.FAMILIES[family][0]()
+    return kind(config)
+
+
+def row_of_images(family: str) -> dict[str, Any]:
+    """The samples of a family as one packed sequence, by our collator."""
+    _, config, processor = multimodal.FAMILIES[family][0]()
+    return OmniDataCollatorWithPacking(processor=processor, model_config=config)(multimodal.samples_of(family))
+
+
+def measure_step(model: nn.Module, batch: dict[str, Any], plan: str, checkpointing: bool) -> dict[str, Any]:
     prepared = prepare_omni(model, plan).train()
     if checkpointing:
         getattr(prepared, "base_model", prepared).activation_checkpointing_enable()
     for module in model.modules():
         if type(module).__name__ == "Qwen3MoeTopKRouter":
             module.register_forward_hook(_balance)
-    batch = text_batch(TOKENS)
     record_step(prepared, [batch], fake=False)  # compares the sequences of an SP group, once
     # Now and then gloo's thread lets go of an exchange's buffers after the wait for it (torch 2.15): not a need.
     return min((_recorded(prepared, batch) for _ in range(4)), key=lambda found: found["peak"])
@@ -143,3 +161,20 @@ def test_equals_ranks_that_are_there(ranks, kind: str, plan: str, checkpointing:
         for rank in range(world)
     ]
     compare(foreseen, found, experts=kind == "moe")
+
+
+@pytest.mark.parametrize(
+    ("family", "plan", "checkpointing"),
+    [
+        ("qwen2_5_vl", "sp=2", False),
+        ("qwen2_5_vl", "", True),
+        ("qwen3_vl", "sp=2", False),
+        ("qwen3_vl", "sp=2", True),
+        ("qwen3_vl", "", False),
+    ],
+)
+def test_images_equal_ranks_that_are_there(ranks, family: str, plan: str, checkpointing: bool) -> None:
+    found = ranks(2).run(measure_images, family, plan, checkpointing, timeout=180)
+    options: dict[str, Any] = {"batch": row_of_images(family), "kernels": "cpu", "checkpointing": checkpointing}
+    foreseen = [dry_run(partial(build_with_tower, family), plan, 2, rank=rank, **options) for rank in range(2)]
+    compare(foreseen, found, experts=False)

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig, Qwen3VLConfig
 from typer.testing import CliRunner
 
 from hf_veomni import UnsupportedError
 from hf_veomni.cli import app
-from hf_veomni.dryrun import DryRun, dry_run
+from hf_veomni.dryrun import DryRun, dry_run, image_batch
 from hf_veomni.dryrun.world import balanced_routes, even_split
 
 SIZES: dict[str, Any] = {
@@ -129,12 +129,49 @@ def test_model_of_ones_own() -> None:
         ({"tokens": 1}, ValueError, "2 tokens or more"),
         ({"skew": 0}, ValueError, "`skew`"),
         ({"accumulation": 0}, ValueError, "`accumulation`"),
-        ({"batch": {"pixel_values": torch.zeros(1)}}, UnsupportedError, "`batch` holds 'pixel_values'"),
     ],
 )
 def test_refuses(options: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         dry_run(DENSE, world_size=4, **{"plan": "", "tokens": 64, **options})
+    assert not dist.is_initialized()
+
+
+VISION = {"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96, "out_hidden_size": 64}
+VISION |= {"patch_size": 4, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+IDS = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+IMAGES = Qwen3VLConfig(text_config={**SIZES, "num_key_value_heads": 4}, vision_config=VISION, **IDS)
+
+
+def test_images_are_shared_over_the_ranks_of_a_sequence() -> None:
+    batch = image_batch(IMAGES, 2048, [(1, 32, 32)] * 4)
+    encoded = []
+    for plan in ("", "sp=2", "sp=4"):
+        text, run = (dry_run(IMAGES, plan, 4, batch=b, tokens=2048) for b in (None, batch))
+        assert any(module.startswith("model.visual.blocks") for _, module, _ in run.modules())
+        encoded.append(run.kept["activations"] - text.kept["activations"])
+    assert encoded[0] > 1.5 * encoded[1] > 2 * encoded[2] > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "grids", "kind", "message"),
+    [
+        (DENSE, [(1, 4, 4)], UnsupportedError, "Images for 'llama' are not made up"),
+        (IMAGES, [(1, 3, 4)], ValueError, "multiples of 2"),
+        (IMAGES, [(1, 64, 64)], ValueError, "make 1024 tokens, and `tokens` .100. must hold"),
+    ],
+)
+def test_no_images(config: Any, grids: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        image_batch(config, 100, grids)
+
+
+def test_a_model_that_asks_for_values_is_named() -> None:
+    batch = image_batch(IMAGES, 64, [(1, 8, 8)])
+    del batch["position_ids"]  # then the model computes them from the kinds of the tokens
+    batch["mm_token_type_ids"] = (batch["input_ids"] == 5).long()
+    with pytest.raises(UnsupportedError, match="Qwen3VLForConditionalGeneration asks for values"):
+        dry_run(IMAGES, "", 2, batch=batch)
     assert not dist.is_initialized()
 
 
