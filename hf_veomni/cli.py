@@ -272,6 +272,55 @@ def dry_run(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or path of a config.json.")],
+    world_size: Annotated[int, typer.Option(help="Ranks.")],
+    device: Annotated[str, typer.Option(help="Short name in the table of devices, or a yaml file of your own.")],
+    context: Annotated[int, typer.Option(help="Tokens of a packed sequence.")] = 4096,
+    document: Annotated[int | None, typer.Option(help="Tokens of the longest documents in it; default: all.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Packed sequences of an optimizer step, over all ranks.")] = None,
+    lora: Annotated[int | None, typer.Option(help="Rank of LoRA adapters on all linear layers.")] = None,
+    mixed_precision: Annotated[bool, typer.Option(help="bf16 autocast, gradients reduced in fp32.")] = False,
+    fp32: Annotated[bool, typer.Option(help="Weights and optimizer in fp32, with --mixed-precision.")] = False,
+    count: Annotated[int, typer.Option(help="Rows of the tables.")] = 10,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all layouts to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw memory and speed into this file.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Write accelerate's configuration of the fastest.")] = None,
+) -> None:
+    """Memory and speed of every layout of a world, by formulas: which one to take."""
+    from hf_veomni.planner import plan_layouts, report
+
+    try:
+        found = plan_layouts(
+            model,
+            world_size,
+            device,
+            context=context,
+            document=document,
+            batch=batch,
+            lora=lora,
+            mixed_precision=mixed_precision,
+            fp32=fp32,
+        )
+    except ValueError as error:  # of ours, which says what to do
+        raise typer.BadParameter(str(error)) from error
+    for part in report.render(found, count):
+        console.print(part)
+    if json_path is not None:
+        json_path.write_text(json.dumps(report.to_dict(found), indent=1) + "\n")
+    if picture is not None:
+        report.draw(found, picture)
+    try:
+        best = found.best
+    except ValueError as error:
+        console.print(str(error), style="bold", soft_wrap=True, markup=False)
+        raise typer.Exit(1) from error
+    console.print(f"The fastest that fits: {best.layout}")
+    if write is not None:
+        report.write_accelerate_config(found, best, write)
+
+
+@app.command()
 def env() -> None:
     """Versions, devices and kernels."""
     import torch

@@ -1,0 +1,184 @@
+"""Plans as a table, as json, as a picture, and as a configuration of accelerate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+from hf_veomni.plan import ACCELERATE_PREFIX
+from hf_veomni.planner.memory import CATEGORIES
+from hf_veomni.planner.search import GIB, Entry, Plans
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def to_dict(plans: Plans, count: int | None = None) -> dict[str, Any]:
+    """Plain values, for json: the first `count` entries, None for all."""
+    job = plans.job
+    return {
+        "model": plans.shape.name,
+        "parameters": plans.shape.total,
+        "active_parameters": plans.shape.active,
+        "device": plans.device.name,
+        "world_size": plans.world_size,
+        "context": job.context,
+        "document": job.document,
+        "batch": job.batch,
+        "lora": job.lora,
+        "layouts": len(plans.entries),
+        "fitting": len(plans.fitting),
+        "entries": [_entry(plans, entry) for entry in plans.entries[:count]],
+    }
+
+
+def _entry(plans: Plans, entry: Entry) -> dict[str, Any]:
+    return {
+        "plan": str(entry.layout.plan),
+        "checkpointing": entry.layout.checkpointing,
+        "accumulation": entry.layout.accumulation(plans.job),
+        "fits": entry.fits,
+        "over_bytes": max(0, entry.over),
+        "peak_bytes": entry.memory.total,
+        "peak_moment": entry.memory.moment,
+        "peak": entry.memory.categories,
+        "reserved_bytes": entry.reserved,
+        "seconds": entry.time.seconds,
+        "seconds_by_part": entry.time.parts,
+        "hidden_seconds": entry.time.hidden,
+        "tokens_per_second": entry.tokens_per_second,
+        "tokens_per_second_and_device": entry.tokens_per_second / plans.world_size,
+        "mfu": plans.mfu(entry),
+        "exchanges": [{**vars(x), "sent": x.sent} for x in entry.exchanges],
+    }
+
+
+def render(plans: Plans, count: int = 10) -> Iterable[RenderableType]:
+    """Tables for a terminal: the fastest that fit, and the nearest that do not."""
+    from rich.table import Table
+
+    job, world = plans.job, plans.world_size
+    title = f"{plans.shape.name}, {plans.shape.total / 1e9:.1f}B, {world} x {plans.device.name}, {job.context} tokens"
+    fitting = plans.fitting
+    table = Table(title=f"{title}\n{len(fitting)} of {len(plans.entries)} layouts fit")
+    for column in ("plan", "ckpt", "GiB", "tokens/s/device", "MFU %", "step s", "exposed s: sp", "ep", "fsdp"):
+        table.add_column(column, justify="left" if column == "plan" else "right")
+    for entry in fitting[:count]:
+        parts = entry.time.parts
+        table.add_row(
+            str(entry.layout.plan),
+            "yes" if entry.layout.checkpointing else "",
+            f"{(entry.memory.total + entry.reserved) / GIB:.1f}",
+            f"{entry.tokens_per_second / world:.0f}",
+            f"{100 * plans.mfu(entry):.1f}",
+            f"{entry.time.seconds:.2f}",
+            *(f"{parts[axis]:.2f}" for axis in ("sp", "ep", "fsdp")),
+        )
+    yield table
+    others = plans.entries[len(fitting) :]
+    if others:
+        left = Table(title="What does not fit, the nearest first")
+        for column in ("plan", "ckpt", "over by GiB", *CATEGORIES):
+            left.add_column(column, justify="left" if column == "plan" else "right")
+        for entry in others[:count]:
+            sizes = [f"{entry.memory.categories[c] / GIB:.1f}" for c in CATEGORIES]
+            ckpt = "yes" if entry.layout.checkpointing else ""
+            left.add_row(str(entry.layout.plan), ckpt, f"{entry.over / GIB:.1f}", *sizes)
+        yield left
+
+
+def draw(plans: Plans, path: str | os.PathLike[str], count: int = 12) -> None:
+    """A picture: memory of the fastest plans by category, and memory and speed of all with their Pareto front.
+
+    Raises:
+        ImportError: matplotlib is not installed (`pip install hf-veomni[plot]`).
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 0.35 * count + 2.2), layout="constrained")
+    bars, scatter = figure.subplots(1, 2)
+    shown = list(reversed(plans.entries[:count]))
+    names = [str(entry.layout) for entry in shown]
+    left = [0.0] * len(shown)
+    for category in (*CATEGORIES, "reserved"):
+        sizes = [e.reserved if category == "reserved" else e.memory.categories[category] for e in shown]
+        bars.barh(names, [size / GIB for size in sizes], left=left, label=category)
+        left = [x + size / GIB for x, size in zip(left, sizes, strict=True)]
+    bars.axvline(plans.device.memory_gib, color="black", linestyle="--", linewidth=1)
+    bars.set_xlabel("GiB of a device (dashed: what it has)")
+    bars.set_title(f"{plans.shape.name}, {plans.world_size} ranks, {plans.job.context} tokens")
+    bars.legend(fontsize=8)
+    points = [((e.memory.total + e.reserved) / GIB, e.tokens_per_second / plans.world_size, e) for e in plans.entries]
+    for fits, color in ((True, "tab:green"), (False, "tab:red")):
+        some = [(x, y) for x, y, entry in points if entry.fits is fits]
+        scatter.scatter([x for x, _ in some], [y for _, y in some], s=14, color=color, label=f"fits: {fits}")
+    front, best = [], -1.0
+    for x, y, _ in sorted(points, key=lambda point: (point[0], -point[1])):
+        if y > best:
+            front.append((x, y))
+            best = y
+    scatter.step([x for x, _ in front], [y for _, y in front], where="post", color="gray", label="Pareto front")
+    scatter.axvline(plans.device.memory_gib, color="black", linestyle="--", linewidth=1)
+    scatter.set(xscale="log", xlabel="GiB of a device", ylabel="predicted tokens/s and device")
+    scatter.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def accelerate_config(plans: Plans, entry: Entry, path: str, purpose: str = "") -> str:
+    """The text of a file for `accelerate launch --config_file` with this entry's plan; the estimate is its header.
+
+    Args:
+        path: that the file will have.
+        purpose: for the header; by default what was planned for.
+    """
+    job, device, world = plans.job, plans.device, plans.world_size
+    machines = -(-world // device.node)
+    trained = "full fine-tuning" if job.lora is None else f"LoRA of rank {job.lora}"
+    about = purpose or f"{trained} of {plans.shape.name} with {plans.shape.total / 1e9:.0f}B parameters"
+    about += f", on packed sequences of {job.context:,} tokens"
+    if job.document < job.context:
+        about += f" with documents of up to {job.document:,}"
+    if entry.layout.checkpointing:
+        about += ", with `activation_checkpointing=True`"
+    sizes = ", ".join(f"{c} {size / GIB:.1f}" for c, size in entry.memory.categories.items() if size >= GIB / 20)
+    estimate = (
+        f"Estimated by `hf-veomni plan`, not measured: {entry.memory.total / GIB:.1f} GiB of tensors a device at the "
+        f"peak ({sizes}), {entry.reserved / GIB:.1f} GiB beside them; {entry.tokens_per_second / world:.0f} tokens/s "
+        "and device."
+    )
+    lines = wrap(f"{world} x {device.name}: {entry.layout.plan}.", 115)
+    lines += wrap(f"For: {about}.", 115) + wrap(estimate, 115)
+    if plans.shape.encoders:
+        lines += ["Activations of encoders are not in it."]
+    if machines > 1:
+        lines += ["", "On every node, with its own rank and the address of node 0:"]
+        lines += [f"  accelerate launch --config_file {path} \\"]
+        lines += ["      --machine_rank RANK --main_process_ip ADDRESS --main_process_port 29500 script.py"]
+    else:
+        lines += ["", f"  accelerate launch --config_file {path} script.py"]
+    head = "\n".join(f"# {line}".rstrip() for line in lines)
+    return f"""{head}
+distributed_type: FSDP
+mixed_precision: bf16
+num_machines: {machines}
+num_processes: {world}
+fsdp_config:
+  fsdp_version: 2
+  fsdp_cpu_ram_efficient_loading: false  # every rank loads the weights; true leaves all but the first without
+parallelism_config:
+  parallelism_config_sp_backend: "{ACCELERATE_PREFIX}{_stated(entry)}"  # the plan
+"""
+
+
+def _stated(entry: Entry) -> str:
+    """The plan as a string that says something of a plan of data ranks alone, too."""
+    text = str(entry.layout.plan)
+    return "dp_shard=1" if text == "single" else text
+
+
+def write_accelerate_config(plans: Plans, entry: Entry, path: str | os.PathLike[str]) -> None:
+    """Write `accelerate_config` to a file."""
+    Path(path).write_text(accelerate_config(plans, entry, str(path)))

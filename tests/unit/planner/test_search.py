@@ -1,0 +1,205 @@
+"""All layouts of a world: their number and order, what is said of those that do not fit, and what is written."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    FNetConfig,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MptConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
+from typer.testing import CliRunner
+
+from hf_veomni import ParallelPlan, UnsupportedError
+from hf_veomni.cli import app
+from hf_veomni.flops import StepFlops
+from hf_veomni.planner import find_device, identify_device, known_devices, plan_layouts, report
+from hf_veomni.planner.layout import Job, Layout
+from hf_veomni.planner.memory import memory_of
+from hf_veomni.planner.shape import Shape
+from hf_veomni.planner.time import time_of
+
+SIZES: dict[str, Any] = {"vocab_size": 151936, "max_position_embeddings": 1 << 18, "tie_word_embeddings": False}
+EXPERTS: dict[str, Any] = {
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+MOE = Qwen3MoeConfig(**SIZES, **EXPERTS, num_hidden_layers=48, num_experts=128)
+DENSE = LlamaConfig(**SIZES, num_key_value_heads=8, hidden_size=4096, intermediate_size=14336)
+
+
+def measured_dense(layers: int) -> PreTrainedConfig:
+    return LlamaConfig(**{**DENSE.to_dict(), "num_hidden_layers": layers, "vocab_size": 128256})
+
+
+MEASURED_MOE = Qwen3MoeConfig(**SIZES, **EXPERTS, num_hidden_layers=21, num_experts=16)
+
+
+def test_all_layouts_of_128_ranks() -> None:
+    began = time.process_time()
+    plans = plan_layouts(MOE, 128, "h100-80gb", context=163840)
+    assert time.process_time() - began < 5
+    assert all(entry.layout.plan.resolve(128).world_size == 128 for entry in plans.entries)
+    assert len({e.layout for e in plans.entries}) == len(plans.entries) > 600
+    speeds = [entry.tokens_per_second for entry in plans.fitting]
+    assert speeds == sorted(speeds, reverse=True) and plans.best is plans.entries[0]
+    others = plans.entries[len(plans.fitting) :]
+    assert others and [e.over for e in others] == sorted(e.over for e in others) and others[0].over > 0
+
+
+def test_sizes_of_a_model() -> None:
+    shape = Shape.of(MOE)
+    assert shape.total == pytest.approx(30.5e9, rel=0.01)  # its name says 30B, with 3B active
+    assert shape.active + shape.embedding == pytest.approx(3.3e9, rel=0.1)
+
+
+@pytest.mark.parametrize("config", [MOE, DENSE], ids=["moe", "dense"])
+def test_flops_are_those_of_the_log(config: PreTrainedConfig) -> None:
+    """Those that the Trainer's MFU counts on a model of this config."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    positions = torch.arange(4096).repeat(2)[None]
+    batch = {"input_ids": torch.zeros_like(positions), "position_ids": positions}
+    _, flops = StepFlops.from_model(model).of_batch(batch)
+    found = time_of(Shape.of(config), Layout(1, 1, 1, 1, True), Job(8192, 4096), find_device("h100-80gb"))
+    assert found.flops == pytest.approx(float(flops), rel=0.01)
+
+
+def test_says_what_does_not_fit() -> None:
+    plans = plan_layouts(DENSE, 1, "rtx4090-24gb", context=8192)
+    assert not plans.fitting
+    with pytest.raises(UnsupportedError, match=r"No layout of 1 ranks of 23.5 GiB .* is over by \d+.\d GiB"):
+        _ = plans.best
+    assert plan_layouts(DENSE, 8, "h100-80gb", context=8192).best.fits
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "document", "measured"),
+    [
+        # benchmarks/results/on_gpu_nvidia-h100-80gb-hbm3.json: parts dense and experts
+        (measured_dense(12), 8192, 1200, 0.358),
+        (measured_dense(12), 8192, 8192, 0.389),
+        (measured_dense(3), 65536, 2000, 1.06),
+        (MEASURED_MOE, 8192, 1200, 0.378),
+    ],
+)
+def test_time_of_the_measured_steps(config: PreTrainedConfig, tokens: int, document: int, measured: float) -> None:
+    found = time_of(Shape.of(config), Layout(1, 1, 1, 1, False), Job(tokens, document), find_device("h100-80gb"))
+    assert found.seconds == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "measured"),
+    [(measured_dense(12), 8192, 43880006144), (MEASURED_MOE, 8192, 50602102272)],
+)
+def test_memory_of_the_measured_steps(config: PreTrainedConfig, tokens: int, measured: int) -> None:
+    """`max_memory_allocated` of an H100, from the same file."""
+    found = memory_of(Shape.of(config), Layout(1, 1, 1, 1, False), Job(tokens, tokens // 7))
+    assert found.total == pytest.approx(measured, rel=0.05)
+
+
+def test_links_between_nodes_cost() -> None:
+    device = find_device("h100-80gb")
+    slow, fast = (plan_layouts(MOE, 16, d, context=32768) for d in (device, replace(device, node=16)))
+    wanted = Layout(1, 1, 16, 16, True)
+    seconds = [next(e for e in plans.entries if e.layout == wanted).time.parts for plans in (slow, fast)]
+    assert seconds[0]["sp"] > 2 * seconds[1]["sp"] and seconds[0]["matmul"] == seconds[1]["matmul"]
+
+
+def test_batch_is_accumulated() -> None:
+    plans = plan_layouts(DENSE, 8, "h100-80gb", context=8192, batch=32)
+    entry = next(e for e in plans.entries if e.layout == Layout(1, 8, 1, 1, True))
+    assert entry.layout.accumulation(plans.job) == 4
+    assert entry.tokens_per_second == pytest.approx(32 * 8192 / entry.time.seconds)
+
+
+def test_own_device(tmp_path: Path) -> None:
+    values = {k: v for k, v in vars(find_device("h100-80gb")).items() if k not in ("measured", "source", "name")}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**values, "memory_gib": 40}))
+    assert find_device(path).memory_gib == 40
+    path.write_text(yaml.safe_dump({**values, "memory_gb": 40}))
+    with pytest.raises(ValueError, match=r"unknown key 'memory_gb': did you mean 'memory_gib'"):
+        find_device(path)
+    path.write_text(yaml.safe_dump({"memory_gib": 40}))
+    with pytest.raises(ValueError, match="lacks .*matmul_tflops"):
+        find_device(path)
+    path.write_text(yaml.safe_dump({**values, "node": 0}))
+    with pytest.raises(ValueError, match="`node` .0. .* must be a number above 0"):
+        find_device(path)
+    assert all(device.source for device in known_devices().values())
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"device": "h100"}, ValueError, "'h100'. is not in the table: did you mean 'h100-80gb'"),
+        ({"world_size": 0}, ValueError, "`world_size` .0. must be a positive integer"),
+        ({"context": 1 << 20}, ValueError, "longer than the model's context"),
+        ({"lora": 0}, ValueError, "`lora` .0."),
+        ({"fp32": True}, ValueError, "`fp32` .True. needs `mixed_precision`"),
+        ({"model": MptConfig()}, UnsupportedError, "an attention of Wqkv, out_proj.*dry-run"),
+        ({"model": FNetConfig()}, UnsupportedError, "has no shard points"),
+        ({"model": GptOssConfig(num_hidden_layers=2)}, UnsupportedError, "has formulas for layers of.*dry-run"),
+        ({"model": Gemma2Config(num_hidden_layers=2)}, UnsupportedError, "RMS norms in a layer"),
+        ({"model": "./nowhere"}, ValueError, "has no config"),
+    ],
+)
+def test_refuses(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        plan_layouts(**{"model": MOE, "world_size": 8, "device": "h100-80gb", "context": 4096, **options})
+
+
+def test_command_writes_what_accelerate_reads(tmp_path: Path) -> None:
+    DENSE.save_pretrained(tmp_path)
+    arguments = ["plan", str(tmp_path), "--world-size", "8", "--device", "h100-80gb", "--context", "32768"]
+    files = {"--json": "plans.json", "--picture": "plans.png", "--write": "plan.yaml"}
+    for option, name in files.items():
+        arguments += [option, str(tmp_path / name)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "layouts fit" in result.output and "The fastest that fits" in result.output
+    found = json.loads((tmp_path / "plans.json").read_text())
+    assert found["entries"][0]["fits"] and len(found["entries"]) == found["layouts"]
+    written = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    plan = written["parallelism_config"]["parallelism_config_sp_backend"].removeprefix("veomni:")
+    assert ParallelPlan.parse(plan).resolve(8) == ParallelPlan.parse(found["entries"][0]["plan"]).resolve(8)
+    assert (tmp_path / "plans.png").stat().st_size > 10_000
+    result = CliRunner().invoke(app, ["plan", str(tmp_path), "--world-size", "1", "--device", "rtx4090-24gb"])
+    assert result.exit_code == 1 and "comes nearest" in result.output.replace("\n", " ")
+
+
+def test_a_device_by_its_name() -> None:
+    assert identify_device("NVIDIA H100 80GB HBM3", 79.2) == find_device("h100-80gb")
+    assert identify_device("NVIDIA A100-SXM4-40GB", 39.4) == find_device("a100-40gb")
+    for name, memory in (
+        ("NVIDIA H100 PCIe", 79.2),
+        ("NVIDIA A10G", 22.0),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9.5),
+    ):
+        with pytest.raises(UnsupportedError, match=f"'{name}' with {memory:.1f} GiB is not in the table"):
+            identify_device(name, memory)
+
+
+def test_config_of_a_plan_alone_says_something() -> None:
+    plans = plan_layouts(LlamaConfig(num_hidden_layers=2), 1, "h100-80gb", context=2048)
+    text = report.accelerate_config(plans, plans.best, "one.yaml", "a test")
+    backend = yaml.safe_load(text)["parallelism_config"]["parallelism_config_sp_backend"]
+    assert backend == "veomni:dp_shard=1" and "# For: a test" in text
