@@ -21,6 +21,7 @@ SHORT_NAMES = {"dp_replicate": "dp_replicate_size", "dp_shard": "dp_shard_size",
 SHORT_NAMES |= {"sp": "sp_size", "ep": "ep_size", "pp": "pp_size"}
 
 OVERLAPS = ("none", "pairs", "chunks")
+AUTO = "auto"  # for OmniTrainer, which knows model, data and device
 
 # What a rule in `modules` may say. A key or value that nothing reads would be an option without effect.
 MODULE_RULES: dict[str, tuple[str, ...]] = {
@@ -59,6 +60,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return f"{hint}Valid: {', '.join(valid)}"
+
+
+def asks_auto(plan: object) -> bool:
+    """Whether a plan is left to the planner: "auto", or "auto:DEVICE"."""
+    return isinstance(plan, str) and plan.partition(":")[0].strip() == AUTO
 
 
 def _divisors(number: int) -> str:
@@ -241,6 +247,11 @@ class ParallelPlan:
             ValueError: an entry that is no `name=integer` (`overlap`: a word), or an unknown name.
         """
         values: dict[str, Any] = {}
+        if asks_auto(text):
+            raise ValueError(
+                f"`plan` ('{text}') is chosen by OmniTrainer, which knows model, data and device: name it in its "
+                "arguments, and elsewhere take what `hf-veomni plan` finds."
+            )
         for entry in filter(None, (part.strip() for part in text.split(","))):
             key, sign, value = (part.strip() for part in entry.partition("="))
             if not sign or not (value.isdecimal() or key == "overlap"):
@@ -317,7 +328,7 @@ class ParallelPlan:
             return plan
         if isinstance(plan, Mapping):
             return cls.from_dict(plan)
-        if isinstance(plan, str) and not plan.endswith((".yaml", ".yml")):
+        if isinstance(plan, str) and (asks_auto(plan) or not plan.endswith((".yaml", ".yml"))):
             return cls.from_string(plan)
         if isinstance(plan, (str, os.PathLike)):
             return cls.from_yaml(plan)

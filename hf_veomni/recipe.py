@@ -23,7 +23,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from hf_veomni.plan import ParallelPlan, nearest
+from hf_veomni.plan import ParallelPlan, asks_auto, nearest
 from hf_veomni.yaml_files import read_mapping
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -172,7 +172,8 @@ class Recipe:
             raise ValueError(f"`lora` ({self.lora!r}) must be a mapping such as {{r: 16}}; leave it out for none.")
         if self.processes is not None and (isinstance(self.processes, bool) or not isinstance(self.processes, int)):
             raise ValueError(f"`processes` ({self.processes!r}) must be a positive integer.")
-        ParallelPlan.parse(self.plan)
+        if not asks_auto(self.plan):
+            ParallelPlan.parse(self.plan)
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -196,7 +197,8 @@ class Recipe:
         import torch
 
         size = self.processes or max(torch.accelerator.device_count() if torch.accelerator.is_available() else 1, 1)
-        ParallelPlan.parse(self.plan).resolve(size)
+        if not asks_auto(self.plan):
+            ParallelPlan.parse(self.plan).resolve(size)
         return size
 
     def command(self, script: str) -> list[str]:

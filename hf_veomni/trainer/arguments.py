@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.logs import warn_of_no_plan
-from hf_veomni.plan import ParallelPlan
+from hf_veomni.plan import ParallelPlan, asks_auto
 from hf_veomni.trainer.accelerate import OmniParallelismConfig
 from hf_veomni.trainer.validation import check_budgeted, check_given, check_saving, check_sharded, release_launcher
 
@@ -30,7 +30,9 @@ class OmniTrainingArguments(TrainingArguments):
     Args:
         plan: how the ranks are used: a string ("sp=2,dp_shard=2"), a path to a yaml file, a mapping or a
             `ParallelPlan`. None reads what the launcher passed on, and without a launcher leaves the world to data
-            parallelism. After construction it is the resolved `ParallelPlan`.
+            parallelism. After construction it is the resolved `ParallelPlan`. "auto" takes the planner's first for
+            model, training set, world and device, "auto:DEVICE" for a device by its name in the table or a yaml file;
+            OmniTrainer then fills it in, and sets `activation_checkpointing` where the layout has it.
         token_budget: train on batches of at most so many tokens, of near equal cost on all data ranks in each step
             (`BalancedBatchSampler`), in place of `per_device_train_batch_size` rows. Padding is not counted: it goes
             with `OmniDataCollatorWithPacking`. Lengths come from `document_lengths` (rows of `pack_dataset`), the
@@ -58,7 +60,8 @@ class OmniTrainingArguments(TrainingArguments):
     plan: str | None = field(
         default=None,
         metadata={
-            "help": "Parallel plan: 'sp=2,dp_shard=2' or a path to a yaml file. Default: what the launcher passed on."
+            "help": "Parallel plan: 'sp=2,dp_shard=2', a path to a yaml file, or 'auto'. Default: what the launcher "
+            "passed on."
         },
     )
 
@@ -100,7 +103,8 @@ class OmniTrainingArguments(TrainingArguments):
     @override
     def __post_init__(self) -> None:
         self._check_decorated()
-        plan = ParallelPlan.parse(self.plan or None)
+        auto = asks_auto(self.plan)
+        plan = ParallelPlan.parse((ParallelPlan() if auto else self.plan) or None)
         unplanned = self.plan is None and plan == ParallelPlan()
         check_given(self)
         given = self.parallelism_config
@@ -113,12 +117,11 @@ class OmniTrainingArguments(TrainingArguments):
             self.use_cpu = True  # else accelerate starts every process as if it were alone
         super().__post_init__()
         self._n_gpu = min(self._n_gpu, 1)  # one process drives one device: no DataParallel
-        plan = plan.resolve(self.world_size)
         check_budgeted(self)
         check_saving(self)
         self.sharded_weights = self.async_save if self.sharded_weights is None else self.sharded_weights
-        parsed: Any = plan
-        self.plan = parsed
+        if not auto:
+            self.settle_plan(plan)
         if unplanned:
             warn_of_no_plan(self.world_size)
         loaders: Any = self.accelerator_config
@@ -126,9 +129,19 @@ class OmniTrainingArguments(TrainingArguments):
             # accelerate's default for streams: rank 0 reads, concatenates and cuts. Packed sequences do not add up,
             # and even one rank would cut the patches of a row's images to as many as it has rows.
             loaders.dispatch_batches = False
-        if plan.world_size > 1:
+        if self.world_size > 1:
             check_sharded(self)
-            self.parallelism_config = OmniParallelismConfig(plan)
+
+    def settle_plan(self, plan: ParallelPlan) -> None:
+        """Take a plan for the world that there is.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        parsed: Any = plan.resolve(self.world_size)
+        self.plan = parsed
+        if parsed.world_size > 1:
+            self.parallelism_config = OmniParallelismConfig(parsed)
 
     def _check_decorated(self) -> None:
         made, *rest = [base for base in type(self).__mro__ if _FIELDS in vars(base)]
@@ -144,7 +157,7 @@ class OmniTrainingArguments(TrainingArguments):
         """As in TrainingArguments: plain values, the plan included. What follows from the plan is left out."""
         values = super().to_dict()
         plan: Any = self.plan
-        values["plan"] = plan.to_dict()
+        values["plan"] = plan if asks_auto(plan) else plan.to_dict()
         values["parallelism_config"] = None
         return values
 

@@ -18,8 +18,10 @@ from hf_veomni.errors import UnsupportedError
 from hf_veomni.fsdp import clip_grad_norm_
 from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.mesh import get_parallel_state, is_prepared
+from hf_veomni.plan import asks_auto
 from hf_veomni.prepare import prepare_omni
 from hf_veomni.trainer.arguments import OmniTrainingArguments
+from hf_veomni.trainer.auto import choose_plan
 from hf_veomni.trainer.callbacks import ExpertLoadCallback
 from hf_veomni.trainer.checkpointing import CheckpointingMixin
 from hf_veomni.trainer.counting import count_processes
@@ -136,12 +138,17 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
         names = _constructor(self)
         kwargs |= dict(zip(names, (model, *given), strict=False))
         args = kwargs["args"] = self._checked_arguments(kwargs.get("args"))
+        if isinstance(model, str) and not is_trl(self):
+            model = AutoModelForCausalLM.from_pretrained(model)
+        if asks_auto(args.plan):
+            best = choose_plan(args, model, kwargs.get("train_dataset"), kwargs.get("peft_config"))
+            args.settle_plan(best.layout.plan)
+            args.activation_checkpointing = args.gradient_checkpointing = best.layout.checkpointing
         check_trl(self, args, model)
         check_budget(args, kwargs.get("train_dataset"))
         own = is_trl(self) or "peft_config" in names  # then the trainer behind loads, or adds adapters, itself
         self._omni_peft_config = None if own else kwargs.pop("peft_config", None)
         if not is_trl(self):
-            model = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
             kwargs["model"] = None if model is None else _with_adapters(model, self._omni_peft_config)
         # Trainer refuses resumable checkpoints of a model with that mark; here they are our own job.
         resumable, args.save_only_model = args.save_only_model, True

@@ -1,0 +1,103 @@
+"""`plan="auto"`: the planner's fastest layout that fits, for the devices, the world and the data at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.trainer_utils import has_length
+
+from hf_veomni import hf
+from hf_veomni.comm.agree import together
+from hf_veomni.errors import UnsupportedError
+from hf_veomni.fsdp import check_same_value
+from hf_veomni.hf.build import load_config
+from hf_veomni.logs import announce
+from hf_veomni.mesh import is_prepared
+from hf_veomni.planner import Device, Entry, Plans, find_device, identify_device, plan_layouts
+from hf_veomni.trainer.loaders import sample_sizes
+
+
+def choose_plan(args: Any, model: Any, dataset: Any, peft_config: Any = None) -> Entry:
+    """The planner's first for a Trainer's arguments, model and training set; the same on all ranks.
+
+    Args:
+        args: `OmniTrainingArguments` whose plan is "auto", or "auto:DEVICE" with a name of the table of devices or a
+            yaml file. `activation_checkpointing` leaves the layouts that have it.
+        model: a transformers model, a `PeftModel`, or what names one.
+        peft_config: adapters that are still to be added; their rank is taken to be on all linear layers.
+
+    Collectives: an all-gather of what went wrong, and one of the choice.
+
+    Raises:
+        ValueError: no training set whose samples have lengths, ranks that see different devices.
+        UnsupportedError: a device that is not in the table, a model that the formulas do not describe, nothing that
+            fits.
+    """
+    with together("Choosing a plan"):
+        plans = _plan(args, model, dataset, peft_config)
+        found = next((e for e in plans.fitting if e.layout.checkpointing or not args.activation_checkpointing), None)
+        best = plans.best if found is None else found
+    check_same_value("plan", str(best.layout))
+    announce(
+        f"`plan` ('{args.plan}') takes {best.layout}: by formulas {best.memory.total / 2**30:.1f} GiB of tensors and "
+        f"{best.tokens_per_second / plans.world_size:.0f} tokens/s on each of {plans.world_size} x "
+        f"{plans.device.name}."
+    )
+    return best
+
+
+def _plan(args: Any, model: Any, dataset: Any, peft_config: Any) -> Plans:
+    if isinstance(model, nn.Module) and is_prepared(model):
+        raise ValueError(f"`plan` ('{args.plan}') is chosen before the model is prepared: hand over the plain model.")
+    if model is None:
+        raise UnsupportedError(f"`plan` ('{args.plan}') needs `model`, not `model_init`: name a plan.")
+    module = isinstance(model, nn.Module)
+    config: Any = hf.base_model(model).config if module else load_config(model)
+    dtype = next(model.parameters()).dtype if module else getattr(config, "dtype", None) or torch.float32
+    adapters = next(iter(model.peft_config.values())) if isinstance(model, PeftModel) else peft_config
+    if dtype != torch.bfloat16 and not args.bf16:
+        raise UnsupportedError(
+            f"`plan` ('{args.plan}') has formulas for a computation in bf16, not in {dtype}: set `bf16=True`, load "
+            "the model in bfloat16, or name a plan."
+        )
+    context, document = _lengths(args, dataset)
+    return plan_layouts(
+        config,
+        args.world_size,
+        _device(args),
+        context=context,
+        document=document,
+        accumulation=args.gradient_accumulation_steps,
+        lora=None if adapters is None else getattr(adapters, "r", 16),
+        mixed_precision=bool(args.bf16),
+        fp32=dtype != torch.bfloat16,
+    )
+
+
+def _device(args: Any) -> Device:
+    named = args.plan.partition(":")[2].strip()
+    if named:
+        return find_device(named)
+    if args.device.type != "cuda":
+        raise UnsupportedError(
+            f"`plan` ('{args.plan}') knows no device '{args.device.type}': name a plan, or the device that it is to "
+            "be like, as in 'auto:h100-80gb' or 'auto:mine.yaml'."
+        )
+    properties = torch.cuda.get_device_properties(args.device)
+    return identify_device(properties.name, properties.total_memory / 2**30)
+
+
+def _lengths(args: Any, dataset: Any) -> tuple[int, int]:
+    """Tokens of the largest micro-batch of a data rank, and of the longest document in it."""
+    if dataset is None or not has_length(dataset) or not len(dataset):
+        raise ValueError(
+            f"`plan` ('{args.plan}') goes by the lengths of the samples in `train_dataset`, and there is none that "
+            "tells them before training: name a plan."
+        )
+    lengths, documents = sample_sizes(dataset, args.length_column_name)
+    longest = max(int(max(parts)) if getattr(parts, "ndim", 0) else int(parts) for parts in documents)
+    tokens = args.token_budget or int(lengths.max()) * args.per_device_train_batch_size
+    return tokens, min(longest, tokens)

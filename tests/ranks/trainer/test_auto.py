@@ -1,0 +1,75 @@
+"""`plan="auto"`: the planner's choice is in force on all ranks and trains; an unknown device is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from hf_veomni.planner import find_device
+from tests.ranks.training import PackedRows, tiny_model
+
+
+def _train(folder: Path, plan: str, **options: Any) -> tuple[str, bool, int, float]:
+    """(plan in force, checkpointing, steps, loss)"""
+    from hf_veomni import OmniDataCollatorWithPacking, OmniTrainer, OmniTrainingArguments
+
+    options = {"model": tiny_model().to(torch.bfloat16), "train_dataset": PackedRows(8), "max_steps": 2} | options
+    data, model = options.pop("train_dataset"), options.pop("model")
+    arguments = OmniTrainingArguments(
+        str(folder), plan=plan, per_device_train_batch_size=1, report_to=[], save_strategy="no", disable_tqdm=True,
+        use_cpu=True, **options,
+    )  # fmt: skip
+    assert arguments.to_dict()["plan"] == plan
+    trainer = OmniTrainer(model, arguments, train_dataset=data, data_collator=OmniDataCollatorWithPacking())
+    result = trainer.train()
+    return str(arguments.plan), arguments.activation_checkpointing, result.global_step, result.training_loss
+
+
+def small_device(folder: Path) -> str:
+    """One of the table but for its links, which make exchanges cost nothing."""
+    names = ("measured", "source", "name", "torch_name")
+    values = {k: v for k, v in vars(find_device("h100-80gb")).items() if k not in names}
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({**values, "intra_gbs": 1e6, "intra_us": 0.001}))
+    return str(path)
+
+
+def test_ranks_agree_on_the_planners_first(ranks, tmp_path: Path) -> None:
+    from hf_veomni.planner import plan_layouts
+
+    device = small_device(tmp_path)
+    found = ranks(2).run(_train, tmp_path, f"auto:{device}", timeout=120)
+    rows = PackedRows(8).rows
+    context, document = max(sum(map(len, row)) for row in rows), max(len(part) for row in rows for part in row)
+    best = plan_layouts(tiny_model().config, 2, device, context=context, document=document).best
+    assert [result[:3] for result in found] == [(str(best.layout.plan), best.layout.checkpointing, 2)] * 2
+
+
+def test_checkpointing_that_is_asked_for_stays(ranks, tmp_path: Path) -> None:
+    (found,) = ranks(1).run(_train, tmp_path, "auto:h100-80gb", activation_checkpointing=True, timeout=120)
+    assert found[:3] == ("single", True, 2)
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "message"),
+    [
+        ("auto", {}, "knows no device 'cpu'.*auto:h100-80gb"),
+        ("auto:h100", {}, "'h100'. is not in the table: did you mean 'h100-80gb'"),
+        ("auto:h100-80gb", {"model": tiny_model()}, "in bf16, not in torch.float32"),
+        ("auto:h100-80gb", {"train_dataset": iter(())}, "lengths of the samples"),
+    ],
+)
+def test_refuses(tmp_path: Path, plan: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _train(tmp_path, plan, **options)
+
+
+def test_elsewhere_it_is_no_plan() -> None:
+    from hf_veomni import prepare_omni
+
+    with pytest.raises(ValueError, match="`plan` .'auto'. is chosen by OmniTrainer"):
+        prepare_omni(tiny_model(), "auto")
