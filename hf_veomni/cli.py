@@ -321,6 +321,24 @@ def plan(
 
 
 @app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(help="The output directory of a run with `step_report=True`.")],
+) -> None:
+    """What was wrong with a run, by its step report, and what to do."""
+    from hf_veomni.doctor import diagnose
+
+    try:
+        findings = diagnose(run)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    for found in findings:
+        console.print(f"[bold]{found.name}[/]: {found.measured}", soft_wrap=True, highlight=False)
+        console.print(f"  {found.advice}", soft_wrap=True, markup=False, highlight=False)
+    if not findings:
+        console.print("Nothing stands out.")
+
+
+@app.command()
 def env() -> None:
     """Versions, devices and kernels."""
     import torch

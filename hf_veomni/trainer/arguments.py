@@ -44,6 +44,9 @@ class OmniTrainingArguments(TrainingArguments):
             model's FLOPs (`StepFlops`) over what the devices can do in bf16. No `mfu` on a device whose peak is not
             known, or for a model that cannot be counted; a warning says why. Padding, evaluation, saving and what is
             computed again count nowhere.
+        step_report: measure how each step is spent on every rank (data, forward, exchange, backward, optimizer), add
+            it to each log, and write `step_report.json` and the page `step_report.html` into the output directory;
+            `hf-veomni doctor` says what they tell (docs/planning.md).
         router_bias_update_speed: what the bias of each expert in the router moves by after a step, up where the expert
             got fewer tokens of all ranks than the mean (DeepSeek-V3 uses 0.001). 0 leaves the bias as it is.
         sharded_weights: write the weights of checkpoints as shards, each rank what it owns, so that no rank gathers
@@ -75,6 +78,9 @@ class OmniTrainingArguments(TrainingArguments):
     )
     log_throughput: bool = field(
         default=False, metadata={"help": "Log tokens a second and the share of the devices' peak (MFU)."}
+    )
+    step_report: bool = field(
+        default=False, metadata={"help": "Measure and report how each step is spent; see `hf-veomni doctor`."}
     )
     router_bias_update_speed: float = field(
         default=0.0, metadata={"help": "Step of the router's balancing bias after each optimizer step. 0: none."}

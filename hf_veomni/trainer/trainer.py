@@ -28,6 +28,7 @@ from hf_veomni.trainer.counting import count_processes
 from hf_veomni.trainer.evaluation import EvaluationMixin
 from hf_veomni.trainer.loaders import check_budget
 from hf_veomni.trainer.loop import BatchingMixin
+from hf_veomni.trainer.step_report import StepReportMixin
 from hf_veomni.trainer.throughput import ThroughputCallback
 from hf_veomni.trainer.trl import adapt_trl, check_trl, is_trl, trl_name
 
@@ -105,7 +106,7 @@ def _constructor(trainer: Any) -> list[str]:
     raise TypeError(f"{type(trainer).__name__} has no Trainer behind OmniTrainerMixin.")
 
 
-class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
+class OmniTrainerMixin(StepReportMixin, CheckpointingMixin, EvaluationMixin, BatchingMixin):
     """Put before a Trainer class: `class MySFT(OmniTrainerMixin, SFTTrainer)`.
 
     Args:
@@ -140,6 +141,7 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
         args = kwargs["args"] = self._checked_arguments(kwargs.get("args"))
         if isinstance(model, str) and not is_trl(self):
             model = AutoModelForCausalLM.from_pretrained(model)
+        module: Any = model
         if asks_auto(args.plan):
             best = choose_plan(args, model, kwargs.get("train_dataset"), kwargs.get("peft_config"))
             args.settle_plan(best.layout.plan)
@@ -149,7 +151,7 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
         own = is_trl(self) or "peft_config" in names  # then the trainer behind loads, or adds adapters, itself
         self._omni_peft_config = None if own else kwargs.pop("peft_config", None)
         if not is_trl(self):
-            kwargs["model"] = None if model is None else _with_adapters(model, self._omni_peft_config)
+            kwargs["model"] = None if model is None else _with_adapters(module, self._omni_peft_config)
         # Trainer refuses resumable checkpoints of a model with that mark; here they are our own job.
         resumable, args.save_only_model = args.save_only_model, True
         try:
@@ -165,6 +167,8 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
             self._watch_experts(self.model)
         if args.log_throughput:
             self._watch_throughput(self.model)
+        if args.step_report:
+            self._watch_steps(self.model)
 
     def _checked_arguments(self, args: Any) -> Any:
         wanted = "OmniTrainingArguments"
@@ -190,6 +194,8 @@ class OmniTrainerMixin(CheckpointingMixin, EvaluationMixin, BatchingMixin):
             self._watch_experts(model)
         if self._throughput is not None:
             self._watch_throughput(model)
+        if self._step_report is not None:
+            self._watch_steps(model)
         return model
 
     @override

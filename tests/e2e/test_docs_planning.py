@@ -21,7 +21,7 @@ def test_blocks_run() -> None:
 def test_options_are_those_of_the_commands() -> None:
     shown = "".join(
         CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
-        for name in ("plan", "dry-run")
+        for name in ("plan", "dry-run", "doctor")
     )
     for option in set(re.findall(r"`(--[a-z-]+)`", PAGE)) | set(
         re.findall(r"^hf-veomni .*?(--[a-z-]+)", PAGE, flags=re.M)

@@ -1,0 +1,68 @@
+"""What the doctor makes of a report's numbers, and of a run that it cannot read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, Qwen3MoeConfig
+from typer.testing import CliRunner
+
+from hf_veomni.cli import app
+from hf_veomni.doctor import PARTS, Row, diagnose
+
+DENSE = LlamaConfig(num_hidden_layers=8, vocab_size=32000, max_position_embeddings=8192)
+RANK = {"forward": 0.3, "backward": 0.5, "exchange": 0.1, "data": 0.05, "optimizer": 0.1, "other": 0.05, "work": 0.2}
+RANK |= {"tokens": 4096.0, "flops": 1e14, "memory": 2.0**31, "compiled": 0.0}
+
+
+def write(folder: Path, rows: list[Row], **changes: Any) -> Path:
+    record: dict[str, Any] = {
+        "model": "LlamaForCausalLM", "config": DENSE.to_dict(), "plan": "dp_shard=8", "world_size": 8, "sp_size": 1,
+        "ep_size": 1, "device": {"name": "NVIDIA L40S", "memory_gib": 44.4}, "checkpointing": False,
+        "accumulation": 1, "lora": None, "mixed": True, "fp32": False, "context": 32768, "document": 4096,
+        "error": None,
+    }  # fmt: skip
+    record |= changes | {"rows": [row.to_dict() for row in rows]}
+    (folder / "step_report.json").write_text(json.dumps(record, default=str))
+    return folder
+
+
+def test_a_row_is_the_mean_of_ranks() -> None:
+    row = Row.of(5, 2, [RANK, {**RANK, "work": 0.8}], 2, 1e15, {})
+    assert sum(row.parts.values()) == pytest.approx(0.5) and set(row.parts) == set(PARTS)
+    assert row.parts["exchange"] == pytest.approx(0.05)
+    assert row.parts["forward"] == pytest.approx(0.15 - 0.05 * 3 / 8)
+    assert row.tokens_per_second == pytest.approx(4096 / 2 / 0.5)
+    assert row.mfu == pytest.approx(2e14 / 2 / 2 / 0.5 / 1e15 / 2)
+    assert row.slowest[0] == 1 and row.slowest[1] == pytest.approx(0.8 / 0.5)
+    assert row.memory_gib == 2 and row.balance == 1
+
+
+def test_smallest_change_that_fits(tmp_path: Path) -> None:
+    error = {"kind": "out of memory", "message": "CUDA out of memory. Tried to allocate 2.00 GiB"}
+    (found,) = diagnose(write(tmp_path, [], error=error))
+    assert found.name == "out of memory" and "activations" in found.advice
+    assert "of dp_shard=8 is" in found.advice and "The smallest change that fits: dp_shard=4,sp=2 (" in found.advice
+
+
+def test_few_rows_for_an_expert(tmp_path: Path) -> None:
+    config = Qwen3MoeConfig(num_experts=128, num_experts_per_tok=8).to_dict()
+    row = Row.of(1, 1, [RANK] * 8, 1, None, {})
+    names = [f.name for f in diagnose(write(tmp_path, [row], config=config, ep_size=2, context=1024))]
+    assert names == ["small matmuls"]
+    assert not diagnose(write(tmp_path, [row], config=config, ep_size=8, context=1024))
+
+
+def test_uneven_batches(tmp_path: Path) -> None:
+    ranks = [{**RANK, "flops": 4e14, "work": 0.8}, *[RANK] * 3]
+    assert [f.name for f in diagnose(write(tmp_path, [Row.of(1, 1, ranks, 1, None, {})]))] == ["uneven batches"]
+
+
+def test_command(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["doctor", str(tmp_path)])
+    assert result.exit_code == 2 and "step_report=True" in result.output.replace("\n", " ")
+    write(tmp_path, [Row.of(1, 1, [RANK], 1, None, {})])
+    assert "Nothing stands out" in CliRunner().invoke(app, ["doctor", str(tmp_path)]).output
