@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -105,3 +107,13 @@ def test_every_file_is_what_accelerate_reads() -> None:
     assert CONFIGS
     for path in CONFIGS:
         assert load_config_from_file(str(path)).parallelism_config
+
+
+def test_files_of_jobs_are_the_planners_choice() -> None:
+    """`python accelerate_configs/make.py` would write them again as they are; each fits its device, and says so."""
+    make: dict[str, Any] = runpy.run_path(str(ROOT / "accelerate_configs/make.py"))
+    texts = dict(make["texts"]())
+    assert len(texts) == len(make["JOBS"])
+    for name, text in texts.items():
+        assert (ROOT / "accelerate_configs" / name).read_text() == text, name
+        assert "Estimated by `hf-veomni plan`, not measured" in text.replace("\n# ", " ")

@@ -1,0 +1,98 @@
+"""Writes the files here that are named after a job, each with the planner's fastest layout that fits.
+
+python accelerate_configs/make.py
+
+Sizes are those of the models' own configs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig, Qwen3VLConfig
+
+from hf_veomni.planner import plan_layouts
+from hf_veomni.planner.report import accelerate_config
+
+_LONG: dict[str, Any] = {"max_position_embeddings": 1 << 18, "tie_word_embeddings": False, "head_dim": 128}
+_QWEN: dict[str, Any] = {**_LONG, "vocab_size": 151936}
+_8B: dict[str, Any] = {
+    **_QWEN, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}  # fmt: skip
+MODELS: dict[str, PreTrainedConfig] = {
+    "Qwen3-8B": Qwen3Config(**_8B),
+    "Qwen3-32B": Qwen3Config(
+        **_QWEN, hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+    "Llama-3.3-70B": LlamaConfig(
+        **_LONG, vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+        num_attention_heads=64, num_key_value_heads=8,
+    ),
+    "Qwen3-30B-A3B": Qwen3MoeConfig(
+        **_QWEN, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+    ),
+    "Qwen3-235B-A22B": Qwen3MoeConfig(
+        **_QWEN, hidden_size=4096, num_hidden_layers=94, num_attention_heads=64, num_key_value_heads=4,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536,
+    ),
+    "Qwen3-VL-8B": Qwen3VLConfig(
+        text_config=_8B,
+        vision_config={"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "out_hidden_size": 4096},
+        tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+class Job(NamedTuple):
+    """One file."""
+
+    name: str
+    model: str
+    device: str
+    ranks: int
+    context: int
+    document: int
+    lora: int | None = None
+
+
+JOBS = [
+    Job("gpu1_24gb_8b_lora", "Qwen3-8B", "rtx4090-24gb", 1, 4096, 2048, 16),
+    Job("gpu1_80gb_8b_lora", "Qwen3-8B", "h100-80gb", 1, 32768, 4096, 16),
+    Job("gpu1_80gb_32b_lora", "Qwen3-32B", "h100-80gb", 1, 4096, 4096, 16),
+    Job("gpu8_80gb_8b", "Qwen3-8B", "h100-80gb", 8, 32768, 4096),
+    Job("gpu8_80gb_32b", "Qwen3-32B", "h100-80gb", 8, 16384, 4096),
+    Job("gpu8_80gb_70b_lora", "Llama-3.3-70B", "h100-80gb", 8, 16384, 4096, 16),
+    Job("gpu8_80gb_30b_moe", "Qwen3-30B-A3B", "h100-80gb", 8, 16384, 4096),
+    Job("gpu8_80gb_8b_vlm", "Qwen3-VL-8B", "h100-80gb", 8, 16384, 4096),
+    Job("nodes2_80gb_32b", "Qwen3-32B", "h100-80gb", 16, 65536, 8192),
+    Job("nodes2_80gb_70b", "Llama-3.3-70B", "h100-80gb", 16, 16384, 4096),
+    Job("nodes2_80gb_30b_moe", "Qwen3-30B-A3B", "h100-80gb", 16, 65536, 8192),
+    Job("nodes16_80gb_70b", "Llama-3.3-70B", "h100-80gb", 128, 131072, 8192),
+    Job("nodes16_80gb_30b_moe", "Qwen3-30B-A3B", "h100-80gb", 128, 163840, 163840),
+    Job("nodes16_80gb_235b_moe", "Qwen3-235B-A22B", "h100-80gb", 128, 32768, 8192),
+]
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """(name of the file, its text)"""
+    for job in JOBS:
+        plans = plan_layouts(
+            MODELS[job.model], job.ranks, job.device, context=job.context, document=job.document, lora=job.lora,
+            mixed_precision=True,
+        )  # fmt: skip
+        trained = "full fine-tuning" if job.lora is None else f"LoRA of rank {job.lora}"
+        name = f"{job.name}.yaml"
+        yield name, accelerate_config(plans, plans.best, f"accelerate_configs/{name}", f"{trained} of {job.model}")
+
+
+if __name__ == "__main__":
+    for name, text in texts():
+        (Path(__file__).parent / name).write_text(text)
+        plan = text.rpartition("veomni:")[2].partition('"')[0]
+        processes = text.partition("num_processes: ")[2].partition("\n")[0]
+        print(f"| `{name}` | {processes} | `{plan}` |")  # for the table in README.md
