@@ -31,6 +31,7 @@ SCRIPTS = {
     "collator": False,
     "balance": False,
     "saving": False,
+    "headline": False,
 }
 
 
