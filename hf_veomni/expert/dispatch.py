@@ -1,19 +1,19 @@
 """Tokens to the ranks of their experts and back.
 
 Shapes: t tokens on this rank, K experts for each, P = t * K pairs; R pairs that this rank's experts get from all ranks
-of the EP group; H hidden size; E experts, e = E / ep on this rank.
+of the EP group; C hidden size; E experts, e = E / ep on this rank.
 
-    x [t, H] -> sort pairs by expert [P, H] -> all-to-all [R, H] -> sort by local expert -> experts -> [R, H]
-    [t, H]   <- weigh, sum over K    [P, H] <- all-to-all [R, H] <- undo the sort                   <-
+    x [t, C] -> sort pairs by expert [P, C] -> all-to-all [R, C] -> sort by local expert -> experts -> [R, C]
+    [t, C]   <- weigh, sum over K    [P, C] <- all-to-all [R, C] <- undo the sort                   <-
 
 Each rank may send any number of pairs to any rank, none included; nothing is dropped and nothing is padded. Four
-all-to-alls of P * H elements a step (two in forward, two in backward), of which (ep - 1) / ep leave the rank when
+all-to-alls of P * C elements a step (two in forward, two in backward), of which (ep - 1) / ep leave the rank when
 routing is even, beside one of E counts and, forward and backward, one of the P router weights.
 
 A rank weighs what comes back for its tokens. The backward weighs on the other side, where the experts' output is: what
 goes there is the gradient of each token's sum, and the router weights' own gradient is taken there and sent home.
 
-    forward      y [R, H] ---------------------------> sum over K of w * y
+    forward      y [R, C] ---------------------------> sum over K of w * y
     backward     w * g, <g, y> <---------------------- g, once for each of the K pairs
 
 So nothing that an exchange brings back is kept for the backward, and a recomputation under activation checkpointing
@@ -22,15 +22,16 @@ ends at the experts' output: it repeats one exchange where there would be two.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_veomni.comm.all_to_all import Flight, exchange, give_way, land, launch
+from hf_veomni.comm.all_to_all import Flight, all_to_all, all_to_all_of_each, exchange, land, launch
 from hf_veomni.expert.compute import Groups
 
 
@@ -123,7 +124,7 @@ def chunk_sizes(tokens: int, chunks: int) -> list[int]:
 
 
 class _RepeatTokens(torch.autograd.Function):
-    """x [t, H] -> [P, H] in the order of the experts; the gradient sums each token's K pairs, in a fixed order."""
+    """x [t, C] -> [P, C] in the order of the experts; the gradient sums each token's K pairs, in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, route: Route, top_k: int) -> Tensor:
@@ -161,7 +162,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class _WeighGradient(torch.autograd.Function):
-    """Rows [R, H] as they are; in the backward times weights [R], whose gradient is rows * gradient, summed over H."""
+    """Rows [R, C] as they are; in the backward times weights [R], whose gradient is rows * gradient, summed over C."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ class _WeighGradient(torch.autograd.Function):
 
 
 class _SumWeighed(torch.autograd.Function):
-    """Rows [P, H] in the order of the experts to [t, H]; the gradient of rows is that of the sum, not weighed."""
+    """Rows [P, C] in the order of the experts to [t, C]; the gradient of rows is that of the sum, not weighed."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, route: Route) -> Tensor:
@@ -199,29 +200,30 @@ def _sum_weighed(pairs: Tensor, weights: Tensor) -> Tensor:
     return (pairs.view(*weights.shape, pairs.shape[-1]) * weights.unsqueeze(-1)).sum(1)
 
 
-class Dispatched(NamedTuple):
-    """Exchanges of a dispatch that are under way: of rows, and of weights where there is a backward."""
-
-    rows: Flight
-    weights: Flight | None
-
-
-def launch_dispatch(x: Tensor, weights: Tensor, route: Route, group: dist.ProcessGroup) -> Dispatched:
-    """Start the exchanges of `dispatch`, which `land_dispatch` ends."""
-    assert route.send is not None and route.receive is not None
+def _leaving(x: Tensor, weights: Tensor, route: Route) -> list[Tensor]:
+    """What a dispatch sends: rows [P, C] in the order of the experts, and weights [P] where a backward follows."""
+    assert route.send is not None
     # Inside, expert parameters get 1 / ep of their gradient; see `dispatch`.
     rows = _RepeatTokens.apply(_ScaleGradient.apply(x, float(len(route.send))), route, weights.shape[-1])
-    flight = launch(rows, group, route.send, route.receive)
     if not torch.is_grad_enabled():
-        return Dispatched(flight, None)
-    pairs = _Reorder.apply(weights.reshape(-1), route.order, route.inverse)
-    return Dispatched(flight, launch(pairs, group, route.send, route.receive))
+        return [rows]
+    return [rows, _Reorder.apply(weights.reshape(-1), route.order, route.inverse)]
 
 
-def land_dispatch(flights: Dispatched, route: Route) -> tuple[Tensor, Tensor | None]:
+def _arrived(landed: Sequence[Tensor], route: Route) -> tuple[Tensor, Tensor | None]:
     back = _invert(route.arrival)
-    rows = _Reorder.apply(land(flights.rows), route.arrival, back)
-    return rows, None if flights.weights is None else _Reorder.apply(land(flights.weights), route.arrival, back)
+    rows, *weights = (_Reorder.apply(x, route.arrival, back) for x in landed)
+    return rows, weights[0] if weights else None
+
+
+def launch_dispatch(x: Tensor, weights: Tensor, route: Route, group: dist.ProcessGroup) -> list[Flight]:
+    """Start the exchanges of `dispatch`, which `land_dispatch` ends."""
+    assert route.send is not None and route.receive is not None
+    return [launch(part, group, route.send, route.receive) for part in _leaving(x, weights, route)]
+
+
+def land_dispatch(flights: Sequence[Flight], route: Route) -> tuple[Tensor, Tensor | None]:
+    return _arrived([land(flight) for flight in flights], route)
 
 
 def dispatch(
@@ -230,11 +232,11 @@ def dispatch(
     """The rows that this rank's experts work on, sorted by local expert, and their router weights.
 
     Args:
-        x: local tokens [t, H].
+        x: local tokens [t, C].
         weights: router weights [t, K] of this rank's tokens.
 
     Returns:
-        Local tensor [R, H], and the weights [R] for `combine`; None without a group or a backward. The rows' gradient
+        Local tensor [R, C], and the weights [R] for `combine`; None without a group or a backward. The rows' gradient
         is multiplied by ep on the way back, and that of `combine` divided: inside, expert parameters get 1 / ep of
         their gradient. FSDP averages them over efsdp and dp_replicate only, and with this factor that is the average
         over all ranks that sent tokens, for any reduction that FSDP knows.
@@ -243,22 +245,28 @@ def dispatch(
     """
     if group is None:
         return _RepeatTokens.apply(x, route, weights.shape[-1]), None
-    flights = launch_dispatch(x, weights, route, group)
-    give_way()
-    return land_dispatch(flights, route)
+    assert route.send is not None and route.receive is not None
+    leaving = _leaving(x, weights, route)
+    return _arrived(all_to_all_of_each(leaving, group, [(route.send, route.receive)] * len(leaving)), route)
 
 
 @torch.compiler.disable  # a compiler knows no nodes of the graph
-def launch_combine(rows: Tensor, arrived: Tensor | None, route: Route, group: dist.ProcessGroup) -> Flight:
-    """Start the exchange of `combine`, which `land_combine` ends."""
-    assert route.send is not None and route.receive is not None
+def _returning(rows: Tensor, arrived: Tensor | None, route: Route) -> tuple[Tensor, Callable[[], Any] | None]:
+    """What a combine sends, [R, C] as it arrived, and what its backward does while the gradient is under way."""
+    assert route.send is not None
     rows = _ScaleGradient.apply(rows, 1.0 / len(route.send))
     meanwhile = None
     if arrived is not None:
         rows = _WeighGradient.apply(rows, arrived)
         meanwhile = partial(_WeighGradient.unpack, rows.grad_fn) if rows.requires_grad else None
-    rows = _Reorder.apply(rows, _invert(route.arrival), route.arrival)
-    return launch(rows, group, route.receive, route.send, meanwhile)
+    return _Reorder.apply(rows, _invert(route.arrival), route.arrival), meanwhile
+
+
+def launch_combine(rows: Tensor, arrived: Tensor | None, route: Route, group: dist.ProcessGroup) -> Flight:
+    """Start the exchange of `combine`, which `land_combine` ends."""
+    assert route.send is not None and route.receive is not None
+    sent, meanwhile = _returning(rows, arrived, route)  # pyright: ignore[reportCallIssue]
+    return launch(sent, group, route.receive, route.send, meanwhile)
 
 
 def land_combine(flight: Flight, weights: Tensor, route: Route) -> Tensor:
@@ -271,17 +279,18 @@ def combine(
     """The experts' outputs, weighed and summed for each token of this rank; the inverse of `dispatch`.
 
     Args:
-        rows: local tensor [R, H], sorted by local expert.
+        rows: local tensor [R, C], sorted by local expert.
         arrived: their weights [R], as `dispatch` returns them.
         weights: router weights [t, K] of this rank's tokens.
 
     Returns:
-        Local tensor [t, H] in the dtype of the weighted sum.
+        Local tensor [t, C] in the dtype of the weighted sum.
 
     Collective: one all-to-all over `group`; its backward is the reverse.
     """
     if group is None:
         return _sum_weighed(_Reorder.apply(rows, route.inverse, route.order), weights)
-    flight = launch_combine(rows, arrived, route, group)  # pyright: ignore[reportCallIssue]
-    give_way()
-    return land_combine(flight, weights, route)
+    assert route.send is not None and route.receive is not None
+    sent, meanwhile = _returning(rows, arrived, route)  # pyright: ignore[reportCallIssue]
+    rows = all_to_all(sent, group, route.receive, route.send, meanwhile)
+    return _SumWeighed.apply(rows, weights.detach(), route)

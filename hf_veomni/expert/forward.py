@@ -71,7 +71,7 @@ def stop_rows(experts: nn.Module) -> None:
 
 
 class ExpertsForward(hf.EPImplementation):
-    """Forward of an experts module: (hidden states [t, H], expert ids [t, K], weights [t, K]) -> [t, H].
+    """Forward of an experts module: (hidden states [t, C], expert ids [t, K], weights [t, K]) -> [t, C].
 
     Collectives: see `make_routes`, `dispatch` and `combine`; all ranks of the EP group call it equally often, also
     with no tokens at all.
@@ -112,7 +112,7 @@ class ExpertsForward(hf.EPImplementation):
             compute           | experts 0     | experts 1     | ...
 
         Returns:
-            The output [t, H], and rows that were computed here.
+            The output [t, C], and rows that were computed here.
         """
         group, sizes = self.group, chunk_sizes(len(x), len(routes))
         assert group is not None
@@ -128,7 +128,7 @@ class ExpertsForward(hf.EPImplementation):
                 arriving.append(launch_dispatch(*following, group))
             rows, arrived = land_dispatch(arriving[chunk], route)
             count += len(rows)
-            leaving.append(launch_combine(work(rows, route.groups), arrived, route, group))  # pyright: ignore[reportCallIssue]
+            leaving.append(launch_combine(work(rows, route.groups), arrived, route, group))
             if chunk:
                 out.append(land_combine(leaving[chunk - 1], parts[chunk - 1], routes[chunk - 1]))
         give_way()
