@@ -168,13 +168,7 @@ def give_way() -> None:
 
 
 @_uncompiled
-def all_to_all(
-    x: Tensor,
-    group: dist.ProcessGroup,
-    send: Sequence[int],
-    receive: Sequence[int],
-    meanwhile: Callable[[], Any] | None = None,
-) -> Tensor:
+def all_to_all(x: Tensor, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]) -> Tensor:
     """Exchange blocks of leading rows between the ranks of `group`: `launch` and `land`.
 
     With two sequences in flight the other one runs in between.
@@ -182,16 +176,13 @@ def all_to_all(
     Args:
         x: local tensor [sum(send), ...]; block r, of `send[r]` rows, goes to rank r.
         receive: rows that arrive from each rank; `receive[r]` here equals `send[me]` on rank r.
-        meanwhile: as `launch` takes it.
 
     Returns:
         Local tensor [sum(receive), ...], blocks in rank order.
 
     Collective: one all-to-all over `group`; its backward is the reverse all-to-all.
     """
-    flight = launch(x, group, send, receive, meanwhile)
-    give_way()
-    return land(flight)
+    return all_to_all_of_each((x,), group, ((send, receive),))[0]
 
 
 @_uncompiled

@@ -22,16 +22,15 @@ ends at the experts' output: it repeats one exchange where there would be two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_veomni.comm.all_to_all import Flight, all_to_all, all_to_all_of_each, exchange, land, launch
+from hf_veomni.comm.all_to_all import Flight, exchange, give_way, land, launch
 from hf_veomni.expert.compute import Groups
 
 
@@ -200,30 +199,29 @@ def _sum_weighed(pairs: Tensor, weights: Tensor) -> Tensor:
     return (pairs.view(*weights.shape, pairs.shape[-1]) * weights.unsqueeze(-1)).sum(1)
 
 
-def _leaving(x: Tensor, weights: Tensor, route: Route) -> list[Tensor]:
-    """What a dispatch sends: rows [P, C] in the order of the experts, and weights [P] where a backward follows."""
-    assert route.send is not None
-    # Inside, expert parameters get 1 / ep of their gradient; see `dispatch`.
-    rows = _RepeatTokens.apply(_ScaleGradient.apply(x, float(len(route.send))), route, weights.shape[-1])
-    if not torch.is_grad_enabled():
-        return [rows]
-    return [rows, _Reorder.apply(weights.reshape(-1), route.order, route.inverse)]
+class Dispatched(NamedTuple):
+    """Exchanges of a dispatch that are under way: of rows, and of weights where there is a backward."""
+
+    rows: Flight
+    weights: Flight | None
 
 
-def _arrived(landed: Sequence[Tensor], route: Route) -> tuple[Tensor, Tensor | None]:
-    back = _invert(route.arrival)
-    rows, *weights = (_Reorder.apply(x, route.arrival, back) for x in landed)
-    return rows, weights[0] if weights else None
-
-
-def launch_dispatch(x: Tensor, weights: Tensor, route: Route, group: dist.ProcessGroup) -> list[Flight]:
+def launch_dispatch(x: Tensor, weights: Tensor, route: Route, group: dist.ProcessGroup) -> Dispatched:
     """Start the exchanges of `dispatch`, which `land_dispatch` ends."""
     assert route.send is not None and route.receive is not None
-    return [launch(part, group, route.send, route.receive) for part in _leaving(x, weights, route)]
+    # Inside, expert parameters get 1 / ep of their gradient; see `dispatch`.
+    rows = _RepeatTokens.apply(_ScaleGradient.apply(x, float(len(route.send))), route, weights.shape[-1])
+    flight = launch(rows, group, route.send, route.receive)
+    if not torch.is_grad_enabled():
+        return Dispatched(flight, None)
+    pairs = _Reorder.apply(weights.reshape(-1), route.order, route.inverse)
+    return Dispatched(flight, launch(pairs, group, route.send, route.receive))
 
 
-def land_dispatch(flights: Sequence[Flight], route: Route) -> tuple[Tensor, Tensor | None]:
-    return _arrived([land(flight) for flight in flights], route)
+def land_dispatch(flights: Dispatched, route: Route) -> tuple[Tensor, Tensor | None]:
+    back = _invert(route.arrival)
+    rows = _Reorder.apply(land(flights.rows), route.arrival, back)
+    return rows, None if flights.weights is None else _Reorder.apply(land(flights.weights), route.arrival, back)
 
 
 def dispatch(
@@ -245,28 +243,22 @@ def dispatch(
     """
     if group is None:
         return _RepeatTokens.apply(x, route, weights.shape[-1]), None
-    assert route.send is not None and route.receive is not None
-    leaving = _leaving(x, weights, route)
-    return _arrived(all_to_all_of_each(leaving, group, [(route.send, route.receive)] * len(leaving)), route)
+    flights = launch_dispatch(x, weights, route, group)
+    give_way()
+    return land_dispatch(flights, route)
 
 
 @torch.compiler.disable  # a compiler knows no nodes of the graph
-def _returning(rows: Tensor, arrived: Tensor | None, route: Route) -> tuple[Tensor, Callable[[], Any] | None]:
-    """What a combine sends, [R, C] as it arrived, and what its backward does while the gradient is under way."""
-    assert route.send is not None
+def launch_combine(rows: Tensor, arrived: Tensor | None, route: Route, group: dist.ProcessGroup) -> Flight:
+    """Start the exchange of `combine`, which `land_combine` ends."""
+    assert route.send is not None and route.receive is not None
     rows = _ScaleGradient.apply(rows, 1.0 / len(route.send))
     meanwhile = None
     if arrived is not None:
         rows = _WeighGradient.apply(rows, arrived)
         meanwhile = partial(_WeighGradient.unpack, rows.grad_fn) if rows.requires_grad else None
-    return _Reorder.apply(rows, _invert(route.arrival), route.arrival), meanwhile
-
-
-def launch_combine(rows: Tensor, arrived: Tensor | None, route: Route, group: dist.ProcessGroup) -> Flight:
-    """Start the exchange of `combine`, which `land_combine` ends."""
-    assert route.send is not None and route.receive is not None
-    sent, meanwhile = _returning(rows, arrived, route)  # pyright: ignore[reportCallIssue]
-    return launch(sent, group, route.receive, route.send, meanwhile)
+    rows = _Reorder.apply(rows, _invert(route.arrival), route.arrival)
+    return launch(rows, group, route.receive, route.send, meanwhile)
 
 
 def land_combine(flight: Flight, weights: Tensor, route: Route) -> Tensor:
@@ -290,7 +282,6 @@ def combine(
     """
     if group is None:
         return _sum_weighed(_Reorder.apply(rows, route.inverse, route.order), weights)
-    assert route.send is not None and route.receive is not None
-    sent, meanwhile = _returning(rows, arrived, route)  # pyright: ignore[reportCallIssue]
-    rows = all_to_all(sent, group, route.receive, route.send, meanwhile)
-    return _SumWeighed.apply(rows, weights.detach(), route)
+    flight = launch_combine(rows, arrived, route, group)  # pyright: ignore[reportCallIssue]
+    give_way()
+    return land_combine(flight, weights, route)

@@ -128,7 +128,7 @@ class ExpertsForward(hf.EPImplementation):
                 arriving.append(launch_dispatch(*following, group))
             rows, arrived = land_dispatch(arriving[chunk], route)
             count += len(rows)
-            leaving.append(launch_combine(work(rows, route.groups), arrived, route, group))
+            leaving.append(launch_combine(work(rows, route.groups), arrived, route, group))  # pyright: ignore[reportCallIssue]
             if chunk:
                 out.append(land_combine(leaving[chunk - 1], parts[chunk - 1], routes[chunk - 1]))
         give_way()

@@ -109,4 +109,5 @@ def _shard(targets: Tensor, name: str, local_length: int, group: dist.ProcessGro
             f"({local_length} on each of {size} ranks): pass the labels of the same row as `input_ids`."
         )
     start = dist.get_rank(group) * local_length
-    return apply(F.pad, targets, (-start, start + local_length - targets.shape[1]), value=ignore_index)
+    # Padded first: of a row shorter than the ranks are many, some ranks have padding alone.
+    return apply(lambda x: F.pad(x, (0, missing), value=ignore_index)[:, start : start + local_length], targets)

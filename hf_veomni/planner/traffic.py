@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hf_veomni.expert.forward import CHUNKS
 from hf_veomni.planner.devices import Device
 from hf_veomni.planner.layout import Job, Layout
 from hf_veomni.planner.shape import Shape, Weight, expert_adapter, iterate_adapters
@@ -88,8 +89,13 @@ def exchanges(shape: Shape, layout: Layout, job: Job) -> list[Exchange]:
         back = shape.queries * t * BYTES
         found.append(Exchange("all-to-all", "sp", layout.sp, 2 * passes * layers, passes * layers * (sent + back), 1))
     if layout.ep > 1:
-        pairs = layout.tokens(job) * shape.top_k * shape.width * BYTES
-        calls, payload = layers * (2 * passes + 1), layers * (2 * passes * pairs + 8 * shape.experts)
+        # Rows go there and back, and once more there in a recomputation, which ends at the experts' output; the
+        # router's weights there only; in the backward all the other way. The counts go once.
+        pairs = layout.tokens(job) * shape.top_k
+        rows, weights = pairs * shape.width * BYTES, pairs * (4 if shape.wide else BYTES)
+        calls = layers * (3 * passes + 1 - layout.checkpointing)
+        once = (1 / CHUNKS if layout.overlap == "chunks" else 1) if layout.checkpointing else 0
+        payload = layers * (int((2 * passes - once) * rows) + passes * weights + 8 * shape.experts)
         found.append(Exchange("all-to-all", "ep", layout.ep, calls, payload, 1))
         found += [
             Exchange("all-gather", "efsdp", layout.efsdp, 2 * layers, 2 * layers * experts, layout.ep),
