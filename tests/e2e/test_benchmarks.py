@@ -234,6 +234,7 @@ def test_waits_are_counted_where_values_come_from_the_device() -> None:
     assert counter.count() == 11
 
 
+@pytest.mark.slow
 def test_chunks_leave_less_of_the_link_bare(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(overlap, "PICTURE", tmp_path / "shares.svg")

@@ -104,6 +104,7 @@ def test_accelerate_loop_equals_trainer(two_ranks: tuple[Path, str], arguments: 
     assert_same_adapter(output, two_ranks[0])
 
 
+@pytest.mark.slow
 def test_two_data_ranks_equal_accumulation(one_process: Path, arguments: list[str], folder: Path) -> None:
     """Two data ranks read the two rows that one process accumulates over; each row is cut in two besides."""
     output = folder / "sp2_dp2"

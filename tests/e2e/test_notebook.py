@@ -88,6 +88,7 @@ def test_unknown_parameter_is_refused() -> None:
 
 
 @pytest.mark.real_model
+@pytest.mark.slow
 def test_notebook_trains_the_real_model(smollm2_checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter"
     sizes = {"MAX_STEPS": 3, "MAX_TOKENS": 256, "MAX_EVAL_ROWS": 2}
