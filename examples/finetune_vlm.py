@@ -58,9 +58,9 @@ DEFAULTS = {
     "output_dir": "outputs/vlm",
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
-    "max_steps": 60,
+    "max_steps": 40,
     "learning_rate": 2.5e-3,
-    "warmup_steps": 0.1,
+    "warmup_steps": 5,
     "lr_scheduler_type": "cosine",
     "logging_steps": 1,
     "save_strategy": "no",
@@ -90,9 +90,35 @@ def read_chats(folder: str, name: str) -> Dataset | None:
     return Dataset.from_list(rows, on_mixed_types="use_json")
 
 
+def load_processor(script: ScriptArguments) -> Any:
+    """The model's own.
+
+    Raises:
+        ValueError: it makes all pictures of one size, so that `max_pixels` would have no effect.
+    """
+    if script.max_pixels is None:
+        return AutoProcessor.from_pretrained(script.model)
+    processor = AutoProcessor.from_pretrained(script.model, max_pixels=script.max_pixels)
+    if "max_pixels" not in processor.image_processor.valid_kwargs.__annotations__:
+        raise ValueError(
+            f"`max_pixels` ({script.max_pixels}) has no effect on {type(processor.image_processor).__name__}: leave "
+            "it out; what that makes of a picture does not depend on its size."
+        )
+    return processor
+
+
 def encoder_parts(model: torch.nn.Module) -> list[str]:
-    """Names of the encoder and the projector, as deep as they stand once each."""
+    """Names of the encoder and the projector, as deep as they stand once each.
+
+    Raises:
+        ValueError: none has a name that is known.
+    """
     found = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in ENCODER_NAMES]
+    if not found:
+        raise ValueError(
+            f"`train_encoder` finds no encoder in {type(model).__name__}: add its name to ENCODER_NAMES, which has "
+            f"{', '.join(ENCODER_NAMES)}."
+        )
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 
@@ -145,8 +171,7 @@ def main() -> None:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     set_seed(args.seed)
-    options = {} if script.max_pixels is None else {"max_pixels": script.max_pixels}
-    processor = AutoProcessor.from_pretrained(script.model, **options)
+    processor = load_processor(script)
     model = AutoModelForImageTextToText.from_pretrained(script.model, dtype=script.dtype)
     if script.train_encoder:
         for name in encoder_parts(model):

@@ -23,13 +23,13 @@ from transformers import Trainer, TrainerCallback
 from hf_veomni import hf
 from hf_veomni.comm import all_gather
 from hf_veomni.doctor import RECORD, Row, write_page
-from hf_veomni.errors import UnsupportedError
-from hf_veomni.flops import StepFlops, device_peak, token_places
+from hf_veomni.flops import device_peak, token_places
 from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.mesh import ParallelState, get_parallel_state
 from hf_veomni.sequence.backbone import find_layers
 from hf_veomni.trainer.loaders import DummyBatch
 from hf_veomni.trainer.step_clock import PHASES, StepClock
+from hf_veomni.trainer.throughput import BatchCount
 
 if TYPE_CHECKING:
     from hf_veomni.trainer.loop import BatchingMixin as _Trainer
@@ -61,26 +61,13 @@ class StepReportCallback(TrainerCallback):
         self._about = _describe(base, model, state, args)
         layers = find_layers(hf.find_backbone(base))
         self._handles = self.clock.watch(list(layers[1]) if layers is not None else [])
-        self._model_flops: StepFlops | None = None
-        try:
-            self._model_flops = StepFlops.from_model(model)
-        except UnsupportedError:
-            pass  # the page then has no MFU
+        self._count = BatchCount(model, "the step report")
         self._longest = [0, 0]
         self._steps = self._seen = 0
-        self._tokens: Tensor | float = 0.0
-        self._flops: Tensor | float = 0.0
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Count one batch of this data rank."""
-        if self._model_flops is not None:
-            try:
-                tokens, flops = self._model_flops.of_batch(batch)
-                self._tokens, self._flops = self._tokens + tokens, self._flops + flops
-            except UnsupportedError:
-                self._model_flops = None
-        if self._model_flops is None:
-            self._tokens = self._tokens + (token_places(batch)[1] > 0).sum().double()
+        self._count.add(batch)
         if self._longest == [0, 0]:
             lengths = token_places(batch)[1]
             self._longest = [lengths.numel(), int(lengths.max())]
@@ -105,14 +92,14 @@ class StepReportCallback(TrainerCallback):
         sums = self.clock.take()
         memory = torch.cuda.max_memory_allocated(self.state.device) if self.state.device.type == "cuda" else 0
         compiled = _compilations()
-        facts = {**sums, "tokens": self._tokens, "flops": self._flops, "memory": memory}
+        facts = {**sums, "tokens": self._count.tokens, "flops": self._count.total, "memory": memory}
         facts["compiled"] = compiled - self._seen
         sent = [torch.as_tensor(facts[name], dtype=torch.float64).to(self.state.device) for name in _FACTS]
         mine = torch.stack(sent)
         found = (all_gather(mine) if self.state.world_size > 1 else mine).view(-1, len(_FACTS)).tolist()
         ranks: list[dict[str, float]] = [dict(zip(_FACTS, row, strict=True)) for row in found]
         steps, self._steps, self._seen = max(self._steps, 1), 0, compiled
-        self._tokens = self._flops = 0.0
+        self._count.restart()
         experts = {name: value for name, value in logs.items() if _EXPERTS.match(name)}
         row = Row.of(step, steps, ranks, self.state.sp_size, self._peak, experts)
         self.rows.append(row)

@@ -23,6 +23,39 @@ from hf_veomni.mesh import ParallelState
 logger = logging.getLogger(__name__)
 
 
+class BatchCount:
+    """Tokens and FLOPs of the batches that a data rank trains on, summed without waiting for the device.
+
+    Attributes:
+        flops: how a batch's FLOPs are counted; None where they are not, of which `where` is told once.
+        tokens, total: sums since `restart`.
+    """
+
+    def __init__(self, model: nn.Module, where: str) -> None:
+        self.where = where
+        self.flops: StepFlops | None = None
+        try:
+            self.flops = StepFlops.from_model(model)
+        except UnsupportedError as error:
+            logger.warning("No MFU in %s. %s", where, error)
+        self.restart()
+
+    def restart(self) -> None:
+        self.tokens: Tensor | float = 0.0
+        self.total: Tensor | float = 0.0
+
+    def add(self, batch: Mapping[str, Any]) -> None:
+        if self.flops is not None:
+            try:
+                tokens, flops = self.flops.of_batch(batch)
+                self.tokens, self.total = self.tokens + tokens, self.total + flops
+                return
+            except UnsupportedError as error:
+                logger.warning("No MFU in %s. %s", self.where, error)
+                self.flops = None
+        self.tokens = self.tokens + (token_places(batch)[1] > 0).sum().double()
+
+
 class ThroughputCallback(TrainerCallback):
     """Counts what is trained between two logs; OmniTrainer adds it for `log_throughput`."""
 
@@ -35,39 +68,26 @@ class ThroughputCallback(TrainerCallback):
         """
         self.state, self.clock = state, clock
         self.peak = device_peak(state.device)
-        self.flops: StepFlops | None = None
-        try:
-            self.flops = StepFlops.from_model(model)
-        except UnsupportedError as error:
-            logger.warning("No MFU in the log. %s", error)
-        if self.flops is not None and self.peak is None:
+        self.count = BatchCount(model, "the log")
+        if self.count.flops is not None and self.peak is None:
             logger.warning("No MFU in the log: the peak of this device (%s) is not known.", state.device)
         self._restart()
 
     def _restart(self) -> None:
         self._begin = self._mark = self.clock()
-        self._tokens: Tensor | float = 0.0
-        self._flops: Tensor | float = 0.0
+        self.count.restart()
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Count one batch of this data rank. Does not wait for the device."""
-        if self.flops is not None:
-            try:
-                tokens, flops = self.flops.of_batch(batch)
-                self._tokens, self._flops = self._tokens + tokens, self._flops + flops
-                return
-            except UnsupportedError as error:
-                logger.warning("No MFU in the log. %s", error)
-                self.flops = None
-        self._tokens = self._tokens + (token_places(batch)[1] > 0).sum().double()
+        self.count.add(batch)
 
     def take(self) -> dict[str, float]:
         """The figures since the last log.
 
         Collective: one all-reduce of four numbers over all ranks.
         """
-        known = self.flops is not None and self.peak is not None
-        counts = [self._tokens, self._flops, float(not known), self.peak or 0.0]
+        known = self.count.flops is not None and self.peak is not None
+        counts = [self.count.tokens, self.count.total, float(not known), self.peak or 0.0]
         device = self.state.device
         total = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(device) for x in counts])
         total[:2] /= self.state.sp_size  # whose ranks share their rows

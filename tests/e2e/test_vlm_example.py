@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch import nn
 
 from digit_chats import make_digit_chats
+from finetune_vlm import ScriptArguments, encoder_parts, load_processor
 from make_vlm_checkpoint import make_vlm_checkpoint
 from tests.e2e.launching import ROOT, launch, python
 
@@ -52,6 +54,13 @@ def test_adapters_are_in_the_language_model_alone(inputs: list[str], tmp_path: P
 def test_a_folder_without_a_jsonl_names_the_way_out(inputs: list[str], tmp_path: Path) -> None:
     status, output = python(SCRIPT, *inputs[:2], "--data", str(tmp_path), "--use_cpu", check=False)
     assert status == 1 and "holds no train.jsonl: `python examples/digit_chats.py` writes such a folder." in output
+
+
+def test_options_without_effect_are_refused(inputs: list[str]) -> None:
+    with pytest.raises(ValueError, match="`max_pixels` .784. has no effect on SiglipImageProcessorPil"):
+        load_processor(ScriptArguments(model=inputs[1], max_pixels=784))
+    with pytest.raises(ValueError, match="`train_encoder` finds no encoder in Linear"):
+        encoder_parts(nn.Linear(1, 1))
 
 
 def test_the_page_runs(inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
