@@ -32,7 +32,7 @@ def metrics(folder: Path) -> dict[str, Any]:
 
 
 def test_two_ranks_train_as_one_process(inputs: list[str], tmp_path: Path) -> None:
-    options = [*inputs, "--max_steps", "3", "--learning_rate", "1e-3", "--train_encoder"]
+    options = [*inputs, "--max_steps", "6", "--learning_rate", "1e-3", "--train_encoder"]
     _, output = launch("cpu_sp2.yaml", SCRIPT, *options, "--output_dir", str(tmp_path / "two"))
     python(SCRIPT, *options, "--use_cpu", "--output_dir", str(tmp_path / "one"))
     two, one = metrics(tmp_path / "two"), metrics(tmp_path / "one")
