@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
@@ -15,7 +13,7 @@ from hf_veomni.mesh import get_parallel_state, is_prepared
 logger = logging.get_logger(__name__)
 
 
-def compile_layers(model: nn.Module, **options: Any) -> None:
+def compile_layers(model: nn.Module, **options: object) -> None:
     """Compile each layer of the stacks by itself, decoder and towers: after `prepare_omni`, whose hooks stay in force.
 
     All layers of a kind share their graphs, so that it takes seconds where the full model takes minutes. The model

@@ -140,7 +140,7 @@ _current: ContextVar[ForwardContext] = ContextVar("hf_veomni_forward", default=_
 current = _current.get
 
 
-def enter(owner: object, **fields: Any) -> None:
+def enter(owner: object, **fields: object) -> None:
     """Set fields of the context, until `leave(owner)`."""
     now = current()
     entry = _Entry(owner, {name: getattr(now, name) for name in fields})
@@ -166,7 +166,7 @@ def is_inside(owner: object) -> bool:
 
 
 @contextmanager
-def within(**fields: Any) -> Iterator[None]:
+def within(**fields: object) -> Iterator[None]:
     """Set fields of the context for the time of a block."""
     owner = object()
     enter(owner, **fields)
@@ -201,7 +201,7 @@ class CheckpointCarrier:
         self.inner = inner
 
     @torch.compiler.disable(recursive=False)  # a compiler cannot follow a ContextVar; the function itself it can
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, function: Callable[..., Any], *args: object, **kwargs: object) -> Any:
         carried, lane = _Carried(function), current().lane
         if lane is None:
             return self.inner(carried, *args, **kwargs)
@@ -217,7 +217,7 @@ class _Carried:
         self.ran = False
 
     @torch.compiler.disable(recursive=False)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         recorded, self.ran = Recorded(self.made, again=self.ran), True
         now = current()  # who runs beside it is another one in each recomputation
         token = _current.set(replace(self.context, recorded=recorded, flight=now.flight, lane=now.lane))

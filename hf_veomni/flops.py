@@ -235,13 +235,13 @@ def _levels(decoder: nn.Module, layers: nn.ModuleList, head: nn.Module | None) -
     return lambda module: level.get(module, -1)
 
 
-def _first(config: Any, names: tuple[str, ...]) -> int | None:
+def _first(config: object, names: tuple[str, ...]) -> int | None:
     """The first of the attributes that is a positive integer."""
     found = (getattr(config, name, None) for name in names)
     return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
-def _uses(name: str, module: nn.Module, parameter: nn.Parameter, config: Any) -> float:
+def _uses(name: str, module: nn.Module, parameter: nn.Parameter, config: object) -> float:
     """How many of a token's rows a parameter is multiplied with."""
     last = name.rpartition(".")[2]
     if parameter.dim() < 2 or last.endswith("bias") or isinstance(module, nn.Embedding):

@@ -51,7 +51,7 @@ class Remembered(Tensor):
     def pin_memory(self, *args: Any, **kwargs: Any) -> Tensor:
         return _carry(self, super().pin_memory(*args, **kwargs))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> Any:
         """Between processes (a loader's workers): the values once, not twice."""
         return remember, (on_host(self), self.device)
 
@@ -63,7 +63,7 @@ class _Values(Tensor):
     """Values of a fake tensor. Functions of them and of nothing fake are computed; others are as fake as the rest."""
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(_Values, forget, (args, kwargs or {}))
         if any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
@@ -77,7 +77,7 @@ def as_values(tensor: Tensor) -> Tensor:
         return tensor.as_subclass(_Values)  # pyright: ignore[reportReturnType]
 
 
-def make(function: Callable[..., Made], *args: Any, **kwargs: Any) -> Made:
+def make(function: Callable[..., Made], *args: object, **kwargs: object) -> Made:
     """What the host computes from plain numbers and real tensors: in a dry run too it has values."""
     with unset_fake_temporarily():
         return function(*args, **kwargs)
@@ -150,7 +150,7 @@ def move(tensor: Tensor, device: torch.device | str | None) -> Tensor:
     return moved if mode is None else mode.from_tensor(moved)
 
 
-def knows(tensor: Any) -> bool:
+def knows(tensor: object) -> bool:
     """Whether `on_host` of this tensor waits for nothing."""
     return isinstance(tensor, Tensor) and _known(tensor) is not None
 
@@ -161,7 +161,7 @@ def on_host(tensor: Tensor) -> Tensor:
     return forget(tensor).cpu() if known is None else known
 
 
-def apply(function: Callable[..., Tensor], tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def apply(function: Callable[..., Tensor], tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
     """`function(tensor, ...)`, on the host too where the values are known there."""
     known = _known(tensor)
     made = function(forget(tensor), *args, **kwargs)

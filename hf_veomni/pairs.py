@@ -221,7 +221,7 @@ class Lane:
             self._visit = None
         return alone(*visit.args, **visit.kwargs)
 
-    def checkpoint(self, key: object, inner: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    def checkpoint(self, key: object, inner: Callable[..., Any], function: Callable[..., Any], *args: object) -> Any:
         """`inner(function, *args)`, a call of activation checkpointing.
 
         The other sequence's call under the same key is its partner: both are computed again side by side.
@@ -282,7 +282,7 @@ class _Frame:
     def join(self, other: _Frame) -> None:
         self.partner, other.partner = weakref.ref(other), weakref.ref(self)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> Any:
         again, self.ran = self.ran, True
         leaves, structure = tree_flatten(args)
         place = next((i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad), None)
@@ -338,7 +338,7 @@ def run_both(calls: Calls, visits: tuple[Visit, ...], parts: bool = False, activ
     return found
 
 
-def run_pair(function: Callable[[Any], Any], first: Any, second: Any, *, parts: bool = False) -> tuple[Any, Any]:
+def run_pair(function: Callable[[Any], Any], first: object, second: object, *, parts: bool = False) -> tuple[Any, Any]:
     """`function(first), function(second)`, two sequences in flight within the models of a plan with `overlap: pairs`.
 
     Results, gradients and errors are those of one call after the other; only dropout draws other masks. For the

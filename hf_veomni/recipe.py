@@ -76,7 +76,7 @@ if __name__ == "__main__":
 ''')
 
 
-def _read(cls: type, values: Any, where: str) -> Any:
+def _read(cls: type, values: object, where: str) -> Any:
     """An instance of a dataclass from a mapping.
 
     Raises:

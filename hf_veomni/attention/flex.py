@@ -179,7 +179,7 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 
 @lru_cache(maxsize=64)
-def _compiled(kind: Any) -> Callable[..., Any]:
+def _compiled(kind: object) -> Callable[..., Any]:
     """FlexAttention for inputs of one kind, compiled on its first call, and again for rows of any length.
 
     A kind is all that torch compiles anew for, but for lengths. Each has a code object of its own, since torch counts

@@ -161,7 +161,7 @@ def tell_packing() -> None:
         return
 
     @wraps(stock)
-    def find(position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    def find(position_ids: Tensor, *args: object, **kwargs: object) -> Tensor | None:
         documents = current().documents
         if documents is None or torch.compiler.is_compiling() or not documents.told_by(position_ids):
             return stock(position_ids, *args, **kwargs)

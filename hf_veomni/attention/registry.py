@@ -19,7 +19,7 @@ from hf_veomni.errors import UnsupportedError
 class _Shared:
     """One config object: what it selected before, what its models were prepared with, and these models."""
 
-    def __init__(self, config: Any, option: str, previous: str) -> None:
+    def __init__(self, config: object, option: str, previous: str) -> None:
         self.config, self.option, self.previous = config, option, previous
         self.users: WeakSet[Any] = WeakSet()
 
@@ -27,7 +27,7 @@ class _Shared:
 _shared: dict[int, _Shared] = {}  # by id; an entry keeps its config, so an id stays its own
 
 
-def _entry(config: Any) -> _Shared | None:
+def _entry(config: object) -> _Shared | None:
     entry = _shared.get(id(config))
     if entry is not None and not entry.users:  # its models were deleted without being detached
         hf.set_attention_name(config, entry.previous)
@@ -36,7 +36,7 @@ def _entry(config: Any) -> _Shared | None:
     return entry
 
 
-def select(user: Any, configs: Sequence[Any], option: str, replaced: Sequence[str], name: str) -> list[str]:
+def select(user: object, configs: Sequence[Any], option: str, replaced: Sequence[str], name: str) -> list[str]:
     """Have every config select `name` where it selects one of `replaced`, until the last user releases it.
 
     Args:
@@ -63,13 +63,13 @@ def select(user: Any, configs: Sequence[Any], option: str, replaced: Sequence[st
     return [_shared[id(config)].previous for config in configs]
 
 
-def attach_user(user: Any, configs: Sequence[Any], option: str, previous: Sequence[str]) -> None:
+def attach_user(user: object, configs: Sequence[Any], option: str, previous: Sequence[str]) -> None:
     """Count a user whose configs have been switched already: a deep copy of a prepared model."""
     for config, name in zip(configs, previous, strict=True):
         _shared.setdefault(id(config), _Shared(config, option, name)).users.add(user)
 
 
-def release(user: Any, configs: Sequence[Any]) -> None:
+def release(user: object, configs: Sequence[Any]) -> None:
     """The user needs the selection no longer; without further users the previous one comes back."""
     for config in configs:
         entry = _shared.get(id(config))

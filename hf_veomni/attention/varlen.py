@@ -59,7 +59,7 @@ def varlen_attention(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     is_causal: bool | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' `AttentionInterface`.
 

@@ -51,11 +51,11 @@ class LazyTensor(Tensor):
             return torch.empty(sizes, dtype=self.dtype)
         return self._read(box)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: object) -> str:
         return f"LazyTensor({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         rule = _RULES.get(func)
         return rule(*args, **(kwargs or {})) if rule is not None else _run_full(func, args, kwargs or {})
 
@@ -114,12 +114,12 @@ aten = torch.ops.aten
 
 
 @_rule(aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh.default)
-def _same(source: LazyTensor, **_: Any) -> LazyTensor:
+def _same(source: LazyTensor, **_: object) -> LazyTensor:
     return LazyTensor(source.shape, source.dtype, source.read)
 
 
 @_rule(aten._to_copy.default)
-def _cast(source: LazyTensor, *, dtype: torch.dtype | None = None, **_: Any) -> LazyTensor:
+def _cast(source: LazyTensor, *, dtype: torch.dtype | None = None, **_: object) -> LazyTensor:
     wanted = dtype or source.dtype
     return LazyTensor(source.shape, wanted, lambda box: source.read(box).to(wanted))
 

@@ -60,14 +60,14 @@ def _set_groups(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -
         group.update({name: state[prefix + name] for name in group if prefix + name in state})
 
 
-def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+def optimizer_state(model: nn.Module, optimizer: object) -> dict[str, Any]:
     """The optimizer's state by parameter name: sharded tensors, and the options of the parameter groups."""
     inner = unwrap_optimizer(optimizer)
     with _groups_with_parameters(inner):
         return _get_state(model, inner)
 
 
-def save_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLike[str]) -> None:
+def save_optimizer(model: nn.Module, optimizer: object, directory: str | os.PathLike[str]) -> None:
     """Write the optimizer's state; each rank writes what it owns, by parameter name. Every rank must call it.
 
     Collectives and errors: see `write_state`.
@@ -75,7 +75,7 @@ def save_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLik
     write_state(optimizer_state(model, optimizer), directory)
 
 
-def load_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLike[str]) -> None:
+def load_optimizer(model: nn.Module, optimizer: object, directory: str | os.PathLike[str]) -> None:
     """Read what `save_optimizer` wrote, under the same plan or another. Every rank must call it.
 
     Collective: one small all-gather.
@@ -94,7 +94,7 @@ def load_optimizer(model: nn.Module, optimizer: Any, directory: str | os.PathLik
             _set_groups(model, inner, state)
 
 
-def load_stock_optimizer(model: nn.Module, optimizer: Any, path: str | os.PathLike[str]) -> None:
+def load_stock_optimizer(model: nn.Module, optimizer: object, path: str | os.PathLike[str]) -> None:
     """Read the `optimizer.pt` of a one-process run into an optimizer over the same, possibly sharded, parameters.
 
     That file knows parameters by position; the groups of this optimizer name them.
@@ -115,7 +115,7 @@ def load_stock_optimizer(model: nn.Module, optimizer: Any, path: str | os.PathLi
             group.update({name: value for name, value in stored.items() if name != "params"})
 
 
-def _named_state(model: nn.Module, optimizer: Optimizer, stored: dict[str, Any], path: Any) -> dict[str, Any]:
+def _named_state(model: nn.Module, optimizer: Optimizer, stored: dict[str, Any], path: object) -> dict[str, Any]:
     names = {id(p): name for name, p in model.named_parameters()}
     here = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     there = [group["params"] for group in stored["param_groups"]]

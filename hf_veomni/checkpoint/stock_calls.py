@@ -37,7 +37,7 @@ class _Save:
     def __init__(self, model: nn.Module, stock: Callable[..., Any]) -> None:
         self.model, self.stock = model, stock
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """As stock, with the same arguments; stock itself where full tensors are given in `state_dict`.
 
         Collective without `state_dict`: every rank must call it. See `save_plain`, which it raises as.
@@ -75,7 +75,7 @@ def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     return {**found, **found.pop(rest, {})}
 
 
-def _refuse(name: str, way_out: str, *args: Any, **kwargs: Any) -> NoReturn:
+def _refuse(name: str, way_out: str, *args: object, **kwargs: object) -> NoReturn:
     raise UnsupportedError(
         f"`{name}` is not available on a prepared model, of which each rank holds shards: {way_out}."
     )

@@ -13,14 +13,14 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Json
 
 
-def parts(feature: Any) -> Iterator[Any]:
+def parts(feature: object) -> Iterator[Any]:
     """A feature and all that are inside of it."""
     yield feature
     for inner in _inside(feature):
         yield from parts(inner)
 
 
-def _inside(feature: Any) -> Sequence[Any]:
+def _inside(feature: object) -> Sequence[Any]:
     if isinstance(feature, Mapping):
         return list(feature.values())
     if isinstance(feature, list | tuple):
@@ -29,11 +29,11 @@ def _inside(feature: Any) -> Sequence[Any]:
     return [] if inner is None else [inner]
 
 
-def _is_file(feature: Any) -> bool:
+def _is_file(feature: object) -> bool:
     return hasattr(feature, "decode") and not isinstance(feature, Json)
 
 
-def holds_json(feature: Any) -> bool:
+def holds_json(feature: object) -> bool:
     return any(isinstance(part, Json) for part in parts(feature))
 
 

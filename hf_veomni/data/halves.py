@@ -40,7 +40,7 @@ def split_batch(batch: Mapping[str, Any], hidden_size: int) -> tuple[dict[str, A
     return _part(columns, slice(None), slice(None, middle)), _part(columns, slice(None), slice(middle, None))
 
 
-def _fits(name: str, value: Any, ids: Tensor) -> bool:
+def _fits(name: str, value: object, ids: Tensor) -> bool:
     if name not in _SPLIT or not isinstance(value, Tensor):
         return False
     return value.shape == ids.shape or (name == "position_ids" and value.dim() == 3 and value.shape[1:] == ids.shape)

@@ -135,7 +135,7 @@ def with_parts(
     return [message | _split(message["content"], pattern, marks) for message in messages]
 
 
-def _split(content: Any, pattern: re.Pattern[str], marks: Mapping[str, str]) -> dict[str, Any]:
+def _split(content: object, pattern: re.Pattern[str], marks: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(content, str) or not pattern.search(content):
         return {}
     pieces = [piece for piece in pattern.split(content) if piece]
@@ -179,7 +179,7 @@ def template_options(where: str, extra: Mapping[str, Any], takes: frozenset[str]
     return {name: without_none(value) for name, value in options.items()}
 
 
-def without_none(value: Any) -> Any:
+def without_none(value: object) -> Any:
     """Without the keys of nothing that arrow adds: it gives every structure of a column the keys of all."""
     if isinstance(value, Mapping):
         return {name: without_none(inner) for name, inner in value.items() if inner is not None}

@@ -78,7 +78,7 @@ def is_raw(sample: Mapping[str, Any]) -> bool:
     return "input_ids" not in sample and any(name in sample for name in TEXT_COLUMNS)
 
 
-def item_tensor(where: str, name: str, values: Any) -> Tensor:
+def item_tensor(where: str, name: str, values: object) -> Tensor:
     """A column of items as a tensor: integers as they are, or torch.long from lists.
 
     Raises:
@@ -99,7 +99,7 @@ def _rows_of_items(where: str, name: str, values: Tensor) -> Tensor:
     return values
 
 
-def _as_tensor(where: str, name: str, values: Any) -> Tensor:
+def _as_tensor(where: str, name: str, values: object) -> Tensor:
     if isinstance(values, Tensor):
         return values.detach().cpu()
     try:
@@ -119,7 +119,7 @@ def _as_tensor(where: str, name: str, values: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _stacked(values: Any) -> Any:
+def _stacked(values: object) -> Any:
     """Lists of tensors as one tensor, of any dtype: numpy has no bf16."""
     if not isinstance(values, Sequence) or isinstance(values, str) or not len(values):
         return values

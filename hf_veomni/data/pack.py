@@ -28,9 +28,9 @@ def pack_dataset(
     columns: Sequence[str] = (),
     num_proc: int | None = None,
     buffer_size: int | None = None,
-    processor: Any = None,
+    processor: object = None,
     cost: CostFunction | None = None,
-    model_config: Any = None,
+    model_config: object = None,
     item_columns: Sequence[str] = (),
     on_error: str = "raise",
 ) -> AnyDataset:
@@ -104,7 +104,9 @@ def unpack(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(parts, document, strict=True)) for document in zip(*parts.values(), strict=True)]
 
 
-def _check_options(dataset: Any, max_tokens: int, strategy: str, overlong: str, num_proc: Any, buffer_size: Any):
+def _check_options(
+    dataset: object, max_tokens: int, strategy: str, overlong: str, num_proc: int | None, buffer_size: int | None
+):
     if not isinstance(dataset, Dataset | IterableDataset):
         raise ValueError(
             f"`dataset` ({type(dataset).__name__}) must be a datasets.Dataset or IterableDataset: give one split, or "
@@ -130,6 +132,6 @@ def _check_options(dataset: Any, max_tokens: int, strategy: str, overlong: str, 
         )
 
 
-def _check_positive(name: str, value: Any) -> None:
+def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{name}` ({value!r}) must be a positive integer.")

@@ -35,7 +35,7 @@ class RopeIndex:
         placeholders: token ids by modality, for samples without `mm_token_type_ids`.
     """
 
-    def __init__(self, config: Any, placeholders: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, config: object, placeholders: Mapping[str, tuple[int, ...]]) -> None:
         self.config = getattr(config, "thinker_config", None) or config
         self.placeholders = placeholders
         self._owner = find_owner(self.config)
@@ -48,7 +48,7 @@ class RopeIndex:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_model": None}  # a worker builds its own
 
-    def __call__(self, input_ids: Tensor, **columns: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, **columns: object) -> Tensor:
         """Positions of one document [1, T] -> [axes, 1, T], without the axis that counts tokens."""
         assert self._owner is not None
         if self._model is None:
@@ -63,7 +63,7 @@ class RopeIndex:
         return self._model.get_rope_index(input_ids, **_accepted(self._model.get_rope_index, columns))[0]
 
 
-def find_owner(config: Any) -> type | None:
+def find_owner(config: object) -> type | None:
     """The class that computes the positions of a config's model, None if the model counts tokens alone.
 
     Raises:

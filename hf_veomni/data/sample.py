@@ -121,14 +121,14 @@ def _check_keys(where: str, sample: Mapping[str, Any], columns: Sequence[str], i
             raise ValueError(f"{where}: `{name}` is missing.")
 
 
-def _numbers(values: Any) -> np.ndarray:
+def _numbers(values: object) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().numpy()
     array = np.asarray(values)
     return array if array.size else array.astype(np.int64)
 
 
-def _vector(where: str, name: str, values: Any) -> np.ndarray:
+def _vector(where: str, name: str, values: object) -> np.ndarray:
     array = _numbers(values)
     if array.ndim == 2 and array.shape[0] == 1:
         array = array[0]
@@ -144,7 +144,7 @@ def _vector(where: str, name: str, values: Any) -> np.ndarray:
     return array.astype(np.int64, copy=False)
 
 
-def _positions(where: str, values: Any) -> np.ndarray:
+def _positions(where: str, values: object) -> np.ndarray:
     array = _numbers(values)
     if array.dtype.kind not in "iu":
         raise ValueError(f"{where}: `position_ids` holds {array.dtype}, and must hold integers.")
@@ -163,7 +163,7 @@ def _without_padding(where: str, mask: np.ndarray) -> slice:
     return slice(int(ones[0]), int(ones[-1]) + 1)
 
 
-def _document_lengths(where: str, length: int, given: Any, positions: np.ndarray | None) -> np.ndarray:
+def _document_lengths(where: str, length: int, given: object, positions: np.ndarray | None) -> np.ndarray:
     """Lengths of the documents of a sample, from what it says of them; without a word it is one document."""
     if not length:
         return np.zeros(0, dtype=np.int64)

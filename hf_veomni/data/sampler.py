@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from torch.utils.data import Sampler
 
 from hf_veomni.data.planning import best_fit, members
@@ -88,13 +89,13 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        lengths_or_costs: Any,
+        lengths_or_costs: ArrayLike,
         max_tokens: int,
         num_ranks: int = 1,
         rank: int | None = 0,
         seed: int = 0,
         *,
-        lengths: Any = None,
+        lengths: ArrayLike | None = None,
         shuffle: bool = True,
         drop_last: bool = False,
     ):

@@ -31,7 +31,7 @@ ROW_COLUMNS = (SAMPLES, DOCUMENTS, COST)
 _MEASURED_AT_ONCE = 256
 
 
-def holds_samples(names: Sequence[str], item_columns: Sequence[str], processor: Any) -> bool:
+def holds_samples(names: Sequence[str], item_columns: Sequence[str], processor: object) -> bool:
     """Whether the columns of a dataset ask for rows of samples: items, or text for a processor."""
     items = any(name in ITEM_COLUMNS or name in item_columns for name in names)
     raw = any(name in RAW_COLUMNS for name in names)

@@ -153,7 +153,7 @@ def _write_batch(plan: pa.Table, source: Dataset, columns: Columns) -> pa.Table:
     return _assemble(source[wanted], Pieces(place, starts, lengths, row_sizes), columns)
 
 
-def _list_type(feature: Any) -> pa.DataType:
+def _list_type(feature: object) -> pa.DataType:
     return pa.list_(Features({"values": feature}).arrow_schema.field("values").type.value_type)
 
 

@@ -44,7 +44,7 @@ def keeps_values(name: str) -> bool:
 class _MasksAsPlaces(TorchFunctionMode):
     """`x[mask]`, `x[mask] = y` with real masks: with the places where they hold."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         if func in _INDEXING:
             args = (args[0], _places(args[1]), *args[2:])
         return func(*args, **(kwargs or {}))
@@ -105,7 +105,7 @@ def _kind(module: nn.Module) -> Any:
     return getattr(getattr(module, "config", None), "model_type", None)
 
 
-def image_batch(config: Any, tokens: int, grids: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
+def image_batch(config: object, tokens: int, grids: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
     """One packed sequence of `tokens` tokens that begins with these images, as a collator makes it.
 
     Args:

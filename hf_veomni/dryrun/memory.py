@@ -64,7 +64,7 @@ class MemoryLog:
         self._categories: list[str] = []
         self._places: list[Place] = []
 
-    def counts(self, value: Any) -> bool:
+    def counts(self, value: object) -> bool:
         """Whether it is a tensor with memory of its own: wrappers (DTensor, lazy logits) only claim a size."""
         if self.fake:
             return isinstance(value, FakeTensor)

@@ -127,7 +127,7 @@ def _check(kernels: str, rank: int, world_size: int, accumulation: int, skew: fl
         raise ValueError(f"`skew` ({skew}) must be above 0; 1 is balanced.")
 
 
-def _fake(value: Any, device: torch.device, keep: bool) -> Any:
+def _fake(value: object, device: torch.device, keep: bool) -> Any:
     """A tensor of the batch as the model gets it; `keep`: its values stay through the model's own code."""
     if not isinstance(value, Tensor):
         return value
@@ -151,7 +151,7 @@ def text_batch(tokens: int | Sequence[int]) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
-def add_adapters(model: nn.Module, lora: Any) -> nn.Module:
+def add_adapters(model: nn.Module, lora: object) -> nn.Module:
     """`model` with LoRA of this rank on its linear layers, or with a PEFT config's adapters; None: as it is."""
     if lora is None:
         return model

@@ -61,7 +61,7 @@ _SILENT = {"_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_auto
 WRITES = {"c10d::_allgather_base_", "c10d::_reduce_scatter_base_", "c10d::alltoall_base_"}  # into their first argument
 
 
-def _bytes(value: Any) -> int:
+def _bytes(value: object) -> int:
     return sum(x.numel() * x.element_size() for x in tree_leaves(value) if isinstance(x, Tensor))
 
 
@@ -94,7 +94,7 @@ class TrafficLog:
         self.axes = axes
         self._found: dict[tuple[str, str, int], list[int]] = {}
 
-    def see(self, name: str, args: tuple, result: Any) -> None:
+    def see(self, name: str, args: tuple, result: object) -> None:
         """One call of the operator `name`, after it ran.
 
         Raises:
@@ -140,6 +140,6 @@ class TrafficLog:
         return sorted(found, key=lambda c: -c.sent)
 
 
-def unbox(group: Any) -> ProcessGroup:
+def unbox(group: object) -> ProcessGroup:
     """The process group behind an operator's argument."""
     return group if isinstance(group, ProcessGroup) else ProcessGroup.unbox(group)  # type: ignore[attr-defined]

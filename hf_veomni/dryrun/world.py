@@ -41,14 +41,14 @@ _UNCHECKED = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
 def _really(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> Any:
         with unset_fake_temporarily():
             return function(*args, **kwargs)
 
     return run
 
 
-def _move(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+def _move(module: nn.Module, *args: object, **kwargs: object) -> nn.Module:
     """`Module.to`: all is on its device; for another dtype there are new parameters, since torch swaps no fakes."""
     given = (*args, *kwargs.values())
     dtype = next(
@@ -154,7 +154,7 @@ def _unchecked() -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(where: str, name: str, value: Any) -> Iterator[None]:
+def _replaced(where: str, name: str, value: object) -> Iterator[None]:
     module, _, member = where.partition(":")
     owner: Any = import_module(module)
     owner = getattr(owner, member) if member else owner

@@ -134,7 +134,7 @@ def compute_as_selected(forward: Callable[..., Tensor], x: Tensor, groups: Group
 
 
 def compute_rows(
-    experts: Any,
+    experts: object,
     forward: Callable[..., Tensor] | None,
     adapters: Mapping[str, Sequence[LowRank]],
     x: Tensor,

@@ -136,7 +136,7 @@ def attach_adapters(module: ExpertsModule) -> Callable[[], None]:
     return partial(_detach_adapters, module, sharded)
 
 
-def _call_experts(experts: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _call_experts(experts: nn.Module, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
     return experts.forward(hidden_states, *args, **kwargs)
 
 

@@ -69,7 +69,7 @@ class _LossOfAllRanks:
     training: bool
 
     def __call__(
-        self, gate_logits: Any, num_experts: int | None = None, top_k: int = 2, attention_mask: Tensor | None = None
+        self, gate_logits: object, num_experts: int | None = None, top_k: int = 2, attention_mask: Tensor | None = None
     ) -> Tensor | int:
         """The loss of all ranks' tokens, times this micro-batch's share of the step.
 
@@ -173,7 +173,7 @@ class RouterLoss:
         inputs = {name: inputs.get(name) for name in _READ}
         enter(self, router_loss=_LossOfAllRanks(self.state, inputs, torch.is_grad_enabled()))
 
-    def _leave(self, model: nn.Module, args: tuple, output: Any) -> None:
+    def _leave(self, model: nn.Module, args: tuple, output: object) -> None:
         leave(self)
 
 
@@ -210,7 +210,7 @@ class _Patches:
         stock = self._originals[name] = getattr(sys.modules[name], _NAME)
 
         @wraps(stock)
-        def function(*args: Any, **kwargs: Any) -> Any:
+        def function(*args: object, **kwargs: object) -> Any:
             return (current().router_loss or stock)(*args, **kwargs)
 
         setattr(sys.modules[name], _NAME, function)

@@ -168,7 +168,7 @@ def cast_inputs(model: nn.Module, units: Iterable[nn.Module], dtype: torch.dtype
 class _Cast:
     dtype: torch.dtype
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, args: object, kwargs: object) -> Any:
         return tree_map_only(Tensor, self._cast, (args, kwargs))
 
     def _cast(self, value: Tensor) -> Tensor:

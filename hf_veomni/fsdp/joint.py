@@ -40,7 +40,7 @@ from hf_veomni.pairs import Lane, check_greenlet
 _REGISTER = "_register_post_backward_hook"
 
 
-def _register_alone(stock: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _register_alone(stock: Callable[..., Any], args: object, kwargs: object) -> tuple[Any, Any]:
     """FSDP2's, which reduces after one sequence; of two `_Reduction` takes care."""
     return (args, kwargs) if current().lane is not None else stock(args, kwargs)
 
@@ -51,7 +51,7 @@ class _Gate:
     def __init__(self, hook: Callable[..., Any]) -> None:
         self.hook = hook
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> Any:
         return None if current().lane is not None else self.hook(*args)
 
 
@@ -61,7 +61,7 @@ class _Reduction:
     def __init__(self, groups: Sequence[Any]) -> None:
         self.groups, self.sequences, self.came = groups, 0, 0
 
-    def await_gradients(self, inputs: Any) -> Any:
+    def await_gradients(self, inputs: object) -> Any:
         """The same inputs of one sequence, whose gradients are waited for."""
         leaves, structure = tree_flatten(inputs)
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -185,7 +185,7 @@ class _JointCall:
             lane.release(passage)
         return passage
 
-    def _leave(self, lane: Lane, passage: _Passage, output: Any) -> Any:
+    def _leave(self, lane: Lane, passage: _Passage, output: object) -> Any:
         """`output` as FSDP2's hook hands it on; parameters are freed once nobody is to come or inside."""
         passage.left += 1
         if passage.left == 2 or not (len(passage.entered) == 2 or lane.other_runs):
@@ -197,13 +197,13 @@ class _JointCall:
             self._close(lane, passage, ())  # the other one goes elsewhere
         return output
 
-    def _close(self, lane: Lane, passage: _Passage, output: Any) -> Any:
+    def _close(self, lane: Lane, passage: _Passage, output: object) -> Any:
         if self.open is passage:
             self.open = None
         lane.release(passage)
         return self.after.hook(self.unit, (), output)
 
-    def _cast(self, output: Any) -> Any:
+    def _cast(self, output: object) -> Any:
         dtype = self.state._mp_policy.output_dtype
         if dtype is None:
             return output
@@ -263,13 +263,13 @@ class _Backbone:
     def __init__(self, progress: _Progress) -> None:
         self.progress = progress
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, args: object) -> None:
         flight = current().flight
         if flight is not None and self.progress not in flight.shared:
             flight.shared.append(self.progress)
         enter(self, lane=flight)
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: object, output: object) -> None:
         leave(self)
 
 

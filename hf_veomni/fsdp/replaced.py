@@ -27,7 +27,7 @@ class ReplacedParameter(nn.Parameter):
         _refuse()
 
     @grad.setter
-    def grad(self, value: Any) -> None:
+    def grad(self, value: object) -> None:
         _refuse()
 
 

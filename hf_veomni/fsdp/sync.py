@@ -16,7 +16,7 @@ from hf_veomni.comm.agree import name_ranks
 logger = logging.getLogger(__name__)
 
 
-def _gather(value: Any) -> list[Any]:
+def _gather(value: object) -> list[Any]:
     """`value` of every rank, in rank order. Collective over all ranks."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -39,7 +39,7 @@ def _say(kinds: dict[str, list[int]]) -> str:
     return "; ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in kinds.items())
 
 
-def check_same_value(name: str, value: Any) -> None:
+def check_same_value(name: str, value: object) -> None:
     """Raise ValueError on every rank unless an argument has the same `repr` on all of them. An all-gather."""
     if not _alone() and len(kinds := _kinds(_gather(repr(value)))) > 1:
         raise ValueError(f"`{name}` differs between the ranks: {_say(kinds)}. Pass the same on every rank.")

@@ -39,7 +39,7 @@ def watch_experts(model: nn.Module) -> None:
             module.register_forward_hook(_touch)
 
 
-def _touch(experts: nn.Module, args: Any, output: Any) -> Any:
+def _touch(experts: nn.Module, args: object, output: object) -> Any:
     parameters = [p for p in experts.parameters() if p.requires_grad]
     if not isinstance(output, Tensor) or not torch.is_grad_enabled() or not parameters:
         return None

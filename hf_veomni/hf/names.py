@@ -219,7 +219,7 @@ class AttentionConfig:
     state: Any
     followed: str
 
-    def __init__(self, config: Any, state: Any) -> None:
+    def __init__(self, config: object, state: object) -> None:
         vars(self).update(shared=config, state=state)
         self.select(attention_name(config))
 
@@ -237,7 +237,7 @@ class AttentionConfig:
             raise AttributeError(name)
         return getattr(self.shared, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         setattr(self.shared, name, value)
 
 

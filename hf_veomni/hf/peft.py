@@ -41,7 +41,7 @@ def _names_forward(tuner: nn.Module) -> bool:
     return "forward" in inspect.unwrap(type(tuner).forward).__code__.co_names
 
 
-def call_with_hooks(model: Any) -> Callable[[], None]:
+def call_with_hooks(model: object) -> Callable[[], None]:
     """Let a tuner call its model, in place of the model's forward past all hooks, as peft 0.20 did.
 
     Returns:
@@ -54,7 +54,7 @@ def call_with_hooks(model: Any) -> Callable[[], None]:
     return _nothing
 
 
-def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _call(model: nn.Module, *args: object, **kwargs: object) -> Any:
     return model(*args, **kwargs)
 
 
@@ -66,7 +66,7 @@ def _nothing() -> None:
     pass
 
 
-def picks_tokens_by_place(model: Any) -> bool:
+def picks_tokens_by_place(model: object) -> bool:
     """Whether some adapter works on tokens by their place in the row (activated LoRA)."""
     configs = (getattr(model, "peft_config", None) or {}).values()
     return any(getattr(config, "alora_invocation_tokens", None) is not None for config in configs)

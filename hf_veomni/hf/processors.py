@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 
 def template_variables(template: str) -> frozenset[str]:
@@ -15,7 +14,7 @@ def template_variables(template: str) -> frozenset[str]:
     return frozenset(meta.find_undeclared_variables(environment.parse(template)))
 
 
-def count_multimodal_tokens(processor: Any, modality: str, size: Any) -> tuple[int, int | None] | None:
+def count_multimodal_tokens(processor: object, modality: str, size: object) -> tuple[int, int | None] | None:
     """Tokens and patches (or tiles) of an "image" (height, width) or "audio" (samples) by the processor's own formula;
     None if it has none."""
     name = {"image": "image_sizes", "audio": "audio_lengths"}[modality]

@@ -43,7 +43,7 @@ else:
         return method
 
 
-def require(owner: Any, names: Iterable[str]) -> None:
+def require(owner: object, names: Iterable[str]) -> None:
     """Raise VersionError unless a module, class or function of a library has all `names`, or its code knows them.
 
     Args:
@@ -55,7 +55,7 @@ def require(owner: Any, names: Iterable[str]) -> None:
         raise _error(place, ", ".join(f"`{name}`" for name in missing))
 
 
-def require_parameters(function: Any, names: Iterable[str]) -> None:
+def require_parameters(function: object, names: Iterable[str]) -> None:
     """Raise VersionError unless a function of a library takes arguments of all `names`; found as by `require`."""
     place, found = _resolve(function)
     takes = inspect.signature(found).parameters
@@ -96,12 +96,12 @@ def _resolve(owner: Any) -> tuple[str, Any]:
         raise _error(module, f"`{name}`") from error
 
 
-def _has(owner: Any, name: str) -> bool:
+def _has(owner: object, name: str) -> bool:
     return hasattr(owner, name) or name in _names_inside(owner)
 
 
 @lru_cache(maxsize=64)
-def _names_inside(owner: Any) -> frozenset[str]:
+def _names_inside(owner: object) -> frozenset[str]:
     """Names and strings in the code of a function, or of the methods of a class and of what it inherits from."""
     found: set[str] = set()
     bases = [base for base in getattr(owner, "__mro__", ()) if base is not object]

@@ -68,7 +68,7 @@ class CausalLMLoss:
         num_items_in_batch: Count | None = None,
         ignore_index: int = -100,
         shift_labels: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Tensor:
         """Token losses of the full rows, summed and divided by `num_items_in_batch` or by the number of targets.
 
@@ -147,7 +147,7 @@ class FullSequenceLoss:
         return self.loss(logits, labels, *args, **kwargs)
 
 
-def _take_loss(state: _State, model: PreTrainedModel, args: Any) -> None:
+def _take_loss(state: _State, model: PreTrainedModel, args: object) -> None:
     """Before a forward: a loss that came after ours knows no slices."""
     current = model.loss_function
     if state.attached and state.sp_group is not None and not isinstance(current, (CausalLMLoss, FullSequenceLoss)):

@@ -130,7 +130,7 @@ class LazyLogits(Tensor):
         call = self.recipe.call
         return LazyLogits.make(replace(self.recipe, call=replace(call, hidden=take(call.hidden))))
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
         state = "not computed: any look at the values builds them" if self.recipe.real is None else "computed"
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {state})"
 
@@ -138,7 +138,7 @@ class LazyLogits(Tensor):
         return format(repr(self), spec)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, LazyLogits) and first.recipe.real is None:
@@ -158,7 +158,7 @@ class LazyLogits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         # Below autograd: `_Track` carries the gradient.
         args, kwargs = tree_map_only(LazyLogits, lambda x: x.recipe.build().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -169,7 +169,7 @@ def _is_fsdp_hook(func: Any, args: Any) -> bool:
     return func is T.register_hook and str(getattr(args[1], "__module__", "")).startswith("torch.distributed.fsdp")
 
 
-def _lazily(func: Any, logits: LazyLogits, operands: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _lazily(func: object, logits: LazyLogits, operands: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The answer to `func(logits, *operands, **kwargs)` that needs no real logits, if there is one."""
     if func in _CASTS:
         return _cast(func, logits, operands, kwargs)
@@ -196,7 +196,7 @@ def _lazily(func: Any, logits: LazyLogits, operands: tuple[Any, ...], kwargs: di
     return None
 
 
-def _takes_all(index: Any, shape: torch.Size) -> bool:
+def _takes_all(index: object, shape: torch.Size) -> bool:
     """Whether `logits[index]` is all of the logits, in their shape."""
     parts = index if isinstance(index, tuple) else (index,)
     if len(parts) > len(shape):

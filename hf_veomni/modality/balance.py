@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from hf_veomni.data import BalancedBatchSampler
 
@@ -43,7 +44,7 @@ class Assignment:
     counts: np.ndarray
 
     @classmethod
-    def from_ranks(cls, rank_of: Any, num_ranks: int) -> Assignment:
+    def from_ranks(cls, rank_of: object, num_ranks: int) -> Assignment:
         """From the rank of each item, [n]."""
         rank_of = np.asarray(rank_of, dtype=np.int64)
         counts = np.bincount(rank_of, minlength=num_ranks)
@@ -61,12 +62,12 @@ class Assignment:
         end = int(self.counts[: rank + 1].sum())
         return self.order[end - int(self.counts[rank]) : end]
 
-    def num_rows(self, sizes: Any) -> np.ndarray:
+    def num_rows(self, sizes: ArrayLike) -> np.ndarray:
         """Rows of each rank, int64 [num_ranks], for items of `sizes` rows, [n]: the split sizes of an exchange."""
         sizes = np.asarray(sizes, dtype=np.int64)
         return np.array([sizes[self.items(rank)].sum() for rank in range(self.num_ranks)], dtype=np.int64)
 
-    def restore(self, sizes: Any) -> np.ndarray:
+    def restore(self, sizes: ArrayLike) -> np.ndarray:
         """Where the rows of the items lie in the rows of all ranks in turn, int64 [sizes.sum()].
 
         `torch.cat(features_of_ranks)[restore(sizes)]` has the features in the order of the items.
@@ -76,13 +77,15 @@ class Assignment:
         begins = (ends - sizes[self.order])[self.inverse]
         return np.repeat(begins - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
 
-    def loads(self, costs: Any) -> np.ndarray:
+    def loads(self, costs: ArrayLike) -> np.ndarray:
         """Load of each rank, float64 [num_ranks], rounded once: it does not depend on the order of its items."""
         costs = np.asarray(costs, dtype=np.float64)
         return np.array([math.fsum(costs[self.items(rank)].tolist()) for rank in range(self.num_ranks)])
 
 
-def assign_items(costs: Any, num_ranks: int, *, patches: Any = None, max_patches: int | None = None) -> Assignment:
+def assign_items(
+    costs: ArrayLike, num_ranks: int, *, patches: ArrayLike | None = None, max_patches: int | None = None
+) -> Assignment:
     """Give each item to one rank so that the largest load is near the lower bound.
 
     Never worse than LPT, so at most 4/3 - 1/(3m) of the optimum without a limit (Graham 1969); an item of cost 0 goes
@@ -157,7 +160,7 @@ def assign_samples(
     return steps
 
 
-def lower_bound(costs: Any, num_ranks: int) -> float:
+def lower_bound(costs: ArrayLike, num_ranks: int) -> float:
     """What the largest load cannot be below: the mean, the most expensive item, and k + 1 of the first k * m + 1
     items.
 
@@ -197,7 +200,7 @@ class BalanceReport:
         )
 
 
-def balance_report(costs: Any, assignment: Assignment) -> BalanceReport:
+def balance_report(costs: ArrayLike, assignment: Assignment) -> BalanceReport:
     """Compare an assignment with the two that look at no cost.
 
     Raises:
@@ -223,7 +226,9 @@ def balance_report(costs: Any, assignment: Assignment) -> BalanceReport:
     )
 
 
-def _checked(costs: Any, num_ranks: int, patches: Any, max_patches: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _checked(
+    costs: ArrayLike, num_ranks: int, patches: ArrayLike | None, max_patches: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     costs = np.asarray(costs, dtype=np.float64)
     if not isinstance(num_ranks, int) or isinstance(num_ranks, bool) or num_ranks < 1:
         raise ValueError(f"`num_ranks` ({num_ranks!r}) must be a positive integer.")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.families import GATED
@@ -57,7 +58,7 @@ class Coefficients:
             if window is not None and not window > 0:
                 raise ValueError(f"Window ({window!r}) must be above 0 patches, or None for full attention.")
 
-    def costs(self, patches: Any, segments: Any = 1) -> np.ndarray:
+    def costs(self, patches: ArrayLike, segments: ArrayLike = 1) -> np.ndarray:
         """Cost of each item, float64 [n].
 
         Args:
@@ -83,7 +84,7 @@ class Coefficients:
 
     @classmethod
     def from_config(
-        cls, config: Any, modality: str, training: str = "trained", checkpointed: bool = False
+        cls, config: object, modality: str, training: str = "trained", checkpointed: bool = False
     ) -> Coefficients:
         """FLOPs from the fields of a transformers config: of a tower, or of a causal language model.
 
@@ -122,7 +123,7 @@ class Coefficients:
         )
 
     @classmethod
-    def fit(cls, patches: Any, seconds: Any, segments: Any = 1) -> Coefficients:
+    def fit(cls, patches: ArrayLike, seconds: ArrayLike, segments: ArrayLike = 1) -> Coefficients:
         """Coefficients from measured items: least squares of the relative error of seconds on (P, P^2), none negative.
 
         Args:
@@ -164,7 +165,7 @@ class CostModel:
 
     @classmethod
     def from_config(
-        cls, config: Any, training: str | Mapping[str, str] = "trained", checkpointed: bool = False
+        cls, config: object, training: str | Mapping[str, str] = "trained", checkpointed: bool = False
     ) -> CostModel:
         """FLOPs for every modality of a transformers config: its text, vision and audio parts, or a tower's own.
 
@@ -186,7 +187,9 @@ class CostModel:
             {name: Coefficients.from_config(part, name, modes[name], checkpointed) for name, part in parts.items()}
         )
 
-    def costs(self, modality: str | Sequence[str], patches: Any, segments: Any = None) -> np.ndarray:
+    def costs(
+        self, modality: str | Sequence[str], patches: ArrayLike, segments: ArrayLike | None = None
+    ) -> np.ndarray:
         """Cost of each item, float64 [n].
 
         Args:
@@ -213,11 +216,11 @@ class CostModel:
         return total
 
 
-def _name(config: Any) -> str:
+def _name(config: object) -> str:
     return f"{type(config).__name__} ({getattr(config, 'model_type', 'no model_type')})"
 
 
-def _read(config: Any, names: Sequence[str], modality: str) -> int:
+def _read(config: object, names: Sequence[str], modality: str) -> int:
     """The first of the names that the config has, as a positive number."""
     for name in names:
         value = getattr(config, name, None)
@@ -229,7 +232,7 @@ def _read(config: Any, names: Sequence[str], modality: str) -> int:
     )
 
 
-def _parts(config: Any) -> dict[str, Any]:
+def _parts(config: object) -> dict[str, Any]:
     """The config of each modality's layers."""
     vision, audio = getattr(config, "vision_config", None), getattr(config, "audio_config", None)
     parts = {"text": getattr(config, "text_config", None), "image": vision, "video": vision, "audio": audio}
@@ -249,7 +252,7 @@ def _parts(config: Any) -> dict[str, Any]:
     return parts
 
 
-def _is_gated(config: Any, modality: str) -> bool:
+def _is_gated(config: object, modality: str) -> bool:
     """Whether the MLP has a gate, that is three matrices and not two."""
     names = ("hidden_act", "hidden_activation", "activation_function")
     activation = next((getattr(config, name) for name in names if getattr(config, name, None)), "gelu")
@@ -258,7 +261,7 @@ def _is_gated(config: Any, modality: str) -> bool:
     return activation == "silu" or getattr(config, "model_type", None) in GATED
 
 
-def _mlp_width(config: Any, width: int, layers: int, modality: str) -> int:
+def _mlp_width(config: object, width: int, layers: int, modality: str) -> int:
     """F of all layers together, counting the experts that one token uses."""
     top_k = getattr(config, "num_experts_per_tok", None)
     if top_k:
@@ -273,7 +276,7 @@ def _mlp_width(config: Any, width: int, layers: int, modality: str) -> int:
     return layers * _read(config, _MLP, modality)
 
 
-def _text_windows(config: Any, layers: int) -> list[tuple[int, float | None]]:
+def _text_windows(config: object, layers: int) -> list[tuple[int, float | None]]:
     """(layers, window) of the kinds of attention that `layer_types` names."""
     types = getattr(config, "layer_types", None) or ["full_attention"] * layers
     windows = {
@@ -290,7 +293,7 @@ def _text_windows(config: Any, layers: int) -> list[tuple[int, float | None]]:
     return [(types.count(kind), window) for kind, window in windows.items()]
 
 
-def _vision_windows(config: Any, layers: int) -> list[tuple[int, float | None]]:
+def _vision_windows(config: object, layers: int) -> list[tuple[int, float | None]]:
     """(layers, window): Qwen2.5-VL's window is a square of `window_size` pixels, but in `fullatt_block_indexes`."""
     pixels, full = getattr(config, "window_size", None), getattr(config, "fullatt_block_indexes", None)
     if not pixels or full is None:
@@ -298,7 +301,7 @@ def _vision_windows(config: Any, layers: int) -> list[tuple[int, float | None]]:
     return [(len(full), None), (layers - len(full), float((pixels // _read(config, ("patch_size",), "image")) ** 2))]
 
 
-def _audio_windows(config: Any, layers: int) -> list[tuple[int, float | None]]:
+def _audio_windows(config: object, layers: int) -> list[tuple[int, float | None]]:
     """(layers, window): chunks of 2 * n_window mel frames, after one (Qwen2.5-Omni) or three halvings (Qwen3-Omni)."""
     half = getattr(config, "n_window", None)
     if not half:

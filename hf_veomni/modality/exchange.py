@@ -13,7 +13,6 @@ Shapes: S tokens of the row, S' = S padded to a multiple of sp, s = S'/sp tokens
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +42,7 @@ class IdsWatch:
         full = hf.uses_cache(inputs)
         enter(self, ids=None if full else inputs.get("input_ids"))
 
-    def leave(self, model: nn.Module, args: tuple, output: Any) -> None:
+    def leave(self, model: nn.Module, args: tuple, output: object) -> None:
         leave(self)
 
     def remove(self) -> None:
@@ -52,7 +51,7 @@ class IdsWatch:
             handle.remove()
 
 
-def find_ranks(config: Any, modality: str | None, num_rows: int, state: ParallelState) -> np.ndarray | None:
+def find_ranks(config: object, modality: str | None, num_rows: int, state: ParallelState) -> np.ndarray | None:
     """The SP rank whose slice has the token of each feature row, int64 [num_rows]; None where all ranks need them.
 
     Args:

@@ -50,7 +50,7 @@ class TowerPasses:
         self.donors: dict[str, int] = {}
         self.loose: list[Tensor] = []
 
-    def begin(self, owner: Any, args: tuple, kwargs: dict) -> None:
+    def begin(self, owner: object, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the owner: agree on the methods that this step needs. An all-reduce over all ranks."""
         inputs = {**dict(zip(self.parameters, args[: len(self.parameters)], strict=False)), **kwargs}
         has = [inputs.get(_INPUTS[name]) is not None for name in self.methods]
@@ -64,7 +64,7 @@ class TowerPasses:
         }
         self.loose = []
 
-    def run(self, owner: Any, name: str, calls: Sequence[Arguments], smallest: Arguments) -> list[Any]:
+    def run(self, owner: object, name: str, calls: Sequence[Arguments], smallest: Arguments) -> list[Any]:
         """Outputs of the stock method for each of `calls`, after as many passes as other ranks have more.
 
         Args:
@@ -77,17 +77,17 @@ class TowerPasses:
         self._catch_up(owner, name)
         return self._pass(owner, name, calls, smallest)
 
-    def finish(self, owner: Any) -> list[Tensor]:
+    def finish(self, owner: object) -> list[Tensor]:
         """Run what this rank's row had no call for; the outputs on which the loss must hang for the backward."""
         self._catch_up(owner, None)
         loose, self.loose = self.loose, []
         return loose
 
-    def _catch_up(self, owner: Any, name: str | None) -> None:
+    def _catch_up(self, owner: object, name: str | None) -> None:
         while self.waiting and self.waiting[0] != name:
             self._pass(owner, self.waiting[0], [], None)
 
-    def _pass(self, owner: Any, name: str, calls: Sequence[Arguments], smallest: Arguments | None) -> list[Any]:
+    def _pass(self, owner: object, name: str, calls: Sequence[Arguments], smallest: Arguments | None) -> list[Any]:
         self.waiting.remove(name)
         if name in self.donors:
             template = [None if smallest is None else _template(smallest)]
@@ -103,7 +103,7 @@ class TowerPasses:
         return outputs
 
     @staticmethod
-    def _call(owner: Any, name: str, call: Arguments) -> Any:
+    def _call(owner: object, name: str, call: Arguments) -> Any:
         return getattr(type(owner), name).__get__(owner)(**call)
 
     def _most(self, numbers: list[int]) -> list[int]:

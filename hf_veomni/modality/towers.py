@@ -222,7 +222,7 @@ class _SharedMethod:
     def _stock(self) -> Callable[..., Any]:
         return getattr(type(self.owner), self.name).__get__(self.owner)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         if current().encoding is not None:  # a video method may call that of images, which has its share already
             return self._stock(*args, **kwargs)
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
@@ -274,7 +274,7 @@ def _least_expensive(items: Items) -> int:
     return min(range(len(items.costs)), key=items.costs.__getitem__)
 
 
-def _blocks(output: Any, count: int) -> list[list[Tensor]]:
+def _blocks(output: object, count: int) -> list[list[Tensor]]:
     """Features of each item, [rows, width]: the features proper, then those of each deep layer."""
     return [_split(kind, count) for kind in used_features(output)]
 

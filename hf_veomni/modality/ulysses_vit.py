@@ -74,12 +74,12 @@ def tower_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Any,
+    attention_mask: object,
     *,
     cu_seq_lens_q: Tensor,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention of a vision tower under "omni_tower_flash": within boundaries, through Ulysses where patches are cut.
 

@@ -45,7 +45,7 @@ _STOCK_KEYS = {
 }  # fmt: skip
 
 
-def _check_keys(values: Any, valid: Iterable[str], where: str) -> None:
+def _check_keys(values: object, valid: Iterable[str], where: str) -> None:
     valid = sorted(valid)
     if not isinstance(values, Mapping):
         raise ValueError(f"`{where}` ({values!r}) must be a mapping with keys of {valid[:12]}.")
@@ -140,7 +140,7 @@ class OmniConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     @override
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         public = {key: value for key, value in kwargs.items() if not key.startswith("_")}
         _check_keys(public, _config_keys(type(self)), "OmniConfig")
         # Where the weights of each part come from: for `build_omni_model`, not kept in files.

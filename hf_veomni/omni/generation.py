@@ -34,7 +34,7 @@ class OmniGenerationMixin(GenerationMixin):
 
     @override
     def prepare_inputs_for_generation(
-        self: Any, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+        self: object, input_ids: Tensor, *args: object, is_first_iteration: bool | None = False, **kwargs: object
     ) -> dict[str, Any]:
         """Features enter with the prompt; later steps have its keys and values in the cache."""
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]

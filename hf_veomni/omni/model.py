@@ -203,7 +203,7 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: object = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -213,7 +213,7 @@ class OmniModel(PreTrainedModel, OmniGenerationMixin):
         image_codes: Tensor | None = None,
         audio_codes: Tensor | None = None,
         cache: Any = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> OmniOutput:
         """Logits of the text head, of the heads whose codes are given, and with `labels` the loss.
 

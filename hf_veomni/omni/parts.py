@@ -45,7 +45,7 @@ class EncoderMixin:
 class FoundationMixin:
     """The causal LM in the middle. Stock ones are used as they are; a subclass with other positions overrides this."""
 
-    def get_pos_id(self, input_ids: Tensor, attention_mask: Tensor | None = None, **features: Any) -> Tensor:
+    def get_pos_id(self, input_ids: Tensor, attention_mask: Tensor | None = None, **features: object) -> Tensor:
         """Position ids [1, S] (or [B, S], or what the foundation takes) of full rows [B, S].
 
         The default counts tokens from 0, placeholders too, as a bare causal LM does.

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.plan import nearest
@@ -97,7 +96,7 @@ def identify_device(name: str, memory_gib: float) -> Device:
     )
 
 
-def _device(key: str, entry: Any) -> Device:
+def _device(key: str, entry: object) -> Device:
     if not isinstance(entry, Mapping):
         raise ValueError(f"Device '{key}' ({entry!r}) must be a mapping such as 'memory_gib: 80'.")
     names = {field.name for field in fields(Device)}

@@ -222,7 +222,7 @@ class SequenceAttachment:
         call = Call(self, hf.uses_cache(kwargs), is_generating(model), kwargs.get("position_ids"))
         enter(call, call=call)
 
-    def _forget_cache(self, model: nn.Module, args: tuple, output: Any) -> None:
+    def _forget_cache(self, model: nn.Module, args: tuple, output: object) -> None:
         call = current().call
         if call is None or call.owner is not self:
             return  # `_note_cache` did not run
@@ -288,7 +288,7 @@ class SequenceAttachment:
             inputs["position_ids"] = own
         return inputs, documents
 
-    def _leave(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def _leave(self, decoder: nn.Module, args: tuple, kwargs: dict, output: object) -> Any:
         row = current().row
         if row is None or row.owner is not self:
             return None  # `_enter` raised
@@ -300,7 +300,7 @@ class SequenceAttachment:
             self._linear.check_called(row)
         return joined
 
-    def _join_output(self, decoder: nn.Module, output: Any, row: Row) -> Any:
+    def _join_output(self, decoder: nn.Module, output: object, row: Row) -> Any:
         if row.full or row.gathered:
             return None
         if self._views_as_row:  # full, with padding, since its last norm
@@ -317,7 +317,7 @@ class SequenceAttachment:
             self.outputs.note(output, row.length)
         return None
 
-    def _gather_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _gather_output(self, module: nn.Module, args: tuple, output: object) -> Any:
         row = current().row
         if row is None or row.full or row.owner is not self:
             return output

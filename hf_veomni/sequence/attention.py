@@ -146,14 +146,14 @@ def is_cross(module: nn.Module) -> bool:
     return module.__dict__.get(_FLAG, False)
 
 
-def cross_mask(module: nn.Module, mask: Any, tokens: int, state: ParallelState) -> Any:
+def cross_mask(module: nn.Module, mask: object, tokens: int, state: ParallelState) -> Any:
     """The mask [B, 1, s, X] or [B, 1, 1, X] of this rank's queries and full keys."""
     if isinstance(mask, MaskSpec):  # made where both sequences have the same length
         mask = _dense(mask)
     return cut_queries(module, mask, tokens, state)
 
 
-def cut_queries(module: nn.Module, mask: Any, tokens: int, state: ParallelState) -> Any:
+def cut_queries(module: nn.Module, mask: object, tokens: int, state: ParallelState) -> Any:
     """The rows of a cross-attention's mask that belong to this rank's `tokens`, where it has one for each query."""
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-2] == 1 or state.sp_size == 1:
         return mask

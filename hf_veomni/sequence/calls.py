@@ -222,11 +222,11 @@ def _check_labels(inputs: Mapping[str, Any], decodes: bool) -> None:
         )
 
 
-def _is_packed(positions: Any) -> bool:
+def _is_packed(positions: object) -> bool:
     return isinstance(positions, Tensor) and bool(find_breaks(positions).any())
 
 
-def _is_full(mask: Any) -> bool:
+def _is_full(mask: object) -> bool:
     return mask is None or (isinstance(mask, Tensor) and bool(on_host(mask).all()))
 
 

@@ -37,7 +37,7 @@ class Context:
     told_by: str = "`max_position_embeddings`"
 
     @classmethod
-    def of(cls, config: Any, origin: Origin | None) -> Context:
+    def of(cls, config: object, origin: Origin | None) -> Context:
         limit = getattr(config, "max_position_embeddings", None)
         if limit is None or limit <= 0:  # XLNet's -1 says that there is none
             return cls()
@@ -76,7 +76,7 @@ def _original(rope: Mapping[str, Any], limit: int) -> int:
     return rope.get("original_max_position_embeddings") or limit
 
 
-def _ropes(config: Any) -> list[Mapping[str, Any]]:
+def _ropes(config: object) -> list[Mapping[str, Any]]:
     """Rope parameters of a config: one set, or one for each type of layer."""
     given = getattr(config, "rope_parameters", None)
     if not isinstance(given, Mapping):
@@ -107,7 +107,7 @@ class Capabilities:
     scales_rows: bool = False
 
 
-def find_positions(given: Any, like: Tensor, mask: Any, config: Any) -> Tensor:
+def find_positions(given: Any, like: Tensor, mask: object, config: object) -> Tensor:
     """`position_ids` as given, with their values on the host, or those that count the tokens of `like` [B, S, ...]."""
     if given is not None:
         found = with_values(given, on_host(given))  # waits for the device here, or not at all
@@ -165,7 +165,7 @@ def row_documents(positions: Tensor, num_rows: int, padding: int = 0) -> Documen
     return replace(documents, padding=padding)
 
 
-def check_documents(capabilities: Capabilities, documents: Documents, mask: Any, positions: Tensor) -> None:
+def check_documents(capabilities: Capabilities, documents: Documents, mask: object, positions: Tensor) -> None:
     """Raises UnsupportedError where documents are too long or would see each other."""
     capabilities.context.check(documents.max_length)
     # The dummy document that fills a row up comes last, so a causal mask alone keeps the one before it apart.
@@ -206,7 +206,7 @@ def check_documents(capabilities: Capabilities, documents: Documents, mask: Any,
         raise UnsupportedError(f"Packed documents are not kept apart {why} with attention '{name}': {out}.")
 
 
-def check_available(inputs: Mapping[str, Any], config: Any, *, crosses: bool) -> None:
+def check_available(inputs: Mapping[str, Any], config: object, *, crosses: bool) -> None:
     """Raises UnsupportedError for what a cut row has no answer to: foreign keys without shard points, all attention
     weights.
 
@@ -240,7 +240,7 @@ def restarts(positions: Tensor) -> bool:
     return bool((on_host(positions).diff(dim=-1) < 0).any())
 
 
-def check_masks_above(name: str, documents: Documents, mask: Any) -> None:
+def check_masks_above(name: str, documents: Documents, mask: object) -> None:
     """Raises UnsupportedError for packed documents where the model has made its masks above the text backbone."""
     if documents.holds_several and isinstance(mask, (dict, MaskSpec)):
         raise UnsupportedError(
@@ -249,7 +249,7 @@ def check_masks_above(name: str, documents: Documents, mask: Any) -> None:
         )
 
 
-def check_mask_given(name: str, mask: Any) -> None:
+def check_mask_given(name: str, mask: object) -> None:
     """Raises UnsupportedError for rows whose mask the attention kernel would choose (`looks_ahead_by_kernel`)."""
     plain = isinstance(mask, Tensor) and mask.dim() == 2
     if mask is None or plain or (isinstance(mask, MaskSpec) and not mask.evaluate):
@@ -260,7 +260,7 @@ def check_mask_given(name: str, mask: Any) -> None:
         )
 
 
-def check_text_positions(positions: Tensor, mask: Any) -> None:
+def check_text_positions(positions: Tensor, mask: object) -> None:
     """Raises UnsupportedError for several documents in a row under mRoPE's [3, B, S]: [4, B, S] tells them apart."""
     if positions.dim() == 3 and positions.shape[0] != 4 and begins_again(positions, mask):
         raise UnsupportedError(
@@ -269,7 +269,7 @@ def check_text_positions(positions: Tensor, mask: Any) -> None:
         )
 
 
-def begins_again(positions: Tensor, mask: Any) -> bool:
+def begins_again(positions: Tensor, mask: object) -> bool:
     """Whether mRoPE's [3, B, S] have a second document in a row, which begins at 0 on every axis.
 
     They go back within a document too: after a video the next words count on from its largest side. Padding, which is
@@ -282,7 +282,7 @@ def begins_again(positions: Tensor, mask: Any) -> bool:
     return bool(begins.any())
 
 
-def _only_padded(positions: Tensor, mask: Any) -> bool:
+def _only_padded(positions: Tensor, mask: object) -> bool:
     return isinstance(mask, Tensor) and mask.dim() == 2 and not _restarts_between_tokens(positions, mask)
 
 
@@ -293,7 +293,7 @@ def _restarts_between_tokens(positions: Tensor, mask: Tensor) -> bool:
     return bool((breaks & real[:, 1:] & real[:, :-1]).any())
 
 
-def check_slice(name: str, hidden: Any, padded: int, sp_size: int) -> None:
+def check_slice(name: str, hidden: object, padded: int, sp_size: int) -> None:
     """Raises UnsupportedError where the backbone `name` returned other hidden states than [B, padded / sp_size,
     ...]."""
     if isinstance(hidden, Tensor) and hidden.shape[1] * sp_size != padded:

@@ -54,7 +54,7 @@ def text_encoder(model: Any, points: ShardPoints) -> PreTrainedModel | None:
     return encoder if "input_ids" in inspect.signature(encoder.forward).parameters else None
 
 
-def map_hidden(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_hidden(output: object, function: Callable[[Tensor], Tensor]) -> Any:
     """The output of a backbone with its last hidden states replaced.
 
     Raises:

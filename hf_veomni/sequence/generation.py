@@ -13,7 +13,7 @@ from hf_veomni.context import current, within
 _GENERATE = "generate"
 
 
-def _generate(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _generate(model: nn.Module, original: Callable[..., Any], *args: object, **kwargs: object) -> Any:
     with within(generating=(*current().generating, model)):
         return original(*args, **kwargs)
 
@@ -24,7 +24,7 @@ def attach_generate(model: Any) -> None:
         setattr(model, _GENERATE, partial(_generate, model, getattr(model, _GENERATE)))
 
 
-def detach_generate(model: Any) -> None:
+def detach_generate(model: object) -> None:
     """Undo `attach_generate`, unless somebody has wrapped it since; detached it only passes on."""
     current = vars(model).get(_GENERATE)
     if isinstance(current, partial) and current.func is _generate:

@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Container, Mapping, Set
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -152,7 +151,7 @@ def _check_backbone(model: nn.Module, decoder: nn.Module, container: nn.Module, 
 
 
 def _check_types(
-    model: nn.Module, config: Any, layers: Mapping[str, nn.Module], gathered: Container[nn.Module]
+    model: nn.Module, config: object, layers: Mapping[str, nn.Module], gathered: Container[nn.Module]
 ) -> None:
     """Raises UnsupportedError for layers of an unknown type in which some attention is not on full documents."""
     types = getattr(config, "layer_types", None) or ()

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _MARK = "hf_veomni_row"
 
 
-def tensors_in(output: Any) -> Iterator[Tensor]:
+def tensors_in(output: object) -> Iterator[Tensor]:
     """The tensors that a model returned."""
     if isinstance(output, Tensor):
         yield output
@@ -54,7 +54,7 @@ class Outputs:
         """A row of S tokens begins to run."""
         self._lengths.setdefault(self._part(length), set()).add(length)
 
-    def note(self, output: Any, length: int, made_full: bool = False) -> None:
+    def note(self, output: object, length: int, made_full: bool = False) -> None:
         """What a cut model or backbone returned for a row of `length` tokens.
 
         Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from hf_veomni.mesh import ParallelState
 
 
 @contextmanager
-def own_stream(device: torch.device, *key: Any) -> Iterator[None]:
+def own_stream(device: torch.device, *key: object) -> Iterator[None]:
     """Draw torch's random numbers from a stream that `key` names, and leave the process-wide generators as they were.
 
     The ranks of an SP group hold different tokens of a row, so their dropout masks must differ; their samplers and
@@ -48,13 +47,13 @@ class _OwnDropout:
     def __init__(self, state: ParallelState) -> None:
         self._device, self._rank = state.device, state.sp_rank
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, args: object) -> None:
         if module.training:
             stack = ExitStack()
             stack.enter_context(own_stream(self._device, _state(self._device), self._rank))
             enter(self, dropout=(stack, _state(self._device)))
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: object, output: object) -> None:
         if not is_inside(self):
             return
         stack, begun = current().dropout

@@ -198,7 +198,7 @@ class SliceHooks:
         return None if row is None else cut_call(layer, args, kwargs, row, self.state)
 
 
-def _cut(name: str, value: Any, rows: int, row: Row, state: ParallelState) -> Any:
+def _cut(name: str, value: object, rows: int, row: Row, state: ParallelState) -> Any:
     if not isinstance(value, Tensor) or _FULL.search(name) or not value.dim() or value.shape[0] not in (1, rows):
         return value
     if value.dim() == 4 and value.shape[1] == value.shape[3] == 1 and row.length <= value.shape[2] <= row.padded:

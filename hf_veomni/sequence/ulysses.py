@@ -168,14 +168,14 @@ def heads_to_sequence(out: Tensor, layout: HeadLayout, group: dist.ProcessGroup)
 class ModuleView:
     """What an attention function sees as `module`: the real one, but for some attributes (heads of this rank)."""
 
-    def __init__(self, module: torch.nn.Module | ModuleView, **overrides: Any) -> None:
+    def __init__(self, module: torch.nn.Module | ModuleView, **overrides: object) -> None:
         self.__dict__.update(_module=module, **overrides)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_module"], name)
 
 
-def _slice_per_head(x: Any, dim: int, span: Span, num_heads: int) -> Any:
+def _slice_per_head(x: object, dim: int, span: Span, num_heads: int) -> Any:
     """This rank's heads of a tensor that has one entry per query head; anything else unchanged."""
     if isinstance(x, Tensor) and x.dim() > dim and x.shape[dim] == num_heads:
         return x.narrow(dim, span[0], span[1] - span[0])

@@ -69,7 +69,7 @@ class _PlanScheduler(AcceleratedScheduler):
     data_ranks = 1
 
     @override
-    def step(self, *args: Any, **kwargs: Any) -> None:
+    def step(self, *args: object, **kwargs: object) -> None:
         # With `split_batches` set the stock method makes one step, after all its checks.
         stepping = self.step_with_optimizer and self.gradient_state.sync_gradients
         for _ in range(self.data_ranks if stepping else 1):
@@ -98,7 +98,7 @@ def adapt_accelerator(accelerator: Accelerator, plan: ParallelPlan, group: dist.
 
 
 def _adapt_gathering(accelerator: Any, group: dist.ProcessGroup | None) -> None:
-    def gather(tensor: Any) -> Any:
+    def gather(tensor: object) -> Any:
         return gather_rows(tensor, group)
 
     def gather_for_metrics(input_data: Any, use_gather_object: bool = False) -> Any:
@@ -113,7 +113,7 @@ def _adapt_gathering(accelerator: Any, group: dist.ProcessGroup | None) -> None:
             return data[: state.remainder]
         return recursively_apply(lambda rows: rows[: state.remainder], data)
 
-    def reduce(tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+    def reduce(tensor: object, reduction: str = "sum", scale: float = 1.0) -> Any:
         return reduce_rows(tensor, reduction, group)  # accelerate reads `scale` on XLA alone
 
     accelerator.gather, accelerator.gather_for_metrics, accelerator.reduce = gather, gather_for_metrics, reduce
@@ -154,7 +154,7 @@ def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
         return stock_optimizer(optimizer, device_placement)
 
     @wraps(stock_scheduler)
-    def prepare_scheduler(scheduler: Any) -> Any:
+    def prepare_scheduler(scheduler: object) -> Any:
         check_not_replaced(unwrap_optimizer(scheduler).param_groups)
         prepared = stock_scheduler(scheduler)
         if not prepared.split_batches:
@@ -269,7 +269,7 @@ def _gather_one(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(out.split(longest), counts, strict=True)])
 
 
-def reduce_rows(data: Any, reduction: str, group: dist.ProcessGroup | None) -> Any:
+def reduce_rows(data: object, reduction: str, group: dist.ProcessGroup | None) -> Any:
     """Reduce each tensor in a nested structure over the data ranks.
 
     Args:

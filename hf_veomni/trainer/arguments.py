@@ -93,7 +93,7 @@ class OmniTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Write checkpoints beside training; it stops for a copy to memory alone."}
     )
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         """`dataclass` takes a field from the first base that has it, be it inherited. What we inherited from
         TrainingArguments hides nothing: a field that another base declares is declared again in `cls`."""
         super().__init_subclass__(**kwargs)

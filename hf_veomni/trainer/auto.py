@@ -20,7 +20,7 @@ from hf_veomni.planner import Device, Entry, Plans, find_device, identify_device
 from hf_veomni.trainer.loaders import sample_sizes
 
 
-def choose_plan(args: Any, model: Any, dataset: Any, peft_config: Any = None) -> Entry:
+def choose_plan(args: Any, model: object, dataset: object, peft_config: object = None) -> Entry:
     """The planner's first for a Trainer's arguments, model and training set; the same on all ranks.
 
     Args:
@@ -49,7 +49,7 @@ def choose_plan(args: Any, model: Any, dataset: Any, peft_config: Any = None) ->
     return best
 
 
-def _plan(args: Any, model: Any, dataset: Any, peft_config: Any) -> Plans:
+def _plan(args: Any, model: Any, dataset: object, peft_config: object) -> Plans:
     if isinstance(model, nn.Module) and is_prepared(model):
         raise ValueError(f"`plan` ('{args.plan}') is chosen before the model is prepared: hand over the plain model.")
     if model is None:

@@ -55,13 +55,13 @@ class ExpertLoadCallback(TrainerCallback):
         self.history.append((step, load))
         return load.metrics()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
         if self.biases:
             load = self.counter.take()
             self._since_log.append(load)
             update_biases(self.biases, load.tokens, self.bias_speed)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: object, control: object, **kwargs: object) -> None:
         main = not dist.is_initialized() or dist.get_rank() == 0
         if self.picture and main and self.history and importlib.util.find_spec("matplotlib"):
             draw_expert_load(self.history, Path(args.output_dir) / PICTURE)

@@ -106,11 +106,11 @@ class CheckpointingMixin(_Trainer):
         torch.save(self.args, directory / TRAINING_ARGS_NAME)
 
     @override
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     @override
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Written beside its place, flushed, described by a manifest, then renamed: see `checkpoint.manifest`."""
         root, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self._saver is None:
@@ -166,7 +166,7 @@ class CheckpointingMixin(_Trainer):
             self._rotate(written)
 
     @override
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _finalize_training(self, *args: object, **kwargs: object) -> Any:
         self._finish_save()
         return super()._finalize_training(*args, **kwargs)
 
@@ -226,7 +226,7 @@ class CheckpointingMixin(_Trainer):
         num_update_steps_per_epoch: int,
         num_train_epochs: int,
         resume_from_checkpoint: str | None,
-        trial: Any,
+        trial: object,
     ) -> tuple[int, int]:
         """Epochs that are done, and batches that are done of the next one.
 

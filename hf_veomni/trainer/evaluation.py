@@ -60,7 +60,7 @@ class EvaluationMixin(_Trainer):
             return super().predict(*args, **kwargs)
 
     @override
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: object, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, in step on all ranks, whatever the loader.
 
         The loss is the mean over all items (label tokens) where the trainer divides by their number, so that it is
@@ -143,7 +143,7 @@ class EvaluationMixin(_Trainer):
         kept = totals[:2] if self.args.logging_nan_inf_filter and totals[1] else totals[:2] + totals[2:]
         return float(kept[0] / kept[1])
 
-    def _gather_results(self, inputs: Any, data: Any) -> Any:
+    def _gather_results(self, inputs: object, data: object) -> Any:
         """Over the data ranks. A dummy batch gives no rows; of a stream, whose end accelerate does not know, a short
         batch gives as many entries as it has rows, its loss included."""
         rows = find_batch_size(inputs) if self._evaluates_stream else None

@@ -95,14 +95,14 @@ def keep_batches_unsplit(loader: Any) -> UnsplitBatches | None:
 class _CountingDataRanks:
     """accelerate's state for a loader that rank 0 reads and assigns: the rows go to data ranks."""
 
-    def __init__(self, state: Any, data_ranks: int) -> None:
+    def __init__(self, state: object, data_ranks: int) -> None:
         self._state, self.num_processes = state, data_ranks
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._state, name)
 
 
-def assign_to_data_ranks(loader: Any, data_ranks: int, data_rank: int) -> None:
+def assign_to_data_ranks(loader: object, data_ranks: int, data_rank: int) -> None:
     """Let the ranks of an SP group have the same rows of a stream that rank 0 reads, which is what accelerate does
     with streams unless `dispatch_batches=False`. Other loaders stay as they are."""
     if not isinstance(loader, DataLoaderDispatcher):
@@ -110,7 +110,7 @@ def assign_to_data_ranks(loader: Any, data_ranks: int, data_rank: int) -> None:
     dispatcher: Any = loader
     stock = dispatcher.slice_fn
 
-    def slice_of_data_rank(data: Any, wanted: slice, *args: Any, **kwargs: Any) -> Any:
+    def slice_of_data_rank(data: object, wanted: slice, *args: object, **kwargs: object) -> Any:
         size = wanted.stop - wanted.start
         # accelerate counts processes; a slice from 0 on is that of rank 0, or the rows that fill up the last batch.
         return stock(

@@ -123,7 +123,7 @@ class BatchingMixin(LossMixin):
         return max(1, round(rows * args.gradient_accumulation_steps))
 
     @override
-    def _run_epoch(self, *args: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: object, epoch: int, train_dataloader: Any, **kwargs: object) -> None:
         set_epoch(train_dataloader, epoch)
         self._epoch_is_over = False
         self._last_batch = None
@@ -243,7 +243,7 @@ class BatchingMixin(LossMixin):
         return deferred_reduction(self.model) if is_prepared(self.model) else super()._defer_fsdp_gradient_reduction()
 
     @override
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _finalize_training(self, *args: object, **kwargs: object) -> Any:
         """Trainer's, with the loss of all ranks since the last log, where Trainer adds this rank's.
 
         Collective: one all-reduce of a scalar over all ranks.

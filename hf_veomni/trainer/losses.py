@@ -52,7 +52,7 @@ else:
 _LIBRARIES = ("hf_veomni", "transformers", "trl")
 
 
-def overrides(trainer: Any, *names: str) -> bool:
+def overrides(trainer: object, *names: str) -> bool:
     """Whether a user has replaced one of these methods of a trainer: in a class of their own or on the instance."""
     own = [owner for owner in type(trainer).__mro__ if owner.__module__.split(".")[0] not in _LIBRARIES]
     return any(name in vars(place) for place in (trainer, *own) for name in names)
@@ -78,13 +78,13 @@ class _AloneAccelerator:
 
     num_processes = 1
 
-    def __init__(self, accelerator: Any) -> None:
+    def __init__(self, accelerator: object) -> None:
         vars(self)["_accelerator"] = accelerator
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_accelerator"], name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         setattr(vars(self)["_accelerator"], name, value)
 
 
@@ -92,7 +92,7 @@ def _is_row(name: str) -> bool:
     return name.endswith("logits") or name in ("hidden_states", "last_hidden_state")
 
 
-def _put_together(model: nn.Module, output: Any, lazy: bool) -> Any:
+def _put_together(model: nn.Module, output: object, lazy: bool) -> Any:
     """Full-length logits and hidden states in place of this rank's slices; everything else as it is."""
     if isinstance(output, Tensor):
         return full_output(output, model, lazy) if output.dim() == 3 else output
@@ -121,7 +121,7 @@ def whole_outputs(model: nn.Module, lazy: bool = True) -> Iterator[None]:
         return
     base: Any = hf.base_model(model)  # which user code may call past its PEFT wrapper, and its backbone past both
 
-    def put_together(module: nn.Module, args: Any, output: Any) -> Any:
+    def put_together(module: nn.Module, args: object, output: object) -> Any:
         if module is base or current().call is None:
             return _put_together(model, output, lazy)
         return None
@@ -171,7 +171,7 @@ class LossMixin(_Trainer):
         finally:
             self.accelerator, self._computes_loss = accelerator, outer
 
-    def _items_a_batch(self, num_items: Any, batches: float) -> Any:
+    def _items_a_batch(self, num_items: object, batches: float) -> Any:
         if num_items is None or batches == 1:
             return num_items
         exact = next(self.model.parameters()).dtype == torch.float64
@@ -195,7 +195,7 @@ class LossMixin(_Trainer):
         own, real, ranks = overrides(self, "compute_loss"), self._num_real or 1, self.parallel_state.dp_size
 
         def averaged(
-            model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+            model: nn.Module, inputs: object, return_outputs: bool = False, num_items_in_batch: object = None
         ) -> Any:
             items = self._items_a_batch(num_items_in_batch, ranks if scaled else ranks * real)
 
@@ -238,7 +238,7 @@ class LossMixin(_Trainer):
 
     @override
     def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: object, return_outputs: bool = False, num_items_in_batch: object = None
     ) -> Any:
         if num_items_in_batch is None and self._computes_loss and not model.training:  # TRL's evaluation hands none
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)

@@ -57,10 +57,10 @@ class StepClock:
             if self._open:
                 self._spans.append((_INSIDE, *self._spans[-1][1:]))
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, args: object) -> None:
         self._open.append(self._now())
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: object, output: object) -> None:
         self._spans.append(("work", self._open.pop(), self._now()))
 
     def watch(self, layers: Sequence[nn.Module]) -> list[Any]:
@@ -100,6 +100,6 @@ class _TimedTransport:
     def start(self, x: Tensor, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]) -> Any:
         return self._inner.start(x, group, send, receive)
 
-    def wait(self, ticket: Any) -> Tensor:
+    def wait(self, ticket: object) -> Tensor:
         with self._clock.span("exchange"):
             return self._inner.wait(ticket)

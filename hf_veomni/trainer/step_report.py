@@ -143,7 +143,7 @@ class StepReportMixin(_Trainer):
         backward = self.accelerator.backward
 
         @wraps(backward)
-        def marked(*args: Any, **kwargs: Any) -> Any:
+        def marked(*args: object, **kwargs: object) -> Any:
             report.clock.mark("backward")
             return backward(*args, **kwargs)
 
@@ -164,7 +164,7 @@ class StepReportMixin(_Trainer):
         return found
 
     @override
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, *args: object, **kwargs: object) -> Tensor:
         report = self._step_report
         if report is None:
             return super().training_step(model, inputs, *args, **kwargs)

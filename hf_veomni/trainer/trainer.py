@@ -96,7 +96,7 @@ def _prepare(model: nn.Module, args: Any) -> None:
         base._is_distributed_loading_by_transformers = True
 
 
-def _constructor(trainer: Any) -> list[str]:
+def _constructor(trainer: object) -> list[str]:
     """Names, in order, of the arguments of the first constructor behind the mixin that names them."""
     classes = type(trainer).__mro__
     for owner in classes[classes.index(OmniTrainerMixin) + 1 :]:
@@ -124,7 +124,7 @@ class OmniTrainerMixin(StepReportMixin, CheckpointingMixin, EvaluationMixin, Bat
         ValueError: what does not go with a plan, by name and with the way out.
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         classes = cls.__mro__
         before = [owner for owner in classes[: classes.index(OmniTrainerMixin)] if owner is Trainer]
@@ -135,7 +135,7 @@ class OmniTrainerMixin(StepReportMixin, CheckpointingMixin, EvaluationMixin, Bat
                 "it overrides: put it first."
             )
 
-    def __init__(self, model: Any = None, *given: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any = None, *given: object, **kwargs: Any) -> None:
         names = _constructor(self)
         kwargs |= dict(zip(names, (model, *given), strict=False))
         args = kwargs["args"] = self._checked_arguments(kwargs.get("args"))
@@ -170,7 +170,7 @@ class OmniTrainerMixin(StepReportMixin, CheckpointingMixin, EvaluationMixin, Bat
         if args.step_report:
             self._watch_steps(self.model)
 
-    def _checked_arguments(self, args: Any) -> Any:
+    def _checked_arguments(self, args: object) -> Any:
         wanted = "OmniTrainingArguments"
         if is_trl(self):
             wanted = f"a dataclass of OmniTrainingArguments and the arguments of {trl_name(self)}"
@@ -199,7 +199,7 @@ class OmniTrainerMixin(StepReportMixin, CheckpointingMixin, EvaluationMixin, Bat
         return model
 
     @override
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+    def _build_accelerator_args(self, **kwargs: object) -> dict[str, Any]:
         """Without accelerate's wrapper around the compiled model: the layers are compiled in place."""
         return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": None}
 
@@ -219,7 +219,7 @@ class OmniTrainerMixin(StepReportMixin, CheckpointingMixin, EvaluationMixin, Bat
         return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
 
     @override
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: object = None) -> Any:
         """`grad_norm`: of `_clip_grad_norm`; None where nothing was clipped."""
         norm = clip_grad_norm_(model.parameters(), torch.inf) if grad_norm is None else grad_norm
         return super()._get_grad_norm(model, norm)
@@ -265,7 +265,7 @@ class OmniTrainerMixin(StepReportMixin, CheckpointingMixin, EvaluationMixin, Bat
         return hasattr(loss, "label_smoothing")
 
     @override
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
         """Collective if the experts' load or the throughput is logged: every rank calls it, as Trainer does."""
         if self.args.log_expert_load and self._expert_load is not None and "loss" in logs:
             logs = {**logs, **self._expert_load.take(self.state.global_step)}

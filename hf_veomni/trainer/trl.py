@@ -39,21 +39,21 @@ _NOTES = ("_metrics", "_total_train_tokens")  # what their losses note for the l
 _SAMPLING = ("GRPOTrainer", "RLOOTrainer", "DistillationTrainer")
 
 
-def _bases(trainer: Any) -> list[str]:
+def _bases(trainer: object) -> list[str]:
     return [owner.__name__ for owner in type(trainer).__mro__ if owner.__module__.split(".")[0] == "trl"]
 
 
-def is_trl(trainer: Any) -> bool:
+def is_trl(trainer: object) -> bool:
     return bool(_bases(trainer))
 
 
-def trl_name(trainer: Any) -> str:
+def trl_name(trainer: object) -> str:
     """The class of TRL behind a trainer, as its documentation calls it."""
     return f"TRL's {_bases(trainer)[0]}"
 
 
 @contextmanager
-def noting_nothing(trainer: Any) -> Iterator[None]:
+def noting_nothing(trainer: object) -> Iterator[None]:
     """Around a batch that counts on no rank: what a trainer of TRL notes of it for its log is forgotten."""
     kept = {name: deepcopy(vars(trainer)[name]) for name in _NOTES if name in vars(trainer) and is_trl(trainer)}
     try:
@@ -80,7 +80,7 @@ def adapt_trl(trainer: Any, accelerator: Any) -> None:
     accelerator.prepare_model = prepare
 
 
-def check_trl(trainer: Any, args: Any, model: Any) -> None:
+def check_trl(trainer: object, args: Any, model: object) -> None:
     """Refuse, over several ranks, what reads full parameters or samples while it trains.
 
     Raises:

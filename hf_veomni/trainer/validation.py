@@ -40,18 +40,18 @@ class Refusal:
     refused: Callable[[Any], bool]
     reason: str
 
-    def check(self, arguments: Any, owner: str = "a plan") -> None:
+    def check(self, arguments: object, owner: str = "a plan") -> None:
         value = getattr(arguments, self.name, None)
         if self.refused(value):
             shown = getattr(value, "value", value)
             raise UnsupportedError(f"`{self.name}` ({shown!r}) does not go with {owner}: {self.reason}.")
 
 
-def _given(value: Any) -> bool:
+def _given(value: object) -> bool:
     return value is not None
 
 
-def _falsy(value: Any) -> bool:
+def _falsy(value: object) -> bool:
     return not value
 
 
@@ -113,7 +113,7 @@ _BUDGETED = (
 )
 
 
-def check_given(arguments: Any) -> None:
+def check_given(arguments: object) -> None:
     """Refuse what no plan goes with. Raises UnsupportedError that names the argument, its value and the way out."""
     for refusal in _ALWAYS:
         refusal.check(arguments)

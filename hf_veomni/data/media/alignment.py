@@ -73,7 +73,7 @@ class Alignment:
         placeholders: token ids by modality.
     """
 
-    def __init__(self, config: Any, processor: Any) -> None:
+    def __init__(self, config: object, processor: object) -> None:
         config = getattr(config, "thinker_config", None) or config
         self.config, self.processor = config, processor
         self.placeholders = {name: ids for name in MODALITIES if (ids := _placeholder_ids(name, config, processor))}
@@ -142,7 +142,7 @@ class Alignment:
         return own or getattr(maker, "merge_size", None)
 
 
-def _placeholder_ids(modality: str, config: Any, processor: Any) -> tuple[int, ...]:
+def _placeholder_ids(modality: str, config: object, processor: object) -> tuple[int, ...]:
     """Ids of the tokens that features replace."""
     for owner in (config, processor):
         for name in (f"{modality}_token_id", f"{modality}_token_index"):

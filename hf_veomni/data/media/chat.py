@@ -192,7 +192,7 @@ class RawReader:
         return begin, len(after.rstrip())
 
 
-def sampling_rate(processor: Any) -> int:
+def sampling_rate(processor: object) -> int:
     """Samples a second that the processor's feature extractor takes."""
     maker = getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None) or processor
     rate = getattr(maker, "sampling_rate", None)
@@ -221,7 +221,7 @@ def _given_items(where: str, sample: Mapping[str, Any]) -> dict[str, list[Any]]:
     return given
 
 
-def _is_nothing(value: Any) -> bool:
+def _is_nothing(value: object) -> bool:
     """None, or what arrow makes of it in a column of files."""
     return value is None or (isinstance(value, Mapping) and all(inner is None for inner in value.values()))
 
@@ -288,7 +288,9 @@ def _marked_spans(
     return [(int(begin), int(end)) for begin, end in spans[0]]
 
 
-def _token_mask(offsets: Any, spans: Sequence[tuple[int, int]], replaced: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+def _token_mask(
+    offsets: object, spans: Sequence[tuple[int, int]], replaced: Sequence[Mapping[str, Any]]
+) -> torch.Tensor:
     """1 for tokens in the spans, [1, T].
 
     Args:

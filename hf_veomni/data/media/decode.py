@@ -45,7 +45,7 @@ class _Wav:
         return self.size // (self.channels * self.bits // 8)
 
 
-def name_of(value: Any, otherwise: str) -> str:
+def name_of(value: object, otherwise: str) -> str:
     """The path of a file, if a value tells one."""
     path = value.get("path") if isinstance(value, Mapping) else value
     if path is None or not isinstance(path, str | os.PathLike):
@@ -53,7 +53,7 @@ def name_of(value: Any, otherwise: str) -> str:
     return f"{os.fspath(path)!r}" if path else otherwise
 
 
-def open_image(value: Any, name: str) -> Any:
+def open_image(value: object, name: str) -> Any:
     """An image in RGB as PIL.Image, turned upright.
 
     Args:
@@ -80,7 +80,7 @@ def open_image(value: Any, name: str) -> Any:
         raise BrokenItemError(f"{name} is no image that can be read: {type(error).__name__}: {error}") from error
 
 
-def image_size(value: Any, name: str) -> tuple[int, int]:
+def image_size(value: object, name: str) -> tuple[int, int]:
     """Height and width of an image as `open_image` returns it, from its header.
 
     Raises:
@@ -100,7 +100,7 @@ def image_size(value: Any, name: str) -> tuple[int, int]:
         raise BrokenItemError(f"{name} is no image that can be read: {type(error).__name__}: {error}") from error
 
 
-def _picture_bytes(value: Any) -> np.ndarray:
+def _picture_bytes(value: object) -> np.ndarray:
     """An array of an image as uint8, [height, width] or [height, width, 3 or 4]."""
     array = _array(value)
     if isinstance(value, list) and array.dtype.kind in "iu" and array.size and 0 <= array.min() <= array.max() <= 255:
@@ -116,7 +116,7 @@ def _picture_bytes(value: Any) -> np.ndarray:
     return array
 
 
-def _array(value: Any) -> np.ndarray:
+def _array(value: object) -> np.ndarray:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
@@ -143,7 +143,7 @@ def _orientation(image: Any) -> int:
     return image.getexif().get(_ORIENTATION, 0)
 
 
-def read_audio(value: Any, rate: int, name: str) -> np.ndarray:
+def read_audio(value: object, rate: int, name: str) -> np.ndarray:
     """An audio clip of one channel at a sampling rate, float32 [samples] in [-1, 1].
 
     Args:
@@ -169,7 +169,7 @@ def read_audio(value: Any, rate: int, name: str) -> np.ndarray:
     return resample(samples.astype(np.float32, copy=False), own_rate or rate, rate)
 
 
-def audio_samples(value: Any, rate: int, name: str) -> int:
+def audio_samples(value: object, rate: int, name: str) -> int:
     """Samples that `read_audio` returns, from the header.
 
     Raises:
@@ -221,7 +221,7 @@ def _filters(rate: int, new_rate: int) -> tuple[torch.Tensor, int, int]:
     return (torch.sinc(times) * window * cutoff).float()[:, None], pad, step
 
 
-def _source(value: Any) -> Any:
+def _source(value: object) -> Any:
     """What a decoder takes: a path, or an open file on bytes."""
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
@@ -232,12 +232,12 @@ def _source(value: Any) -> Any:
     raise TypeError(f"it is of type {type(value).__name__}, and must be a path, bytes or an array.")
 
 
-def _opened(value: Any) -> BinaryIO:
+def _opened(value: object) -> BinaryIO:
     source = _source(value)
     return open(source, "rb") if isinstance(source, str) else source
 
 
-def _given_samples(value: Any) -> tuple[np.ndarray | None, int | None]:
+def _given_samples(value: object) -> tuple[np.ndarray | None, int | None]:
     """Samples and rate of an audio clip that is decoded already."""
     if isinstance(value, Mapping) and value.get("array") is not None:
         array, rate = _array(value["array"]), int(value["sampling_rate"])
@@ -256,7 +256,7 @@ def _given_samples(value: Any) -> tuple[np.ndarray | None, int | None]:
     return array.T if array.ndim == 2 and array.shape[0] < array.shape[1] else array, rate
 
 
-def _decode_audio(value: Any) -> tuple[np.ndarray, int | None]:
+def _decode_audio(value: object) -> tuple[np.ndarray, int | None]:
     array, rate = _given_samples(value)
     if array is not None:
         scale = 1 if array.dtype.kind == "f" else 2 ** (8 * array.itemsize - 1)

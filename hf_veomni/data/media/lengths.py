@@ -201,7 +201,7 @@ class SizeReader:
         return replaced[0][0]["replacement"]
 
 
-def _expand(where: str, text: str, replacements: Mapping[str, list[str]], processor: Any) -> str:
+def _expand(where: str, text: str, replacements: Mapping[str, list[str]], processor: object) -> str:
     for modality, texts in replacements.items():
         token = getattr(processor, f"{modality}_token")
         pieces = text.split(getattr(token, "content", token))

@@ -7,14 +7,13 @@ import logging
 import os
 import tempfile
 import weakref
-from typing import Any
 
 logger = logging.getLogger(__name__)
 
 ON_ERROR = ("raise", "skip")
 
 
-def check_on_error(value: Any) -> None:
+def check_on_error(value: object) -> None:
     if value not in ON_ERROR:
         raise ValueError(f"`on_error` ({value!r}) must be one of {', '.join(map(repr, ON_ERROR))}.")
 

@@ -53,8 +53,8 @@ def _full_bias(
     is_cut: Callable[[], bool],
     query_length: int,
     key_length: int,
-    *args: Any,
-    **kwargs: Any,
+    *args: object,
+    **kwargs: object,
 ) -> Any:
     if is_cut() and not is_cross(module):
         query_length, key_length = query_length * sp_size, key_length * sp_size

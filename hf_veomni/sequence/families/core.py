@@ -122,14 +122,14 @@ def attach_patch(module: nn.Module, state: ParallelState, is_cut: Callable[[], b
 
 def _core(
     module: nn.Module,
-    owner: Any,
+    owner: object,
     state: ParallelState,
     is_cut: Callable[[], bool],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *args: Any,
-    **kwargs: Any,
+    *args: object,
+    **kwargs: object,
 ) -> Any:
     original = getattr(owner, _CORE)
     if not is_cut():

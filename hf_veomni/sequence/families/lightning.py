@@ -44,7 +44,7 @@ class _Core:
 
 
 def run_lightning(
-    call: MixerCall, module: Any, hidden_states: Tensor, *, attention_mask: Tensor | None = None, **kwargs: Any
+    call: MixerCall, module: Any, hidden_states: Tensor, *, attention_mask: Tensor | None = None, **kwargs: object
 ) -> tuple[Tensor, None]:
     """The output [B, s, *] for local hidden states [B, s, *].
 

@@ -84,7 +84,7 @@ def _conv(
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
-    **options: Any,
+    **options: object,
 ) -> Tensor:
     """Causal depthwise convolution of [B, C, s].
 
@@ -125,7 +125,7 @@ def _per_head(call: MixerCall, layout: HeadLayout, tensors: Sequence[Tensor]) ->
     return [x.index_select(2, index) for x in tensors]
 
 
-def _local(x: Any, span: Span, dim: int = 0) -> Any:
+def _local(x: object, span: Span, dim: int = 0) -> Any:
     """This rank's heads of a parameter; None stays None."""
     return x.narrow(dim, span[0], span[1] - span[0]) if isinstance(x, Tensor) else x
 
@@ -139,7 +139,7 @@ def _delta_rule(
     g: Tensor,
     beta: Tensor,
     chunk_size: int = DEFAULT_CHUNK,
-    **options: Any,
+    **options: object,
 ) -> tuple[Tensor, None]:
     """Gated delta rule: query, key [B, s, G, *], value [B, s, H, *], g and beta [B, s, H] (KDA: g [B, s, H, *])."""
     layout = _assign(call, value.shape[2], key.shape[2])
@@ -167,7 +167,7 @@ def _mamba2_scan(
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
     z: Tensor | None = None,
-    **options: Any,
+    **options: object,
 ) -> Tensor:
     """Mamba-2: hidden states [B, s, H, *], dt [B, s, H], B and C [B, s, G, N]; A, D, dt_bias per head."""
     assert z is None, "the families gate after the scan"
@@ -197,7 +197,7 @@ def _mamba1_scan(
     D: Tensor | None = None,
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
-    **options: Any,
+    **options: object,
 ) -> Tensor:
     """Mamba-1: hidden states, dt and z [B, C, s], B and C [B, N, s], which every channel reads; A [C, N], D [C]."""
     channels = hidden_states.shape[1]
@@ -220,7 +220,7 @@ def _mamba1_scan(
     return heads_to_tokens(out, split, call.group, call.rank).transpose(1, 2)
 
 
-def _fused(call: MixerCall, inner: Function, *args: Any, **kwargs: Any) -> Any:
+def _fused(call: MixerCall, inner: Function, *args: object, **kwargs: object) -> Any:
     """Kernels that fuse convolution, scan and projection: without an answer the forward takes these one by one."""
     return inner(*args, **kwargs) if call.size == 1 and not call.documents.is_packed else None
 

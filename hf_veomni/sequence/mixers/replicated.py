@@ -47,7 +47,7 @@ class _Kept:
     parts: tuple[Any, ...]
 
     @classmethod
-    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+    def __torch_function__(cls, function: object, *_: object) -> Any:
         raise UnsupportedError(
             f"`{getattr(function, '__name__', function)}` was called on what a module under the rule 'sp: gather' "
             "handed on to one that is not: name all modules of the backbone that share it, or none."
@@ -108,7 +108,7 @@ def _refuse(reason: str) -> UnsupportedError:
     return UnsupportedError(f"A module under the rule 'sp: gather' {reason}: use sp_size=1 with one document a row.")
 
 
-def _check(call: MixerCall, hidden_states: Any, inputs: Mapping[str, Any]) -> None:
+def _check(call: MixerCall, hidden_states: object, inputs: Mapping[str, Any]) -> None:
     documents = call.documents
     if not isinstance(hidden_states, Tensor) or hidden_states.shape[1:2] != (documents.row_length // call.size,):
         shape = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else type(hidden_states).__name__
@@ -145,7 +145,7 @@ def _gather(call: MixerCall, x: Tensor, dim: int) -> Tensor:
     return x if call.group is None else gather_shards(x, call.group, dim=dim)
 
 
-def _prepare(call: MixerCall, name: str, value: Any, part: int, full: Tensor) -> Any:
+def _prepare(call: MixerCall, name: str, value: object, part: int, full: Tensor) -> Any:
     """Tensors at full length; anything that is not understood is refused."""
     if isinstance(value, tuple):
         return tuple(_prepare(call, name, x, part, full) for x in value)
@@ -174,7 +174,7 @@ def _of_pairs(name: str, value: Tensor, length: int) -> bool:
     return value.dim() == 4 and value.shape[-2:] == (length, length) and not _TABLES.search(name)
 
 
-def _cut(name: str, value: Any, span: _Span | None, index: int, full: Tensor) -> Any:
+def _cut(name: str, value: object, span: _Span | None, index: int, full: Tensor) -> Any:
     """The part of `value` that belongs to one span; None: rows are full."""
     if isinstance(value, _Kept):
         return value.parts[index]

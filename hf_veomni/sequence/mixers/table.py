@@ -150,7 +150,7 @@ def check_mixer_heads(mixers: Iterable[Mixer], sp_size: int) -> None:
 
 def _stand_in(function: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(inner)
-    def replaced(*args: Any, **kwargs: Any) -> Any:
+    def replaced(*args: object, **kwargs: object) -> Any:
         call = current().mixer
         if call is None:  # another model of the process
             return inner(*args, **kwargs)
@@ -167,7 +167,7 @@ class FunctionRegistry:
         self._users: WeakSet[Any] = WeakSet()
         self._originals: dict[tuple[str, str], tuple[Any, Any]] = {}
 
-    def acquire(self, user: Any, modules: Iterable[nn.Module]) -> None:
+    def acquire(self, user: object, modules: Iterable[nn.Module]) -> None:
         """Replace what the forwards of `modules` call, also where somebody has put another function in our place.
 
         `user` is held weakly.
@@ -182,7 +182,7 @@ class FunctionRegistry:
                     setattr(sys.modules[space], name, replaced)
                     self._originals[space, name] = original, replaced
 
-    def release(self, user: Any) -> None:
+    def release(self, user: object) -> None:
         """Undo `acquire` of the last user, where nobody has replaced the function since."""
         self._users.discard(user)
         if self._users:
