@@ -12,7 +12,7 @@ Shapes: t tokens of this rank; P = t * top_k pairs of (token, expert), as many a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -50,6 +50,8 @@ class _Operation:
     back: int  # and of the backward
     weight: int  # bytes of the gradient of its weight
     sends: bool  # a collective: what it makes is a buffer of communication
+    flies: bool  # only the launch of one: a later operation lands it, and the gradient takes off there
+    holds: tuple[int, ...]  # tensors that are alive until here though nothing reads them: what was sent
     experts: bool  # its weight is an expert's
 
 
@@ -58,7 +60,7 @@ class Program:
 
     def __init__(self, given: int) -> None:
         """`given`: bytes of the input."""
-        self.sizes, self.sent = [given], [False]
+        self.sizes, self.sent, self.flying = [given], [False], [False]
         self.operations: list[_Operation] = []
 
     def add(
@@ -72,16 +74,32 @@ class Program:
         back: int = 0,
         weight: int = 0,
         sends: bool = False,
+        flies: bool = False,
+        holds: Sequence[int] = (),
         experts: bool = False,
         saves_output: bool = False,
     ) -> int:
         """One operation; returns its output."""
         output = len(self.sizes)
         self.sizes.append(size)
-        self.sent.append(sends)
+        self.sent.append(sends or flies)
+        self.flying.append(flies)
         saved = (*saves, output) if saves_output else tuple(saves)
         self.operations.append(
-            _Operation(output, tuple(inputs), tuple(passes), saved, keeps, scratch, back, weight, sends, experts)
+            _Operation(
+                output,
+                tuple(inputs),
+                tuple(passes),
+                saved,
+                keeps,
+                scratch,
+                back,
+                weight,
+                sends,
+                flies,
+                tuple(holds),
+                experts,
+            )
         )
         return output
 
@@ -89,6 +107,7 @@ class Program:
         """The highest moment, the layer's input included. `until_saved`: stop once all is saved that will be, as a
         recomputation does."""
         last = {x: i for i, op in enumerate(self.operations) for x in (*op.inputs, *op.passes)}
+        last |= {x: i - 1 for i, op in enumerate(self.operations) for x in op.holds}
         end = max(i for i, op in enumerate(self.operations) if op.saves) if until_saved else len(self.operations)
         live, saved, kept, best = {_INPUT}, set[int](), 0, Live(0)
         for i, op in enumerate(self.operations[: end + 1]):
@@ -105,13 +124,21 @@ class Program:
         """Gradients that are there when the backward first asks for something saved."""
         grads = {self.operations[-1].output: _Buffer(self.sizes[self.operations[-1].output], False)}
         for op in reversed(self.operations):
-            if op.saves or op.keeps:
+            if op.saves or op.keeps or op.flies:  # a landing unpacks what was saved, with its gradient in the air
                 break
             given = grads.pop(op.output)
-            made = {x: _Buffer(self.sizes[x], op.sends) for x in op.inputs}
+            made = self._made(op)
             for x in (*made, *op.passes):
                 grads.setdefault(x, made.get(x, given))
-        return sum(buffer.size for buffer in {id(b): b for b in grads.values()}.values())
+        return sum(buffer.size for buffer in {id(b): b for b in grads.values()}.values()) + self._in_the_air(grads)
+
+    def _made(self, op: _Operation) -> dict[int, _Buffer]:
+        """The gradients of an operation's inputs."""
+        return {x: _Buffer(self.sizes[x], op.sends or self.flying[x]) for x in op.inputs}
+
+    def _in_the_air(self, grads: Iterable[int]) -> int:
+        """Bytes of gradients that were sent, and are held until the other ranks' have landed."""
+        return sum(self.sizes[x] for x in grads if self.flying[x])
 
     def _live(self, tensors: set[int], rest: int) -> Live:
         sent = sum(self.sizes[x] for x in tensors if self.sent[x])
@@ -139,10 +166,10 @@ class Program:
         left = sum(op.experts for op in self.operations) if apart else 0
         for op in reversed(self.operations):
             given = grads.pop(op.output)
-            made = {x: _Buffer(self.sizes[x], op.sends) for x in op.inputs}
+            made = self._made(op)
             weights += op.weight
             buffers = [*{id(b): b for b in (*grads.values(), given, *made.values())}.values()]
-            tensors = self._live(held, kept + op.back)
+            tensors = self._live(held, kept + op.back + self._in_the_air(grads))
             sent = sum(b.size for b in buffers if b.sent)
             size = sum(b.size for b in buffers) - sent
             now = Live(tensors.activations + size, tensors.communication + sent, weights)
@@ -268,7 +295,7 @@ class _Layer:
         size, order = pairs * width * B16, pairs * INDEX
         out = self._work(add([x], size, keeps=order, scratch=order), pairs, own)
         if self.lora:  # the package's own experts, without an exchange
-            return self._combine(add([out], size, keeps=order), weights, t, pairs, 0)
+            return self._combine(add([out], size, keeps=order), weights, t, pairs)
         weighed = self._weigh(out, weights, pairs)
         return self._sum(add([weighed], self.program.sizes[weighed], keeps=order), t)
 
@@ -280,15 +307,15 @@ class _Layer:
         product = add([active], pairs * inner * B16, saves=[active, both], back=pairs * inner * B16)
         return self._grouped(product, pairs, width, inner, own, last)
 
-    def _combine(self, rows: int, weights: int, t: int, pairs: int, beside: int) -> int:
-        """Pairs in the order of their tokens, weighed and summed. `beside`: bytes that exchanges hold meanwhile."""
-        return self._sum(self._weigh(rows, weights, pairs, beside), t)
+    def _combine(self, rows: int, weights: int, t: int, pairs: int) -> int:
+        """Pairs in the order of their tokens, weighed and summed."""
+        return self._sum(self._weigh(rows, weights, pairs), t)
 
-    def _weigh(self, rows: int, weights: int, pairs: int, beside: int = 0) -> int:
+    def _weigh(self, rows: int, weights: int, pairs: int) -> int:
         """[P, C] times the router's weights; in fp32, if these are, in which both gradients are made first."""
         size, factor = pairs * self.shape.width * B16, 2 if self.shape.wide else 1
         back = (2 * factor - 1) * size
-        return self.program.add([rows, weights], factor * size, saves=[rows, weights], back=back, scratch=beside)
+        return self.program.add([rows, weights], factor * size, saves=[rows, weights], back=back)
 
     def _sum(self, weighed: int, t: int) -> int:
         """[P, C] to [t, C]; the gradient of each pair is a view of its token's."""
@@ -304,20 +331,32 @@ class _Layer:
         pairs = t * self.shape.top_k
         size, order = pairs * self.shape.width * B16, pairs * INDEX
 
-        def launch() -> int:
-            return add([add([x], size, keeps=order, scratch=order, back=size)], size, sends=True)
+        def launch(rows: int) -> tuple[int, int]:
+            return rows, add((), size, passes=[rows], flies=True)
 
-        came, left, out = [launch()], [], []
+        def leave() -> tuple[int, int]:
+            return launch(add([x], size, keeps=order, scratch=order, back=size))
+
+        def back(rows: int) -> tuple[int, int]:  # the router's weights are put to the gradient here
+            return launch(add([rows, weights], size, saves=[rows], keeps=order, back=4 * size if wide else 0))
+
+        def land(sent: int, came: int) -> int:
+            out = add([came], t * width * (B32 if wide else B16), scratch=factor * size, back=size, holds=[sent])
+            return add([out], t * width * B16) if wide else out
+
+        wide, width = self.shape.wide, self.shape.width
+        factor = 3 if wide else 2  # in the order of the tokens, and weighed
+        came, left, out = [leave()], [], []
         for chunk in range(chunks):
             if chunk + 1 < chunks:
-                came.append(launch())
-            rows = self._work(add([came[chunk]], size, keeps=3 * order), pairs, own, chunk + 1 == chunks)
-            left.append(add([add([rows], size)], size, sends=True))
+                came.append(leave())
+            sent, rows = came[chunk]
+            rows = self._work(add([rows], size, keeps=3 * order, holds=[sent]), pairs, own, chunk + 1 == chunks)
+            left.append(back(rows))
             if chunk:
-                landed = add([left[chunk - 1]], size, keeps=order)
-                out.append(self._combine(landed, weights, t, pairs, 2 * size))  # what has landed, and what was sent
-        out.append(self._combine(add([left[-1]], size, keeps=order), weights, t, pairs, size))
-        return out[0] if chunks == 1 else add((), self.t * self.shape.width * B16, passes=out)
+                out.append(land(*left[chunk - 1]))
+        out.append(land(*left[-1]))
+        return out[0] if chunks == 1 else add((), self.t * width * B16, passes=out)
 
     def _grouped(self, x: int, pairs: int, rows: int, width: int, weight: int, last: bool) -> int:
         """The experts' matmul of [P, width] to [P, rows], with its adapters."""

@@ -110,11 +110,13 @@ def draw(plans: Plans, path: str | os.PathLike[str], count: int = 12) -> None:
     bars.axvline(plans.device.memory_gib, color="black", linestyle="--", linewidth=1)
     bars.set_xlabel("GiB of a device (dashed: what it has)")
     bars.set_title(f"{plans.shape.name}, {plans.world_size} ranks, {plans.job.context} tokens")
-    bars.legend(fontsize=8)
+    bars.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.35, -0.1), ncols=4)
     points = [((e.memory.total + e.reserved) / GIB, e.tokens_per_second / plans.world_size, e) for e in plans.entries]
     for fits, color in ((True, "tab:green"), (False, "tab:red")):
         some = [(x, y) for x, y, entry in points if entry.fits is fits]
-        scatter.scatter([x for x, _ in some], [y for _, y in some], s=14, color=color, label=f"fits: {fits}")
+        scatter.scatter(
+            [x for x, _ in some], [y for _, y in some], s=14, color=color, label="fits" if fits else "does not fit"
+        )
     front, best = [], -1.0
     for x, y, _ in sorted(points, key=lambda point: (point[0], -point[1])):
         if y > best:
@@ -122,7 +124,7 @@ def draw(plans: Plans, path: str | os.PathLike[str], count: int = 12) -> None:
             best = y
     scatter.step([x for x, _ in front], [y for _, y in front], where="post", color="gray", label="Pareto front")
     scatter.axvline(plans.device.memory_gib, color="black", linestyle="--", linewidth=1)
-    scatter.set(xscale="log", xlabel="GiB of a device", ylabel="predicted tokens/s and device")
+    scatter.set(xscale="log", xlabel="GiB of a device", ylabel="predicted tokens/s per device")
     scatter.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
