@@ -58,7 +58,7 @@ def _same(shape: str) -> tuple[str, str]:
 
 STEPS: list[Compute | Collective | Layer | None] = [
     Compute("collator: samples packed", _same("ids, labels, positions [1, S]"), "data/collator.py", True),
-    Collective("all-gather: tokens, checksum, errors", "world", "", "trainer/loop.py"),
+    Collective("all-gather: tokens, checksum, errors", "world", "", "trainer/facts.py"),
     Compute("model: hooks check the call", _same("[1, S]"), "sequence/calls.py", True),
     Compute("backbone: pad, find documents", _same("[1, S']   documents: 7 | 3 | 6"), "sequence/attach.py", True),
     Collective("all-gather: embedding", "fsdp", "all-gather, reduce-scatter (mean)", "FSDP2"),

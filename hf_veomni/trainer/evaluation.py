@@ -18,8 +18,8 @@ from hf_veomni.fsdp import check_dtype_can_change, held_weights
 from hf_veomni.hf.require import override
 from hf_veomni.loss import chunked_evaluation, has_chunked_loss
 from hf_veomni.mesh import ParallelState, is_prepared
+from hf_veomni.trainer.facts import InStep
 from hf_veomni.trainer.loaders import DummyBatch
-from hf_veomni.trainer.loop import InStep
 from hf_veomni.trainer.losses import overrides
 
 if TYPE_CHECKING:
