@@ -68,7 +68,7 @@ def asks_auto(plan: object) -> bool:
 
 
 def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+    return ", ".join(str(d) for d in range(1, min(number, 1024) + 1) if number % d == 0)
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,15 @@ class ParallelPlan:
         if not isinstance(self.modules, Mapping):
             raise ValueError(f"`modules` ({self.modules!r}) must map module-name patterns to rules.")
         for pattern, rules in self.modules.items():
+            if not isinstance(pattern, str):
+                raise ValueError(f"`modules` has the pattern {pattern!r}: it must be a string such as 'lm_head'.")
             if not isinstance(rules, Mapping) or not rules:
                 raise ValueError(f"`modules[{pattern!r}]` ({rules!r}) must map rule names to values.")
             for key, value in rules.items():
                 if key not in MODULE_RULES:
-                    raise ValueError(f"Unknown rule '{key}' in `modules[{pattern!r}]`: {nearest(key, MODULE_RULES)}.")
+                    raise ValueError(
+                        f"Unknown rule '{key}' in `modules[{pattern!r}]`: {nearest(str(key), MODULE_RULES)}."
+                    )
                 if value not in MODULE_RULES[key]:
                     hint = nearest(str(value), MODULE_RULES[key])
                     raise ValueError(f"`modules[{pattern!r}]`: '{key}' ({value!r}) is unknown: {hint}.")
@@ -233,7 +237,7 @@ class ParallelPlan:
         for key, value in values.items():
             name = SHORT_NAMES.get(key, key)
             if name not in valid:
-                raise ValueError(f"Unknown plan key '{key}': {_unknown_key(key, valid | SHORT_NAMES.keys())}")
+                raise ValueError(f"Unknown plan key '{key}': {_unknown_key(str(key), valid | SHORT_NAMES.keys())}")
             if name in arguments:
                 raise ValueError(f"Plan key '{key}' sets `{name}` a second time: give it once.")
             arguments[name] = value

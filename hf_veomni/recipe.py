@@ -19,6 +19,7 @@ import os
 import pprint
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -28,6 +29,10 @@ from hf_veomni.yaml_files import read_mapping
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _ENCODERS = r".*(vision|visual|audio|image).*"  # modules that LoRA leaves out unless the recipe names its own
+
+_DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+
+_OVERLONG = ("error", "split", "truncate", "drop")  # of `pack_dataset`
 
 _ARGUMENTS = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}  # a packed sequence is a batch
 
@@ -94,6 +99,28 @@ def _read(cls: type, values: object, where: str) -> Any:
     return cls(**values)
 
 
+def _check_texts(where: str, **values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, str) and not (name == "name" and value is None):
+            raise ValueError(f"`{where}{name}` ({value!r}) must be a string.")
+        if value is not None and (not value or "\0" in value):
+            raise ValueError(f"`{where}{name}` ({value!r}) must not be empty, nor hold a byte of zero.")
+
+
+def _check_plain(where: str, value: Any) -> None:
+    """Only what a script can say: yaml knows dates, sets and numbers that are none, too."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise ValueError(f"`{where}` has the key {name!r}: names are strings.")
+            _check_plain(f"{where}.{name}", inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _check_plain(where, inner)
+    elif not isinstance(value, (str, int, float, type(None))) or (isinstance(value, float) and not isfinite(value)):
+        raise ValueError(f"`{where}` ({value!r}) must be a text, a finite number, true, false, or a list of these.")
+
+
 @dataclass(frozen=True)
 class Data:
     """What a recipe trains on.
@@ -116,10 +143,13 @@ class Data:
     overlong: str = "error"
 
     def __post_init__(self) -> None:
+        _check_texts("data.", path=self.path, split=self.split, name=self.name)
         if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
             raise ValueError(f"`data.max_tokens` ({self.max_tokens!r}) must be a positive integer.")
         if self.train_on not in (None, "assistant", "last", "all"):
             raise ValueError(f"`data.train_on` ({self.train_on!r}) must be 'assistant', 'last' or 'all'.")
+        if self.overlong not in _OVERLONG:
+            raise ValueError(f"`data.overlong` ({self.overlong!r}) must be one of {', '.join(_OVERLONG)}.")
         if isinstance(self.eval_fraction, bool) or not isinstance(self.eval_fraction, (int, float)):
             raise ValueError(f"`data.eval_fraction` ({self.eval_fraction!r}) must be a number from 0 to 1.")
         if not 0 <= self.eval_fraction < 1:
@@ -164,13 +194,19 @@ class Recipe:
     source: str = field(default="recipe.yaml", compare=False)
 
     def __post_init__(self) -> None:
+        _check_texts("", model=self.model, dtype=self.dtype)
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"`dtype` ({self.dtype!r}) must be one of {', '.join(_DTYPES)}.")
         if not isinstance(self.arguments, Mapping) or "output_dir" not in self.arguments:
             raise ValueError("`arguments` must be a mapping with `output_dir`, where the run writes to.")
         if "plan" in self.arguments:
             raise ValueError("`plan` stands beside `arguments` in a recipe, not in them.")
         if self.lora is not None and not isinstance(self.lora, Mapping):
             raise ValueError(f"`lora` ({self.lora!r}) must be a mapping such as {{r: 16}}; leave it out for none.")
-        if self.processes is not None and (isinstance(self.processes, bool) or not isinstance(self.processes, int)):
+        for name, values in (("arguments", self.arguments), ("lora", self.lora or {})):
+            _check_plain(name, values)
+        whole = isinstance(self.processes, int) and not isinstance(self.processes, bool)
+        if self.processes is not None and not (whole and self.processes > 0):
             raise ValueError(f"`processes` ({self.processes!r}) must be a positive integer.")
         if not asks_auto(self.plan):
             ParallelPlan.parse(self.plan)
@@ -218,6 +254,7 @@ class Recipe:
             ValueError: an argument that `OmniTrainingArguments` does not know, or a model without a decoder.
         """
         self._check_arguments()
+        self._check_lora()
         model_class, processor = self._classes()
         packed = [self._pack("train_rows", "rows.shuffle(seed=args.seed)")]
         split = ""
@@ -302,3 +339,11 @@ class Recipe:
                     f"Unknown key '{name}' in the recipe's `arguments`: they are those of OmniTrainingArguments. "
                     f"Near: {', '.join(near) or 'none'}."
                 )
+
+    def _check_lora(self) -> None:
+        from peft import LoraConfig
+
+        known = [f.name for f in fields(LoraConfig) if f.init]
+        for name in self.lora or {}:
+            if name not in known:
+                raise ValueError(f"Unknown key '{name}' in the recipe's `lora`: {nearest(name, known)}.")

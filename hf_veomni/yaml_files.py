@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 
+class _Twice(Exception):
+    """A key that a mapping has twice."""
+
+
 def read_mapping(path: str | os.PathLike[str], what: str, example: str) -> Mapping[str, Any]:
     """The mapping that a yaml file holds.
 
@@ -26,14 +30,17 @@ def read_mapping(path: str | os.PathLike[str], what: str, example: str) -> Mappi
             for place, key in enumerate(keys):
                 if key in keys[:place] and key != "<<":
                     line = node.value[place][0].start_mark.line + 1
-                    raise ValueError(f"{what} '{path}' has the key '{key}' twice (line {line}): give it once.")
+                    raise _Twice(f"{what} '{path}' has the key '{key}' twice (line {line}): give it once.")
             return super().construct_mapping(node, deep)
 
     if not Path(path).is_file():
         raise ValueError(f"{what} '{path}' does not exist.")
     try:
         documents = list(yaml.load_all(Path(path).read_text(), Loader))  # noqa: S506 (a safe loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _Twice as error:
+        raise ValueError(str(error)) from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OSError) as error:
+        # yaml's own are not all YAMLErrors: the 32nd of a month is a ValueError, `!!map 3` a TypeError.
         raise ValueError(f"{what} '{path}' is not yaml: {error}") from error
     if len(documents) > 1:
         raise ValueError(f"{what} '{path}' holds {len(documents)} documents (lines '---'): one file says one thing.")

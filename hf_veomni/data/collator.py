@@ -266,6 +266,9 @@ def _named(features: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[st
     have: a table, and a mixture of sources, give every sample those of all."""
     index = 0
     for given in features:
+        if not isinstance(given, Mapping):
+            kind = type(given).__name__
+            raise ValueError(f"A sample of the batch ({repr(given):.80}) must be a mapping of columns, not a {kind}.")
         row = given[SAMPLES] if SAMPLES in given else (given,)
         numbers = given[DOCUMENTS] if SAMPLES in given and DOCUMENTS in given else [None] * len(row)
         for sample, number in zip(row, numbers, strict=True):
