@@ -140,7 +140,9 @@ class BackgroundWriter:
     def _send(self, job: dict[str, Any]) -> None:
         if self._process is None or self._process.poll() is not None:
             # Inherited by the process: a scheduler's signals are for the trainer, which saves first.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+            mask = signal.pthread_sigmask(
+                signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+            )
             try:
                 self._process = self._open()
             finally:
