@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,23 @@ from hf_veomni.comm import all_gather
 from hf_veomni.mesh import ParallelState
 from hf_veomni.trainer.loaders import DummyBatch, UnsplitBatches
 
-# Columns of the facts.
-BATCHES, TOKENS, CHECKSUM, REAL, ROWS, HELD, SPLITS, FAILED = range(8)
+# Columns of the facts. Ranks of an SP group have the same up to `FAILED`.
+BATCHES, TOKENS, CHECKSUM, REAL, ROWS, HELD, SPLITS, FAILED, SIGNAL, READING, WAITING = range(11)
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a rank tells beside its batches.
+
+    Attributes:
+        signal: number of the signal that it got, 0 for none.
+        reading: microseconds that it took to read them.
+        waiting: microseconds that it waited for the others in the exchange before.
+    """
+
+    signal: int = 0
+    reading: int = 0
+    waiting: int = 0
 
 
 def take(iterator: Iterator[Any], count: int) -> tuple[list[Any], Exception | None]:
@@ -46,6 +62,7 @@ def exchange_facts(
     held: bool,
     splits: bool = False,
     error: Exception | None,
+    notes: Notes = Notes(),  # noqa: B008 (frozen)
     state: ParallelState,
     device: torch.device,
 ) -> Tensor:
@@ -56,9 +73,10 @@ def exchange_facts(
         held: whether an earlier batch of this pass is at hand, to be run again as a dummy batch.
         splits: whether the last one can be run in two parts.
         error: what went wrong while they were read, or beside training.
+        notes: what else this rank has to tell.
 
     Returns:
-        int64 [ranks, 8] on the CPU, with the columns named above; `REAL` are the batches that are no dummy batches.
+        int64 [ranks, 11] on the CPU, with the columns named above; `REAL` are the batches that are no dummy batches.
 
     Collective: one all-gather over all ranks.
 
@@ -76,6 +94,9 @@ def exchange_facts(
         int(held or bool(batches)),
         int(splits),
         0 if error is None else 1 + isinstance(error, BackgroundError),
+        notes.signal,
+        notes.reading,
+        notes.waiting,
     )
     sent = torch.stack([torch.as_tensor(fact, dtype=torch.long).to(device) for fact in facts])
     found = all_gather(sent).view(-1, len(facts)).cpu()
@@ -88,7 +109,7 @@ def exchange_facts(
 def _check_rows(facts: Tensor, state: ParallelState) -> None:
     size = state.sp_size
     for group, rows in enumerate(facts.split(size)):
-        if (rows != rows[0]).any():
+        if (rows != rows[0])[:, : FAILED + 1].any():
             raise ValueError(
                 f"Ranks {group * size} to {group * size + size - 1} form an SP group and must read the same rows, but "
                 f"read batches, tokens and checksums {rows[:, : CHECKSUM + 1].tolist()}: seed the dataset's shuffling "
@@ -110,8 +131,21 @@ class InStep:
         num_rows: rows that all data ranks have read so far.
     """
 
-    def __init__(self, loader: Any, state: ParallelState, device: torch.device) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        state: ParallelState,
+        device: torch.device,
+        notes: Callable[[], Notes] = Notes,
+        hear: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            notes: what this rank tells beside its batches.
+            hear: is called with the facts of each exchange, alike on all ranks.
+        """
         self._loader, self._state, self._device = loader, state, device
+        self._notes, self._hear = notes, hear
         self.num_rows = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -131,9 +165,10 @@ class InStep:
         batches = iter(self._loader)
         while True:
             found, error = take(batches, 1)
-            facts = exchange_facts(
-                found, 0, held=last is not None, error=error, state=self._state, device=self._device
-            )
+            told = {"held": last is not None, "error": error, "notes": self._notes()}
+            facts = exchange_facts(found, 0, **told, state=self._state, device=self._device)
+            if self._hear is not None:
+                self._hear(facts)
             if not facts[:, BATCHES].any():
                 return
             if found and self._ends_with_dummy():
