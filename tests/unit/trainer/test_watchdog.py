@@ -1,0 +1,90 @@
+"""What rank 0 makes of the reports of all."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from hf_veomni.trainer import watchdog
+from hf_veomni.trainer.watchdog import Progress, Report, describe_stack, judge
+
+FINE = Report(1, 10, "micro-batch 1 of step 3", "model.py:3 in forward", False, 1.0, 60.0)
+WAITS = replace(FINE, waits=True, age=70.0)
+QUIET = [0.0, 0.0, 0.0]
+
+
+def test_nothing_is_wrong_while_somebody_moves() -> None:
+    assert judge([FINE, FINE, FINE], QUIET) is None
+    assert judge([FINE, WAITS, WAITS], QUIET) is None  # two wait for one that computes
+    assert judge([replace(FINE, age=50.0), replace(FINE, count=11, age=70.0)], QUIET[:2]) is None
+
+
+def test_a_rank_that_has_not_spoken_yet_is_waited_for() -> None:
+    assert judge([FINE, None, FINE], QUIET) is None
+    assert judge([FINE, replace(WAITS, ended="done"), FINE], QUIET) is None
+
+
+def test_the_one_that_is_behind_is_named() -> None:
+    behind = replace(FINE, count=9, age=61.0, place="reading the batches of step 3", stack="data.py:7 in read")
+    found = judge([WAITS, behind, WAITS], QUIET)
+    assert found is not None and found[0] == "stalled"
+    assert found[1].startswith("No progress: rank 1 for 61 s in reading the batches of step 3 (data.py:7 in read).")
+    assert "Ranks 0, 2 wait." in found[1]
+
+
+def test_of_those_at_the_same_place_the_one_that_does_not_wait() -> None:
+    found = judge([WAITS, replace(FINE, age=70.0), WAITS], QUIET)
+    assert found is not None and "rank 1 for 70 s" in found[1] and "rank 0 for" not in found[1]
+
+
+def test_all_are_named_where_all_wait() -> None:
+    found = judge([WAITS, WAITS], QUIET[:2])
+    assert found is not None and "rank 0 for 70 s" in found[1] and "rank 1 for 70 s" in found[1]
+
+
+def test_an_error_comes_before_silence_and_silence_before_a_stall() -> None:
+    reports: list[Report | None] = [WAITS, replace(FINE, ended="ValueError: no such row"), WAITS]
+    assert judge(reports, [0.0, 99.0, 99.0]) == ("failed", "Rank 1 failed: ValueError: no such row")
+    found = judge([WAITS, replace(FINE, age=70.0), WAITS], [0.0, 0.0, 21.0])
+    assert found is not None and found[0] == "lost" and "heard of rank 2 for 21 s" in found[1]
+
+
+def test_silence_counts_sooner_where_an_exchange_broke_off() -> None:
+    assert judge([FINE, FINE], [0.0, 6.0]) is None
+    found = judge([replace(FINE, broken=True), FINE], [0.0, 6.0])
+    assert found is not None and found[0] == "lost" and "heard of rank 1 for 6 s" in found[1]
+
+
+def test_a_part_may_take_ten_times_its_longest() -> None:
+    progress = Progress(since=time.monotonic())
+    progress.at("one")
+    progress.since -= 9.0
+    progress.at("two", limited=False)
+    progress.since -= 500.0  # a save, which is no measure
+    progress.at("three")
+    assert 9.0 <= progress.longest < 10.0 and progress.count == 3
+
+
+def test_the_stack_names_the_innermost_line_and_whose_it_is() -> None:
+    def sleeps(event: threading.Event) -> None:
+        event.wait(30)
+
+    event = threading.Event()
+    thread = threading.Thread(target=sleeps, args=(event,), daemon=True)
+    thread.start()
+    time.sleep(0.1)
+    assert thread.ident is not None
+    stack, waits, debugged = describe_stack(sys._current_frames()[thread.ident])
+    event.set()
+    assert "threading.py" in stack and "test_watchdog.py" in stack and stack.endswith("in sleeps")
+    assert not waits and not debugged
+
+
+@pytest.mark.parametrize("message", ["[gloo/transport/tcp/pair.cc:534] Connection closed by peer", "NCCL error"])
+def test_errors_of_an_exchange_are_known(message: str) -> None:
+    assert watchdog._EXCHANGE.search(message)
+    assert not watchdog._EXCHANGE.search("mat1 and mat2 shapes cannot be multiplied")
