@@ -1,0 +1,91 @@
+"""What is wrong with a batch of tokens, before a model runs into it on one rank while the others wait for that one.
+
+On a device a token out of range would end the process by an assertion that names nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_veomni.host import on_host
+
+_IGNORED = -100
+_LABELLED = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "LMHeadModel")
+
+
+def labels_follow_tokens(model: Any) -> bool:
+    """Whether a model's labels are those of its tokens, one a token: not in an encoder-decoder or a classifier."""
+    return type(model).__name__.endswith(_LABELLED) and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def find_fault(batches: Iterable[Any], vocabulary: int | None, *, labelled: bool = True) -> ValueError | None:
+    """The first thing that is wrong with batches of `input_ids` [B, S], or None. Others are not looked at.
+
+    Args:
+        vocabulary: rows of the table of embeddings; None if unknown.
+        labelled: whether labels are those of the tokens.
+    """
+    for batch in batches:
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if not isinstance(ids, Tensor):
+            continue
+        message = _wrong_tokens(ids) or _wrong_shape(batch, ids, labelled) or _wrong_value(batch, ids, vocabulary)
+        if message is not None:
+            return ValueError(f"{message}: look at the collator and the dataset.")
+    return None
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _wrong_tokens(ids: Tensor) -> str | None:
+    if not _is_integer(ids):
+        return f"`input_ids` of a batch are {str(ids.dtype).removeprefix('torch.')} and must be integers"
+    if ids.dim() < 2:
+        return f"`input_ids` {list(ids.shape)} of a batch must have rows and tokens"
+    return f"`input_ids` {list(ids.shape)} of a batch hold no token" if ids.numel() == 0 else None
+
+
+def _wrong_shape(batch: Mapping[str, Any], ids: Tensor, labelled: bool) -> str | None:
+    if ids.dim() != 2:
+        return None  # choices, or codebooks
+    labels, mask, positions = (batch.get(name) for name in ("labels", "attention_mask", "position_ids"))
+    if labelled and isinstance(labels, Tensor):
+        if labels.shape != ids.shape:
+            return f"`labels` {list(labels.shape)} of a batch must have the shape of `input_ids`, {list(ids.shape)}"
+        if not _is_integer(labels):
+            return f"`labels` of a batch are {str(labels.dtype).removeprefix('torch.')} and must be integers"
+    if isinstance(mask, Tensor) and mask.shape != ids.shape and mask.dim() not in (3, 4):
+        return f"`attention_mask` {list(mask.shape)} of a batch must have the shape of `input_ids`, {list(ids.shape)}"
+    if isinstance(positions, Tensor):
+        if positions.dim() < 2 or positions.shape[-1] != ids.shape[-1]:
+            return (
+                f"`position_ids` {list(positions.shape)} of a batch must have rows of {ids.shape[-1]}, as `input_ids`"
+            )
+        if not _is_integer(positions):
+            return f"`position_ids` of a batch are {str(positions.dtype).removeprefix('torch.')} and must be integers"
+    return None
+
+
+def _wrong_value(batch: Mapping[str, Any], ids: Tensor, vocabulary: int | None) -> str | None:
+    """Of tokens and labels, where the host knows them and no other modality may have placeholders of its own."""
+    others = [value for name, value in batch.items() if name != "attention_mask" and isinstance(value, Tensor)]
+    if vocabulary is None or any(value.is_floating_point() for value in others):
+        return None
+    for name, lowest in (("input_ids", 0), ("labels", _IGNORED)):
+        values = batch.get(name)
+        if not isinstance(values, Tensor) or values.shape != ids.shape or values.is_floating_point():
+            continue
+        if values.device.type != "cpu" and not hasattr(values, "_host"):
+            continue  # a look at it would wait for the device
+        known = on_host(values)
+        low, high = int(known.min()), int(known.max())
+        if low < lowest or high >= vocabulary or (low < 0 and bool(((known < 0) & (known != _IGNORED)).any())):
+            rest = ", or -100 where nothing is learned" if name == "labels" else ""
+            return f"`{name}` of a batch go from {low} to {high} and must be from 0 to {vocabulary - 1}{rest}"
+    return None
