@@ -16,13 +16,22 @@ from hf_veomni.omni import (
 from hf_veomni.pairs import run_pair
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.prepare import build_parallelize_model, detach_omni, gather_sequence, prepare_omni
-from hf_veomni.trainer import OmniParallelismConfig, OmniTrainer, OmniTrainerMixin, OmniTrainingArguments
+from hf_veomni.trainer import (
+    NotFiniteError,
+    OmniParallelismConfig,
+    OmniTrainer,
+    OmniTrainerMixin,
+    OmniTrainingArguments,
+    Preempted,
+    RankError,
+)
 
 __all__ = [
     "BalancedBatchSampler",
     "DecoderMixin",
     "EncoderMixin",
     "FoundationMixin",
+    "NotFiniteError",
     "OmniConfig",
     "OmniDataCollatorWithPacking",
     "OmniModel",
@@ -32,6 +41,8 @@ __all__ = [
     "OmniTrainingArguments",
     "ParallelPlan",
     "ParallelState",
+    "Preempted",
+    "RankError",
     "UnsupportedError",
     "build_omni_model",
     "build_parallelize_model",

@@ -57,7 +57,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "loss_is_scaled_for_ga",
         "model_accepts_loss_kwargs",
     ),
-    "transformers:TrainingArguments": ("_n_gpu", "parallelism_config"),
+    "transformers:TrainingArguments": ("_n_gpu", "enable_jit_checkpoint", "parallelism_config"),
     "transformers.conversion_mapping": ("get_model_conversion_mapping",),
     "transformers.core_model_loading": ("convert_and_load_state_dict_in_model",),
     "transformers.core_model_loading:revert_weight_conversion": ("_weight_conversions",),
@@ -190,7 +190,11 @@ SEAMS: dict[str, tuple[str, ...]] = {
 
 # Methods that are replaced on an object, or called by these names.
 ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "transformers:Trainer._run_epoch": ("epochs_trained", "resume_from_checkpoint"),
+    "transformers:Trainer._run_epoch": (
+        "epochs_trained",
+        "resume_from_checkpoint",
+        "steps_trained_in_current_epoch",
+    ),
     "accelerate:Accelerator.clip_grad_norm_": ("parameters", "max_norm", "norm_type"),
     "accelerate:Accelerator.gather": ("tensor",),
     "accelerate:Accelerator.gather_for_metrics": ("input_data", "use_gather_object"),

@@ -15,7 +15,14 @@ from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.logs import warn_of_no_plan
 from hf_veomni.plan import ParallelPlan, asks_auto
 from hf_veomni.trainer.accelerate import OmniParallelismConfig
-from hf_veomni.trainer.validation import check_budgeted, check_given, check_saving, check_sharded, release_launcher
+from hf_veomni.trainer.validation import (
+    check_budgeted,
+    check_faults,
+    check_given,
+    check_saving,
+    check_sharded,
+    release_launcher,
+)
 
 _FIELDS = "__dataclass_fields__"
 
@@ -53,6 +60,15 @@ class OmniTrainingArguments(TrainingArguments):
             the model; `hf-veomni convert` makes plain files of them. None: as `async_save` says.
         async_save: stop training only while the state is copied to host memory, and write it beside training in a
             process of its own. The copy takes as many bytes as a rank's part of the weights and the optimizer's state.
+        on_nonfinite: what becomes of a step whose gradient norm is NaN or infinite: "stop" raises `NotFiniteError` on
+            every rank before the update, naming rank, module and batch; "skip" leaves the update out, with a warning
+            that names the same; "ignore" makes the update, as Trainer does.
+        stall_timeout: seconds that a part of a step (reading its batches, a micro-batch, the update) may take on a
+            rank, unless ten times the longest so far is more, before every rank ends with an error that names the rank
+            and the line. The first step of an epoch, saving, evaluation and callbacks have `ddp_timeout`. 0: no
+            watchdog.
+        enable_jit_checkpoint: Trainer's, for all ranks together and for SIGUSR1 too: a signal to any rank lets all
+            save after the next step and exit with code 75 (docs/faults.md).
 
     Raises:
         ValueError: a plan that does not fit the world, an argument that does not go with a plan, or a class without
@@ -93,6 +109,13 @@ class OmniTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Write checkpoints beside training; it stops for a copy to memory alone."}
     )
 
+    on_nonfinite: str = field(
+        default="stop", metadata={"help": "A gradient that is not finite: 'stop', 'skip' its step, or 'ignore' it."}
+    )
+    stall_timeout: float = field(
+        default=60.0, metadata={"help": "Seconds that a rank may stand still before all end. 0: for ever."}
+    )
+
     def __init_subclass__(cls, **kwargs: object) -> None:
         """`dataclass` takes a field from the first base that has it, be it inherited. What we inherited from
         TrainingArguments hides nothing: a field that another base declares is declared again in `cls`."""
@@ -125,6 +148,7 @@ class OmniTrainingArguments(TrainingArguments):
         self._n_gpu = min(self._n_gpu, 1)  # one process drives one device: no DataParallel
         check_budgeted(self)
         check_saving(self)
+        check_faults(self)
         self.sharded_weights = self.async_save if self.sharded_weights is None else self.sharded_weights
         if not auto:
             self.settle_plan(plan)

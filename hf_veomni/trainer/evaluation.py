@@ -70,7 +70,9 @@ class EvaluationMixin(_Trainer):
             ValueError: as `get_batch_samples` does; on every rank.
         """
         state: ParallelState = self.parallel_state
-        loader: Any = dataloader if state.world_size == 1 else InStep(dataloader, state, self.args.device)
+        loader: Any = dataloader
+        if state.world_size > 1:
+            loader = InStep(dataloader, state, self.args.device, self._notes, self._hear_while_evaluating)
         self._evaluates_stream = not has_length(getattr(dataloader, "dataset", None))
         self._eval_losses = []
         if state.world_size > 1 and self.args.bf16_full_eval and not self.is_in_train:

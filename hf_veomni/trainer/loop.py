@@ -5,10 +5,11 @@ Before a step the ranks tell each other about the batches they have read, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from hf_veomni.hf.require import override
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state, is_prepared
 from hf_veomni.sequence.randomness import own_stream
 from hf_veomni.trainer.adapt import deferred_reduction
-from hf_veomni.trainer.facts import BATCHES, REAL, SPLITS, TOKENS, exchange_facts, take
+from hf_veomni.trainer.batches import find_fault, labels_follow_tokens
+from hf_veomni.trainer.facts import BATCHES, REAL, SIGNAL, SPLITS, TOKENS, Notes, exchange_facts, take
 from hf_veomni.trainer.loaders import (
     DataRankView,
     DummyBatch,
@@ -36,6 +38,8 @@ from hf_veomni.trainer.loaders import (
     set_epoch,
 )
 from hf_veomni.trainer.losses import LossMixin, MicroBatch
+from hf_veomni.trainer.pace import Pace
+from hf_veomni.trainer.signals import Signals
 from hf_veomni.trainer.throughput import ThroughputCallback
 from hf_veomni.trainer.trl import noting_nothing
 
@@ -48,6 +52,9 @@ class BatchingMixin(LossMixin):
     _last_batch: Any = None
     _budget: TokenBudgetSampler | None = None
     _throughput: ThroughputCallback | None = None
+    _pace: Pace  # of the ranks, in this `train`
+    _signals: Signals | None = None  # that this process has got
+    _asked: Mapping[int, int] = MappingProxyType({})  # signals by rank, of which all ranks have heard
     _beside: Callable[[], Exception | None] | None = None  # tells what went wrong beside training on this rank
 
     _known_state: tuple[Any, ParallelState] | None = None  # of which model
@@ -154,12 +161,13 @@ class BatchingMixin(LossMixin):
         if state.world_size == 1:
             if failed is not None:
                 raise failed
-            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            batches, num_items = super().get_batch_samples(self._checked(epoch_iterator), num_batches, device)
             self._num_real = self._most_real = len(batches)
             self._epoch_is_over = not batches
             return self._fill_window(batches, num_batches if batches else 0), num_items
-        batches, error = take(epoch_iterator, num_batches)
-        error = error or failed
+        with self._pace.reading():
+            batches, error = take(epoch_iterator, num_batches)
+        error = error or failed or self._find_fault(batches)
         ends = self._train_batches is not None and self._train_batches.ends_with_dummy
         if batches and ends and self.accelerator.gradient_state.end_of_dataloader:
             batches[-1] = DummyBatch.of(batches[-1])
@@ -167,7 +175,10 @@ class BatchingMixin(LossMixin):
         held = self._last_batch is not None
         alone = self._overlaps and num_batches % 2 == 1 and len(batches) == num_batches
         splits = alone and self._counts_items(batches[-1]) and self._parts(batches[-1]) is not None
-        facts = exchange_facts(batches, tokens, held=held, splits=splits, error=error, state=state, device=device)
+        told = {"held": held, "splits": splits, "error": error, "notes": self._notes()}
+        with self._pace.waiting():
+            facts = exchange_facts(batches, tokens, **told, state=state, device=device)
+        self._take_notes(facts)
         self._splits = bool(facts[:, SPLITS].all())
         batches = self._fill_window(batches, num_batches if facts[:, BATCHES].any() else 0)
         self._epoch_is_over = not batches
@@ -178,6 +189,35 @@ class BatchingMixin(LossMixin):
             loader.remainder = -1  # no row comes twice, so `gather_for_metrics` has nothing to cut off
         counted = bool(batches) and self._counts_items(batches[0])
         return batches, torch.tensor(int(groups[:, TOKENS].sum()), device=device) if counted else None
+
+    def _find_fault(self, batches: Sequence[Any]) -> Exception | None:
+        """Before a model finds it, on one rank alone, while the others wait in a collective."""
+        if not is_prepared(self.model):
+            return None
+        model = hf.base_model(self.model)
+        table = getattr(hf.input_embeddings(model), "weight", None)
+        limit = len(table) if isinstance(table, Tensor) else None
+        return find_fault(batches, limit, labelled=labels_follow_tokens(model))
+
+    def _checked(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """Each batch before anybody counts its labels."""
+        for batch in iterator:
+            if (fault := self._find_fault([batch])) is not None:
+                raise fault
+            yield batch
+
+    def _notes(self) -> Notes:
+        return self._pace.notes(0 if self._signals is None else self._signals.received)
+
+    def _take_notes(self, facts: Tensor) -> None:
+        self._pace.add(facts)
+        self._hear(facts)
+
+    def _hear(self, facts: Tensor) -> None:
+        self._asked = {rank: number for rank, number in enumerate(facts[:, SIGNAL].tolist()) if number}
+
+    def _hear_while_evaluating(self, facts: Tensor) -> None:
+        """Called with what the ranks tell each other before a batch."""
 
     def _is_stream(self) -> bool:
         return isinstance(self.train_dataset, IterableDataset)

@@ -26,6 +26,7 @@ from hf_veomni.trainer.callbacks import ExpertLoadCallback
 from hf_veomni.trainer.checkpointing import CheckpointingMixin
 from hf_veomni.trainer.counting import count_processes
 from hf_veomni.trainer.evaluation import EvaluationMixin
+from hf_veomni.trainer.guarding import GuardMixin
 from hf_veomni.trainer.loaders import check_budget
 from hf_veomni.trainer.loop import BatchingMixin
 from hf_veomni.trainer.step_report import StepReportMixin
@@ -106,7 +107,7 @@ def _constructor(trainer: object) -> list[str]:
     raise TypeError(f"{type(trainer).__name__} has no Trainer behind OmniTrainerMixin.")
 
 
-class OmniTrainerMixin(StepReportMixin, CheckpointingMixin, EvaluationMixin, BatchingMixin):
+class OmniTrainerMixin(GuardMixin, StepReportMixin, CheckpointingMixin, EvaluationMixin, BatchingMixin):
     """Put before a Trainer class: `class MySFT(OmniTrainerMixin, SFTTrainer)`.
 
     Args:
@@ -154,10 +155,12 @@ class OmniTrainerMixin(StepReportMixin, CheckpointingMixin, EvaluationMixin, Bat
             kwargs["model"] = None if model is None else _with_adapters(module, self._omni_peft_config)
         # Trainer refuses resumable checkpoints of a model with that mark; here they are our own job.
         resumable, args.save_only_model = args.save_only_model, True
+        # Signals are heard by all ranks together, which its callback does not do.
+        heard, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         try:
             super().__init__(**kwargs)
         finally:
-            args.save_only_model = resumable
+            args.save_only_model, args.enable_jit_checkpoint = resumable, heard
         self._check_optimizer()
         self._check_packing()
         if self._smooth_labels(self.model):

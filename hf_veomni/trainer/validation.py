@@ -16,7 +16,7 @@ from typing import Any
 from transformers.training_args import OptimizerNames
 
 from hf_veomni.errors import UnsupportedError
-from hf_veomni.plan import ACCELERATE_ENV_VARIABLE, ACCELERATE_PREFIX, ParallelPlan
+from hf_veomni.plan import ACCELERATE_ENV_VARIABLE, ACCELERATE_PREFIX, ParallelPlan, nearest
 
 # Optimizers whose update of an element needs no other element of the parameter, or that are torch's own on DTensors.
 _SHARDED_OPTIMIZERS = frozenset(
@@ -30,6 +30,9 @@ _SHARDED_OPTIMIZERS = frozenset(
         OptimizerNames.SCHEDULE_FREE_SGD,
     }
 )
+
+
+POLICIES = ("stop", "skip", "ignore")  # of `on_nonfinite`
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,19 @@ def check_saving(arguments: Any) -> None:
             Refusal("push_to_hub", bool, reason).check(arguments, f"`{name}`")
     if arguments.async_save and not hasattr(os, "memfd_create"):
         raise UnsupportedError("`async_save` (True) needs memory that processes share, as Linux has: leave it out.")
+
+
+def check_faults(arguments: Any) -> None:
+    """Refuse what `on_nonfinite`, `stall_timeout` and `enable_jit_checkpoint` cannot be. Raises ValueError."""
+    if arguments.on_nonfinite not in POLICIES:
+        hint = nearest(str(arguments.on_nonfinite), POLICIES)
+        raise ValueError(f"`on_nonfinite` ({arguments.on_nonfinite!r}) is unknown: {hint}.")
+    limit = arguments.stall_timeout
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 <= limit < float("inf"):
+        raise ValueError(f"`stall_timeout` ({limit!r}) must be a number of seconds, or 0 for no limit.")
+    if arguments.enable_jit_checkpoint:
+        reason = "training could not go on from the checkpoint that a signal asks for; leave one of them out"
+        Refusal("save_only_model", bool, reason).check(arguments, "`enable_jit_checkpoint`")
 
 
 # Switches that would put a second owner on the model. `transformers` reads the last one in `from_pretrained`, where it

@@ -22,6 +22,8 @@ LIBRARIES = ("transformers", "accelerate", "peft", "torch")
 ELSEWHERE = {"_apply_gate", "_reshape", "_split_heads", "_asdict", "_replace", "_schema", "_cdata", "_to_copy"}
 # Required where they are used, on the device that has them.
 ELSEWHERE |= {"_varlen_attn", "_varlen_attn_backward", "_C"}
+# Documented functions of Python.
+ELSEWHERE |= {"_exit", "_current_frames"}
 
 
 def _trees() -> list[tuple[str, ast.Module]]:

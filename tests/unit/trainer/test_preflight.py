@@ -1,0 +1,75 @@
+"""What is checked before the first step, in one process."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Trainer, TrainingArguments
+
+from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments, preflight
+from tests.ranks.training import Run
+
+_Usage = namedtuple("_Usage", "total used free")
+
+
+def _saving(run: Run, folder: Path, **more: Any) -> dict[str, Any]:
+    return (
+        run.all_arguments(output_dir=str(folder / "new" / "run"), save_strategy="steps", save_steps=1, max_steps=1)
+        | more
+    )
+
+
+def _with_space(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(10**12, 0, free))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("more", [{}, {"save_only_model": True}, {"optim": "sgd"}], ids=["all", "model", "sgd"])
+def test_the_bytes_of_a_checkpoint_are_those_of_the_stock_trainer(tmp_path: Path, lora: bool, more: dict) -> None:
+    """Headers of files, the tokenizer and states of a few numbers come on top."""
+    run = Run(lora=lora)
+    stock = Trainer(model=run.model(), args=TrainingArguments(**_saving(run, tmp_path, **more)), **run.data())
+    stock.train()
+    folder = next((tmp_path / "new" / "run").glob("checkpoint-*"))
+    large = ("model.safetensors", "adapter_model.safetensors", "optimizer.pt")
+    written = sum((folder / name).stat().st_size for name in large if (folder / name).exists())
+    estimate = preflight.checkpoint_bytes(stock.model, stock.args)
+    assert 0.6 * written - 40_000 < estimate <= written
+
+
+def test_a_run_that_cannot_save_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run()
+    args = OmniTrainingArguments(**_saving(run, tmp_path))
+    trainer = OmniTrainer(model=run.model(), args=args, **run.data())
+    needed = preflight.checkpoint_bytes(trainer.model, args)
+    _with_space(monkeypatch, needed - 1)
+    with pytest.raises(ValueError, match=r"`output_dir` \('.*new/run'\) has 0\.00 GB free on .*save_only_model"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    _with_space(monkeypatch, needed)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_run_that_saves_nothing_needs_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_space(monkeypatch, 0)
+    run = Run()
+    args = OmniTrainingArguments(**_saving(run, tmp_path, save_strategy="no"))
+    trainer = OmniTrainer(model=run.model(), args=args, **run.data())
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "60", True])
+def test_a_limit_that_is_none_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"`stall_timeout` \(.*\) must be a number of seconds"):
+        OmniTrainingArguments(output_dir="x", stall_timeout=value)
+
+
+def test_a_checkpoint_without_its_optimizer_is_none_to_go_on_from() -> None:
+    with pytest.raises(ValueError, match="`save_only_model`.*does not go with `enable_jit_checkpoint`"):
+        OmniTrainingArguments(output_dir="x", save_only_model=True, enable_jit_checkpoint=True)
