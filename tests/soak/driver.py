@@ -60,7 +60,7 @@ class Attempt:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.ranks.preload", "tests.soak.training", "hf_veomni.trainer"])
         self.folder, self.report = folder, folder / f"started{number}"
-        self.run = folder / "run"
+        self.run, self.was_saving = folder / "run", False
         arguments = (variant, folder, folder / f"rendezvous{number}", self.report)
         self.ranks: list[Any] = [
             context.Process(target=run_rank, args=(rank, *arguments), daemon=True) for rank in range(WORLD)
@@ -108,6 +108,10 @@ class Attempt:
         for rank in self.ranks:
             rank.join()
         return len(left)
+
+    @property
+    def codes(self) -> list[int | None]:
+        return [rank.exitcode for rank in self.ranks]
 
     @property
     def failed(self) -> bool:
@@ -158,6 +162,13 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> str:
+    """Which tensors differ, and by how much at most."""
+    names = [name for name in one if name not in other or not torch.equal(one[name], other[name])]
+    far = max((float((one[n].double() - other[n].double()).abs().max()) for n in names if n in other), default=0.0)
+    return f"{len(names)} of {len(other)} tensors differ by up to {far:.3g}, the first is {names[:1]}"
+
+
 def _wait_for_moment(attempt: Attempt, known: Undisturbed, chance: random.Random) -> None:
     """Most kills wait for a save, the first or a later one, and then for a part of its time."""
     if chance.random() < 0.35:
@@ -177,6 +188,7 @@ def _attempt(attempt: Attempt, known: Undisturbed, tally: Tally, chance: random.
     """One start and its kill. Returns the newest step that was seen in its place then."""
     _wait_for_moment(attempt, known, chance)
     saving, alive = attempt.saving, attempt.processes()
+    attempt.was_saving = saving
     killed = bool(alive)
     if killed:
         attempt.kill(alive if chance.random() < 0.25 else [chance.choice(alive)])
@@ -205,6 +217,7 @@ def soak(variant: Variant, folder: Path, kills: int, until: float, seed: int) ->
         run = folder / f"run{tally.runs}"
         run.mkdir()
         number = reached = 0
+        starts: list[str] = []
         while not (run / RESULT).exists() and tally.failed < 3:
             number += 1
             reached = max(reached, newest(run / "run"))
@@ -217,10 +230,14 @@ def soak(variant: Variant, folder: Path, kills: int, until: float, seed: int) ->
             if (started := attempt.started_at()) is not None and started < reached:
                 tally.lost += 1
                 tally.notes.append(f"started at {started}, but {reached} had been there")
+            starts.append(f"{started}-{seen}{'s' if attempt.was_saving else ''}{attempt.codes}")
             reached = max(reached, seen)
         if (run / RESULT).exists():
             tally.runs += 1
-            tally.wrong += not same(torch.load(run / RESULT, weights_only=True), known.state)
+            found = torch.load(run / RESULT, weights_only=True)
+            if not same(found, known.state):
+                tally.wrong += 1
+                tally.notes.append(f"{differences(found, known.state)}; first and last steps of the starts: {starts}")
             shutil.rmtree(run)
     tally.seconds = round(time.monotonic() - begin, 1)
     return tally

@@ -110,6 +110,8 @@ def _trainer(variant: Variant, folder: Path, report: Path) -> Any:
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
+        ddp_timeout=int(TIMEOUT.total_seconds()),
+        stall_timeout=0,  # a survivor that finds out who was killed would take seconds
         **variant.arguments(),
     )
     data = {"train_dataset": PackedRows(10, 0), "data_collator": collate}
