@@ -112,6 +112,10 @@ class GuardMixin(_Trainer):
 
     @override
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # The run had come to its end when it was started again. Trainer looks after a step, so makes one more.
+            self.control.should_training_stop = True
+            return
         resumed = kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"]
         self._first_batch = kwargs["steps_trained_in_current_epoch"] if resumed else 0
         self._epoch, self._batches = epoch, ([], None)

@@ -162,3 +162,22 @@ def test_without_the_argument_signals_do_what_they_did(tmp_path: Path) -> None:
         assert len(heard) == 2
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def _finish(plan: str, folder: Path, resume: bool) -> tuple[int, dict[str, torch.Tensor]]:
+    trainer = _trainer(plan, folder, save_strategy="steps", save_steps=4, enable_jit_checkpoint=False)
+    trainer.train(resume_from_checkpoint=resume or None)
+    return trainer.state.global_step, _weights(trainer)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_at_its_end_that_is_started_again_trains_no_further(ranks, tmp_path, world):
+    """As where it was killed after its last checkpoint, in the middle of an epoch."""
+    arguments = ("dp_shard=2" if world == 2 else "", tmp_path)
+    ends = [
+        [_finish(*arguments, resume)] if world == 1 else ranks(2).run(_finish, *arguments, resume, timeout=60)
+        for resume in (False, True)
+    ]
+    for (step, weights), (again, resumed) in zip(*ends, strict=True):
+        assert step == again == STEPS
+        assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())
