@@ -65,8 +65,8 @@ class OmniTrainingArguments(TrainingArguments):
             that names the same; "ignore" makes the update, as Trainer does.
         stall_timeout: seconds that a part of a step (reading its batches, a micro-batch, the update) may take on a
             rank, unless ten times the longest so far is more, before every rank ends with an error that names the rank
-            and the line. The first step of an epoch, saving, evaluation and callbacks have `ddp_timeout`. 0: no
-            watchdog.
+            and the line. The first steps, compilations, saving, evaluation and callbacks have no limit but
+            `ddp_timeout` for ranks that wait for them. 0: no watchdog.
         enable_jit_checkpoint: Trainer's, for all ranks together and for SIGUSR1 too: a signal to any rank lets all
             save after the next step and exit with code 75 (docs/faults.md).
 

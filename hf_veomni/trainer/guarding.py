@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +32,8 @@ from hf_veomni.trainer.watchdog import Watchdog
 
 logger = logging.get_logger(__name__)
 
+_USUAL, _EARLY = 10.0, 2.0  # times the longest part of a step, or of one without a limit yet, that another may take
+
 if TYPE_CHECKING:
     from hf_veomni.trainer.checkpointing import CheckpointingMixin
     from hf_veomni.trainer.loop import BatchingMixin
@@ -45,10 +49,37 @@ class _Interrupted(Exception):
     """An evaluation in training ends early: a signal came, and there is little time left."""
 
 
+@dataclass
+class Progress:
+    """What the main thread is at.
+
+    Attributes:
+        count: places it has come to, the same on all ranks at the same place.
+        measured: whether the place is a part of a step that shows how long another may take.
+        limited: whether being here for long is a stall.
+        usual: seconds that a part of a step may take, as far as those before it tell.
+    """
+
+    count: int = 0
+    place: str = "starting"
+    since: float = 0.0
+    measured: bool = False
+    limited: bool = False
+    usual: float = 0.0
+
+    def at(self, place: str, measured: bool = True, limited: bool = True) -> None:
+        """Come to the next place."""
+        now = time.monotonic()
+        if self.measured:
+            self.usual = max(self.usual, (now - self.since) * (_USUAL if self.limited else _EARLY))
+        self.count, self.place, self.since = self.count + 1, place, now
+        self.measured, self.limited = measured, limited
+
+
 class GuardMixin(_Trainer):
     """Overrides of Trainer around the parts of a step."""
 
-    _watchdog: Watchdog | None = None
+    _progress: Progress | None = None  # which the watchdog tells
     _batches: tuple[list[Any], Any] = ([], None)  # of the step, and its number of targets
     _first_batch = 0  # number in the epoch of the first of them, on this data rank
     _losses: list[Tensor] | None = None  # of the micro-batches of the step
@@ -57,6 +88,7 @@ class GuardMixin(_Trainer):
     _interruptible = False  # in an evaluation between two steps
     _epoch = 0
     _first_step = 0  # of this epoch
+    _initial_step: int | None = None  # of this `train`
 
     @override
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +101,7 @@ class GuardMixin(_Trainer):
             RankError: another rank failed, was lost or does not move.
         """
         with Signals() if self.args.enable_jit_checkpoint else nullcontext() as self._signals:
-            self._asked, self._skipped, self._pace = {}, 0, Pace()
+            self._asked, self._skipped, self._pace, self._initial_step = {}, 0, Pace(), None
             check_before_training(self, resume_from_checkpoint)
             with self._watching():
                 return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -84,7 +116,8 @@ class GuardMixin(_Trainer):
         if self.parallel_state.world_size == 1 or not self.args.stall_timeout:
             yield
             return
-        self._watchdog = watchdog = Watchdog(self.args.stall_timeout, self.args.ddp_timeout)
+        self._progress = Progress(since=time.monotonic())
+        watchdog = Watchdog(self._progress, self.args.stall_timeout, self.args.ddp_timeout)
         watchdog.start()
         ended: BaseException | None = None
         try:
@@ -96,12 +129,15 @@ class GuardMixin(_Trainer):
             raise
         finally:
             watchdog.stop(ended)
-            self._watchdog = None
+            self._progress = None
 
-    def _at(self, place: str, limited: bool = True) -> None:
-        """Tell the watchdog. What comes for the first time may take long: kernels are compiled, connections made."""
-        if self._watchdog is not None:
-            self._watchdog.progress.at(place, limited and self.state.global_step > self._first_step)
+    def _at(self, place: str, part: bool = True) -> None:
+        """Tell the watchdog. What comes for the first time may take long: kernels are compiled, connections made. So
+        may the second step, whose shapes are others, and the first one of an epoch, for which a stream begins anew."""
+        if self._progress is not None:
+            step = self.state.global_step
+            part = part and step > self._first_step
+            self._progress.at(place, part, limited=part and step > self._initial_step + 1)
 
     @override
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
@@ -119,7 +155,9 @@ class GuardMixin(_Trainer):
         resumed = kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"]
         self._first_batch = kwargs["steps_trained_in_current_epoch"] if resumed else 0
         self._epoch, self._batches = epoch, ([], None)
-        self._first_step = self.state.global_step  # a stream begins anew
+        self._first_step = self.state.global_step
+        if self._initial_step is None:
+            self._initial_step = self._first_step
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     @override
@@ -135,7 +173,7 @@ class GuardMixin(_Trainer):
     @override
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         place = f"micro-batch {self._micro_step + 1} of step {self.state.global_step + 1}"
-        self._at(place, limited=not self._looking)
+        self._at(place, part=not self._looking)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._losses is not None and not self._looking:
             self._losses.append(loss)
@@ -143,7 +181,7 @@ class GuardMixin(_Trainer):
 
     @override
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        self._at("evaluating a batch", limited=False)
+        self._at("evaluating a batch", part=False)
         if self.parallel_state.world_size == 1:
             self._interrupt(self._hear_alone())
         return super().prediction_step(model, inputs, *args, **kwargs)
@@ -263,7 +301,7 @@ class GuardMixin(_Trainer):
         Raises:
             Preempted: on every rank, when the checkpoint is in its place.
         """
-        self._at(f"logging, evaluating or saving after step {self.state.global_step}", limited=False)
+        self._at(f"logging, evaluating or saving after step {self.state.global_step}", part=False)
         self._hear_alone()
         if not self._asked:
             self._interruptible = True

@@ -18,27 +18,36 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers import Trainer
+from transformers.trainer_callback import CallbackHandler
 
 from hf_veomni.trainer.signals import Preempted
 from hf_veomni.trainer.store import Board
 
+if TYPE_CHECKING:
+    from hf_veomni.trainer.guarding import Progress
+
 logger = logging.getLogger(__name__)
 
 STALLED = 76  # EX_PROTOCOL of sysexits.h: what another rank did made going on impossible
-LOST = 20.0  # seconds after which a rank that says nothing counts as lost
+LOST = 30.0  # seconds after which a rank that says nothing counts as lost
 _LOST_BROKEN = 5.0  # the same once an exchange broke off, as it does where a process has ended
 GRACE = 10.0  # seconds that a main thread gets to notice an error of another rank by itself
 _PERIOD = 1.0
-_WHOLE = 10.0  # times the longest so far that a part of a step may take, if that is more than the limit
 _TORCH, _OWN = os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__))
 _LIBRARIES = (os.path.dirname(os.__file__), _TORCH, _OWN)
 _TRAINER = inspect.getsourcefile(Trainer)
+# Files that are on the stack of some thread only while a graph is compiled: in a later step too, for another shape.
+_COMPILERS = tuple(
+    os.path.join(_TORCH, *path)
+    for path in (("_dynamo", "convert_frame.py"), ("_inductor", "compile_fx.py"), ("_inductor", "async_compile.py"))
+)
+_CALLBACKS = inspect.getsourcefile(CallbackHandler)
 _EXCHANGE = re.compile(
     "gloo|nccl|(tcp|dist|file|prefix)store|connection (closed|reset|refused)|broken pipe|timed? ?out", re.IGNORECASE
 )
@@ -46,29 +55,6 @@ _EXCHANGE = re.compile(
 
 class RankError(RuntimeError):
     """Another rank failed, was lost or stands still, so that this one cannot go on."""
-
-
-@dataclass
-class Progress:
-    """What the main thread is at.
-
-    Attributes:
-        count: places it has come to, the same on all ranks at the same place.
-        limited: whether being here for long is a stall.
-    """
-
-    count: int = 0
-    place: str = "starting"
-    since: float = 0.0
-    limited: bool = False
-    longest: float = 0.0
-
-    def at(self, place: str, limited: bool = True) -> None:
-        """Come to the next place."""
-        now = time.monotonic()
-        if self.limited:
-            self.longest = max(self.longest, now - self.since)
-        self.count, self.place, self.since, self.limited = self.count + 1, place, now, limited
 
 
 @dataclass(frozen=True)
@@ -79,6 +65,7 @@ class Report:
         beat: how often it has told something.
         count, place, stack, waits: how far it is, and where its main thread stands.
         age, limit: seconds that it has been there, and that it may be.
+        patient: whether the limit is how long others may wait for it, and it may be there for ever if none does.
         ended: empty, "done", or the error by which it left.
         broken: whether an exchange with another rank broke off.
     """
@@ -90,6 +77,7 @@ class Report:
     waits: bool
     age: float
     limit: float
+    patient: bool = False
     ended: str = ""
     broken: bool = False
 
@@ -126,7 +114,9 @@ def judge(reports: Sequence[Report | None], silences: Sequence[float]) -> tuple[
         return None
     least = min(report.count for report in known.values())
     behind = {rank: report for rank, report in known.items() if report.count == least}
-    stuck = {rank: report for rank, report in behind.items() if report.age > report.limit}
+    waited = max((report.age for report in known.values() if report.waits), default=0.0)
+    ages = {rank: min(r.age, waited) if r.patient else r.age for rank, r in behind.items()}
+    stuck = {rank: report for rank, report in behind.items() if ages[rank] > report.limit}
     moving = any(not report.waits and rank not in stuck for rank, report in behind.items())
     if moving or not stuck:
         return None
@@ -138,31 +128,50 @@ def judge(reports: Sequence[Report | None], silences: Sequence[float]) -> tuple[
     return "stalled", f"No progress: {where}.{rest} Longer parts of a step need a higher `stall_timeout`."
 
 
-def describe_stack(frame: Any) -> tuple[str, bool, bool]:
-    """Where a thread stands: its innermost line and the innermost that is no library's; whether it waits for other
-    ranks or the device, as far as that shows; and whether a debugger has it."""
+def describe_stack(frame: Any) -> tuple[str, bool]:
+    """Where a thread stands: its innermost line and the innermost that is no library's; and whether it waits for other
+    ranks or the device, as far as that shows."""
     lines = traceback.extract_stack(frame)
     inner = lines[-1]
     collective = any(f"{os.sep}distributed{os.sep}" in line.filename for line in lines[-5:])
     waits = inner.filename.startswith(_TORCH) and (collective or inner.name == "_engine_run_backward")
     # A line of these that takes so long reads a value from the device.
     waits = waits or inner.filename.startswith(_OWN) or inner.filename == _TRAINER
-    debugged = any(os.path.basename(line.filename) in ("bdb.py", "pdb.py") for line in lines)
     theirs = [line for line in lines if not line.filename.startswith(_LIBRARIES) and "<" not in line.filename]
     shown = [inner] if not theirs or theirs[-1] is inner else [inner, theirs[-1]]
-    return ", from ".join(f"{line.filename}:{line.lineno} in {line.name}" for line in shown), waits, debugged
+    return ", from ".join(f"{line.filename}:{line.lineno} in {line.name}" for line in shown), waits
+
+
+def _files(frame: Any) -> set[str]:
+    """Of a thread's stack."""
+    found: set[str] = set()
+    while frame is not None:
+        found.add(frame.f_code.co_filename)
+        frame = frame.f_back
+    return found
+
+
+def is_debugged(frame: Any) -> bool:
+    return any(os.path.basename(file) in ("bdb.py", "pdb.py") for file in _files(frame))
+
+
+def takes_its_time(main: Any, others: Iterable[Any]) -> bool:
+    """Whether a step is interrupted by what may take long: a callback, or a compilation, whose backward is compiled in
+    another thread."""
+    return _CALLBACKS in _files(main) or any(not _files(frame).isdisjoint(_COMPILERS) for frame in (main, *others))
 
 
 class Watchdog:
     """See the module. One a rank and a `train`.
 
     Args:
+        progress: what the main thread is at; it keeps that up to date.
         limit: seconds that a rank may be at a limited place.
-        patience: seconds that it may be at any other.
+        patience: seconds that others may wait for it at any other.
     """
 
-    def __init__(self, limit: float, patience: float) -> None:
-        self.progress = Progress(since=time.monotonic())
+    def __init__(self, progress: Progress, limit: float, patience: float) -> None:
+        self.progress = progress
         self.verdict: tuple[str, str] | None = None
         self._limit, self._patience = limit, max(patience, limit)
         self._board = Board("watchdog", clone=True)
@@ -204,12 +213,16 @@ class Watchdog:
         return None if self.verdict is None else RankError(self.verdict[1])
 
     def _report(self) -> Report:
-        stack, waits, debugged = describe_stack(sys._current_frames().get(self._main))
-        place = self.progress
-        limit = max(self._limit, _WHOLE * place.longest) if place.limited else self._patience
-        age = 0.0 if debugged else time.monotonic() - place.since
+        frames, place = sys._current_frames(), self.progress
+        main = frames.pop(self._main)
+        stack, waits = describe_stack(main)
+        patient = not place.limited or takes_its_time(main, frames.values())
+        limit = self._patience if patient else min(max(self._limit, place.usual), self._patience)
+        age = 0.0 if is_debugged(main) else time.monotonic() - place.since
         self._beats += 1
-        return Report(self._beats, place.count, place.place, stack, waits, age, limit, self._ended, self._broken)
+        return Report(
+            self._beats, place.count, place.place, stack, waits, age, limit, patient, self._ended, self._broken
+        )
 
     def _exchange(self) -> None:
         """Tell what this rank is at, and read what the others tell, or rank 0 alone."""

@@ -5,12 +5,18 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from hf_veomni.trainer import watchdog
-from hf_veomni.trainer.watchdog import Progress, Report, describe_stack, judge
+from hf_veomni.trainer.guarding import Progress
+from hf_veomni.trainer.watchdog import Report, describe_stack, judge, takes_its_time
 
 FINE = Report(1, 10, "micro-batch 1 of step 3", "model.py:3 in forward", False, 1.0, 60.0)
 WAITS = replace(FINE, waits=True, age=70.0)
@@ -49,8 +55,8 @@ def test_all_are_named_where_all_wait() -> None:
 def test_an_error_comes_before_silence_and_silence_before_a_stall() -> None:
     reports: list[Report | None] = [WAITS, replace(FINE, ended="ValueError: no such row"), WAITS]
     assert judge(reports, [0.0, 99.0, 99.0]) == ("failed", "Rank 1 failed: ValueError: no such row")
-    found = judge([WAITS, replace(FINE, age=70.0), WAITS], [0.0, 0.0, 21.0])
-    assert found is not None and found[0] == "lost" and "heard of rank 2 for 21 s" in found[1]
+    found = judge([WAITS, replace(FINE, age=70.0), WAITS], [0.0, 0.0, 31.0])
+    assert found is not None and found[0] == "lost" and "heard of rank 2 for 31 s" in found[1]
 
 
 def test_silence_counts_sooner_where_an_exchange_broke_off() -> None:
@@ -59,14 +65,81 @@ def test_silence_counts_sooner_where_an_exchange_broke_off() -> None:
     assert found is not None and found[0] == "lost" and "heard of rank 1 for 6 s" in found[1]
 
 
+def _spend(progress: Progress, seconds: float, **kind: bool) -> None:
+    progress.at("somewhere", **kind)
+    progress.since -= seconds
+
+
 def test_a_part_may_take_ten_times_its_longest() -> None:
     progress = Progress(since=time.monotonic())
-    progress.at("one")
-    progress.since -= 9.0
-    progress.at("two", limited=False)
-    progress.since -= 500.0  # a save, which is no measure
-    progress.at("three")
-    assert 9.0 <= progress.longest < 10.0 and progress.count == 3
+    _spend(progress, 7.0)
+    _spend(progress, 500.0, measured=False, limited=False)  # a save, which is no measure
+    progress.at("after")
+    assert 70.0 <= progress.usual < 71.0 and progress.count == 3
+
+
+def test_of_a_part_without_a_limit_yet_twice_as_long() -> None:
+    """A second step that compiles again for minutes must not let the third one stand still for half an hour."""
+    progress = Progress(since=time.monotonic())
+    _spend(progress, 200.0, limited=False)
+    progress.at("after")
+    assert 400.0 <= progress.usual < 401.0
+
+
+PATIENT = replace(FINE, limit=1800.0, patient=True, place="evaluating a batch")
+
+
+def test_what_has_no_limit_may_take_as_long_as_others_would_wait() -> None:
+    assert judge([replace(PATIENT, age=3000.0)] * 2, QUIET[:2]) is None  # both at work, and nobody waits
+    assert judge([replace(PATIENT, age=3000.0), replace(WAITS, count=11, age=1700.0)], QUIET[:2]) is None
+    assert judge([replace(PATIENT, age=70.0), replace(WAITS, count=10)], QUIET[:2]) is None
+    found = judge([replace(PATIENT, age=3000.0), replace(WAITS, count=11, age=1801.0)], QUIET[:2])
+    assert found is not None and "rank 0 for 3000 s in evaluating a batch" in found[1]
+
+
+def _frame(target: Callable[[Callable[[], None]], object]) -> tuple[Any, threading.Event]:
+    """Of a thread that `target` keeps in the call that it is given, until the event is set."""
+    event, inside = threading.Event(), threading.Event()
+
+    def waits() -> None:
+        inside.set()
+        event.wait(30)
+
+    thread = threading.Thread(target=target, args=(waits,), daemon=True)
+    thread.start()
+    assert inside.wait(30) and thread.ident is not None
+    return sys._current_frames()[thread.ident], event
+
+
+def _in_a_callback(wait: Callable[[], None]) -> None:
+    class Slow(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            wait()
+
+    handler = CallbackHandler([Slow()], None, None, None, None)
+    handler.on_step_end(TrainingArguments("x"), TrainerState(), TrainerControl())
+
+
+def _in_a_compilation(wait: Callable[[], None]) -> None:
+    def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        wait()
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=compiler)(torch.ones(2))
+
+
+def test_callbacks_and_compilations_take_their_time() -> None:
+    idle, end_idle = _frame(lambda wait: wait())
+    called, end_callback = _frame(_in_a_callback)
+    compiled, end_compilation = _frame(_in_a_compilation)
+    try:
+        assert not takes_its_time(idle, [idle])
+        assert takes_its_time(called, [idle])
+        assert takes_its_time(compiled, [idle]) and takes_its_time(idle, [compiled])
+        assert not takes_its_time(idle, [called])  # of another trainer
+    finally:
+        for event in (end_idle, end_callback, end_compilation):
+            event.set()
 
 
 def test_the_stack_names_the_innermost_line_and_whose_it_is() -> None:
@@ -78,10 +151,10 @@ def test_the_stack_names_the_innermost_line_and_whose_it_is() -> None:
     thread.start()
     time.sleep(0.1)
     assert thread.ident is not None
-    stack, waits, debugged = describe_stack(sys._current_frames()[thread.ident])
+    stack, waits = describe_stack(sys._current_frames()[thread.ident])
     event.set()
     assert "threading.py" in stack and "test_watchdog.py" in stack and stack.endswith("in sleeps")
-    assert not waits and not debugged
+    assert not waits
 
 
 @pytest.mark.parametrize("message", ["[gloo/transport/tcp/pair.cc:534] Connection closed by peer", "NCCL error"])
