@@ -6,34 +6,47 @@ On a device a token out of range would end the process by an assertion that name
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_veomni import hf
 from hf_veomni.host import on_host
 
 _IGNORED = -100
 _LABELLED = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "LMHeadModel")
 
 
-def labels_follow_tokens(model: Any) -> bool:
-    """Whether a model's labels are those of its tokens, one a token: not in an encoder-decoder or a classifier."""
-    return type(model).__name__.endswith(_LABELLED) and not getattr(model.config, "is_encoder_decoder", False)
+@dataclass(frozen=True)
+class BatchRule:
+    """What batches must be for a model.
 
-
-def find_fault(batches: Iterable[Any], vocabulary: int | None, *, labelled: bool = True) -> ValueError | None:
-    """The first thing that is wrong with batches of `input_ids` [B, S], or None. Others are not looked at.
-
-    Args:
+    Attributes:
         vocabulary: rows of the table of embeddings; None if unknown.
-        labelled: whether labels are those of the tokens.
+        labelled: whether its labels are those of its tokens, one a token: not in an encoder-decoder or a classifier.
     """
+
+    vocabulary: int | None
+    labelled: bool = True
+
+    @staticmethod
+    def of(model: Any) -> BatchRule:
+        table = getattr(hf.input_embeddings(model), "weight", None)
+        labelled = type(model).__name__.endswith(_LABELLED) and not getattr(model.config, "is_encoder_decoder", False)
+        return BatchRule(len(table) if isinstance(table, Tensor) else None, labelled)
+
+
+def find_fault(batches: Iterable[Any], rule: BatchRule) -> ValueError | None:
+    """The first thing that is wrong with batches of `input_ids` [B, S], or None. Others are not looked at."""
     for batch in batches:
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if not isinstance(ids, Tensor):
             continue
-        message = _wrong_tokens(ids) or _wrong_shape(batch, ids, labelled) or _wrong_value(batch, ids, vocabulary)
+        message = (
+            _wrong_tokens(ids) or _wrong_shape(batch, ids, rule.labelled) or _wrong_value(batch, ids, rule.vocabulary)
+        )
         if message is not None:
             return ValueError(f"{message}: look at the collator and the dataset.")
     return None

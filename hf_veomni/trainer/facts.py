@@ -15,7 +15,7 @@ from hf_veomni.comm import all_gather
 from hf_veomni.mesh import ParallelState
 from hf_veomni.trainer.loaders import DummyBatch, UnsplitBatches
 
-# Columns of the facts. Ranks of an SP group have the same up to `FAILED`.
+# Columns of the facts. Ranks of an SP group have the same up to `FAILED`. The last two are in microseconds.
 BATCHES, TOKENS, CHECKSUM, REAL, ROWS, HELD, SPLITS, FAILED, SIGNAL, READING, WAITING = range(11)
 
 
@@ -25,13 +25,13 @@ class Notes:
 
     Attributes:
         signal: number of the signal that it got, 0 for none.
-        reading: microseconds that it took to read them.
-        waiting: microseconds that it waited for the others in the exchange before.
+        reading: seconds that it took to read them.
+        waiting: seconds that it waited for the others in the exchange before.
     """
 
     signal: int = 0
-    reading: int = 0
-    waiting: int = 0
+    reading: float = 0.0
+    waiting: float = 0.0
 
 
 def take(iterator: Iterator[Any], count: int) -> tuple[list[Any], Exception | None]:
@@ -95,8 +95,8 @@ def exchange_facts(
         int(splits),
         0 if error is None else 1 + isinstance(error, BackgroundError),
         notes.signal,
-        notes.reading,
-        notes.waiting,
+        round(notes.reading * 1e6),
+        round(notes.waiting * 1e6),
     )
     sent = torch.stack([torch.as_tensor(fact, dtype=torch.long).to(device) for fact in facts])
     found = all_gather(sent).view(-1, len(facts)).cpu()

@@ -5,6 +5,7 @@ Before a step the ranks tell each other about the batches they have read, so tha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -24,7 +25,7 @@ from hf_veomni.hf.require import override
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state, is_prepared
 from hf_veomni.sequence.randomness import own_stream
 from hf_veomni.trainer.adapt import deferred_reduction
-from hf_veomni.trainer.batches import find_fault, labels_follow_tokens
+from hf_veomni.trainer.batches import BatchRule, find_fault
 from hf_veomni.trainer.facts import BATCHES, REAL, SIGNAL, SPLITS, TOKENS, Notes, exchange_facts, take
 from hf_veomni.trainer.loaders import (
     DataRankView,
@@ -50,9 +51,11 @@ class BatchingMixin(LossMixin):
     _epoch_is_over = False
     _train_batches: UnsplitBatches | None = None
     _last_batch: Any = None
+    _batch_rule: BatchRule | None = None  # of the model that trains
     _budget: TokenBudgetSampler | None = None
     _throughput: ThroughputCallback | None = None
     _pace: Pace  # of the ranks, in this `train`
+    _waited = 0.0  # seconds, for the others, in the exchange before
     _signals: Signals | None = None  # that this process has got
     _asked: Mapping[int, int] = MappingProxyType({})  # signals by rank, of which all ranks have heard
     _beside: Callable[[], Exception | None] | None = None  # tells what went wrong beside training on this rank
@@ -130,6 +133,7 @@ class BatchingMixin(LossMixin):
     @override
     def _run_epoch(self, *args: object, epoch: int, train_dataloader: Any, **kwargs: object) -> None:
         set_epoch(train_dataloader, epoch)
+        self._batch_rule = BatchRule.of(hf.base_model(self.model)) if is_prepared(self.model) else None
         self._epoch_is_over = False
         self._last_batch = None
         if kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"] and self._is_stream():
@@ -165,8 +169,9 @@ class BatchingMixin(LossMixin):
             self._num_real = self._most_real = len(batches)
             self._epoch_is_over = not batches
             return self._fill_window(batches, num_batches if batches else 0), num_items
-        with self._pace.reading():
-            batches, error = take(epoch_iterator, num_batches)
+        begin = time.perf_counter()
+        batches, error = take(epoch_iterator, num_batches)
+        reading = time.perf_counter() - begin
         error = error or failed or self._find_fault(batches)
         ends = self._train_batches is not None and self._train_batches.ends_with_dummy
         if batches and ends and self.accelerator.gradient_state.end_of_dataloader:
@@ -175,10 +180,12 @@ class BatchingMixin(LossMixin):
         held = self._last_batch is not None
         alone = self._overlaps and num_batches % 2 == 1 and len(batches) == num_batches
         splits = alone and self._counts_items(batches[-1]) and self._parts(batches[-1]) is not None
-        told = {"held": held, "splits": splits, "error": error, "notes": self._notes()}
-        with self._pace.waiting():
-            facts = exchange_facts(batches, tokens, **told, state=state, device=device)
-        self._take_notes(facts)
+        told = {"held": held, "splits": splits, "error": error, "notes": self._notes(reading)}
+        begin = time.perf_counter()
+        facts = exchange_facts(batches, tokens, **told, state=state, device=device)
+        self._waited = time.perf_counter() - begin
+        self._pace.add(facts)
+        self._hear(facts)
         self._splits = bool(facts[:, SPLITS].all())
         batches = self._fill_window(batches, num_batches if facts[:, BATCHES].any() else 0)
         self._epoch_is_over = not batches
@@ -192,12 +199,7 @@ class BatchingMixin(LossMixin):
 
     def _find_fault(self, batches: Sequence[Any]) -> Exception | None:
         """Before a model finds it, on one rank alone, while the others wait in a collective."""
-        if not is_prepared(self.model):
-            return None
-        model = hf.base_model(self.model)
-        table = getattr(hf.input_embeddings(model), "weight", None)
-        limit = len(table) if isinstance(table, Tensor) else None
-        return find_fault(batches, limit, labelled=labels_follow_tokens(model))
+        return None if self._batch_rule is None else find_fault(batches, self._batch_rule)
 
     def _checked(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """Each batch before anybody counts its labels."""
@@ -206,12 +208,8 @@ class BatchingMixin(LossMixin):
                 raise fault
             yield batch
 
-    def _notes(self) -> Notes:
-        return self._pace.notes(0 if self._signals is None else self._signals.received)
-
-    def _take_notes(self, facts: Tensor) -> None:
-        self._pace.add(facts)
-        self._hear(facts)
+    def _notes(self, reading: float = 0.0) -> Notes:
+        return Notes(0 if self._signals is None else self._signals.received, reading, self._waited)
 
     def _hear(self, facts: Tensor) -> None:
         self._asked = {rank: number for rank, number in enumerate(facts[:, SIGNAL].tolist()) if number}

@@ -10,13 +10,12 @@ A rank whose device is slow within a step is not seen: the others wait for it in
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from hf_veomni.trainer.facts import READING, WAITING, Notes
+from hf_veomni.trainer.facts import READING, WAITING
 
 _SHARE = 0.1  # of a step that the others must wait for a rank before it is named
 _LEAST = 0.02  # seconds a step
@@ -33,7 +32,6 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._read = self._waited = 0
         self._named: set[int] = set()
         self._exchanges = 0
         self._restart()
@@ -41,26 +39,6 @@ class Pace:
     def _restart(self) -> None:
         self._begin, self._steps = self._clock(), 0
         self._sums: Tensor | None = None
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Around reading the batches of a step."""
-        begin = self._clock()
-        try:
-            yield
-        finally:
-            self._read = round((self._clock() - begin) * 1e6)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the exchange."""
-        begin = self._clock()
-        yield
-        self._waited = round((self._clock() - begin) * 1e6)
-
-    def notes(self, signal: int) -> Notes:
-        """What this rank tells, for the exchange."""
-        return Notes(signal, self._read, self._waited)
 
     def add(self, facts: Tensor) -> None:
         """Count the facts of a step."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_veomni.trainer.batches import find_fault
+from hf_veomni.trainer.batches import BatchRule, find_fault
 
 IDS = torch.tensor([[3, 4, 5], [6, 7, 0]])
 LABELS = torch.tensor([[-100, 4, 5], [6, 7, -100]])
@@ -27,7 +27,7 @@ LABELS = torch.tensor([[-100, 4, 5], [6, 7, -100]])
     ],
 )
 def test_sound_batches_pass(batch: Any) -> None:
-    assert find_fault([batch], 8) is None
+    assert find_fault([batch], BatchRule(8)) is None
 
 
 @pytest.mark.parametrize(
@@ -52,20 +52,20 @@ def test_sound_batches_pass(batch: Any) -> None:
 def test_others_are_named(changed: dict[str, Any], message: str) -> None:
     sound = {"input_ids": IDS, "labels": LABELS}
     with pytest.raises(ValueError, match=message):
-        if (fault := find_fault([sound, sound | changed], 8)) is not None:
+        if (fault := find_fault([sound, sound | changed], BatchRule(8))) is not None:
             raise fault
 
 
 @pytest.mark.parametrize("labels", [LABELS[:, :2], torch.tensor([1, 0]), torch.tensor([[0.5, 0.5], [1.0, 0.0]])])
 def test_labels_of_others_have_a_shape_of_their_own(labels: torch.Tensor) -> None:
     """Of an encoder-decoder, of one class a row, of shares of classes."""
-    assert find_fault([{"input_ids": IDS, "labels": labels}], 8, labelled=False) is None
+    assert find_fault([{"input_ids": IDS, "labels": labels}], BatchRule(8, labelled=False)) is None
 
 
 def test_an_unknown_vocabulary_is_no_limit() -> None:
-    assert find_fault([{"input_ids": IDS + 100}], None) is None
+    assert find_fault([{"input_ids": IDS + 100}], BatchRule(None)) is None
 
 
 def test_values_on_a_device_are_not_asked_for() -> None:
     """They would be waited for."""
-    assert find_fault([{"input_ids": torch.empty(2, 3, dtype=torch.long, device="meta")}], 8) is None
+    assert find_fault([{"input_ids": torch.empty(2, 3, dtype=torch.long, device="meta")}], BatchRule(8)) is None

@@ -69,14 +69,3 @@ def test_a_hiccup_is_not_told() -> None:
     clock.now += 1
     pace.add(_facts([0.9, 0.0], [0.0, 0.9]))
     assert pace.take() is None
-
-
-def test_its_own_times_are_measured() -> None:
-    clock = _Clock()
-    pace = Pace(clock)
-    with pace.reading():
-        clock.now += 0.25
-    with pace.waiting():
-        clock.now += 0.5
-    notes = pace.notes(15)
-    assert (notes.signal, notes.reading, notes.waiting) == (15, 250_000, 500_000)
