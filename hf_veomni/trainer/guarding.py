@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -88,7 +89,7 @@ class GuardMixin(_Trainer):
     _interruptible = False  # in an evaluation between two steps
     _epoch = 0
     _first_step = 0  # of this epoch
-    _initial_step: int | None = None  # of this `train`
+    _initial_step = sys.maxsize  # of this `train`; none yet
 
     @override
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +102,7 @@ class GuardMixin(_Trainer):
             RankError: another rank failed, was lost or does not move.
         """
         with Signals() if self.args.enable_jit_checkpoint else nullcontext() as self._signals:
-            self._asked, self._skipped, self._pace, self._initial_step = {}, 0, Pace(), None
+            self._asked, self._skipped, self._pace, self._initial_step = {}, 0, Pace(), sys.maxsize
             check_before_training(self, resume_from_checkpoint)
             with self._watching():
                 return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -156,8 +157,7 @@ class GuardMixin(_Trainer):
         self._first_batch = kwargs["steps_trained_in_current_epoch"] if resumed else 0
         self._epoch, self._batches = epoch, ([], None)
         self._first_step = self.state.global_step
-        if self._initial_step is None:
-            self._initial_step = self._first_step
+        self._initial_step = min(self._initial_step, self._first_step)
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     @override
