@@ -71,8 +71,9 @@ class Signals:
 def shield_workers(loader: Any) -> None:
     """Let the worker processes of a loader outlive a signal that a scheduler sends to all processes of a job: a batch
     of the last step comes from them. What the loader itself sends still ends them."""
-    if getattr(loader, "num_workers", 0) > 0:
-        loader.worker_init_fn = partial(_shield, loader.worker_init_fn)
+    starts = getattr(loader, "base_dataloader", loader)  # accelerate's loader wraps the one that has the workers
+    if getattr(starts, "num_workers", 0) > 0:
+        starts.worker_init_fn = partial(_shield, starts.worker_init_fn)
 
 
 def _shield(init: Callable[[int], None] | None, worker: int) -> None:
