@@ -211,6 +211,24 @@ EXPERIMENTS = {
 }
 
 
+# How a value is drawn: its name, and what one of it is in the unit of the axis.
+UNITS = {
+    "tokens_per_second": ("tokens/s", 1.0),
+    "mfu": ("MFU, %", 0.01),
+    "exposed": ("exposed share of the link, %", 0.01),
+    "peak": ("activations at the peak, MiB", 2.0**20),
+    "sent": ("sent by a rank, MiB", 2.0**20),
+    "longest": ("longest sequence, tokens", 1.0),
+    "over_equal": ("step, of that of equal ranks", 1.0),
+}
+PLACES = {
+    "stands_for": "tokens that the sequence stands for",
+    "slow": "one rank slower by",
+    "link_over_compute": "link / compute",
+    "sp_size": "sp_size",
+}
+
+
 def draw(experiment: Experiment, rows: Rows, path: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -218,20 +236,24 @@ def draw(experiment: Experiment, rows: Rows, path: Path) -> None:
     panels = [(split, value) for split in splits for value in experiment.values]
     figure = Figure(figsize=(3.6 * len(panels), 2.9), layout="constrained")
     for axis, (split, value) in zip(figure.subplots(1, len(panels), squeeze=False).flatten(), panels, strict=True):
+        label, unit = UNITS[value]
         here = [row for row in rows if split is None or row[experiment.by] == split]
         for name in dict.fromkeys(row["contender"] for row in here):
             line = [row for row in here if row["contender"] == name]
             heights = [row[value]["p50"] if isinstance(row[value], dict) else row[value] for row in line]
-            axis.plot([str(row[experiment.places]) for row in line], heights, "o-", label=name)
+            places = [str(row[experiment.places]) for row in line]
+            axis.plot(places, [height / unit for height in heights], "o-", label=name)
         for bound in ("bound", "even_speeds"):
             if bound in here[0] and value in ("exposed", "over_equal"):
-                places = dict.fromkeys((str(row[experiment.places]), row[bound]) for row in here)
+                places = dict.fromkeys((str(row[experiment.places]), row[bound] / unit) for row in here)
                 if (bound == "bound") == (value == "exposed"):
                     axis.plot(*zip(*places, strict=True), "k:", label="bound")
-        axis.set_title(" ".join(filter(None, (split, value.replace("_", " ")))), fontsize=8)
-        axis.set_xlabel(experiment.places.replace("_", " "), fontsize=8)
+        axis.set_title(": ".join(filter(None, (split, label))), fontsize=8)
+        axis.set_xlabel(PLACES.get(experiment.places, ""), fontsize=8)
         axis.set_ylim(bottom=0)
         axis.tick_params(labelsize=7)
+        if experiment.places == "plan":
+            axis.tick_params("x", labelrotation=40)
         axis.legend(fontsize=7)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
