@@ -3,6 +3,7 @@
 from hf_veomni.fsdp.grad_norm import clip_grad_norm_
 from hf_veomni.fsdp.hooks import held_weights
 from hf_veomni.fsdp.joint import attach_pairs, check_overlap
+from hf_veomni.fsdp.optimizers import check_optimizer
 from hf_veomni.fsdp.replaced import check_not_replaced, mark_replaced
 from hf_veomni.fsdp.sync import check_same_value, synchronize_parameters
 from hf_veomni.fsdp.wrap import check_dtype_can_change, check_units, shard_parameters
@@ -11,6 +12,7 @@ __all__ = [
     "attach_pairs",
     "check_dtype_can_change",
     "check_not_replaced",
+    "check_optimizer",
     "check_overlap",
     "check_same_value",
     "check_units",

@@ -29,7 +29,7 @@ from hf_veomni.checkpoint import (
 )
 from hf_veomni.comm import all_gather
 from hf_veomni.expert import counts_tokens
-from hf_veomni.fsdp import check_not_replaced
+from hf_veomni.fsdp import check_not_replaced, check_optimizer
 from hf_veomni.fsdp import clip_grad_norm_ as clip_over_meshes
 from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.mesh import is_prepared
@@ -151,6 +151,7 @@ def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
     @wraps(stock_optimizer)
     def prepare_optimizer(optimizer: Any, device_placement: bool | None = None) -> Any:
         check_not_replaced(optimizer.param_groups)
+        check_optimizer(unwrap_optimizer(optimizer))
         return stock_optimizer(optimizer, device_placement)
 
     @wraps(stock_scheduler)
