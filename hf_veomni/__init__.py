@@ -3,7 +3,7 @@
 from hf_veomni.compile import compile_layers
 from hf_veomni.data import BalancedBatchSampler, OmniDataCollatorWithPacking, mix_datasets, pack_dataset
 from hf_veomni.errors import UnsupportedError
-from hf_veomni.fsdp import clip_grad_norm_
+from hf_veomni.fsdp import clip_grad_norm_, sharded_arithmetic
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
 from hf_veomni.omni import (
     DecoderMixin,
@@ -56,4 +56,5 @@ __all__ = [
     "pack_dataset",
     "prepare_omni",
     "run_pair",
+    "sharded_arithmetic",
 ]

@@ -1,5 +1,6 @@
 """FSDP2 and HSDP over the plan's meshes."""
 
+from hf_veomni.fsdp.arithmetic import as_plain, sharded_arithmetic
 from hf_veomni.fsdp.grad_norm import clip_grad_norm_
 from hf_veomni.fsdp.hooks import held_weights
 from hf_veomni.fsdp.joint import attach_pairs, check_overlap
@@ -9,6 +10,7 @@ from hf_veomni.fsdp.sync import check_same_value, synchronize_parameters
 from hf_veomni.fsdp.wrap import check_dtype_can_change, check_units, shard_parameters
 
 __all__ = [
+    "as_plain",
     "attach_pairs",
     "check_dtype_can_change",
     "check_not_replaced",
@@ -20,5 +22,6 @@ __all__ = [
     "held_weights",
     "mark_replaced",
     "shard_parameters",
+    "sharded_arithmetic",
     "synchronize_parameters",
 ]

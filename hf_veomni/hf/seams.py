@@ -168,6 +168,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "post_backward",
     ),
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState": (
+        "_comm_ctx",
         "_fsdp_param_group",
         "_lazy_init",
         "_modules",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
 from hf_veomni.expert import counting_no_tokens
-from hf_veomni.fsdp import check_dtype_can_change, held_weights
+from hf_veomni.fsdp import as_plain, check_dtype_can_change, held_weights
 from hf_veomni.hf.require import override
 from hf_veomni.loss import chunked_evaluation, has_chunked_loss
 from hf_veomni.mesh import ParallelState, is_prepared
@@ -105,6 +105,7 @@ class EvaluationMixin(_Trainer):
             else:
                 stack.enter_context(self._full(model, not prediction_loss_only))
             found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        found = (as_plain(found[0]), *found[1:])
         if self._eval_losses is not None and found[0] is not None and not isinstance(inputs, DummyBatch):
             # `predict_with_generate` takes the model's loss as it is, a mean over the same items.
             counted = self._counted or getattr(self.args, "predict_with_generate", False)

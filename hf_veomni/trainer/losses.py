@@ -26,6 +26,7 @@ from hf_veomni import hf
 from hf_veomni.context import current
 from hf_veomni.data.halves import split_batch
 from hf_veomni.expert import counting_no_tokens
+from hf_veomni.fsdp import as_plain, sharded_arithmetic
 from hf_veomni.hf.require import override
 from hf_veomni.mesh import get_parallel_state, is_prepared
 from hf_veomni.pairs import run_pair
@@ -166,8 +167,10 @@ class LossMixin(_Trainer):
         self._computes_loss, self._counted = True, False
         if own:
             self.accelerator = _AloneAccelerator(accelerator)
+        looks = is_prepared(self.model) and (own or self.compute_loss_func is not None)
         try:
-            yield
+            with sharded_arithmetic(self.model) if looks else nullcontext():
+                yield
         finally:
             self.accelerator, self._computes_loss = accelerator, outer
 
@@ -204,6 +207,7 @@ class LossMixin(_Trainer):
                     given = inputs if one.inputs is None else one.inputs
                     found = compute_loss(model, given, return_outputs=return_outputs, num_items_in_batch=items)
                 loss, *outputs = found if isinstance(found, tuple) else (found,)
+                loss = as_plain(loss)  # of nothing but parameters
                 return (loss * one.factor if scaled else loss * one.factor / real), outputs
 
             self.current_gradient_accumulation_steps = real if scaled else 1
