@@ -5,7 +5,7 @@ A shard takes part in torch's functions as a DTensor, with the values of the who
 
     loss, logits (with gradients)   the DTensor becomes plain, whole on every rank
     weights of the same shape       they become a shard: every rank must hold the same
-    anything else                   the DTensor becomes plain
+    anything else                   the DTensor becomes plain, as where experts meet parameters of another mesh
 
 A rank's loss is a part of the mean over the ranks, so the gradient of what became plain is the mean over them.
 """
@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_veomni import hf
 from hf_veomni.context import current
-from hf_veomni.errors import UnsupportedError
 
 _PROPERTIES = ("__get__", "__set__", "__delete__")
 
@@ -41,16 +40,21 @@ def sharded_arithmetic(model: nn.Module) -> Iterator[None]:
 
     Collective: where a sharded result meets a plain tensor, an all-reduce of it, or an all-gather of a parameter; its
     backward is an all-reduce or a reduce-scatter (mean). Every rank must compute the same.
-
-    Raises:
-        UnsupportedError: parameters of experts at `ep_size` above 1, of which each rank holds other ones.
     """
     base = hf.base_model(model)
     if not isinstance(base, FSDPModule):
         yield
         return
-    with _Mixing(base):
-        yield
+    mixing = _Mixing(base)
+    parts = dict.fromkeys([base, base.base_model, hf.find_backbone(base)])
+    handles = [part.register_forward_pre_hook(mixing.enter, prepend=True) for part in parts]
+    handles += [part.register_forward_hook(mixing.leave, always_call=True) for part in parts]
+    try:
+        with mixing:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def as_plain(tensor: Any) -> Any:
@@ -99,9 +103,24 @@ class _AfterReduction(torch.autograd.Function):
 
 
 class _Mixing(TorchFunctionMode):
+    """Off the stack of modes while the model runs, where torch.compile would trace it, unless two sequences run at
+    once: while the one is in the model, the other may be in code of the user."""
+
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.depth = model, 0
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        if self.depth or (current().flight is None and _get_current_function_mode() is self):
+            self.depth += 1
+            if self.depth == 1:
+                self.__exit__(None, None, None)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.depth:
+            self.depth -= 1
+            if self.depth == 0:
+                self.__enter__()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -114,12 +133,16 @@ class _Mixing(TorchFunctionMode):
         shards = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
         if not shards:
             return func(*args, **options)
-        _check_experts(shards)
         args, options = tree_map_only(DTensor, self._ordered, (args, options))
         plain = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
-        if plain and all(_stays(shard) and _is_fixed(tensor, shard) for shard in shards for tensor in plain):
+        several = len({shard.device_mesh for shard in shards}) > 1  # experts have one of their own
+        if (
+            plain
+            and not several
+            and all(_stays(shard) and _is_fixed(tensor, shard) for shard in shards for tensor in plain)
+        ):
             args, options = tree_map_only(Tensor, lambda tensor: _sharded(tensor, shards[0]), (args, options))
-        elif plain:
+        elif plain or several:
             args, options = tree_map_only(DTensor, as_plain, (args, options))
         elif not name.endswith("_") or name.startswith("__"):  # what works in place cannot be tried
             try:
@@ -147,11 +170,3 @@ def _sharded(tensor: Tensor, like: DTensor) -> Tensor:
         return tensor
     mesh = like.device_mesh
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-
-
-def _check_experts(shards: list[DTensor]) -> None:
-    if any("efsdp" in (shard.device_mesh.mesh_dim_names or ()) for shard in shards):
-        raise UnsupportedError(
-            "Parameters of experts are in a term of the loss, and at `ep_size` above 1 each rank holds other experts: "
-            "leave them out of it, use the optimizer's `weight_decay`, or ep=1."
-        )

@@ -185,6 +185,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "torch.nn:Module": ("_buffers", "_call_impl", "_forward_hooks", "_forward_pre_hooks", "_parameters"),
     "torch.optim._muon": ("_zeropower_via_newtonschulz",),
     "torch.optim.lr_scheduler:LRScheduler": ("_last_lr", "_step_count"),
+    "torch.overrides": ("_get_current_function_mode",),
     "torch.utils.checkpoint": ("_StopRecomputationError",),
     "torch.utils._python_dispatch": ("TorchDispatchMode", "is_in_torch_dispatch_mode"),
     "torch.utils._pytree": ("tree_flatten", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten"),

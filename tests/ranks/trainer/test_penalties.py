@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from tests.models import build_model
 from tests.ranks.parity import relative_error, whole
-from tests.ranks.training import Outcome, Run, assert_same_training, outcome
+from tests.ranks.training import Outcome, Run, assert_same_training, outcome, tiny_mixtral
 
 
 def _squares(model: Any, start: Any) -> Tensor:
@@ -145,6 +146,29 @@ def test_a_loss_of_parameters_alone(ranks):
         _assert_same(found, expected)
 
 
+@dataclass(frozen=True)
+class _Mixture(Run):
+    def model(self) -> Any:
+        return tiny_mixtral(**self.config)
+
+
+@pytest.mark.parametrize("plan", ["sp=2,dp_shard=2,ep=2", "dp_replicate=2,sp=2,ep=2"])
+@pytest.mark.parametrize("term", ["squares", "norms"])
+def test_experts_that_other_ranks_have_count_too(ranks, plan, term):
+    run = _Mixture(**vars(_run()))
+    expected = _stock(term, run, 2)
+    for found in ranks(4).run(_omni, plan, term, run, timeout=120):
+        assert_same_training(found, expected)
+
+
+def test_compiled_layers_do_not_see_it(ranks):
+    run = _run()
+    expected = _stock("squares", run, 2)
+    run.arguments.update(torch_compile=True, torch_compile_backend="aot_eager")
+    for found in ranks(2).run(_omni, "dp_shard=2", "squares", run, timeout=180):
+        _assert_same(found, expected)
+
+
 def _loop(plan: str) -> list[Tensor]:
     """Loss and gradients, in a loop without a Trainer."""
     from hf_veomni import prepare_omni, sharded_arithmetic
@@ -165,15 +189,3 @@ def test_in_a_loop_of_ones_own(ranks):
     expected = _loop("")
     for found in ranks(2).run(_loop, "sp=2"):
         assert max(relative_error(*pair) for pair in zip(found, expected, strict=True)) < 1e-5
-
-
-def _experts() -> None:
-    from hf_veomni import prepare_omni, sharded_arithmetic
-
-    model = prepare_omni(build_model("qwen3_moe"), "sp=2,ep=2")
-    with sharded_arithmetic(model):
-        _squares(model, None)
-
-
-def test_experts_of_other_ranks_are_not_in_a_sum(ranks):
-    ranks(2).raises(_experts, match="Parameters of experts are in a term of the loss.*`weight_decay`, or ep=1")
