@@ -183,6 +183,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "torch.distributed.tensor.debug": ("_clear_sharding_prop_cache",),
     "torch.distributed.tensor._utils": ("compute_local_shape_and_global_offset",),
     "torch.nn:Module": ("_buffers", "_call_impl", "_forward_hooks", "_forward_pre_hooks", "_parameters"),
+    "torch.optim": ("_muon",),
     "torch.optim._muon": ("_zeropower_via_newtonschulz",),
     "torch.optim.lr_scheduler:LRScheduler": ("_last_lr", "_step_count"),
     "torch.overrides": ("_get_current_function_mode",),

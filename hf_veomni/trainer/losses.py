@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_veomni import hf
 from hf_veomni.context import current
@@ -167,7 +168,7 @@ class LossMixin(_Trainer):
         self._computes_loss, self._counted = True, False
         if own:
             self.accelerator = _AloneAccelerator(accelerator)
-        looks = is_prepared(self.model) and (own or self.compute_loss_func is not None)
+        looks = (own or self.compute_loss_func is not None) and is_prepared(self.model)
         try:
             with sharded_arithmetic(self.model) if looks else nullcontext():
                 yield
@@ -207,7 +208,8 @@ class LossMixin(_Trainer):
                     given = inputs if one.inputs is None else one.inputs
                     found = compute_loss(model, given, return_outputs=return_outputs, num_items_in_batch=items)
                 loss, *outputs = found if isinstance(found, tuple) else (found,)
-                loss = as_plain(loss)  # of nothing but parameters
+                if isinstance(loss, DTensor):  # of nothing but parameters
+                    loss = as_plain(loss)
                 return (loss * one.factor if scaled else loss * one.factor / real), outputs
 
             self.current_gradient_accumulation_steps = real if scaled else 1
