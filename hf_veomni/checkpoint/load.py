@@ -234,7 +234,7 @@ def materialize_weights(model: nn.Module, pending: PendingWeights, device: torch
         layouts = find_layouts(model)
         for name, tensor in _tensors(model, duplicates=False):
             value = pending.initialised[name] if name in pending.initialised else pending.values[name]
-            _fill(tensor, layouts[name].to_stack(value) if name in layouts else value)
+            fill(tensor, layouts[name].to_stack(value) if name in layouts else value)
         hf_weights.copy_conversions(hf.base_model(model), pending.plain)
 
 
@@ -248,7 +248,8 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
         _replace(model, name, getattr(model.get_submodule(owner), leaf))
 
 
-def _fill(target: Tensor, value: Tensor) -> None:
+def fill(target: Tensor, value: Tensor) -> None:
+    """Copy this rank's part of a whole tensor into `target`, sharded or not."""
     box = tuple(slice(0, size) for size in target.shape)
     if isinstance(target, DTensor):
         shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
@@ -284,4 +285,4 @@ def read_converted(model: nn.Module, kind: type[PreTrainedModel], directory: Che
         report = hf_weights.load_tensors(plain, _open(directory, files))
         _check_report(replace(report, unexpected=[]), model, directory)
         for name, value in plain.state_dict(keep_vars=True).items():
-            _fill(targets[name], value)
+            fill(targets[name], value)

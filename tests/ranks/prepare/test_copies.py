@@ -46,19 +46,21 @@ def test_a_copy_and_its_original_are_detached_alone(ranks, name, lora, original_
     assert ranks(1).run(_detach_copy, name, lora, original_first) == [[True] * 6]
 
 
-def _copy_sharded() -> list[Any]:
-    """FSDP2 forbids the copy; the original goes on."""
-    from hf_veomni import prepare_omni
+def _copy_sharded(lora: bool) -> list[Any]:
+    """Refused by name; the original goes on."""
+    from hf_veomni import UnsupportedError, prepare_omni
 
-    model = prepare_omni(build_model("llama"), "sp=2")
+    model = prepare_omni(make_model(Setting("llama", lora=lora)), "sp=2")
     wanted = _outputs(model)
-    with pytest.raises(AssertionError, match="does not support deepcopy"):
-        copy.deepcopy(model)
+    for make in (copy.deepcopy, torch.optim.swa_utils.AveragedModel):
+        with pytest.raises(UnsupportedError, match="`AveragedModel`.*Keep averages in shards"):
+            make(model)
     return [_same(_outputs(model), wanted)]
 
 
-def test_a_sharded_model_is_not_copied(ranks):
-    assert ranks(2).run(_copy_sharded) == [[True], [True]]
+@pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
+def test_a_sharded_model_is_not_copied(ranks, lora):
+    assert ranks(2).run(_copy_sharded, lora) == [[True], [True]]
 
 
 def _shared_config(plan: str, name: str) -> list[str]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from tests.ranks.parity import whole
+from tests.ranks.parity import relative_error, whole
 from tests.ranks.training import adapt_experts, lora_model, tiny_mixtral, tiny_model
 
 
@@ -105,6 +105,9 @@ def _call(kind: str, name: str, arguments: tuple[Any, ...], options: dict[str, A
         ("full", "push_to_hub", ("someone/something",), {}, "huggingface_hub.upload_folder"),
         ("full", "save_pretrained", ("nowhere",), {"push_to_hub": True}, "huggingface_hub.upload_folder"),
         ("full", "save_pretrained", ("nowhere",), {"distributed_checkpoint": True}, "is not available on a prepared"),
+        ("full", "load_state_dict", ({},), {"assign": True}, "leave it out, so that the values are copied"),
+        ("full", "no_sync", (), {}, "`accelerator.accumulate.model.`; `LocalSGD`"),
+        ("LoRA", "no_sync", (), {}, "`LocalSGD`"),
         ("LoRA", "merge_and_unload", (), {}, "merge it into the plain model"),
         ("LoRA", "merge_adapter", (), {}, "merge it into the plain model"),
         ("LoRA", "unload", (), {}, "merge it into the plain model"),
@@ -112,6 +115,73 @@ def _call(kind: str, name: str, arguments: tuple[Any, ...], options: dict[str, A
 )
 def test_what_works_on_whole_parameters_is_refused(ranks, kind, name, arguments, options, match):
     ranks(2).raises(_call, kind, name, arguments, options, match=match)
+
+
+def _loaded(kind: str, plan: str) -> Tensor:
+    """Logits after other weights were loaded: while those of the head are gathered, and in place of those before."""
+    from hf_veomni import gather_sequence, prepare_omni
+
+    model: Any = prepare_omni(_MODELS[kind](), plan)
+    ids = torch.arange(3, 15)[None]
+    model(input_ids=ids, labels=ids)  # the head stays gathered for a backward that does not come
+    missing, unexpected = model.load_state_dict(_other(kind))
+    assert not missing and not unexpected
+    if kind == "LoRA":
+        set_peft_model_state_dict(model, get_peft_model_state_dict(_MODELS[kind](), _other(kind)))
+    with torch.no_grad():
+        return gather_sequence(model.eval()(input_ids=ids).logits, model)
+
+
+def _other(kind: str) -> dict[str, Tensor]:
+    """Of whole tensors, as `torch.load` gives them."""
+    return {name: 1.2 * value for name, value in _MODELS[kind]().state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", _MODELS)
+@pytest.mark.parametrize("plan", ["sp=2", "dp_shard=2"])
+def test_load_state_dict_takes_whole_tensors(ranks, kind, plan):
+    expected = _MODELS[kind]()
+    expected.load_state_dict(_other(kind))
+    plan = plan + ",ep=2" if "experts" in kind else plan
+    for found in ranks(2).run(_loaded, kind, plan, timeout=60):
+        assert relative_error(found, _logits(expected)) < 1e-5
+
+
+def _load(state: dict[str, Tensor]) -> None:
+    from hf_veomni import prepare_omni
+
+    model: Any = prepare_omni(tiny_model(), "sp=2")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # stock's own
+        raise ValueError(str(error)) from error
+
+
+@pytest.mark.parametrize("name", ["missing", "shape"])
+def test_a_state_of_another_model_raises_as_in_stock(ranks, name):
+    state = tiny_model().state_dict()
+    key = "model.layers.0.self_attn.q_proj.weight"
+    if name == "missing":
+        del state[key]
+        ranks(2).raises(_load, state, match="Missing key.*q_proj")
+    else:
+        state[key] = state[key][1:]
+        ranks(2).raises(_load, state, match="size mismatch for model.layers.0.self_attn.q_proj.weight")
+
+
+def _sgd() -> None:
+    from accelerate import Accelerator
+    from accelerate.local_sgd import LocalSGD
+
+    from hf_veomni import OmniParallelismConfig, prepare_omni
+
+    accelerator = Accelerator(cpu=True, parallelism_config=OmniParallelismConfig("dp_shard=2"))
+    with LocalSGD(accelerator, prepare_omni(tiny_model(), "dp_shard=2"), 8):
+        pass
+
+
+def test_local_sgd_is_refused(ranks):
+    ranks(2).raises(_sgd, match="`LocalSGD`, in which each rank trains a model of its own")
 
 
 def _on_the_main_process_alone(folder: Path) -> str:
