@@ -55,9 +55,10 @@ def read_layout(where: str, sample: Mapping[str, Any]) -> Layout:
             f"{where} has {' and '.join(f'`{name}`' for name in found)}, of which one is read: remove the rest."
         )
     if found == ["messages"]:
-        return Layout(list(sample["messages"]))
+        return Layout(_turns(where, "messages", sample["messages"]))
     if found == ["conversations"]:
-        return Layout([_message(where, turn) for turn in sample["conversations"]])
+        turns = _turns(where, "conversations", sample["conversations"])
+        return Layout([_message(where, turn) for turn in turns])
     if found == ["text"] and isinstance(sample["text"], str):
         return Layout(None, sample["text"])
     if found in (["prompt"], ["completion"]):
@@ -67,11 +68,25 @@ def read_layout(where: str, sample: Mapping[str, Any]) -> Layout:
         if isinstance(prompt, str) and isinstance(completion, str):
             return Layout(None, prompt + completion, len(prompt), completes=True)
         if not isinstance(prompt, str) and not isinstance(completion, str):
-            return Layout([*prompt, *completion], "", len(prompt), completes=True)
+            begin = _turns(where, "prompt", prompt)
+            return Layout([*begin, *_turns(where, "completion", completion)], "", len(begin), completes=True)
         raise ValueError(f"{where}: `prompt` and `completion` must both be strings, or both lists of messages.")
     raise ValueError(
         f"{where}: a raw sample needs `messages`, a string in `text`, `conversations`, or `prompt` and `completion`; "
         "convert others with dataset.map."
+    )
+
+
+def _turns(where: str, name: str, value: Any) -> list[Any]:
+    """A column of turns, checked to be a list of mappings."""
+    if isinstance(value, list | tuple) and all(isinstance(turn, Mapping) for turn in value):
+        return list(value)
+    kinds = {type(turn).__name__: None for turn in value} if isinstance(value, list | tuple) else ()
+    found = f"a list of {', '.join(kinds)}" if kinds else type(value).__name__
+    raise ValueError(
+        f"{where}: `{name}` is {found}, and must be a list of turns, each a mapping as "
+        "{'role': 'user', 'content': '...'}. Of a dataset that hands out batches (`dataset.batch`) give the one "
+        "before it, whose rows are single samples; convert others with dataset.map."
     )
 
 
@@ -80,7 +95,7 @@ def _message(where: str, turn: Mapping[str, Any]) -> dict[str, Any]:
         if turn.get("role") is None:
             raise ValueError(f"{where}: a turn of `conversations` has {list(turn)}, and must have 'from' and 'value'.")
         return dict(turn)
-    role = _ROLES.get(turn["from"])
+    role = _ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
     if role is None:
         raise ValueError(
             f"{where}: 'from' ({turn['from']!r}) in `conversations` must be one of {', '.join(map(repr, _ROLES))}: "
@@ -113,8 +128,14 @@ def with_parts(
     """Messages with a part for each item of the columns whose place is marked in a content that is a string.
 
     Raises:
-        ValueError: other numbers of marks and items.
+        ValueError: no turns, a turn without a role, other numbers of marks and items.
     """
+    nameless = next((message for message in messages if not isinstance(message.get("role"), str)), None)
+    if nameless is not None or not messages:
+        found = (
+            "there are none" if nameless is None else f"one has {list(nameless)}, and role {nameless.get('role')!r}"
+        )
+        raise ValueError(f"{where}: turns must have a string as 'role', and {found}.")
     messages = [dict(message) | {"content": _content(where, message)} for message in messages]
     strings = [message["content"] for message in messages if isinstance(message["content"], str)]
     marks = {}

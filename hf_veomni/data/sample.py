@@ -129,7 +129,10 @@ def _numbers(values: object) -> np.ndarray:
 
 
 def _vector(where: str, name: str, values: object) -> np.ndarray:
-    array = _numbers(values)
+    try:
+        array = _numbers(values)
+    except ValueError as error:  # lists of several lengths
+        raise ValueError(f"{where}: `{name}` must be one number a token: {error}") from error
     if array.ndim == 2 and array.shape[0] == 1:
         array = array[0]
     if array.ndim != 1 or array.dtype.kind not in "iufb":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +102,20 @@ def test_prompts_and_completions_of_text():
             r"'from' \('me'\) in `conversations` must be one of 'human'",
         ),
         ({"conversations": [{"text": "a"}]}, r"has \['text'\], and must have 'from' and 'value'"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, r"'from' \(\['human'\]\) in `conversations`"),
+        (
+            {"messages": [TALK, TALK]},
+            r"`messages` is a list of list, and must be a list of turns.*before it, whose rows",
+        ),
+        ({"messages": ["a"]}, "`messages` is a list of str, and must be a list of turns"),
+        ({"messages": "a"}, "`messages` is str, and must be a list of turns"),
+        ({"messages": TALK[0]}, "`messages` is dict, and must be a list of turns"),
+        ({"messages": [("user", "a")]}, "`messages` is a list of tuple, and must be a list of turns"),
+        ({"conversations": [["a"]]}, "`conversations` is a list of list, and must be a list of turns"),
+        ({"prompt": ["a", "b"], "completion": ["c", "d"]}, "`prompt` is a list of str, and must be a list of turns"),
+        ({"prompt": TALK[:1], "completion": TALK[1]}, "`completion` is dict, and must be a list of turns"),
+        ({"messages": [{"content": "a"}]}, r"must have a string as 'role', and one has \['content'\], and role None"),
+        ({"messages": []}, "must have a string as 'role', and there are none"),
         ({"messages": MARKED, "images": [1, 2]}, "2 items in its columns of images and 1 marks <image>"),
         ({"messages": TALK, "labels": [1]}, "`labels` would be lost: the chat template does not read it"),
         ({"text": "a", "tools": []}, "`tools` would be lost"),
@@ -114,6 +129,17 @@ def test_prompts_and_completions_of_text():
 def test_what_no_layout_has_is_refused(sample, message):
     with pytest.raises(ValueError, match=message):
         OmniDataCollatorWithPacking(None, tokenizer(TOOLS))([sample])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "row", [{"messages": TALK}, {"conversations": MARKED[1:]}, {"prompt": "a", "completion": "b"}]
+)
+def test_a_dataset_that_hands_out_batches_is_refused(row, streaming):
+    source: Any = Dataset.from_list([row] * 4)
+    source = source.to_iterable_dataset() if streaming else source
+    with pytest.raises(ValueError, match="is a list of .* and must be a list of turns.*`dataset.batch`.*before it"):
+        list(pack_dataset(source.batch(2), 200, processor=tokenizer(TOOLS)))
 
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"where": "here"}}}
