@@ -44,7 +44,7 @@ from hf_veomni.modality.towers import attach_towers
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.sequence.attach import SequenceAttachment, attach_sequence
 from hf_veomni.sequence.backbone import counts_rows
-from hf_veomni.sequence.calls import attach_calls
+from hf_veomni.sequence.calls import attach_calls, check_no_gradient_hooks
 from hf_veomni.sequence.pipelined import pipeline
 from hf_veomni.sequence.randomness import attach_dropout
 
@@ -141,6 +141,8 @@ def _parallelize(
     with together("Preparing the model"):
         check_overlap(state)
         check_units(base, state)
+        if state.world_size > 1:
+            check_no_gradient_hooks(model)
         overlaps = state.plan.overlap == "chunks" or state.plan.says("overlap")
         chunked = _find_chunked(base, state) if overlaps else []
         if pending is None:

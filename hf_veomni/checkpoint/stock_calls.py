@@ -33,7 +33,10 @@ _REFUSED = {
     "averages in shards, {name: p.detach().clone() for name, p in model.named_parameters()}, or prepare another model",
 }
 _MERGED = "save the adapter, and merge it into the plain model with PEFT"
-_REFUSED_TUNER = dict.fromkeys(("merge_and_unload", "merge_adapter", "unmerge_adapter", "unload"), _MERGED)
+_REFUSED_TUNER = {
+    **dict.fromkeys(("merge_and_unload", "merge_adapter", "unmerge_adapter", "unload"), _MERGED),
+    "add_weighted_adapter": "combine adapters before `prepare_omni`, or save them and combine them in the plain model",
+}
 
 
 _turns = count()  # of all models: the ranks meet once for each call

@@ -139,7 +139,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     ),
     "peft.tuners.tuners_utils": ("BaseTuner", "BaseTunerLayer"),
     "peft.utils.other": ("AuxiliaryTrainingWrapper",),
-    "torch:Tensor": ("_base", "_make_wrapper_subclass", "_version"),
+    "torch:Tensor": ("_backward_hooks", "_base", "_make_wrapper_subclass", "_post_accumulate_grad_hooks", "_version"),
     "torch._C": (
         "DisableTorchFunctionSubclass",
         "_autograd",

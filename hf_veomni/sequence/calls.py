@@ -49,6 +49,7 @@ class _Calls:
         changed = self._translate(module, inputs, given) if isinstance(given, Tensor) else None
         if self.state.world_size > 1 and module.training not in self.checked:
             _check_unchanged(module, self.known)
+            check_no_gradient_hooks(module)
             if module.training:
                 _check_layerdrop(module)
             self.checked.add(module.training)
@@ -248,6 +249,17 @@ def _check_unchanged(model: nn.Module, known: set[str]) -> None:
             f"Parameter '{new}' came after `prepare_omni`: apply PEFT first and shard the model with its adapters, "
             "which otherwise are neither equal on the ranks nor reduced over them."
         )
+
+
+def check_no_gradient_hooks(model: nn.Module) -> None:
+    """Raise UnsupportedError for hooks on gradients of parameters, which would not be called, or see a part."""
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise UnsupportedError(
+                f"Parameter '{name}' has a hook on its gradient (`register_hook`, which peft's OSF uses, too), and "
+                "over several ranks FSDP2 makes the gradients of shards past such hooks: remove it and change "
+                "`p.grad` after the backward, of which each rank has its shard, or use one rank."
+            )
 
 
 def _check_layerdrop(model: nn.Module) -> None:

@@ -108,6 +108,7 @@ def _call(kind: str, name: str, arguments: tuple[Any, ...], options: dict[str, A
         ("full", "load_state_dict", ({},), {"assign": True}, "leave it out, so that the values are copied"),
         ("full", "no_sync", (), {}, "`accelerator.accumulate.model.`; `LocalSGD`"),
         ("LoRA", "no_sync", (), {}, "`LocalSGD`"),
+        ("LoRA", "add_weighted_adapter", (["default"], [0.5], "half"), {}, "combine adapters before `prepare_omni`"),
         ("LoRA", "merge_and_unload", (), {}, "merge it into the plain model"),
         ("LoRA", "merge_adapter", (), {}, "merge it into the plain model"),
         ("LoRA", "unload", (), {}, "merge it into the plain model"),
