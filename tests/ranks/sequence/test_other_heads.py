@@ -19,6 +19,11 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     MllamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    ModernBertForTokenClassification,
+    Qwen3Config,
+    Qwen3ForTokenClassification,
 )
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
@@ -32,13 +37,23 @@ _GPT: dict[str, Any] = dict(vocab_size=50, n_embd=32, n_layer=2, n_head=2, pad_t
 _GPT |= dict(bos_token_id=1, eos_token_id=2, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
 _NEO: dict[str, Any] = dict(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, pad_token_id=0, num_labels=3)
 _NEO |= dict(attention_types=[[["global", "local"], 1]], window_size=3, bos_token_id=1, eos_token_id=2)
+_MODERN: dict[str, Any] = dict(
+    _SIZES, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, local_attention=4
+)
 _HEADS = {
     "classifier": lambda: LlamaForSequenceClassification(LlamaConfig(**_SIZES, num_labels=3)),
     "gpt2 classifier": lambda: GPT2ForSequenceClassification(GPT2Config(**_GPT)),
     "gpt2 tagger": lambda: GPT2ForTokenClassification(GPT2Config(**_GPT, classifier_dropout=0.0)),
     "gptj classifier": lambda: GPTJForSequenceClassification(GPTJConfig(**_GPT, rotary_dim=8)),
+    "qwen3 tagger": lambda: Qwen3ForTokenClassification(
+        Qwen3Config(**_SIZES, num_key_value_heads=1, head_dim=8, num_labels=3, classifier_dropout=0.0)
+    ),
+    "modernbert masked LM": lambda: ModernBertForMaskedLM(ModernBertConfig(**_MODERN)),
+    "modernbert tagger": lambda: ModernBertForTokenClassification(ModernBertConfig(**_MODERN, num_labels=3)),
     "gpt_neo classifier": lambda: GPTNeoForSequenceClassification(GPTNeoConfig(**_NEO)),
 }
+
+_PADDED = ("qwen3 tagger", "modernbert masked LM", "modernbert tagger")
 
 
 def _model(family: str) -> nn.Module:
@@ -56,6 +71,11 @@ def _model(family: str) -> nn.Module:
 
 
 def _inputs(family: str) -> dict[str, Tensor]:
+    if family in _PADDED:
+        mask = torch.ones_like(_IDS)
+        mask[1, 5:] = 0
+        labels = (_IDS if "masked" in family else _IDS % 3).masked_fill(mask == 0, -100)
+        return {"input_ids": _IDS, "labels": labels.masked_fill(_IDS % 4 == 0, -100), "attention_mask": mask}
     if family in _HEADS:
         return {"input_ids": _IDS, "labels": _IDS % 3 if "tagger" in family else torch.tensor([0, 2])}
     states = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests.ranks.training import (
     NoteEvents,
+    PlainRows,
     Run,
     assert_same_training,
     collate,
@@ -200,6 +202,43 @@ def test_neftune_adds_noise_in_training_and_leaves(ranks):
         assert all(a != b for a, b in zip(noisy, quiet, strict=True))
         assert relative(noisy, quiet) < 0.2
         assert left == 0
+
+
+def _noise(plan: str) -> list[tuple[int, float]]:
+    """Length of the row, and the largest part of its noise in units of alpha / sqrt(S H), at each batch."""
+    from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
+
+    run = Run(plain=True, arguments={"max_steps": 2, "neftune_noise_alpha": 5.0, "learning_rate": 0.0})
+    weight: Any = run.model().get_input_embeddings().weight.detach()  # type: ignore[operator]
+    trainer = OmniTrainer(run.model(), OmniTrainingArguments(**run.all_arguments(plan=plan)), **run.data())
+    found: list[tuple[int, float]] = []
+
+    def note(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        clean = weight[args[0]]
+        scale = 5.0 / (args[0].shape[1] * output.shape[2]) ** 0.5
+        found.append((output.shape[1], float((output.detach() - clean).abs().max()) / scale))
+
+    class Begin(TrainerCallback):
+        """After Trainer has put its noise on the embeddings."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer.model.get_input_embeddings().register_forward_hook(note)
+
+    trainer.add_callback(Begin())
+    trainer.train()
+    return found
+
+
+@pytest.mark.parametrize("plan", ["sp=2", "dp_shard=2"])
+def test_the_noise_of_neftune_is_that_of_the_whole_row(ranks, plan):
+    """alpha / sqrt(S H), S being the tokens of the row and not of a rank's part, and drawn by each rank for itself."""
+    first, second = ranks(2).run(_noise, plan, timeout=60)
+    rows = PlainRows(9, 0)
+    lengths = {len(rows[i]["input_ids"]) for i in range(9)}
+    for length, largest in [*first, *second]:
+        assert length in lengths
+        assert 0.95 < largest <= 1.0001, largest
+    assert [x for _, x in first] != [x for _, x in second]
 
 
 def _model_init(plan: str, run: Run):

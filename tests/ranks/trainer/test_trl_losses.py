@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("trl", reason="needs the extra `trl`")
 
+from tests.ranks.training import Run
 from tests.ranks.trl_runs import assert_same_logs, logged, omni, omni_trainer, stock, stock_trainer
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -17,13 +18,17 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("SFT", "qwen3_moe", {}),
     ("SFT", "mixtral", {"router_aux_loss_coef": 0.5}),
     ("SFT", "exaone_moe", {"router_aux_loss_coef": 0.5}),
+    ("SFT", "dense", {"loss_type": "chunked_nll", "completion_only_loss": False}),
     ("DPO", "lora", {"loss_type": ["sigmoid", "ipo"]}),
+    ("DPO", "dense", {"loss_type": ["hinge", "discopop"], "f_divergence_type": "js_divergence"}),
+    ("DPO", "dense", {"padding_free": True, "use_weighting": True, "ld_alpha": 0.5}),
     ("DPO", "qwen3_moe", {"router_aux_loss_coef": 0.5}),
     ("Reward", "reward", {"center_rewards_coefficient": 0.1}),
     ("KTO", "dense", {"loss_type": "apo_zero_unpaired"}),
     ("KTO", "mixtral", {"loss_type": "apo_zero_unpaired"}),
 ]
 MIXTURES = ("mixtral", "qwen3_moe", "exaone_moe")
+BY_TOKEN = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
 HALF = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
 
 
@@ -43,6 +48,22 @@ def test_data_ranks_log_what_one_process_logs(ranks, tmp_path, kind, model, more
     but += ("eval_aux_loss",) if mixture else ()
     for found in ranks(2).run(omni, kind, "dp_shard=2", str(tmp_path / "omni"), model, **more, **HALF, timeout=120):
         assert_same_logs(found, expected, but=but)
+
+
+@pytest.mark.parametrize("loss_type", [["aot_unpaired"], ["sigmoid", "sft"]], ids=str)
+def test_losses_that_are_those_of_a_batch_are_averaged(ranks, tmp_path, loss_type):
+    """They sort a batch, or take the mean over its tokens: one process has to read the data ranks' batches in turn.
+
+    Means over tokens that TRL logs beside the loss are those of all tokens which processes read at once.
+    """
+    more = {"loss_type": loss_type, **HALF}
+    accumulation = Run().all_arguments()["gradient_accumulation_steps"]
+    trainer = stock_trainer(
+        "DPO", str(tmp_path / "stock"), "dense", **more, gradient_accumulation_steps=2 * accumulation
+    )
+    expected = logged(trainer)
+    for found in ranks(2).run(omni, "DPO", "dp_shard=2", str(tmp_path / "omni"), "dense", **more, timeout=120):
+        assert_same_logs(found, expected, but=("num_input_tokens_seen", *BY_TOKEN, *(f"eval_{x}" for x in BY_TOKEN)))
 
 
 def _of_each_batch(kind: str, folder: str, model: str, **more: Any) -> list[dict[str, float]]:

@@ -115,6 +115,7 @@ def test_prompts_and_completions_of_text():
         ({"prompt": ["a", "b"], "completion": ["c", "d"]}, "`prompt` is a list of str, and must be a list of turns"),
         ({"prompt": TALK[:1], "completion": TALK[1]}, "`completion` is dict, and must be a list of turns"),
         ({"messages": [{"content": "a"}]}, r"must have a string as 'role', and one has \['content'\], and role None"),
+        ({"input_ids": [[3, 4], [5]]}, "`input_ids` must be one number a token"),
         ({"messages": []}, "must have a string as 'role', and there are none"),
         ({"messages": MARKED, "images": [1, 2]}, "2 items in its columns of images and 1 marks <image>"),
         ({"messages": TALK, "labels": [1]}, "`labels` would be lost: the chat template does not read it"),
