@@ -61,6 +61,7 @@ class Attempt:
         context.set_forkserver_preload(["tests.ranks.preload", "tests.soak.training", "hf_veomni.trainer"])
         self.folder, self.report = folder, folder / f"started{number}"
         self.run, self.was_saving = folder / "run", False
+        self.stacks: list[str] = []  # of ranks that did not end
         arguments = (variant, folder, folder / f"rendezvous{number}", self.report)
         self.ranks: list[Any] = [
             context.Process(target=run_rank, args=(rank, *arguments), daemon=True) for rank in range(WORLD)
@@ -103,6 +104,10 @@ class Attempt:
         """Wait for the processes that are left; those that do not end are killed. Returns how many."""
         self.wait(SURVIVORS)
         left = [rank for rank in self.ranks if rank.is_alive()]
+        for rank in left:
+            os.kill(rank.pid, signal.SIGUSR2)
+        time.sleep(0.5 * bool(left))
+        self.stacks = [(self.folder / f"output{self.ranks.index(rank)}").read_text()[-2500:] for rank in left]
         for rank in left:
             rank.kill()
         for rank in self.ranks:
@@ -196,6 +201,7 @@ def _attempt(attempt: Attempt, known: Undisturbed, tally: Tally, chance: random.
         tally.kills += 1
     seen = named(attempt.run)
     tally.stalled += attempt.end()
+    tally.notes += attempt.stacks
     if not killed and attempt.failed:
         tally.failed += 1
         tally.notes.append((attempt.folder / "output0").read_text()[-1500:])

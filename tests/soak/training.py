@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -77,6 +78,7 @@ def run_rank(rank: int, variant: Variant, folder: Path, rendezvous: Path, report
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR2)  # where a rank stands that does not end
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD))
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
