@@ -103,8 +103,8 @@ class GuardMixin(_Trainer):
         """
         with Signals() if self.args.enable_jit_checkpoint else nullcontext() as self._signals:
             self._asked, self._skipped, self._pace, self._initial_step = {}, 0, Pace(), sys.maxsize
-            check_before_training(self, resume_from_checkpoint)
             with self._watching():
+                check_before_training(self, resume_from_checkpoint)
                 return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @override

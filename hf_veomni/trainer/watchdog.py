@@ -102,14 +102,14 @@ def judge(reports: Sequence[Report | None], silences: Sequence[float]) -> tuple[
             return "failed", f"Rank {rank} failed: {error}"
     running = [rank for rank, error in enumerate(ended) if not error]
     limit = _LOST_BROKEN if any(report is not None and report.broken for report in reports) else LOST
-    lost = [rank for rank in running if silences[rank] > limit]
+    known = {rank: report for rank in running if (report := reports[rank]) is not None}
+    lost = [rank for rank in known if silences[rank] > limit]  # who has not spoken yet may still prepare its data
     if lost:
-        places = "; ".join(f"{reports[rank].place}" if reports[rank] else "starting" for rank in lost)  # type: ignore
+        places = "; ".join(known[rank].place for rank in lost)
         return "lost", (
             f"Nothing has been heard of {name_ranks(lost)} for {max(silences[rank] for rank in lost):.0f} s; before: "
             f"{places}. The process was killed or stopped, or its machine is gone."
         )
-    known = {rank: report for rank in running if (report := reports[rank]) is not None}
     if len(known) < len(running) or not known:
         return None
     least = min(report.count for report in known.values())
@@ -278,10 +278,10 @@ class Watchdog:
         first, silence = self._reports[0], now - self._heard[0]
         if now - self._talked > LOST:
             self.verdict = "lost", f"The store of the process group has not answered for {now - self._talked:.0f} s."
-        elif self._board.rank != 0 and (first is None or not first.ended):
+        elif self._board.rank != 0 and first is not None and not first.ended:
             # A little later than rank 0 would find others.
             if silence > (_LOST_BROKEN if self._broken else LOST) + 3 * _PERIOD:
-                self.verdict = judge([None if first is None else replace(first, broken=True)], [silence])
+                self.verdict = judge([replace(first, broken=True)], [silence])
 
     def _end(self, message: str) -> NoReturn:
         report = self._report()

@@ -273,6 +273,24 @@ def test_a_group_that_does_not_exchange_is_named(tmp_path):
         assert "axis `dp_shard` over ranks 0, 1 exchanged nothing within 2 s" in end.output, end.output[-3000:]
 
 
+def _is_killed_early(rank: int) -> None:
+    from hf_veomni.trainer import preflight, watchdog
+
+    watchdog.LOST, watchdog.GRACE = 6.0, 3.0
+    trainer = _trainer(PackedRows(8, 0))
+    if rank == 1:
+        preflight._try_groups = lambda *args: (time.sleep(1), os.kill(os.getpid(), signal.SIGKILL))  # type: ignore
+    trainer.train()
+
+
+def test_a_rank_that_is_killed_before_the_first_step_is_named(tmp_path):
+    """While the other waits for its message over the store, which tells nothing of a lost rank."""
+    ended = run_alone(_is_killed_early, 2, tmp_path)
+    _check(ended)
+    assert ended[1].code == -signal.SIGKILL and ended[0].code in (1, 76)
+    assert "Nothing has been heard of rank 1" in ended[0].output, ended[0].output[-3000:]
+
+
 def test_the_harness_tells_a_hang(tmp_path):
     """Else the tests above could not fail."""
     ended = run_alone(_hang, 1, tmp_path, limit=8)

@@ -31,6 +31,7 @@ def test_nothing_is_wrong_while_somebody_moves() -> None:
 
 def test_a_rank_that_has_not_spoken_yet_is_waited_for() -> None:
     assert judge([FINE, None, FINE], QUIET) is None
+    assert judge([WAITS, None, WAITS], [0.0, 999.0, 0.0]) is None  # `train` was not called on it so far
     assert judge([FINE, replace(WAITS, ended="done"), FINE], QUIET) is None
 
 
