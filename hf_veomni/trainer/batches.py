@@ -64,6 +64,18 @@ def _wrong_tokens(ids: Tensor) -> str | None:
     return f"`input_ids` {list(ids.shape)} of a batch hold no token" if ids.numel() == 0 else None
 
 
+def _is_mask_of(mask: Tensor, rows: int, tokens: int) -> bool:
+    """One number a token; or one a pair of tokens, for all rows and heads or for each."""
+    if mask.dim() == 2:
+        return mask.shape == (rows, tokens)
+    return (
+        mask.dim() in (3, 4)
+        and mask.shape[0] in (1, rows)
+        and mask.shape[-1] == tokens
+        and (mask.shape[-2] in (1, tokens))
+    )
+
+
 def _wrong_shape(batch: Mapping[str, Any], ids: Tensor, labelled: bool) -> str | None:
     if ids.dim() != 2:
         return None  # choices, or codebooks
@@ -73,8 +85,11 @@ def _wrong_shape(batch: Mapping[str, Any], ids: Tensor, labelled: bool) -> str |
             return f"`labels` {list(labels.shape)} of a batch must have the shape of `input_ids`, {list(ids.shape)}"
         if not _is_integer(labels):
             return f"`labels` of a batch are {str(labels.dtype).removeprefix('torch.')} and must be integers"
-    if isinstance(mask, Tensor) and mask.shape != ids.shape and mask.dim() not in (3, 4):
-        return f"`attention_mask` {list(mask.shape)} of a batch must have the shape of `input_ids`, {list(ids.shape)}"
+    if isinstance(mask, Tensor) and not _is_mask_of(mask, *ids.shape):
+        return (
+            f"`attention_mask` {list(mask.shape)} of a batch must have the shape of `input_ids`, {list(ids.shape)}, "
+            f"or end with {[ids.shape[1]] * 2} where it says which token sees which"
+        )
     if isinstance(positions, Tensor):
         if positions.dim() < 2 or positions.shape[-1] != ids.shape[-1]:
             return (

@@ -38,6 +38,8 @@ def test_sound_batches_pass(batch: Any) -> None:
         ({"labels": LABELS.float()}, "`labels` of a batch are float32 and must be integers"),
         ({"position_ids": IDS.float()}, "`position_ids` of a batch are float32"),
         ({"attention_mask": torch.ones(1, 3)}, r"`attention_mask` \[1, 3\] of a batch must have the shape"),
+        ({"attention_mask": torch.ones(2, 3, 4)}, r"`attention_mask` \[2, 3, 4\] of a batch .* end with \[3, 3\]"),
+        ({"attention_mask": torch.ones(3, 1, 3, 3)}, r"`attention_mask` \[3, 1, 3, 3\] of a batch"),
         ({"position_ids": torch.zeros(2, 4)}, r"`position_ids` \[2, 4\] of a batch must have rows of 3"),
         ({"position_ids": IDS[0]}, r"`position_ids` \[3\] of a batch must have rows of 3"),
         ({"input_ids": IDS.float()}, "`input_ids` of a batch are float32 and must be integers"),
