@@ -104,7 +104,8 @@ def judge(reports: Sequence[Report | None], silences: Sequence[float]) -> tuple[
     limit = _LOST_BROKEN if any(report is not None and report.broken for report in reports) else LOST
     known = {rank: report for rank in running if (report := reports[rank]) is not None}
     lost = [rank for rank in known if silences[rank] > limit]  # who has not spoken yet may still prepare its data
-    if lost:
+    if lost:  # with all those that fell silent in the same moment, as where a link is cut
+        lost = [rank for rank in known if silences[rank] > limit - 2 * _PERIOD]
         places = "; ".join(known[rank].place for rank in lost)
         return "lost", (
             f"Nothing has been heard of {name_ranks(lost)} for {max(silences[rank] for rank in lost):.0f} s; before: "

@@ -60,6 +60,11 @@ def test_an_error_comes_before_silence_and_silence_before_a_stall() -> None:
     assert found is not None and found[0] == "lost" and "heard of rank 2 for 31 s" in found[1]
 
 
+def test_those_that_fell_silent_together_are_named_together() -> None:
+    found = judge([FINE, FINE, FINE], [0.0, 30.5, 29.5])
+    assert found is not None and found[1].startswith("Nothing has been heard of ranks 1, 2 for 30 s")
+
+
 def test_silence_counts_sooner_where_an_exchange_broke_off() -> None:
     assert judge([FINE, FINE], [0.0, 6.0]) is None
     found = judge([replace(FINE, broken=True), FINE], [0.0, 6.0])
