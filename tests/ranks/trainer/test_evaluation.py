@@ -229,3 +229,25 @@ def test_the_evaluation_loss_is_the_same_for_every_batch_size_and_plan(ranks, wo
     run = replace(run, arguments={"per_device_eval_batch_size": size})
     losses = [_eval_loss(plan, run, form)] if world == 1 else ranks(world).run(_eval_loss, plan, run, form, timeout=60)
     assert losses == pytest.approx([expected] * world, rel=1e-5)
+
+
+def _kept(plan: str, run: Run) -> Any:
+    from hf_veomni import prepare_omni
+    from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
+
+    model = prepare_omni(run.model(), plan, attention="keep")
+    trainer = OmniTrainer(model, OmniTrainingArguments(**run.all_arguments(plan=plan)), **run.data())
+    return trainer.predict(run.dataset(5, 9))
+
+
+@pytest.mark.parametrize("plan", ["sp=2", "dp_shard=2"])
+def test_predictions_at_padding_are_those_of_the_models_own_attention(ranks, plan):
+    """And `label_names` of several columns come back as the stock trainer hands them out."""
+    run = Run(plain=True, arguments={"label_names": ["labels", "input_ids"]})
+    trainer = Trainer(run.model(), TrainingArguments(**run.all_arguments()), **run.data())
+    expected: Any = trainer.predict(run.dataset(5, 9))
+    assert (expected.label_ids[0] == -100).any()
+    for found in ranks(2).run(_kept, plan, run, timeout=60):
+        assert all(np.array_equal(*pair) for pair in zip(found.label_ids, expected.label_ids, strict=True))
+        assert found.predictions.shape == expected.predictions.shape
+        assert np.abs(found.predictions - expected.predictions).max() < 1e-5
