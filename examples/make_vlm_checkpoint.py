@@ -1,19 +1,25 @@
 """Put a small, untrained SigLIP encoder in front of a language model: a stock LLaVA checkpoint, without the Hub.
 
 The language model keeps its weights; encoder and projector are random and have to be trained (`--train_encoder` of
-`finetune_vlm.py`). The folder is like any on the Hub: config, safetensors, processor with its chat template.
+`finetune_vlm.py`). With `--pretrain` the encoder first learns to tell the pictures of a folder apart by their answers,
+so that only the projector is random, as when an encoder of the Hub meets a language model. The folder is like any on
+the Hub: config, safetensors, processor with its chat template.
 
     python examples/make_vlm_checkpoint.py                   # pictures of 16 x 16 are 4 tokens; 272 MB
     python examples/make_vlm_checkpoint.py --image_size 64   # 64 tokens a picture
+    python examples/make_vlm_checkpoint.py --pretrain outputs/data/digits --output outputs/checkpoints/llava-digits
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -84,14 +90,48 @@ def add_encoder(
     return seeing
 
 
+def pretrain_encoder(encoder: nn.Module, processor: LlavaProcessor, data: Path, epochs: int = 12) -> None:
+    """Train the encoder, in place, to tell the pictures of `data`/train.jsonl apart by the answers of their chats.
+
+    The linear layer that names the answers is thrown away. Chats with one picture are used.
+
+    Raises:
+        ValueError: no such file.
+    """
+    if not (data / "train.jsonl").is_file():
+        raise ValueError(f"`pretrain` ({data}) holds no train.jsonl: examples/digit_chats.py writes such a folder.")
+    chats = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    chats = [chat for chat in chats if len(chat["images"]) == 1]
+    pictures = [Image.open(data / chat["images"][0]) for chat in chats]
+    pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    answers = [json.dumps(chat["messages"][-1]["content"]) for chat in chats]
+    names = {name: place for place, name in enumerate(sorted(set(answers)))}
+    targets = torch.tensor([names[answer] for answer in answers])
+
+    head, dtype = nn.Linear(encoder.config.hidden_size, len(names)), next(encoder.parameters()).dtype
+    encoder.float()
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-3)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(pixels)).split(64):
+            logits = head(encoder(pixels[rows]).last_hidden_state.mean(1))
+            nn.functional.cross_entropy(logits, targets[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    encoder.to(dtype)
+
+
 def make_vlm_checkpoint(
-    output: str | Path = DEFAULT_OUTPUT, model: str | Path = LANGUAGE_MODEL, image_size: int = IMAGE_SIZE
+    output: str | Path = DEFAULT_OUTPUT,
+    model: str | Path = LANGUAGE_MODEL,
+    image_size: int = IMAGE_SIZE,
+    pretrain: str | Path | None = None,
 ) -> Path:
     """Write the model to `output`, all or nothing. One that is there already is kept.
 
     Args:
         model: checkpoint folder or Hub id of the language model; the demo's own is made if need be.
         image_size: height and width that every picture is resized to.
+        pretrain: a folder as `digit_chats.py` writes it, on which the encoder is trained first.
 
     Raises:
         ValueError: the disk is full, `output` holds something else, or the size is no multiple of a patch.
@@ -108,6 +148,10 @@ def make_vlm_checkpoint(
         processor = make_processor(AutoTokenizer.from_pretrained(model), image_size)
         bar.update()
         seeing = add_encoder(model, processor, image_size)
+        if pretrain is not None:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                pretrain_encoder(seeing.model.vision_tower, processor, Path(pretrain))
         bar.update()
         bar.set_description("write safetensors")
         seeing.save_pretrained(scratch, max_shard_size="100GB")
@@ -122,9 +166,10 @@ def main() -> None:
     parser.add_argument("--model", default=LANGUAGE_MODEL, help="language model (default: %(default)s)")
     parser.add_argument("--output", default=DEFAULT_OUTPUT, help="folder to write (default: %(default)s)")
     parser.add_argument("--image_size", type=int, default=IMAGE_SIZE, help="of all pictures (default: %(default)s)")
+    parser.add_argument("--pretrain", help="train the encoder on this folder of pictures and chats first")
     arguments = parser.parse_args()
     try:
-        make_vlm_checkpoint(arguments.output, arguments.model, arguments.image_size)
+        make_vlm_checkpoint(arguments.output, arguments.model, arguments.image_size, arguments.pretrain)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
