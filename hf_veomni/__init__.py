@@ -4,6 +4,7 @@ from hf_veomni.compile import compile_layers
 from hf_veomni.data import BalancedBatchSampler, OmniDataCollatorWithPacking, mix_datasets, pack_dataset
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.fsdp import clip_grad_norm_, sharded_arithmetic
+from hf_veomni.launcher import report_errors
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
 from hf_veomni.omni import (
     DecoderMixin,
@@ -58,3 +59,5 @@ __all__ = [
     "run_pair",
     "sharded_arithmetic",
 ]
+
+report_errors()
