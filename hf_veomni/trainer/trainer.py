@@ -23,6 +23,7 @@ from hf_veomni.prepare import prepare_omni
 from hf_veomni.trainer.arguments import OmniTrainingArguments
 from hf_veomni.trainer.auto import choose_plan
 from hf_veomni.trainer.callbacks import ExpertLoadCallback
+from hf_veomni.trainer.card import ModelCardMixin
 from hf_veomni.trainer.checkpointing import CheckpointingMixin
 from hf_veomni.trainer.counting import count_processes
 from hf_veomni.trainer.evaluation import EvaluationMixin
@@ -107,7 +108,9 @@ def _constructor(trainer: object) -> list[str]:
     raise TypeError(f"{type(trainer).__name__} has no Trainer behind OmniTrainerMixin.")
 
 
-class OmniTrainerMixin(GuardMixin, StepReportMixin, CheckpointingMixin, EvaluationMixin, BatchingMixin):
+class OmniTrainerMixin(
+    GuardMixin, ModelCardMixin, StepReportMixin, CheckpointingMixin, EvaluationMixin, BatchingMixin
+):
     """Put before a Trainer class: `class MySFT(OmniTrainerMixin, SFTTrainer)`.
 
     Args:
