@@ -203,6 +203,22 @@ def init(
     console.print(f"Wrote {path}. Next: hf-veomni train {path}", highlight=False, soft_wrap=True)
 
 
+@app.command("convert-config")
+def convert_config(
+    source: Annotated[Path, typer.Argument(help="A training file of VeOmni.")],
+    target: Annotated[Path, typer.Argument(help="The recipe to write.")],
+    processes: Annotated[int, typer.Option(help="Of the run, over all machines; VeOmni's files do not say it.")] = 1,
+) -> None:
+    """A training file of VeOmni as a recipe for `hf-veomni train`; an error for what has no equivalent."""
+    from hf_veomni.convert_config import convert_file
+
+    try:
+        convert_file(source, target, processes)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(f"Wrote {target}. Next: hf-veomni train {target} --print-script", highlight=False, soft_wrap=True)
+
+
 @app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that `sharded_weights=True` wrote.")],
