@@ -1,0 +1,68 @@
+"""Preferences, labels and streams, by the scripts that a person would start from: two ranks train as one process."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from classify import read_samples
+from preference_pairs import pydoc_pairs, read_pairs
+from stream_mix import read_sources
+from tests.e2e.launching import ROOT, launch, python
+
+OPTIONS = {
+    "dpo": ["--max_length", "64", "--learning_rate", "1e-2"],
+    "reward": ["--max_length", "1024", "--learning_rate", "1e-2"],
+    "classify": ["--max_tokens", "64", "--learning_rate", "1e-2"],
+    "stream_mix": ["--max_tokens", "256", "--learning_rate", "1e-2"],
+}
+
+
+def _losses(text: str) -> list[float]:
+    return [float(value) for value in re.findall(r"'loss': '?([\d.e-]+)", text)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
+def test_two_ranks_train_as_one_process(name: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    script = str(ROOT / "examples" / f"{name}.py")
+    options = ["--model", str(tiny_checkpoint), "--dtype", "float32", "--max_steps", "4", *OPTIONS[name]]
+    _, two = launch("cpu_sp2.yaml", script, *options, "--output_dir", str(tmp_path / "two"))
+    _, one = python(script, *options, "--use_cpu", "--output_dir", str(tmp_path / "one"))
+    assert len(_losses(two)) == 4 and _losses(two) == pytest.approx(_losses(one), rel=1e-3)  # as they are printed
+    card = (tmp_path / "two/README.md").read_text()
+    assert "hf-veomni" in card and "- Plan: `sp=2`, 2 ranks" in card
+    assert list((tmp_path / "two").glob("*.safetensors"))
+
+
+def test_pairs_are_read_or_made(tmp_path: Path) -> None:
+    train, test = read_pairs(None)
+    assert len(test) == 8 and len(train) + 8 == len(pydoc_pairs()) > 60
+    assert train[0]["chosen"] != train[0]["rejected"] and train[0]["prompt"][0]["role"] == "user"
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in pydoc_pairs()[:10]))
+    assert [len(part) for part in read_pairs(str(tmp_path / "pairs.jsonl"))] == [2, 8]
+    with pytest.raises(ValueError, match="has 10 pairs, of which 10 are held out"):
+        read_pairs(str(tmp_path / "pairs.jsonl"), held_out=10)
+    with pytest.raises(ValueError, match="`data` .nowhere. is no file: give a jsonl"):
+        read_pairs("nowhere")
+
+
+def test_sources_are_read_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    streams, weights = read_sources(json.dumps({str(tmp_path / "*.txt"): 2}))
+    assert list(weights.values()) == [2.0] and [row["text"] for row in next(iter(streams.values()))] == ["one", "two"]
+    with pytest.raises(ValueError, match="must be json such as"):
+        read_sources("a.txt")
+    with pytest.raises(ValueError, match="its ending must be one of jsonl"):
+        read_sources('{"a.bin": 1}')
+
+
+def test_labels_are_numbered_or_refused(tmp_path: Path) -> None:
+    samples, names = read_samples(None)
+    assert len(names) == 4 and {sample["label"] for sample in samples} == {0, 1, 2, 3}
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "label": "good"}')
+    with pytest.raises(ValueError, match="has the labels .'good'.: two or more are needed"):
+        read_samples(str(tmp_path / "a.jsonl"))
