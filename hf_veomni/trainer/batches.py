@@ -91,9 +91,11 @@ def _wrong_shape(batch: Mapping[str, Any], ids: Tensor, labelled: bool) -> str |
             f"or end with {[ids.shape[1]] * 2} where it says which token sees which"
         )
     if isinstance(positions, Tensor):
-        if positions.dim() < 2 or positions.shape[-1] != ids.shape[-1]:
+        rows, tokens = ids.shape
+        if positions.dim() not in (2, 3) or positions.shape[-2] not in (1, rows) or positions.shape[-1] != tokens:
             return (
-                f"`position_ids` {list(positions.shape)} of a batch must have rows of {ids.shape[-1]}, as `input_ids`"
+                f"`position_ids` {list(positions.shape)} of a batch must have the shape of `input_ids`, "
+                f"{[rows, tokens]}, after an axis of mRoPE if the model has it"
             )
         if not _is_integer(positions):
             return f"`position_ids` of a batch are {str(positions.dtype).removeprefix('torch.')} and must be integers"
