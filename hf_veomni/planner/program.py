@@ -85,22 +85,9 @@ class Program:
         self.sent.append(sends or flies)
         self.flying.append(flies)
         saved = (*saves, output) if saves_output else tuple(saves)
-        self.operations.append(
-            _Operation(
-                output,
-                tuple(inputs),
-                tuple(passes),
-                saved,
-                keeps,
-                scratch,
-                back,
-                weight,
-                sends,
-                flies,
-                tuple(holds),
-                experts,
-            )
-        )
+        ends = tuple(inputs), tuple(passes), saved
+        sizes = keeps, scratch, back, weight
+        self.operations.append(_Operation(output, *ends, *sizes, sends, flies, tuple(holds), experts))
         return output
 
     def forward(self, until_saved: bool = False) -> Live:
