@@ -15,6 +15,7 @@ from hf_veomni.omni import (
     build_omni_model,
 )
 from hf_veomni.pairs import run_pair
+from hf_veomni.pipeline import run_window
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.prepare import build_parallelize_model, detach_omni, gather_sequence, prepare_omni
 from hf_veomni.trainer import (
@@ -57,6 +58,7 @@ __all__ = [
     "pack_dataset",
     "prepare_omni",
     "run_pair",
+    "run_window",
     "sharded_arithmetic",
 ]
 

@@ -113,6 +113,7 @@ class ForwardContext:
         transport: of exchanges between ranks; None: their process groups.
         flight: of two sequences that run side by side the one that this is.
         lane: the same, where it gives way to the other one: within the backbones of prepared models.
+        stage: the micro-batch of a pipeline that runs through this rank's stage.
         dropout: the random stream of the prepared model's call, and what tells whether it was drawn from.
         entries: what `leave` puts back, the innermost first.
     """
@@ -130,6 +131,7 @@ class ForwardContext:
     transport: Transport | None = None
     flight: Lane | None = None
     lane: Lane | None = None
+    stage: Any = None
     dropout: Any = None
     entries: tuple[_Entry, ...] = ()
 

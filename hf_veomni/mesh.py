@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,24 @@ from hf_veomni.plan import ParallelPlan
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+# Of a prepared base model in a pipeline whose first and last stage share a parameter: `Tied`.
+TIED = "_omni_tied"
+
+
+class Tied(NamedTuple):
+    """What embeddings (first stage) and head (last stage) of a pipeline share.
+
+    Attributes:
+        names: of each such parameter, all of them, the first one before the others.
+        parameters: this stage's copies.
+        group: the two ranks that have the same part of them.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    parameters: list[Any]
+    group: dist.ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -31,7 +49,12 @@ class ParallelState:
         sp_group: the ranks that share this rank's rows, in sequence order; None when sp_size is 1.
         sp_rank: this rank's place on the sequence axis.
         expert_mesh: the same ranks as (dp_replicate, efsdp, ep), ep innermost; None when ep_size is 1.
-        dp_rank: which of the `dp_size` streams of rows this rank reads; the same on all ranks of an SP group.
+        dp_rank: which of the `dp_size` streams of rows this rank reads; the same on all ranks of an SP group, and on
+            all stages.
+        pp_rank: this rank's stage; 0 without a pipeline.
+        pp_group, pp_back_group: the ranks with this one's place in each stage, in the order of the stages: for what
+            goes forward and for what comes back. None when pp_size is 1.
+        stage_group: the ranks of this stage, over which all other axes lie; None (all ranks) when pp_size is 1.
     """
 
     plan: ParallelPlan
@@ -42,6 +65,10 @@ class ParallelState:
     sp_group: dist.ProcessGroup | None = None
     sp_rank: int = 0
     dp_rank: int = 0
+    pp_rank: int = 0
+    pp_group: dist.ProcessGroup | None = None
+    pp_back_group: dist.ProcessGroup | None = None
+    stage_group: dist.ProcessGroup | None = None
 
     @cached_property
     def sp_size(self) -> int:
@@ -145,17 +172,15 @@ def init_parallel_state(plan: ParallelPlan | str | None = None) -> ParallelState
     sizes = (plan.pp_size, plan.dp_replicate_size, plan._resolved_shard(), plan.sp_size)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
     # One mesh of its own for parameters, since a flattened axis cannot be combined with dp_replicate in every torch.
-    dense = init_device_mesh(
-        device.type, (plan.dp_replicate_size, plan.fsdp_size), mesh_dim_names=("dp_replicate", "fsdp")
-    )
+    dense = _within_stage(plan, device, dp_replicate=plan.dp_replicate_size, fsdp=plan.fsdp_size)
     expert = None
     if plan.ep_size > 1:
-        sizes = (plan.dp_replicate_size, plan.efsdp_size, plan.ep_size)
-        expert = init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "efsdp", "ep"))
+        sizes = {"dp_replicate": plan.dp_replicate_size, "efsdp": plan.efsdp_size, "ep": plan.ep_size}
+        expert = _within_stage(plan, device, **sizes)
         expert["efsdp", "ep"]._flatten("experts")  # lets DTensor gather and reduce over both axes in one collective
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
-    _, replica, shard, sp_rank = coordinate
+    pp_rank, replica, shard, sp_rank = coordinate
     return ParallelState(
         plan=plan,
         device=device,
@@ -165,7 +190,33 @@ def init_parallel_state(plan: ParallelPlan | str | None = None) -> ParallelState
         sp_group=mesh.get_group("sp") if plan.sp_size > 1 else None,
         sp_rank=sp_rank,
         dp_rank=replica * plan._resolved_shard() + shard,
+        **_stage_groups(plan, device, pp_rank),
     )
+
+
+def _within_stage(plan: ParallelPlan, device: torch.device, **sizes: int) -> DeviceMesh:
+    """A mesh over the ranks of a stage, all of them without a pipeline. Collectives: process groups over all ranks."""
+    names = tuple(sizes)
+    if plan.pp_size == 1:
+        return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=names)
+    whole = init_device_mesh(device.type, (plan.pp_size, *sizes.values()), mesh_dim_names=("pp", *names))
+    return whole[names]
+
+
+def _stage_groups(plan: ParallelPlan, device: torch.device, pp_rank: int) -> dict[str, Any]:
+    """What a pipeline needs. Collectives: creates process groups over all ranks."""
+    if plan.pp_size == 1:
+        return {}
+    sizes, names = (plan.pp_size, plan.world_size // plan.pp_size), ("pp", "stage")
+    there = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    ranks = torch.arange(plan.world_size).view(sizes).T.tolist()
+    back = [dist.new_group(column) for column in ranks][dist.get_rank() % sizes[1]]
+    return {
+        "pp_rank": pp_rank,
+        "pp_group": there.get_group("pp"),
+        "pp_back_group": back,
+        "stage_group": there.get_group("stage"),
+    }
 
 
 def get_parallel_state(model: nn.Module) -> ParallelState:

@@ -84,7 +84,7 @@ class ParallelPlan:
         dp_shard_size: data ranks that shard one replica; None takes what is left of the world in `resolve`.
         sp_size: ranks that share the sequence axis of a row.
         ep_size: ranks that share the experts; divides `dp_shard_size * sp_size`.
-        pp_size: pipeline stages; only 1 is supported.
+        pp_size: pipeline stages; each has some of the layers, and all other axes lie within one (docs/pipeline.md).
         modules: rules by module-name pattern (`fnmatch`), for example `{"lm_head": {"fsdp": "keep"}}`. Rules:
             `fsdp`: "free" gives the module an FSDP unit of its own that frees its weight after forward; "keep" one
             that keeps it gathered until its backward.
@@ -100,7 +100,7 @@ class ParallelPlan:
 
     Raises:
         ValueError: a size that is no positive integer, sizes that do not fit each other, or an unknown rule.
-        UnsupportedError: `pp_size` above 1, or an `overlap` that is not there yet.
+        UnsupportedError: `pp_size` above 1 with an `overlap`.
     """
 
     dp_replicate_size: int = 1
@@ -118,18 +118,18 @@ class ParallelPlan:
                 continue
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"`{name}` ({size!r}) must be a positive integer.")
-        if self.pp_size > 1:
-            from hf_veomni.errors import UnsupportedError  # here: the package imports torch
-
-            raise UnsupportedError(
-                f"`pp_size` ({self.pp_size}) must be 1: pipeline parallelism is not available in this release. "
-                "Use sp_size for long rows, dp_shard_size for large models."
-            )
         if self.dp_shard_size is not None:
             self._check_experts()
         self._check_modules()
         if self.overlap not in OVERLAPS:
             raise ValueError(f"`overlap` ({self.overlap!r}) is unknown: {nearest(str(self.overlap), OVERLAPS)}.")
+        if self.pp_size > 1 and self.overlap != "none":
+            from hf_veomni.errors import UnsupportedError  # here: the package imports torch
+
+            raise UnsupportedError(
+                f"`overlap` ({self.overlap!r}) does not go with `pp_size` ({self.pp_size}): micro-batches in flight "
+                "belong to the pipeline's schedule. Leave `overlap` out, or use pp_size=1."
+            )
 
     def __hash__(self) -> int:
         rules = {pattern: frozenset(rule.items()) for pattern, rule in self.modules.items()}

@@ -13,14 +13,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 
 from hf_veomni import hf
 from hf_veomni.checkpoint import (
     PendingWeights,
     attach_stock_calls,
+    check_parameters,
     materialize_weights,
-    plan_weights,
     retain_weights,
 )
 from hf_veomni.comm.agree import together
@@ -41,6 +40,7 @@ from hf_veomni.logs import announce, warn_of_no_plan
 from hf_veomni.loss import LazyLogits, attach_chunked_loss
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state, settle_device
 from hf_veomni.modality.towers import attach_towers
+from hf_veomni.pipeline import Stages, attach_border, cut_model, join_stages, plan_stages
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.sequence.attach import SequenceAttachment, attach_sequence
 from hf_veomni.sequence.backbone import counts_rows
@@ -51,29 +51,6 @@ from hf_veomni.sequence.randomness import attach_dropout
 Model = TypeVar("Model", bound=nn.Module)
 
 _STATE, _UNDO, _SEQUENCE = "_omni_parallel_state", "_omni_undo", "_omni_attachment"
-
-
-def _check_parameters(model: nn.Module, checkpoint: str | os.PathLike[str] | None) -> PendingWeights | None:
-    """What to fill a model on meta with; None for one that has its weights."""
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise UnsupportedError(
-                f"Parameter '{name}' is already a DTensor: `prepare_omni` shards the model itself. Load it without "
-                "distributed_config, tp_plan or a second `prepare_omni`."
-            )
-    meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if meta is None and checkpoint is not None:
-        raise ValueError(
-            f"`checkpoint` ('{checkpoint}') is for models on the meta device, and this {type(model).__name__} has its "
-            "weights already: leave it out, or build the model under `torch.device('meta')`."
-        )
-    if meta is not None and checkpoint is None:
-        raise ValueError(
-            f"Parameter '{meta}' is on the meta device: name the weights with "
-            "`prepare_omni(model, plan, checkpoint=...)`, of which each rank reads its part, or load them before with "
-            "from_pretrained."
-        )
-    return None if checkpoint is None else plan_weights(model, checkpoint)
 
 
 def _check_fresh(base: nn.Module) -> None:
@@ -110,7 +87,11 @@ def build_parallelize_model(
     if plan is not None and ParallelPlan.parse(plan).resolve(state.world_size) != state.plan:
         raise ValueError(f"`plan` ({plan}) differs from the plan of `state` ({state.plan}): pass one of them.")
     with together("Preparing the model"):
-        pending = _check_parameters(model, checkpoint)
+        pending = check_parameters(model, checkpoint)
+    if state.plan.pp_size > 1:
+        raise UnsupportedError(
+            f"`pp_size` ({state.plan.pp_size}) needs more than shards: use prepare_omni(model, plan)."
+        )
     with _undone_on_failure() as undo:
         _parallelize(model, state, mp_policy, pending, undo)
     return model
@@ -134,8 +115,13 @@ def _parallelize(
     mp_policy: MixedPrecisionPolicy | None,
     pending: PendingWeights | None,
     undo: list[Callable[[], Any]],
+    stages: Stages | None = None,
 ) -> None:
-    """The parameters. Adds to `undo` how to take off all but the shards, and marks the model as prepared."""
+    """The parameters. Adds to `undo` how to take off all but the shards, and marks the model as prepared.
+
+    Args:
+        stages: how a pipeline cuts the model, once the ranks have found theirs to be the same.
+    """
     base = hf.base_model(model)
     before = list(model.parameters())
     with together("Preparing the model"):
@@ -145,18 +131,24 @@ def _parallelize(
             check_no_gradient_hooks(model)
         overlaps = state.plan.overlap == "chunks" or state.plan.says("overlap")
         chunked = _find_chunked(base, state) if overlaps else []
-        if pending is None:
+        if pending is None and stages is None:
             model.to(state.device)
     synchronize_parameters(model, state.device)
     if pending is not None:
         retain_weights(model, pending)
+    if stages is not None:
+        cut_model(stages, state, None if mp_policy is None else mp_policy.param_dtype)
+        if pending is None:
+            model.to(state.device)
     undo.extend(attach() for attach in chunked)
-    experts = attach_experts(base, state, undo)
+    experts = attach_experts(base, state, undo) if stages is None or find_experts(base) else []
     shard_parameters(base, state, mp_policy, experts)
     if state.plan.overlap == "pairs":
         attach_pairs(base, undo)
     if pending is not None:
         materialize_weights(model, pending, state.device)
+    if stages is not None:
+        join_stages(model, stages.tied, state)
     mark_replaced(before, model)
     undo.append(attach_stock_calls(model, base, state.world_size))
     setattr(base, _STATE, state)
@@ -210,7 +202,7 @@ def prepare_omni(
         base = hf.base_model(model)
         given, plan = plan, ParallelPlan.parse(plan)
         _check_fresh(base)
-        pending = _check_parameters(model, checkpoint)
+        pending = check_parameters(model, checkpoint)
     check_same_value("plan", plan)
     state = init_parallel_state(plan)
     with _undone_on_failure() as undo:
@@ -218,9 +210,12 @@ def prepare_omni(
             hf_peft.check_adapters(model, state.world_size, state.sp_size)
             undo.append(hf_peft.call_with_hooks(model))
             check_model(base, state)
+            stages = plan_stages(base, state) if state.plan.pp_size > 1 else None
             state.plan.match_modules(name for name, _ in base.named_modules() if name)
             _attach(base, state, attention, chunked_loss, undo, apart=not hf_peft.picks_tokens_by_place(model))
-        _parallelize(model, state, mp_policy, pending, undo)
+            if stages is not None:
+                undo.append(attach_border(base, state))
+        _parallelize(model, state, mp_policy, pending, undo, stages)
     _tell(model, state, unplanned=given is None and plan == ParallelPlan())
     return model
 
@@ -294,7 +289,7 @@ def _attach(
         undo.append(detach)
     undo.append(attach_calls(base, state, reasons))
     undo.append(forget_in_graphs(base))  # before all others
-    if state.sp_size > 1:
+    if state.sp_size > 1 or state.plan.pp_size > 1:
         undo.append(attach_dropout(base, state))
 
 

@@ -2,7 +2,7 @@
 
 from hf_veomni.checkpoint.background import BackgroundError, BackgroundWriter
 from hf_veomni.checkpoint.files import staged
-from hf_veomni.checkpoint.load import PendingWeights, materialize_weights, plan_weights, retain_weights
+from hf_veomni.checkpoint.load import PendingWeights, check_parameters, materialize_weights, retain_weights
 from hf_veomni.checkpoint.plain import gather_full_state, gather_plain_state, load_plain, save_plain
 from hf_veomni.checkpoint.state import (
     load_optimizer,
@@ -24,6 +24,7 @@ __all__ = [
     "retain_weights",
     "agree",
     "attach_stock_calls",
+    "check_parameters",
     "gather_full_state",
     "gather_plain_state",
     "load_optimizer",
@@ -32,7 +33,6 @@ __all__ = [
     "load_weights",
     "materialize_weights",
     "optimizer_state",
-    "plan_weights",
     "save_optimizer",
     "save_plain",
     "save_weights",

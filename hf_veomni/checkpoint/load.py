@@ -120,6 +120,34 @@ def _plan_adapters(model: PeftModel, twins: dict[int, str]) -> tuple[list[tuple[
     return layers, named
 
 
+def check_parameters(model: nn.Module, checkpoint: Checkpoint | None) -> PendingWeights | None:
+    """What to fill a model on meta with; None for one that has its weights.
+
+    Raises:
+        ValueError: weights and a checkpoint, or neither.
+        UnsupportedError: parameters that are shards already.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise UnsupportedError(
+                f"Parameter '{name}' is already a DTensor: `prepare_omni` shards the model itself. Load it without "
+                "distributed_config, tp_plan or a second `prepare_omni`."
+            )
+    meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if meta is None and checkpoint is not None:
+        raise ValueError(
+            f"`checkpoint` ('{checkpoint}') is for models on the meta device, and this {type(model).__name__} has its "
+            "weights already: leave it out, or build the model under `torch.device('meta')`."
+        )
+    if meta is not None and checkpoint is None:
+        raise ValueError(
+            f"Parameter '{meta}' is on the meta device: name the weights with "
+            "`prepare_omni(model, plan, checkpoint=...)`, of which each rank reads its part, or load them before with "
+            "from_pretrained."
+        )
+    return None if checkpoint is None else plan_weights(model, checkpoint)
+
+
 def plan_weights(model: nn.Module, checkpoint: Checkpoint) -> PendingWeights:
     """Find out how a checkpoint fills a model on meta; reads the headers of its files only. Not a collective.
 
@@ -162,6 +190,9 @@ def plan_weights(model: nn.Module, checkpoint: Checkpoint) -> PendingWeights:
                 "family has no rule to compute it: build the model with real buffers, or use from_pretrained."
             )
         pending.values = {names[name]: tensor for name, tensor in _tensors(plain)}
+        for name, tensor in _tensors(model):  # a pipeline stage may have a tied parameter under its second name
+            if (first := twins[id(memo[id(tensor)])]) in pending.values:
+                pending.values[name] = pending.values[first]
         pending.files = files.pop_all()
     for name, tensor in _tensors(model, duplicates=False):
         if tensor.is_meta and name not in pending.values and name not in initialised:

@@ -24,6 +24,7 @@ from hf_veomni import hf
 from hf_veomni.checkpoint.files import staged
 from hf_veomni.checkpoint.load import read_converted
 from hf_veomni.checkpoint.manifest import names_within
+from hf_veomni.checkpoint.stages import join_stages, leads_stage, stage_of
 from hf_veomni.comm.agree import together
 from hf_veomni.expert import AdapterLayout, find_layouts
 
@@ -60,8 +61,10 @@ def gather_full_state(model: nn.Module, *, keep: bool, names: set[str] | None = 
     Returns:
         Global tensors by name on ranks that keep them, an empty dict elsewhere. Tied parameters share one tensor.
 
-    Collectives: one all-gather per sharded tensor over the mesh it lives on. No gradient.
+    Collectives: one all-gather per sharded tensor over the mesh it lives on, and what `join_stages` has. No gradient.
     """
+    stage = stage_of(model)
+    wanted, keep = keep, keep or (stage is not None and leads_stage(stage))
     parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     layouts = find_layouts(model)
     full: dict[str, Tensor] = {}
@@ -78,7 +81,7 @@ def gather_full_state(model: nn.Module, *, keep: bool, names: set[str] | None = 
         value = seen[key]
         if value is not None:
             full[name] = value
-    return full
+    return full if stage is None else join_stages(full, model, stage, wanted)
 
 
 def gather_plain_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:

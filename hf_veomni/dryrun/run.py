@@ -18,6 +18,7 @@ from hf_veomni.dryrun.encoders import encoding, has_encoder_inputs, keeps_values
 from hf_veomni.dryrun.report import DryRun
 from hf_veomni.dryrun.step import Recorded, record_step
 from hf_veomni.dryrun.world import fake_world
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.build import builder, load_config
 from hf_veomni.host import as_values, forget, move, remember
 from hf_veomni.mesh import get_parallel_state
@@ -73,6 +74,11 @@ def dry_run(
     began = time.perf_counter()
     _check(kernels, rank, world_size, accumulation, skew)
     resolved = ParallelPlan.parse(plan).resolve(world_size)
+    if resolved.pp_size > 1:
+        raise UnsupportedError(
+            f"`pp_size` ({resolved.pp_size}) is not available in a dry run, where nobody sends what a stage receives: "
+            "run the plan without it, with as many layers as a stage has (`num_hidden_layers`)."
+        )
     given = text_batch(tokens) if batch is None else batch
     build = model if callable(model) else builder(load_config(model), dtype)
     with fake_world(world_size, rank, kernels=kernels, skew=skew):

@@ -73,15 +73,21 @@ class _LossOfAllRanks:
     ) -> Tensor | int:
         """The loss of all ranks' tokens, times this micro-batch's share of the step.
 
-        Collective: one all-reduce of 2 E + 2 numbers over all ranks, or over the SP group without gradients. The
-        backward has none: gradients are those of the sum of all ranks' losses, which FSDP averages.
+        Collective: one all-reduce of 2 E + 2 numbers over all ranks, or over the SP group without gradients; in a
+        pipeline over the ranks of its last stage, to which the sums of the others come. The backward has none:
+        gradients are those of the sum of all ranks' losses, which FSDP averages.
         """
-        if not isinstance(gate_logits, tuple) or not gate_logits:
+        sums = None
+        if isinstance(gate_logits, tuple) and gate_logits:
+            assert num_experts is not None
+            sums = _sums(gate_logits, num_experts, top_k, self._valid(len(gate_logits[0])))
+        if (stage := current().stage) is not None:
+            sums = stage.add_router_sums(sums)
+        if sums is None:
             return 0
-        assert num_experts is not None
-        sums = _sums(gate_logits, num_experts, top_k, self._valid(len(gate_logits[0])))
         share = torch.as_tensor(self._share(sums[0].device), dtype=torch.float64)
-        args = *sums, share.to(sums[0].device, non_blocking=True)
+        chosen, probabilities, tokens = sums
+        args = chosen, probabilities, tokens, share.to(sums[0].device, non_blocking=True)
         flight = current().flight
         if flight is None or not flight.parts:
             return self._loss(*args)
@@ -108,7 +114,7 @@ class _LossOfAllRanks:
     def _reduce(self, both: Tensor) -> None:
         """Without gradients a batch has a loss of its own, as in one process: its tokens are those of the SP group."""
         if self.training and self.state.world_size > 1:
-            dist.all_reduce(both)
+            dist.all_reduce(both, group=self.state.stage_group)
         elif self.state.sp_size > 1:
             dist.all_reduce(both, group=self.state.sp_group)
 

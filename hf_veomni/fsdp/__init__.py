@@ -1,7 +1,8 @@
 """FSDP2 and HSDP over the plan's meshes."""
 
+from hf_veomni.fsdp.accumulate import deferred_reduction
 from hf_veomni.fsdp.arithmetic import as_plain, sharded_arithmetic
-from hf_veomni.fsdp.grad_norm import clip_grad_norm_
+from hf_veomni.fsdp.grad_norm import clip_grad_norm_, mark_stage
 from hf_veomni.fsdp.hooks import held_weights
 from hf_veomni.fsdp.joint import attach_pairs, check_overlap
 from hf_veomni.fsdp.optimizers import check_optimizer
@@ -19,8 +20,10 @@ __all__ = [
     "check_same_value",
     "check_units",
     "clip_grad_norm_",
+    "deferred_reduction",
     "held_weights",
     "mark_replaced",
+    "mark_stage",
     "shard_parameters",
     "sharded_arithmetic",
     "synchronize_parameters",

@@ -148,7 +148,7 @@ def plan_units(model: PreTrainedModel, rules: Mapping[str, Mapping[str, str]]) -
         taken.update(child for module in rest for child in module.modules())
         if len(rest) > 1 and hf.is_encoder_decoder(model):
             _check_unruled(model, rest, rules)
-        elif rest:
+        elif any(True for module in rest for _ in module.parameters()):  # else it belongs to another pipeline stage
             found.append((rest, keep))
     return found
 

@@ -127,7 +127,7 @@ def heads(model: Any) -> list[nn.Module]:
 
 def reads_attention_mask(module: nn.Module) -> bool:
     """Whether an attention module looks into its mask instead of only handing it to the attention function."""
-    tree = _forward_tree(type(module))
+    tree = forward_tree(type(module))
     if tree is None:
         return False
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
@@ -167,7 +167,7 @@ def first_scaled_position(module: nn.Module) -> int | None:
 
 
 @lru_cache(maxsize=64)
-def _forward_tree(owner: type) -> ast.AST | None:
+def forward_tree(owner: type) -> ast.AST | None:
     """Syntax tree of transformers' own forward of a class, of which FSDP2 and PEFT may have made another class."""
     for base in owner.__mro__:
         if "forward" in vars(base) and base.__module__.startswith("transformers."):
@@ -181,7 +181,7 @@ def _forward_tree(owner: type) -> ast.AST | None:
 def masks_follow_positions(decoder: nn.Module) -> bool:
     """Whether the backbone hands `position_ids` to the mask creation, so that stock masks separate packed
     documents."""
-    tree = _forward_tree(type(decoder))
+    tree = forward_tree(type(decoder))
     return tree is not None and any(_hands_positions_to_mask(node) for node in ast.walk(tree))
 
 

@@ -40,7 +40,7 @@ class _Calls:
         self.names = list(parameters)
         takes = "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.takes_positions = takes and not hf.is_encoder_decoder(model)
-        self.known = {name for name, _ in model.named_parameters()}
+        self.known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.checked: set[bool] = set()  # whether parameters were looked at in training, in evaluation: milliseconds
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

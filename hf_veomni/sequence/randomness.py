@@ -45,7 +45,8 @@ class _OwnDropout:
     """
 
     def __init__(self, state: ParallelState) -> None:
-        self._device, self._rank = state.device, state.sp_rank
+        self._device = state.device
+        self._rank = state.sp_rank + state.pp_rank * state.sp_size
 
     def enter(self, module: nn.Module, args: object) -> None:
         if module.training:

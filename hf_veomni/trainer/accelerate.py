@@ -46,6 +46,11 @@ class OmniParallelismConfig(ParallelismConfig):
 
     def __init__(self, plan: ParallelPlan | str | None = None) -> None:
         self.plan = ParallelPlan.parse(plan)
+        if self.plan.pp_size > 1:
+            raise UnsupportedError(
+                f"`pp_size` ({self.plan.pp_size}) is not available with an Accelerator or OmniTrainer: write a loop "
+                "of `prepare_omni`, `run_window(model, batches)` and the optimizer."
+            )
         release_launcher(self.plan)
         self.cp_backend, self.sp_backend = "torch", "deepspeed"  # the values that mean nothing is asked for
         self.tp_size = self.sp_size = 1

@@ -16,9 +16,7 @@ import torch.distributed as dist
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils.operations import recursively_apply
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-from hf_veomni import hf
 from hf_veomni.checkpoint import (
     gather_full_state,
     load_optimizer,
@@ -29,7 +27,7 @@ from hf_veomni.checkpoint import (
 )
 from hf_veomni.comm import all_gather
 from hf_veomni.expert import counts_tokens
-from hf_veomni.fsdp import check_not_replaced, check_optimizer
+from hf_veomni.fsdp import check_not_replaced, check_optimizer, deferred_reduction
 from hf_veomni.fsdp import clip_grad_norm_ as clip_over_meshes
 from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.mesh import is_prepared
@@ -39,28 +37,6 @@ from hf_veomni.trainer.loaders import assign_to_data_ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-@contextmanager
-def deferred_reduction(model: nn.Module) -> Iterator[None]:
-    """Accumulate gradients over micro-batches with as little communication as memory allows.
-
-    Gradients that no rank has reduced are as large as the parameters they belong to. A few of them (LoRA) wait
-    unsharded for the last micro-batch. All of them would cost what sharding saved, so a full fine-tune reduce-scatters
-    every time and puts off only the all-reduce over the replicas. The sums are the same.
-    """
-    root = hf.base_model(model)
-    if not isinstance(root, FSDPModule):
-        yield
-        return
-    sizes = [(p.numel(), p.requires_grad) for p in root.parameters()]
-    few = 4 * sum(n for n, trained in sizes if trained) <= sum(n for n, _ in sizes)
-    switch: Callable[[bool], None] = root.set_requires_gradient_sync if few else root.set_requires_all_reduce
-    switch(False)
-    try:
-        yield
-    finally:
-        switch(True)
 
 
 class _PlanScheduler(AcceleratedScheduler):

@@ -22,7 +22,7 @@ def test_the_class_is_public_and_a_value_error():
 @pytest.mark.parametrize(
     ("ask", "match"),
     [
-        (lambda: ParallelPlan(pp_size=2), r"`pp_size` \(2\) must be 1"),
+        (lambda: ParallelPlan(pp_size=2, overlap="pairs"), r"`pp_size` \(2\)"),
         (lambda: prepare_omni(nn.Linear(2, 2), "sp=1"), r"`model` \(Linear\) must be a transformers PreTrainedModel"),
         (lambda: hf_veomni.compile_layers(build_model("openai-gpt")), "has no layers"),
     ],

@@ -52,7 +52,7 @@ def test_resolve_takes_what_is_left_of_the_world():
         (lambda: ParallelPlan.from_dict({"sp": 2, "sp_size": 2}), r"a second time"),
         (lambda: ParallelPlan(sp_size=0), r"`sp_size` \(0\) must be a positive integer"),
         (lambda: ParallelPlan(sp_size=True), r"positive integer"),
-        (lambda: ParallelPlan(pp_size=2), r"`pp_size` \(2\) must be 1"),
+        (lambda: ParallelPlan(pp_size=2, overlap="pairs"), r"`overlap` \('pairs'\) does not go with `pp_size` \(2\)"),
         (lambda: ParallelPlan(dp_shard_size=8, ep_size=6), r"`ep_size` \(6\) must divide .*\(8\): use 1, 2, 4, 8"),
         (lambda: ParallelPlan(ep_size=3).resolve(4), r"`ep_size` \(3\) must divide"),
         (lambda: ParallelPlan(sp_size=3).resolve(4), r"= 3\) must divide the number of ranks \(4\)"),

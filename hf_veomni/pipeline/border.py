@@ -1,0 +1,129 @@
+"""Hooks at the top of a model that is a pipeline stage: what its calls may say, and what they return.
+
+Within `run_window` a call is one micro-batch of the schedule. Without gradients any call is a pipeline of one
+micro-batch: the last stage's loss and logits are handed to all stages, so that evaluation needs nothing else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from hf_veomni import hf
+from hf_veomni.context import current, enter, is_generating, leave
+from hf_veomni.errors import UnsupportedError
+from hf_veomni.loss import LazyLogits, has_chunked_loss
+from hf_veomni.mesh import ParallelState
+from hf_veomni.pipeline.link import Link
+from hf_veomni.pipeline.microbatch import MicroBatch
+
+_TARGETS = ("labels", "shift_labels", "num_items_in_batch")
+_REFUSED = {
+    "output_hidden_states": "a stage has those of its own layers alone",
+    "output_attentions": "a stage has those of its own layers alone",
+    "inputs_embeds": "the first stage makes them; give `input_ids`",
+}
+
+
+class _Border:
+    def __init__(self, model: nn.Module, state: ParallelState) -> None:
+        self.state = state
+        self.names = list(inspect.signature(model.forward).parameters)
+
+    def enter(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Before a forward. Raises UnsupportedError for calls that one stage cannot answer."""
+        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        self._check(model, inputs)
+        if current().stage is None:
+            if torch.is_grad_enabled():
+                raise UnsupportedError(
+                    f"A call of {type(model).__name__.removeprefix('FSDP')} with gradients is one micro-batch of a "
+                    f"pipeline (`pp_size` is {self.state.plan.pp_size}), whose backward other stages begin: hand the "
+                    "window's batches to `run_window(model, batches)`, or call the model under torch.no_grad()."
+                )
+            enter(self, stage=MicroBatch(Link(self.state)))
+        if not self._is_last():
+            inputs = {name: value for name, value in inputs.items() if name not in _TARGETS}
+        return (), inputs
+
+    def _is_last(self) -> bool:
+        return self.state.pp_rank == self.state.plan.pp_size - 1
+
+    def _check(self, model: Any, inputs: dict[str, Any]) -> None:
+        kind = type(model).__name__.removeprefix("FSDP")
+        if is_generating(model) or hf.uses_cache(inputs):
+            raise UnsupportedError(
+                f"{kind} has no `generate` and takes no cache with `pp_size` {self.state.plan.pp_size}: save the "
+                "model, which opens in plain transformers, and generate with that."
+            )
+        for name, reason in _REFUSED.items():
+            asked = inputs.get(name)
+            if asked is None and name.startswith("output_"):
+                asked = getattr(model.config, name, False)
+            if asked is not None and asked is not False:
+                raise UnsupportedError(f"`{name}` does not go with `pp_size` {self.state.plan.pp_size}: {reason}.")
+        if inputs.get("return_dict") is False:
+            raise UnsupportedError(
+                f"`return_dict` (False) does not go with `pp_size` {self.state.plan.pp_size}: leave it out."
+            )
+
+    def leave(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        """After a forward without gradients outside of a window: the answer of the last stage, on all of them."""
+        stage = current().stage
+        leave(self)
+        if current().stage is stage or not isinstance(output, ModelOutput):
+            return None  # within a window, or an error is on its way
+        stage.send()
+        stage.link.finish()
+        return _share_answer(output, self.state)
+
+
+def _share_answer(output: ModelOutput, state: ParallelState) -> ModelOutput:
+    """Loss and logits of the last stage. Collectives: broadcasts over the stages, of names and of each tensor."""
+    source, last = state.plan.pp_size - 1, state.pp_rank == state.plan.pp_size - 1
+    values: dict[str, Tensor] = {}
+    if last:
+        values = {k: v for k, v in output.items() if isinstance(v, Tensor) and not isinstance(v, LazyLogits)}
+    facts: list[Any] = [[(name, tuple(value.shape), value.dtype) for name, value in values.items()]]
+    dist.broadcast_object_list(facts, group=state.pp_group, group_src=source, device=state.device)
+    for name, shape, dtype in facts[0]:
+        value = values[name].contiguous() if last else torch.empty(shape, dtype=dtype, device=state.device)
+        dist.broadcast(value, group=state.pp_group, group_src=source)
+        values[name] = value
+    if last:
+        return output
+    kind: Any = type(output)
+    return kind(**values)
+
+
+def attach_border(model: Any, state: ParallelState) -> Callable[[], None]:
+    """Install the hooks, before all others, on a model that has its loss from this package.
+
+    Returns:
+        A function that takes them off.
+
+    Raises:
+        UnsupportedError: the model computes its loss itself.
+    """
+    if not has_chunked_loss(model):
+        raise UnsupportedError(
+            f"{type(model).__name__} computes its loss itself, and with `pp_size` {state.plan.pp_size} it must be the "
+            "mean over the targets of all micro-batches: use pp_size=1."
+        )
+    border = _Border(model, state)
+    handles = [
+        model.register_forward_pre_hook(border.enter, with_kwargs=True, prepend=True),
+        model.register_forward_hook(border.leave, prepend=True, always_call=True),
+    ]
+
+    def detach() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return detach

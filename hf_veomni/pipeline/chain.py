@@ -1,0 +1,192 @@
+"""Is a model a chain of layers that can be cut into stages? Reads the loop over its layers, or says what is there.
+
+    before      embeddings of the backbone: the first stage
+    layers      one statement in a loop, `hidden_states = layer(hidden_states, ...)`: each stage some of them
+    after       the backbone's last norm, and the head: the last stage
+
+What crosses from one layer to the next must be the hidden states alone, since that is all that a stage hands on. So
+the source of the loop is read, and anything else in it (residuals on the side, keys that later layers share, dropped
+layers) is refused.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
+from hf_veomni.sequence.backbone import find_layers
+
+# What records, and changes nothing (it is asked for by name, and refused in calls of a pipeline).
+_RECORDS = {"output_hidden_states", "output_attentions"}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Where a model is cut into stages.
+
+    Attributes:
+        owner: the backbone; its forward runs the layers.
+        layers: all of them.
+        before: names of children of `owner` with parameters that run before the layers.
+        after: (parent, name) of the modules with parameters that run after them, the head among them.
+        gives_tuple: whether a layer returns its hidden states as the first item of a tuple.
+    """
+
+    owner: nn.Module
+    layers: nn.ModuleList
+    before: tuple[str, ...]
+    after: tuple[tuple[nn.Module, str], ...]
+    gives_tuple: bool
+
+
+def find_chain(model: Any) -> Chain:
+    """The chain of a causal LM's layers.
+
+    Raises:
+        UnsupportedError: the model has parts or a loop that a pipeline cannot cut, by name.
+    """
+    if hf.is_encoder_decoder(model):
+        raise _refuse(model, "it is an encoder-decoder, whose decoder reads what the encoder makes in every layer")
+    backbone = hf.find_backbone(model)
+    if backbone is model or model.get_output_embeddings() is None:
+        raise _refuse(model, "it has no output head, so that no stage would have a loss")
+    found = find_layers(backbone)
+    if found is None or found[0] is not backbone:
+        raise _refuse(model, f"{type(backbone).__name__} does not run its layers in its own forward")
+    layers = found[1]
+    name = next(name for name, child in backbone.named_children() if child is layers)
+    loop, tree = _find_loop(model, backbone, name)
+    gives_tuple = _read_loop(model, loop, tree)
+    before, after = _sides(model, backbone, name, loop, tree)
+    heads = _heads(model, backbone)
+    return Chain(backbone, layers, before, (*((backbone, child) for child in after), *heads), gives_tuple)
+
+
+def _refuse(model: nn.Module, reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"`pp_size` above 1 cannot cut {type(model).__name__} into pipeline stages: {reason}. Use `dp_shard_size` for "
+        "large models and `sp_size` for long rows."
+    )
+
+
+def _find_loop(model: nn.Module, backbone: nn.Module, name: str) -> tuple[ast.For, ast.AST]:
+    tree = hf.forward_tree(type(backbone))
+    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)] if tree is not None else []
+    loops = [loop for loop in loops if name in _own_names(loop.iter)]
+    if tree is None or len(loops) != 1:
+        raise _refuse(model, f"the forward of {type(backbone).__name__} has no loop over `{name}`, or several")
+    return loops[0], tree
+
+
+def _own_names(node: ast.AST) -> set[str]:
+    """Names after `self.` in a piece of code."""
+    return {
+        x.attr
+        for x in ast.walk(node)
+        if isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name) and x.value.id == "self"
+    }
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+
+
+def _read_loop(model: nn.Module, loop: ast.For, tree: ast.AST) -> bool:
+    """Whether layers return tuples. Raises UnsupportedError where more than hidden states goes from layer to layer."""
+    variables = [x.id for x in ast.walk(loop.target) if isinstance(x, ast.Name)]
+    hidden, result = "", ""
+    for statement in loop.body:
+        if isinstance(statement, ast.If) and _names(statement.test) <= _RECORDS:
+            continue
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+        if not isinstance(statement, ast.Assign) or not isinstance(target, ast.Name):
+            raise _refuse(model, f"the loop over its layers has `{_first_line(statement)}` beside the call of a layer")
+        call = statement.value
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == variables[-1]:
+            given = [*call.args, *(k.value for k in call.keywords if k.arg == "hidden_states")][:1]
+            if result or not given or not isinstance(given[0], ast.Name):
+                raise _refuse(model, f"`{_first_line(statement)}` is no call of a layer on hidden states")
+            hidden, result = given[0].id, target.id
+            _check_handed(model, call, tree)
+        elif result and target.id == hidden and ast.unparse(call) == f"{result}[0]":
+            result = f"{result}[0]"
+        elif {hidden, result, target.id, variables[-1]} & _names(call):
+            raise _refuse(model, f"the loop over its layers has `{_first_line(statement)}` beside the call of a layer")
+    if result not in (hidden, f"{result.removesuffix('[0]')}[0]") or not hidden:
+        raise _refuse(model, "its layers do not return hidden states alone")
+    return result.endswith("[0]")
+
+
+def _first_line(node: ast.AST) -> str:
+    return ast.unparse(node).partition("\n")[0]
+
+
+def _check_handed(model: nn.Module, call: ast.Call, tree: ast.AST) -> None:
+    """Refuse a container that layers fill for each other (keys and values that Gemma 4's layers share)."""
+    handed = {x.id for x in (*call.args, *(k.value for k in call.keywords if k.arg)) if isinstance(x, ast.Name)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+            continue
+        name, value = node.targets[0].id, node.value
+        empty = isinstance(value, (ast.Dict, ast.List)) and not ast.unparse(value).strip("{}[]")
+        made = isinstance(value, ast.Call) and ast.unparse(value.func).endswith(("dict", "Dict", "list", "List"))
+        if name in handed and (empty or made):
+            raise _refuse(model, f"its layers hand `{name}` to each other beside their hidden states")
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _sides(
+    model: nn.Module, backbone: nn.Module, layers: str, loop: ast.For, tree: ast.AST
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Children of the backbone with parameters that run before its layers, and those that run after them."""
+    before, after = [], []
+    first, last = loop.lineno, loop.end_lineno or loop.lineno
+    for name, child in backbone.named_children():
+        if name == layers or not _has_parameters(child):
+            continue
+        lines = list(_lines(tree, name))
+        if lines and max(lines) < first and hasattr(child, "embedding_dim"):
+            before.append(name)
+        elif lines and min(lines) > last:
+            after.append(name)
+        else:
+            where = "before" if lines and max(lines) < first else "beside"
+            raise _refuse(
+                model,
+                f"`{name}` ({type(child).__name__}) has parameters and runs {where} the layers, where a pipeline "
+                "knows embeddings alone",
+            )
+    own = next((name for name, _ in backbone.named_parameters(recurse=False)), None)
+    if own is not None:
+        raise _refuse(model, f"`{own}` of {type(backbone).__name__} belongs to none of its layers")
+    return tuple(before), tuple(after)
+
+
+def _lines(tree: ast.AST, name: str) -> Iterator[int]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == name and ast.unparse(node.value) == "self":
+            yield node.lineno
+
+
+def _heads(model: Any, backbone: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """What stands beside the backbone: the head."""
+    head = set(model.get_output_embeddings().modules())
+    for name, child in model.named_children():
+        if child is backbone or not _has_parameters(child):
+            continue
+        if not head & set(child.modules()):
+            raise _refuse(model, f"`{name}` ({type(child).__name__}) stands beside its layers and its head")
+        if backbone in set(child.modules()):
+            raise _refuse(model, f"its backbone lies inside of `{name}` ({type(child).__name__})")
+        yield model, name
+    if next(model.parameters(recurse=False), None) is not None:
+        raise _refuse(model, "it has parameters that belong to none of its modules")

@@ -1,0 +1,79 @@
+"""Which layers each stage gets: contiguous runs of them, so that the most expensive stage costs as little as can be.
+
+A layer costs its matmuls for a token: the entries of its matrices, of experts only those that a token is sent to. The
+head counts with the last stage; looking up an embedding costs nothing. Attention grows with the length of rows, which
+nobody knows here; its share is the same for layers of one kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
+
+_CHOSEN = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "top_k_experts", "moe_topk")
+
+
+def matmul_cost(module: nn.Module, config: Any) -> int:
+    """Entries of a module's matrices that work on one token."""
+    chosen = next((n for name in _CHOSEN if isinstance(n := getattr(config, name, None), int)), None)
+    total = 0
+    for name, parameter in module.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        size = parameter.numel()
+        if parameter.dim() == 3 and "experts" in name.split(".") and chosen is not None:
+            size = size // parameter.shape[0] * min(chosen, parameter.shape[0])
+        total += size
+    return total
+
+
+def split_layers(costs: Sequence[int], last: int, stages: int) -> list[range]:
+    """The layers of each stage.
+
+    Args:
+        costs: of each layer.
+        last: what the last stage computes besides.
+
+    Raises:
+        UnsupportedError: fewer layers than stages.
+    """
+    count = len(costs)
+    if stages > count:
+        raise UnsupportedError(
+            f"`pp_size` ({stages}) must not exceed the number of layers ({count}): each stage runs at least one."
+        )
+    sums = [0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+
+    @cache
+    def best(begin: int, left: int) -> tuple[int, int]:
+        """Of layers from `begin` over `left` stages: the cost of the most expensive one, and where the first ends."""
+        if left == 1:
+            return sums[count] - sums[begin] + last, count
+        options = range(begin + 1, count - left + 2)
+        # Of equal ones the longest first stage: the last one waits for all others in the first micro-batches.
+        return min(
+            ((max(sums[end] - sums[begin], best(end, left - 1)[0]), end) for end in options),
+            key=lambda option: (option[0], -option[1]),
+        )
+
+    found, begin = [], 0
+    for left in range(stages, 0, -1):
+        end = best(begin, left)[1]
+        found.append(range(begin, end))
+        begin = end
+    return found
+
+
+def split_model(model: Any, layers: Sequence[nn.Module], heads: Sequence[nn.Module], stages: int) -> list[range]:
+    """`split_layers` of a model by the costs of its layers and of what runs after them."""
+    config = hf.text_config(model)
+    costs = [matmul_cost(layer, config) for layer in layers]
+    return split_layers(costs, sum(matmul_cost(head, config) for head in heads), stages)

@@ -1,0 +1,185 @@
+"""One stage of a model whose own forward goes on running: what other stages own lets its input pass.
+
+    embeddings     of the first stage, on others: zeros of their output's shape, which hold no memory
+    layer          of an earlier stage: passes its input; the last of them gives what the stage before has sent
+    layer          of a later stage: passes its input; the first of them takes what goes to the stage after
+    norm, head     of the last stage, on others: pass their input
+
+So masks, positions and rotary tables are made on every stage, at full length, by the model's own code, and layers are
+called as ever, by their index and with their names: `model.layers.5` is the same layer on whatever stage it is. The
+modules that were replaced live on outside of the model, without memory, where their attributes can be read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_veomni.context import current
+from hf_veomni.errors import UnsupportedError
+from hf_veomni.mesh import ParallelState
+from hf_veomni.pipeline.chain import Chain, find_chain
+from hf_veomni.pipeline.microbatch import MicroBatch
+from hf_veomni.pipeline.split import split_model
+
+
+class PassThrough(nn.Module):
+    """In place of a layer, norm or head of another stage: returns its first argument.
+
+    Attributes of the module in whose place it stands (`layer_type`, the dtype of a head's `weight`) can be read.
+    """
+
+    def __init__(self, foreign: nn.Module, gives_tuple: bool = False) -> None:
+        super().__init__()
+        vars(self)["_foreign"] = foreign  # past nn.Module, of which it is to be no part
+        self.gives_tuple = gives_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "_foreign" not in vars(self):
+                raise
+            return getattr(vars(self)["_foreign"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self.handle(args[0] if args else next(iter(kwargs.values())))
+        return (hidden,) if self.gives_tuple else hidden
+
+    def handle(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+def _running() -> MicroBatch:
+    found: MicroBatch | None = current().stage
+    if found is None:
+        raise UnsupportedError(
+            "The backbone of a pipeline stage was called by itself, or after `detach_omni`: this rank holds some of "
+            "its layers alone. Call the model, or load it again."
+        )
+    return found
+
+
+class Receive(PassThrough):
+    """The last layer of the stage before: gives its output [B, s, C]. Blocks until that is there."""
+
+    def handle(self, hidden: Tensor) -> Tensor:
+        return _running().receive(hidden)
+
+
+class Send(PassThrough):
+    """The first layer of the stage after: its input [B, s, C] is sent once the forward is through."""
+
+    def handle(self, hidden: Tensor) -> Tensor:
+        _running().keep(hidden)
+        return hidden.detach()
+
+
+class Placeholder(PassThrough):
+    """In place of embeddings of the first stage: ids [B, S] to zeros [B, S, C]."""
+
+    def __init__(self, foreign: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(foreign)
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        width: int = self.embedding_dim
+        return torch.zeros((), dtype=self.dtype, device=ids.device).expand(*ids.shape, width)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """How a model is cut.
+
+    Attributes:
+        chain: where.
+        ranges: the layers of each stage.
+        tied: names of each parameter that embeddings (first stage) and head (last stage) share.
+    """
+
+    chain: Chain
+    ranges: list[range]
+    tied: tuple[tuple[str, ...], ...]
+
+
+def plan_stages(model: Any, state: ParallelState) -> Stages:
+    """Find out how `cut_model` will cut a model. No collectives.
+
+    Raises:
+        UnsupportedError: it cannot be cut, or not under this plan.
+    """
+    if state.plan.modules:
+        raise UnsupportedError(
+            f"`modules` ({dict(state.plan.modules)}) does not go with `pp_size` ({state.plan.pp_size}): each stage "
+            "holds some of the modules alone, and rules are for all of them. Leave the rules out."
+        )
+    chain = find_chain(model)
+    last = [getattr(parent, name) for parent, name in chain.after]
+    ranges = split_model(model, list(chain.layers), last, state.plan.pp_size)
+    return Stages(chain, ranges, _find_tied(model, chain, ranges))
+
+
+def _find_tied(model: nn.Module, chain: Chain, ranges: list[range]) -> tuple[tuple[str, ...], ...]:
+    """Parameters that modules of two stages share. Raises UnsupportedError where these are no embeddings and head."""
+    owners: list[tuple[int, nn.Module]] = [(0, getattr(chain.owner, name)) for name in chain.before]
+    owners += [(stage, chain.layers[i]) for stage, own in enumerate(ranges) for i in own]
+    owners += [(len(ranges) - 1, getattr(parent, name)) for parent, name in chain.after]
+    layers = {p for layer in chain.layers for p in layer.parameters()}
+    stages: dict[nn.Parameter, set[int]] = {}
+    for stage, module in owners:
+        for parameter in module.parameters():
+            stages.setdefault(parameter, set()).add(stage)
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    tied = []
+    for parameter, called in names.items():
+        found = sorted(stages[parameter])
+        if len(found) > 1:
+            if len(found) > 2 or parameter in layers:
+                raise UnsupportedError(
+                    f"'{called[0]}' of {type(model).__name__} is shared by layers of the stages {found}, and a "
+                    "pipeline shares embeddings and head alone: use `pp_size=1`."
+                )
+            tied.append(tuple(called))
+    return tuple(tied)
+
+
+def _drop(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with zeros that hold no memory in place of its parameters and buffers, some of which others share.
+
+    Not on the meta device: models send their ids to that of a weight.
+    """
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    empty: Any = torch.zeros((), dtype=tensor.dtype, device=device).expand(tensor.shape)
+                    trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+                    tensors[name] = nn.Parameter(empty, trained) if isinstance(tensor, nn.Parameter) else empty
+    return module
+
+
+def cut_model(stages: Stages, state: ParallelState, dtype: torch.dtype | None) -> None:
+    """Keep what this rank's stage owns, and let the rest pass its input. The rest's memory is freed.
+
+    Args:
+        dtype: of what embeddings return, where FSDP2's mixed precision casts them; None takes that of their weight.
+    """
+    chain, own = stages.chain, stages.ranges[state.pp_rank]
+    first, last = own.start == 0, own.stop == len(chain.layers)
+    if not first:
+        for name in chain.before:
+            module = getattr(chain.owner, name)
+            kind = next(iter(module.parameters())).dtype if dtype is None else dtype
+            setattr(chain.owner, name, Placeholder(_drop(module, state.device), kind))
+    for index, layer in enumerate(chain.layers):
+        if index not in own:
+            kinds = {own.start - 1: Receive, own.stop: Send}
+            chain.layers[index] = kinds.get(index, PassThrough)(_drop(layer, state.device), chain.gives_tuple)
+    if not last:
+        for parent, name in chain.after:
+            setattr(parent, name, PassThrough(_drop(getattr(parent, name), state.device)))

@@ -1,0 +1,192 @@
+"""`run_window`: the forwards and backwards of one accumulation window, over all stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_veomni import hf
+from hf_veomni.comm.agree import together
+from hf_veomni.comm.gather import all_gather
+from hf_veomni.context import within
+from hf_veomni.fsdp import deferred_reduction, mark_stage
+from hf_veomni.mesh import TIED, ParallelState, Tied, get_parallel_state
+from hf_veomni.pipeline.link import Link
+from hf_veomni.pipeline.microbatch import MicroBatch
+from hf_veomni.pipeline.schedule import one_forward_one_backward
+
+Batch = Mapping[str, Any]
+
+
+def run_window(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    num_items_in_batch: Tensor | int | None = None,
+    *,
+    compute_loss: Callable[[int], Any] | None = None,
+) -> Tensor:
+    """Forward and backward of the micro-batches of one optimizer step; the gradients are there when it returns.
+
+    With `pp_size` above 1 the micro-batches go through the stages one after the other (1F1B), and this is the way to
+    train. With `pp_size` 1 it is plain gradient accumulation with the same result, so that a loop needs no two forms.
+
+    Args:
+        model: prepared, in training mode.
+        batches: keyword arguments of the model, one mapping for each micro-batch; the same on all stages and on all
+            ranks of an SP group. Rows may differ in length. More micro-batches than stages keep them busy.
+        num_items_in_batch: targets over which the loss is the mean; None counts those of the window on all data
+            ranks.
+        compute_loss: in place of a call of the model, for the index of a micro-batch; on the last stage it returns
+            what its backward begins with, a part of the data rank's loss. `num_items_in_batch` is not looked at then.
+
+    Returns:
+        The loss, the mean over all targets of the window: a scalar without graph, the same on all ranks. Gradients are
+        those of this mean, accumulated in `.grad` as a backward does.
+
+    Collectives: those of the model; small ones over the stages and the ranks of a stage; the gradient of tied
+    embeddings over the two stages that have them.
+
+    Raises:
+        ValueError: no batches, or other ones on other stages; on every rank.
+        UnsupportedError: a call that stages cannot answer.
+    """
+    state = get_parallel_state(model)
+    with together("Reading the window") if state.plan.pp_size > 1 else nullcontext():
+        _check(model, batches, own_loss=compute_loss is None)
+    _check_same_batches(batches, state)
+    call = compute_loss or _calls(model, batches, num_items_in_batch, state)
+    with _tied_gradients(model):
+        total = _run(model, len(batches), call, state)
+    if state.world_size > 1:
+        if state.plan.pp_size > 1:
+            dist.broadcast(total, group=state.pp_group, group_src=state.plan.pp_size - 1)
+        dist.all_reduce(total, group=state.stage_group)
+        total = total / (state.dp_size * state.sp_size)
+    return total
+
+
+def _check(model: nn.Module, batches: Sequence[Batch], own_loss: bool) -> None:
+    if not batches:
+        raise ValueError("`batches` ([]) must hold at least one micro-batch.")
+    if not model.training:
+        raise ValueError("`model` is in evaluation mode, and run_window trains it: call `model.train()` first.")
+    for index, batch in enumerate(batches):
+        if own_loss and batch.get("labels") is None and batch.get("shift_labels") is None:
+            raise ValueError(f"`batches[{index}]` has no `labels`: run_window trains on the model's own loss.")
+
+
+def _run(model: nn.Module, count: int, call: Callable[[int], Any], state: ParallelState) -> Tensor:
+    """This stage's actions. Returns the sum of the losses on the last stage, zero elsewhere."""
+    link, running = Link(state), {}
+    total = torch.zeros((), dtype=torch.float64, device=state.device)
+    for action in one_forward_one_backward(state.pp_rank, state.plan.pp_size, count):
+        if not action.backward:
+            batch = running[action.index] = MicroBatch(link)
+            with within(stage=batch if state.plan.pp_size > 1 else None):
+                loss = call(action.index)
+            if batch.is_last:
+                batch.loss = loss
+                total += loss.detach()
+            batch.send()
+        else:
+            with deferred_reduction(model) if action.index + 1 < count else nullcontext():
+                running.pop(action.index).backward()
+    link.finish()
+    return total.float() if next(model.parameters()).dtype != torch.float64 else total
+
+
+def _calls(
+    model: nn.Module, batches: Sequence[Batch], items: Tensor | int | None, state: ParallelState
+) -> Callable[[int], Tensor | None]:
+    """Calls of the model whose losses add up, over micro-batches and as a mean over data ranks, to that of the window.
+
+    Collective, where the targets have to be counted: one all-reduce over the ranks of a stage.
+    """
+    if items is None:
+        counted = torch.stack([_count_targets(batch).to(state.device) for batch in batches]).sum()
+        if state.world_size > 1:
+            dist.all_reduce(counted, group=state.stage_group)
+            counted = counted // state.sp_size
+        items = counted
+    exact = next(model.parameters()).dtype == torch.float64
+    divisor = torch.as_tensor(items, device=state.device).to(torch.float64 if exact else torch.float32) / state.dp_size
+
+    def call(index: int) -> Tensor | None:
+        batch = {k: v.to(state.device) if isinstance(v, Tensor) else v for k, v in batches[index].items()}
+        return getattr(model(**batch, num_items_in_batch=divisor), "loss", None)
+
+    return call
+
+
+def _count_targets(batch: Batch) -> Tensor:
+    targets = batch.get("shift_labels")
+    if targets is None:
+        targets = batch["labels"][..., 1:]
+    return (targets != -100).sum()
+
+
+def _check_same_batches(batches: Sequence[Batch], state: ParallelState) -> None:
+    """Collective: one all-gather of four integers over the stages. Raises ValueError on all of them."""
+    if state.plan.pp_size == 1:
+        return
+    ids = [batch["input_ids"] for batch in batches if isinstance(batch.get("input_ids"), Tensor)]
+    flat = torch.cat([x.flatten() for x in ids]).long() if ids else torch.zeros(0, dtype=torch.long)
+    mine = [len(batches), flat.numel(), sum(x.shape[-1] * i for i, x in enumerate(ids, 1))]
+    sums = (flat * (torch.arange(flat.numel(), device=flat.device) % 8191 + 1)).sum()
+    facts = torch.stack([*map(torch.tensor, mine), sums.cpu()]).to(state.device)
+    found = all_gather(facts, state.pp_group).view(state.plan.pp_size, -1).tolist()
+    if any(row != found[0] for row in found):
+        raise ValueError(
+            f"The stages were given different batches (micro-batches, tokens, lengths and checksums {found}): every "
+            "stage reads the same ones. Read them by `get_parallel_state(model).dp_rank` of `dp_size`."
+        )
+
+
+def join_stages(model: nn.Module, tied: Sequence[tuple[str, ...]], state: ParallelState) -> None:
+    """Tell the parameters of a cut and sharded model that others belong to them on other stages.
+
+    Args:
+        tied: names of each parameter that the first and the last stage have.
+
+    Collective: creates process groups over all ranks, where something is tied.
+    """
+    base: Any = hf.base_model(model)
+    found = dict(base.named_parameters(remove_duplicate=False))
+    shared = [next(found[name] for name in names if name in found) for names in tied if found.keys() & set(names)]
+    last = state.plan.pp_size - 1
+    assert state.pp_group is not None
+    mark_stage(base.parameters(), state.pp_group, shared if state.pp_rank == last else ())
+    if tied:
+        size = state.world_size // state.plan.pp_size
+        groups: list[Any] = [dist.new_group([place, last * size + place]) for place in range(size)]
+        setattr(base, TIED, Tied(tuple(tied), shared, groups[dist.get_rank() % size]))
+
+
+@contextmanager
+def _tied_gradients(model: nn.Module) -> Iterator[None]:
+    """Around a window: what it adds to the gradients of tied embeddings is added up over the two stages that have
+    them; gradients of windows before stay as they are. Collective over these two."""
+    base: Any = hf.base_model(model)
+    tied: Tied | None = getattr(base, TIED, None)
+    if tied is None:
+        yield
+        return
+    trained = [parameter for parameter in tied.parameters if parameter.requires_grad]
+    before = [parameter.grad for parameter in trained]
+    for parameter in trained:
+        parameter.grad = None
+    yield
+    with torch.no_grad():
+        for parameter, earlier in zip(trained, before, strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            dist.all_reduce(local, group=tied.group)
+            if earlier is not None:
+                parameter.grad += earlier

@@ -1,0 +1,103 @@
+"""Which layers a stage gets, and in which order it runs micro-batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from hf_veomni.errors import UnsupportedError
+from hf_veomni.pipeline.chain import find_chain
+from hf_veomni.pipeline.schedule import one_forward_one_backward
+from hf_veomni.pipeline.split import split_layers, split_model
+from tests.models import build_model
+
+
+@pytest.mark.parametrize(
+    ("costs", "last", "stages", "sizes"),
+    [
+        ([1, 1, 1, 1], 0, 2, [2, 2]),
+        ([1] * 5, 0, 2, [3, 2]),
+        ([1] * 6, 2, 2, [4, 2]),  # the head counts as two layers
+        ([1] * 4, 100, 4, [1, 1, 1, 1]),
+        ([5, 1, 1, 1, 1, 1], 0, 2, [1, 5]),
+        ([1] * 10, 1, 4, [3, 3, 3, 1]),
+    ],
+)
+def test_most_expensive_stage_is_as_cheap_as_can_be(costs, last, stages, sizes) -> None:
+    ranges = split_layers(costs, last, stages)
+    assert [len(each) for each in ranges] == sizes
+    assert [i for each in ranges for i in each] == list(range(len(costs)))
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"`pp_size` \(3\) must not exceed the number of layers \(2\)"):
+        split_layers([1, 1], 0, 3)
+
+
+def test_experts_count_as_those_that_a_token_is_sent_to() -> None:
+    model = build_model("glm4_moe", num_hidden_layers=4)  # the first layer is dense
+    chain = find_chain(model)
+    with torch.no_grad():
+        assert [len(r) for r in split_model(model, chain.layers, [model.lm_head], 2)] == [2, 2]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+def test_schedule_runs_each_micro_batch_once_and_holds_few(stages: int, count: int) -> None:
+    for stage in range(stages):
+        actions = one_forward_one_backward(stage, stages, count)
+        assert [a.index for a in actions if not a.backward] == list(range(count))
+        assert [a.index for a in actions if a.backward] == list(range(count))
+        held = most = 0
+        for action in actions:
+            held += -1 if action.backward else 1
+            most = max(most, held)
+        assert most <= stages - stage
+
+
+def test_schedules_of_all_stages_fit_each_other() -> None:
+    """No stage waits for ever: run all of them, a message at a time."""
+    stages, count = 4, 6
+    todo = [one_forward_one_backward(stage, stages, count) for stage in range(stages)]
+    done: set[tuple[int, bool, int]] = set()
+    while any(todo):
+        before = len(done)
+        for stage, actions in enumerate(todo):
+            while actions:
+                backward, index = actions[0]
+                wanted = (stage + 1, True, index) if backward else (stage - 1, False, index)
+                if 0 <= wanted[0] < stages and wanted not in done:
+                    break
+                done.add((stage, *actions.pop(0)))
+        assert len(done) > before
+
+
+_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
+
+
+def _refused(model_type: str, auto=AutoModelForCausalLM, **options):
+    with torch.device("meta"):
+        return auto.from_config(AutoConfig.for_model(model_type, **options))
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (lambda: _refused("t5", AutoModelForSeq2SeqLM, num_layers=2), "encoder-decoder"),
+        (lambda: _refused("biogpt", num_hidden_layers=2), "beside the call of a layer"),
+        (lambda: _refused("gemma4_text", num_hidden_layers=2, **_KINDS), "self.first_kv_shared_layer_idx"),
+        (lambda: _refused("bamba", num_hidden_layers=2, attn_layer_indices=[1]), "cannot cut Bamba"),
+    ],
+)
+def test_models_that_are_no_chain_are_refused_by_name(model, match: str) -> None:
+    with pytest.raises(UnsupportedError, match=match):
+        find_chain(model())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_chains_are_found(name: str) -> None:
+    model = build_model(name)
+    chain = find_chain(model)
+    assert chain.before == ("embed_tokens",) and [name for _, name in chain.after] == ["norm", "lm_head"]
+    assert not chain.gives_tuple and chain.layers is model.model.layers
