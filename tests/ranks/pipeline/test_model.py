@@ -133,3 +133,53 @@ def _no_labels() -> None:
 )
 def test_refusals(ranks, case, match: str) -> None:
     ranks(2).raises(case, match=match)
+
+
+_ROUTED = {"num_hidden_layers": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+
+
+def _router_loss(path: str, name: str, overrides: dict[str, Any], plan: str) -> dict[str, Any]:
+    from hf_veomni import clip_grad_norm_, prepare_omni, run_window
+    from tests.ranks.parity import whole
+
+    reference = torch.load(path)
+    model = prepare_omni(build_model(name, **overrides), plan)
+    loss = run_window(model, [packed_batch((length,), seed=length) for length in (23, 31, 12)])
+    worst = {"loss": abs(loss.item() / reference["loss"] - 1)}
+    for key, parameter in model.named_parameters():
+        worst[key] = relative_error(whole(parameter.grad), reference["gradients"][key])
+    worst["norm"] = abs(clip_grad_norm_(model.parameters(), 1e9).item() / reference["norm"] - 1)
+    return worst
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "world"),
+    [
+        ("qwen3_moe", "pp=2", 2),
+        pytest.param("qwen3_moe", "pp=4", 4, marks=pytest.mark.slow),
+        pytest.param("mixtral", "pp=2,sp=2,ep=2", 4, marks=pytest.mark.slow),
+        pytest.param("dense_first", "pp=4", 4, marks=pytest.mark.slow),
+        pytest.param("dense_last", "pp=4", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_router_loss_is_that_of_all_layers(ranks, tmp_path: Path, name: str, plan: str, world: int) -> None:
+    overrides = dict(_ROUTED)
+    if name.startswith("dense"):
+        overrides["mlp_only_layers"] = [0] if name == "dense_first" else [3]
+        name = "qwen3_moe"
+    stock = build_model(name, **overrides)
+    batches = [packed_batch((length,), seed=length) for length in (23, 31, 12)]
+    counts = [int((b["labels"][:, 1:] != -100).sum()) for b in batches]
+    total = 0.0
+    for batch, count in zip(batches, counts, strict=True):
+        out = stock(**batch, use_cache=False)  # the mean over its targets, and the router's loss of its tokens
+        assert out.aux_loss.item() > 0.5
+        loss = out.loss * count / sum(counts)
+        loss.backward()
+        total += loss.item()
+    gradients = {key: p.grad for key, p in stock.named_parameters()}
+    norm = torch.nn.utils.clip_grad_norm_(stock.parameters(), 1e9).item()
+    torch.save({"loss": total, "gradients": gradients, "norm": norm}, tmp_path / "reference.pt")
+    found = ranks(world).run(_router_loss, str(tmp_path / "reference.pt"), name, overrides, plan, timeout=120)
+    for worst in found:
+        assert max(worst.values()) < 2e-6, worst
