@@ -175,9 +175,14 @@ class ParallelPlan:
         return self.dp_replicate_size * self._resolved_shard()
 
     @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage, all of them without a pipeline (of a resolved plan)."""
+        return self.dp_size * self.sp_size
+
+    @property
     def world_size(self) -> int:
         """Number of ranks that the plan is for (of a resolved plan)."""
-        return self.pp_size * self.dp_size * self.sp_size
+        return self.pp_size * self.stage_size
 
     def _resolved_shard(self) -> int:
         if self.dp_shard_size is None:

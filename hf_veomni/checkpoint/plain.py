@@ -24,7 +24,7 @@ from hf_veomni import hf
 from hf_veomni.checkpoint.files import staged
 from hf_veomni.checkpoint.load import read_converted
 from hf_veomni.checkpoint.manifest import names_within
-from hf_veomni.checkpoint.stages import join_stages, leads_stage, stage_of
+from hf_veomni.checkpoint.stages import check_unstaged, join_stages, leads_stage, stage_of
 from hf_veomni.comm.agree import together
 from hf_veomni.expert import AdapterLayout, find_layouts
 
@@ -222,6 +222,7 @@ def load_plain(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: no checkpoint there, or one of another model; on every rank.
     """
+    check_unstaged(model, "Loading into a prepared model")
     directory = Path(directory)
     state = model.state_dict()
     files: dict[str, tuple[Path, str]] = {}

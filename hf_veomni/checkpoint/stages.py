@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import TIED, ParallelState, Tied, get_parallel_state, is_prepared
 
 
@@ -16,6 +17,15 @@ def stage_of(model: nn.Module) -> ParallelState | None:
     """The state of a model that is a pipeline stage; None for any other."""
     state = get_parallel_state(model) if is_prepared(model) else None
     return state if state is not None and state.plan.pp_size > 1 else None
+
+
+def check_unstaged(model: nn.Module, what: str) -> None:
+    """Raises UnsupportedError for a model that is a pipeline stage. `what`: is not there for it, in words."""
+    if (state := stage_of(model)) is not None:
+        raise UnsupportedError(
+            f"{what} is not available with `pp_size` ({state.plan.pp_size}), where each stage has names of its own: "
+            "`save_pretrained` or `save_model` write the full model, and `prepare_omni(..., checkpoint=...)` reads it."
+        )
 
 
 def leads_stage(state: ParallelState) -> bool:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from hf_veomni.checkpoint.plain import adapter_keys
 from hf_veomni.checkpoint.shards import read_state, write_state
+from hf_veomni.checkpoint.stages import check_unstaged
 from hf_veomni.comm.agree import together
 
 # Names instead of positions: another plan may group or order the parameters differently.
@@ -62,6 +63,7 @@ def _set_groups(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -
 
 def optimizer_state(model: nn.Module, optimizer: object) -> dict[str, Any]:
     """The optimizer's state by parameter name: sharded tensors, and the options of the parameter groups."""
+    check_unstaged(model, "Keeping an optimizer's state")
     inner = unwrap_optimizer(optimizer)
     with _groups_with_parameters(inner):
         return _get_state(model, inner)
@@ -83,6 +85,7 @@ def load_optimizer(model: nn.Module, optimizer: object, directory: str | os.Path
     Raises:
         ValueError: nothing complete there, or of other parameters; on every rank.
     """
+    check_unstaged(model, "Reading an optimizer's state")
     inner = unwrap_optimizer(optimizer)
     with _groups_with_parameters(inner):
         state = _get_state(model, inner)
@@ -102,6 +105,7 @@ def load_stock_optimizer(model: nn.Module, optimizer: object, path: str | os.Pat
     Raises:
         ValueError: other groups than this optimizer's; on every rank.
     """
+    check_unstaged(model, "Reading an optimizer's state")
     inner = unwrap_optimizer(optimizer)
     state: dict[str, Any] = {}
     with together(f"Reading the optimizer state '{path}'"):
@@ -138,6 +142,7 @@ def first_names(model: nn.Module) -> dict[str, str]:
 def weights_state(model: nn.Module) -> dict[str, Tensor]:
     """What training changes: everything, or of a `PeftModel` its adapters and what else is trained (its base has its
     own file). A tied parameter comes once, under the first of its names."""
+    check_unstaged(model, "A checkpoint of shards")
     first, whole = first_names(model), model.state_dict()
     state = {name: tensor for name, tensor in whole.items() if first.get(name, name) == name}
     if not isinstance(model, PeftModel):

@@ -46,11 +46,6 @@ class OmniParallelismConfig(ParallelismConfig):
 
     def __init__(self, plan: ParallelPlan | str | None = None) -> None:
         self.plan = ParallelPlan.parse(plan)
-        if self.plan.pp_size > 1:
-            raise UnsupportedError(
-                f"`pp_size` ({self.plan.pp_size}) is not available with an Accelerator or OmniTrainer: write a loop "
-                "of `prepare_omni`, `run_window(model, batches)` and the optimizer."
-            )
         release_launcher(self.plan)
         self.cp_backend, self.sp_backend = "torch", "deepspeed"  # the values that mean nothing is asked for
         self.tp_size = self.sp_size = 1
@@ -103,10 +98,13 @@ class OmniParallelismConfig(ParallelismConfig):
         self._take_sizes()
         if self.plan.world_size == 1:
             return None
-        mesh = init_device_mesh(device_type, tuple(self._sizes[axis] for axis in _AXES), mesh_dim_names=_AXES)
+        sizes = (self.plan.pp_size, *(self._sizes[axis] for axis in _AXES))
+        # The stages read the same batches, and accelerate is to see those of one of them.
+        pp = ("pp",) if self.plan.pp_size > 1 else ()
+        mesh = init_device_mesh(device_type, sizes[1 - len(pp) :], mesh_dim_names=(*pp, *_AXES))
         if self.plan.dp_size > 1:
             self.data_group = mesh["dp_replicate", "dp_shard"]._flatten("dp").get_group()
-        return mesh
+        return mesh[_AXES] if pp else mesh
 
     @override
     def _validate_accelerator(self, accelerator: Accelerator) -> None:

@@ -32,7 +32,7 @@ from hf_veomni.fsdp import clip_grad_norm_ as clip_over_meshes
 from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.mesh import is_prepared
 from hf_veomni.plan import ParallelPlan
-from hf_veomni.trainer.counting import count_data_ranks
+from hf_veomni.trainer.counting import count_data_ranks, counting_within_stage
 from hf_veomni.trainer.loaders import assign_to_data_ranks
 
 if TYPE_CHECKING:
@@ -102,8 +102,9 @@ def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
     def assigning(stock: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(stock)
         def make_loader(*args: Any, **kwargs: Any) -> Any:
-            loader = stock(*args, **kwargs)
-            assign_to_data_ranks(loader, plan.dp_size, accelerator.process_index // plan.sp_size)
+            with counting_within_stage(accelerator, plan):
+                loader = stock(*args, **kwargs)
+                assign_to_data_ranks(loader, plan.dp_size, accelerator.process_index // plan.sp_size)
             return loader
 
         return make_loader

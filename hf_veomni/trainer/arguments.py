@@ -21,6 +21,7 @@ from hf_veomni.trainer.validation import (
     check_given,
     check_saving,
     check_sharded,
+    check_staged,
     release_launcher,
 )
 
@@ -170,6 +171,7 @@ class OmniTrainingArguments(TrainingArguments):
         """
         parsed: Any = plan.resolve(self.world_size)
         self.plan = parsed
+        check_staged(self, parsed)
         if parsed.world_size > 1:
             self.parallelism_config = OmniParallelismConfig(parsed)
 

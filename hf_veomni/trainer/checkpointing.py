@@ -211,6 +211,11 @@ class CheckpointingMixin(_Trainer):
         Raises:
             ValueError: no complete checkpoint there; on every rank.
         """
+        if resume_from_checkpoint and self.args.plan.pp_size > 1:
+            raise UnsupportedError(
+                f"`resume_from_checkpoint` ({resume_from_checkpoint!r}) does not go with `pp_size` "
+                f"({self.args.plan.pp_size}): load the model from its folder, and train it anew or with pp_size=1."
+            )
         checkpoint = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
             return super().train(checkpoint, *args, **kwargs)

@@ -45,10 +45,24 @@ class _Reader:
 
     def __init__(self, plan: ParallelPlan) -> None:
         self._state: Any = PartialState()
-        self.num_processes, self.process_index = plan.dp_size, self._state.process_index // plan.sp_size
+        self.num_processes = plan.dp_size
+        self.process_index = self._state.process_index % plan.stage_size // plan.sp_size
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._state, name)
+
+
+@contextmanager
+def counting_within_stage(accelerator: Any, plan: ParallelPlan) -> Iterator[None]:
+    """Inside, `process_index` is the rank's place in its pipeline stage: the stages read the same batches."""
+    kind = type(accelerator)
+    if plan.pp_size > 1:
+        place = accelerator.state.process_index % plan.stage_size
+        accelerator.__class__ = type(kind.__name__, (kind,), {"process_index": property(lambda self: place)})
+    try:
+        yield
+    finally:
+        accelerator.__class__ = kind
 
 
 def count_data_ranks(accelerator: Any, plan: ParallelPlan) -> None:

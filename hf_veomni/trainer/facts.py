@@ -107,6 +107,13 @@ def exchange_facts(
 
 
 def _check_rows(facts: Tensor, state: ParallelState) -> None:
+    stages = facts[:, : CHECKSUM + 1].reshape(state.plan.pp_size, -1, CHECKSUM + 1)
+    if (stages != stages[0]).any():
+        raise ValueError(
+            f"The stages of a pipeline must read the same rows, but read batches, tokens and checksums "
+            f"{stages.tolist()}: seed the dataset's shuffling and the collator alike on all ranks."
+        )
+    facts = facts[: len(stages[0])]
     size = state.sp_size
     for group, rows in enumerate(facts.split(size)):
         if (rows != rows[0])[:, : FAILED + 1].any():
@@ -173,6 +180,6 @@ class InStep:
                 return
             if found and self._ends_with_dummy():
                 found = [DummyBatch.of(found[0])]
-            self.num_rows += int(facts[:: self._state.sp_size, ROWS].sum())
+            self.num_rows += int(facts[: self._state.dp_size * self._state.sp_size : self._state.sp_size, ROWS].sum())
             last = found[0] if found else last
             yield last if found else DummyBatch.of(last)

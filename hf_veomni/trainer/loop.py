@@ -38,14 +38,15 @@ from hf_veomni.trainer.loaders import (
     keep_batches_unsplit,
     set_epoch,
 )
-from hf_veomni.trainer.losses import LossMixin, MicroBatch
+from hf_veomni.trainer.losses import MicroBatch
 from hf_veomni.trainer.pace import Pace
 from hf_veomni.trainer.signals import Signals
+from hf_veomni.trainer.stages import StagesMixin
 from hf_veomni.trainer.throughput import ThroughputCallback
 from hf_veomni.trainer.trl import noting_nothing
 
 
-class BatchingMixin(LossMixin):
+class BatchingMixin(StagesMixin):
     """Overrides of Trainer for a world where several ranks read the same rows."""
 
     _epoch_is_over = False
@@ -189,7 +190,7 @@ class BatchingMixin(LossMixin):
         self._splits = bool(facts[:, SPLITS].all())
         batches = self._fill_window(batches, num_batches if facts[:, BATCHES].any() else 0)
         self._epoch_is_over = not batches
-        groups = facts[:: state.sp_size]
+        groups = facts[: state.dp_size * state.sp_size : state.sp_size]  # of one pipeline stage, like all others
         self._num_real = int(groups[:, REAL].sum()) / state.dp_size
         self._most_real = int(groups[:, REAL].max())
         if (loader := self.accelerator.gradient_state.active_dataloader) is not None:
@@ -257,6 +258,8 @@ class BatchingMixin(LossMixin):
         self._micro_step += 1
         if self._throughput is not None and not isinstance(inputs, DummyBatch):
             self._throughput.add(inputs)
+        if state.plan.pp_size > 1:
+            return self._step_of_stages(model, inputs, num_items_in_batch)
         logged = nullcontext() if self._micro_step <= self._most_real else noting_nothing(self)
         # Not dist.get_rank(): replicas of the same plan on another launcher's numbering draw the same masks.
         place = state.dp_rank * state.sp_size + state.sp_rank

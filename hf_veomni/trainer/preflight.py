@@ -104,7 +104,9 @@ def _describe(trainer: Any, resume: Any) -> dict[str, dict[str, Any]]:
     versions["torch"] = versions["torch"].partition("+")[0]
     versions["python"] = ".".join(platform.python_version_tuple()[:2])
     place = {"plan": str(args.plan), "device": str(args.device.type), "backend": dist.get_backend()}
-    model = {"class": type(trainer.model).__name__, "parameters": _digest(_shapes(trainer.model))}
+    model = {"class": type(trainer.model).__name__}
+    if args.plan.pp_size == 1:  # stages have parameters of their own, of a model that `prepare_omni` has compared
+        model["parameters"] = _digest(_shapes(trainer.model))
     return {
         "Versions": versions,
         "Placement": place,

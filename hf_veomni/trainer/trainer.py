@@ -166,6 +166,7 @@ class OmniTrainerMixin(
             args.save_only_model, args.enable_jit_checkpoint = resumable, heard
         self._check_optimizer()
         self._check_packing()
+        self._check_stages()
         if self._smooth_labels(self.model):
             self.label_smoother = None
         self._expert_load: ExpertLoadCallback | None = None

@@ -94,6 +94,23 @@ _SHARDED = (
     ),
 )
 
+_LATER = "state of an optimizer is not kept by stages yet"
+# A plan with pipeline stages.
+_STAGED = (
+    Refusal("torch_compile", bool, "layers of other stages would be compiled too; leave it out"),
+    Refusal(
+        "save_strategy",
+        lambda value: str(getattr(value, "value", value)) != "no",
+        f"{_LATER}; give 'no' and call save_model",
+    ),
+    Refusal("sharded_weights", bool, f"{_LATER}; leave it out"),
+    Refusal("load_best_model_at_end", bool, f"{_LATER}; leave it out"),
+    *(
+        Refusal(name, bool, "it is measured on full models; leave it out")
+        for name in ("log_expert_load", "router_bias_update_speed", "log_throughput", "step_report", "token_budget")
+    ),
+)
+
 _LOADERS = (
     Refusal("split_batches", bool, "each data rank reads batches of its own; give the batch size per device"),
     Refusal("dispatch_batches", bool, "rank 0 cannot cut packed sequences of different lengths; leave it out"),
@@ -128,6 +145,12 @@ def check_sharded(arguments: Any) -> None:
         refusal.check(arguments)
     for refusal in _LOADERS:
         refusal.check(arguments.accelerator_config)
+
+
+def check_staged(arguments: Any, plan: ParallelPlan) -> None:
+    """Refuse what pipeline stages do not go with. Raises UnsupportedError as `check_given` does."""
+    for refusal in _STAGED if plan.pp_size > 1 else ():
+        refusal.check(arguments, f"`pp_size` ({plan.pp_size})")
 
 
 def check_budgeted(arguments: Any) -> None:
