@@ -108,6 +108,7 @@ class _Load:
             target = own.get(name)
             if not isinstance(target, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
                 continue
+            value = value.detach()  # of `state_dict(keep_vars=True)`, or `named_parameters()`
             whole = layouts[name].to_stack(value) if name in layouts else value
             if whole.shape == target.shape:  # of others the stock method tells
                 given[name] = shard = torch.empty_like(target)

@@ -1,19 +1,20 @@
 """Arithmetic over sharded parameters beside plain tensors: penalties on weights, distances to other weights.
 
-A shard takes part in torch's functions as a DTensor, with the values of the whole parameter, and stays a shard:
-`p.square().sum()` is a number of the whole. What it cannot meet is a plain tensor, such as a loss. There
+DTensor answers much of it with numbers of this rank alone, or with gradients that are placed otherwise than the
+parameter. So it is asked for little, and what it gives is made plain at once:
 
-    loss, logits (with gradients)   the DTensor becomes plain, whole on every rank
-    weights of the same shape       they become a shard: every rank must hold the same
-    anything else                   the DTensor becomes plain, as where experts meet parameters of another mesh
+    by element, with numbers or fixed tensors of the same shape    a shard again, of the same placement
+    the sum or the norm of all elements                            plain, added up over the ranks
+    anything else                                                  of the whole parameters, gathered
 
 A rank's loss is a part of the mean over the ranks, so the gradient of what became plain is the mean over them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,20 @@ from hf_veomni import hf
 from hf_veomni.context import current
 
 _PROPERTIES = ("__get__", "__set__", "__delete__")
+_SUMS = ("sum", "norm")
+_OPERATORS = ("add", "sub", "mul", "div", "truediv", "pow", "neg", "abs")
+_BY_ELEMENT = {
+    *_OPERATORS,
+    *(f"__{sided}{name}__" for name in _OPERATORS for sided in ("", "r")),
+    *("square", "sqrt", "clone", "detach", "to", "float", "double"),
+}
+# What only describes a tensor, or is about its place in a graph. Others would gather it, also where one rank asks.
+_DESCRIBE = frozenset(
+    "__deepcopy__ __format__ __hash__ __len__ __repr__ __reduce_ex__ backward data_ptr dim element_size get_device "
+    "is_complex is_contiguous is_floating_point is_inference is_pinned is_shared is_signed ndimension nelement numel "
+    "register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad size storage_offset stride type "
+    "untyped_storage".split()
+)
 
 
 @contextmanager
@@ -86,20 +101,19 @@ class _MeanOfRanks(torch.autograd.Function):
         return mean, None, None
 
 
-class _AfterReduction(torch.autograd.Function):
-    """A parameter whose gradient is added, on a GPU, after FSDP's on other streams."""
+class _Owned(torch.autograd.Function):
+    """A parameter whose gradient is placed as itself, and on a GPU is added after FSDP's on other streams."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, streams: Any) -> Tensor:
-        ctx.streams = streams
+    def forward(ctx: Any, parameter: DTensor, streams: tuple[Any, ...]) -> Tensor:
+        ctx.like, ctx.streams = (parameter.device_mesh, parameter.placements), streams
         return parameter.view_as(parameter)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        stream = torch.accelerator.current_stream()
-        for other in (ctx.streams.reduce_scatter_stream, ctx.streams.all_reduce_stream):
-            stream.wait_stream(other)
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        for stream in ctx.streams:
+            torch.accelerator.current_stream().wait_stream(stream)
+        return gradients[0].redistribute(*ctx.like), None
 
 
 class _Mixing(TorchFunctionMode):
@@ -127,46 +141,60 @@ class _Mixing(TorchFunctionMode):
     ) -> Any:
         options: Any = kwargs or {}
         name = getattr(func, "__name__", "")
-        if current().call is not None or name in _PROPERTIES:
+        if current().call is not None or name in _PROPERTIES or name in _DESCRIBE:
             return func(*args, **options)
         tensors = [leaf for leaf in tree_leaves((args, options)) if isinstance(leaf, Tensor)]
         shards = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
         if not shards:
             return func(*args, **options)
-        args, options = tree_map_only(DTensor, self._ordered, (args, options))
-        plain = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
-        several = len({shard.device_mesh for shard in shards}) > 1  # experts have one of their own
-        if (
-            plain
-            and not several
-            and all(_stays(shard) and _is_fixed(tensor, shard) for shard in shards for tensor in plain)
-        ):
-            args, options = tree_map_only(Tensor, lambda tensor: _sharded(tensor, shards[0]), (args, options))
-        elif plain or several:
+        if (changed := _changed(name, args, options)) is not None:
+            args, options = tree_map_only(Tensor, partial(_sharded, like=changed), (args, options))
+            return func(*args, **options)
+        args, options = tree_map_only(DTensor, self._own, (args, options))
+        if not _stays_sharded(name, args, options, tensors, shards[0]):
             args, options = tree_map_only(DTensor, as_plain, (args, options))
-        elif not name.endswith("_") or name.startswith("__"):  # what works in place cannot be tried
-            try:
-                return func(*args, **options)
-            except (NotImplementedError, RuntimeError):  # DTensor cannot do it
-                args, options = tree_map_only(DTensor, as_plain, (args, options))
-        return func(*args, **options)
+            return func(*args, **options)
+        args, options = tree_map_only(Tensor, partial(_sharded, like=shards[0]), (args, options))
+        found = func(*args, **options)
+        return as_plain(found) if name in _SUMS else found
 
-    def _ordered(self, tensor: DTensor) -> Tensor:
-        late = tensor.is_leaf and tensor.requires_grad and torch.is_grad_enabled() and tensor.device.type != "cpu"
-        return _AfterReduction.apply(tensor, self.model._get_fsdp_state()._comm_ctx) if late else tensor  # type: ignore
-
-
-def _stays(shard: DTensor) -> bool:
-    """Not sums that are still to be added up: DTensor would take a number beside them from one rank alone."""
-    return shard.dim() > 0 and not any(placement.is_partial() for placement in shard.placements)
+    def _own(self, tensor: DTensor) -> Tensor:
+        if not (tensor.is_leaf and tensor.requires_grad and torch.is_grad_enabled()):
+            return tensor
+        streams = ()
+        if tensor.device.type != "cpu":
+            comm = self.model._get_fsdp_state()._comm_ctx
+            streams = (comm.reduce_scatter_stream, comm.all_reduce_stream)
+        return _Owned.apply(tensor, streams)  # type: ignore[return-value]
 
 
-def _is_fixed(tensor: Tensor, shard: DTensor) -> bool:
-    return not tensor.requires_grad and (tensor.dim() == 0 or tensor.shape == shard.shape)
+def _stays_sharded(name: str, args: Any, options: Any, tensors: Sequence[Tensor], like: DTensor) -> bool:
+    """Whether DTensor is asked: shards of one kind, and beside them what is the same on every rank."""
+    kind = (like.device_mesh, like.placements, like.shape)
+    shards = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    plain = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    if any((shard.device_mesh, shard.placements, shard.shape) != kind for shard in shards):
+        return False  # experts have a mesh of their own
+    if any(place.is_partial() for place in like.placements):
+        return False
+    if any(tensor.requires_grad or tensor.shape not in ((), like.shape) for tensor in plain):
+        return False
+    if name in _SUMS:
+        return len(args) == 1 and not options
+    return name in _BY_ELEMENT
+
+
+def _changed(name: str, args: Any, options: Any) -> DTensor | None:
+    """The shard that a function writes to, which a gathered copy must not stand in for."""
+    given = options.get("out")
+    if args and (name == "__setitem__" or (name.endswith("_") and not name.startswith("__")) or name[:3] == "__i"):
+        given = args[0]
+    return given if isinstance(given, DTensor) else None
 
 
 def _sharded(tensor: Tensor, like: DTensor) -> Tensor:
-    if isinstance(tensor, DTensor) or tensor.dim() == 0:
+    """What is whole and the same on every rank, as DTensor takes it beside `like`."""
+    if isinstance(tensor, DTensor) or tensor.shape != like.shape:
         return tensor
     mesh = like.device_mesh
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -27,6 +27,7 @@ _BY_ELEMENT = frozenset(
     getattr(torch.optim, name)
     for name in ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD")
 )
+_FUSED = (torch.optim.Adam, torch.optim.AdamW)  # whose `fused` update DTensor knows
 _STEPS, _TOLERANCE = 3, 1e-5
 
 
@@ -44,7 +45,8 @@ def check_optimizer(optimizer: Any) -> None:
     """
     kind = type(optimizer)
     groups = [[p for p in group["params"] if isinstance(p, DTensor)] for group in optimizer.param_groups]
-    if kind in _BY_ELEMENT or not any(groups):
+    fused = kind not in _FUSED and any(group.get("fused") for group in optimizer.param_groups)
+    if (kind in _BY_ELEMENT and not fused) or not any(groups):
         return
     if isinstance(optimizer, torch.optim.Muon):
         _orthogonalize_whole()

@@ -292,7 +292,10 @@ class GuardMixin(_Trainer):
                         return f"It began on rank {first.rank} in {where[0]} with {first.text}."
         finally:
             self._throughput, self._looking = throughput, False
-        return "The step's batches, run again, were finite: the dropout of one process draws another mask."
+        return (
+            "The step's batches, run again, were finite in every module: it began in the loss outside of the model, "
+            "or, in one process, under another mask of dropout."
+        )
 
     @override
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

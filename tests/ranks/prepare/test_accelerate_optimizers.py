@@ -134,6 +134,12 @@ def test_what_needs_whole_parameters_is_refused(ranks, name):
     ranks(2).raises(_prepare, "dp_shard=2", name, REFUSED[name], match=match)
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+def test_a_fused_update_that_dtensor_does_not_know_is_refused(ranks, name):
+    match = f"`{name}` does not go with parameters .*fused"
+    ranks(2).raises(_prepare, "dp_shard=2", name, {"fused": True}, match=match)
+
+
 def _train(folder: str) -> None:
     run = Run(arguments={"output_dir": folder, "max_steps": 1})
     train_omni("sp=2", run, optimizer_cls_and_kwargs=(torch.optim.Rprop, {"lr": 1e-2}))

@@ -128,6 +128,7 @@ def _loaded(kind: str, plan: str) -> Tensor:
     model(input_ids=ids, labels=ids)  # the head stays gathered for a backward that does not come
     missing, unexpected = model.load_state_dict(_other(kind))
     assert not missing and not unexpected
+    model.load_state_dict({name: nn.Parameter(value) for name, value in _other(kind).items()})  # `keep_vars=True`
     if kind == "LoRA":
         set_peft_model_state_dict(model, get_peft_model_state_dict(_MODELS[kind](), _other(kind)))
     with torch.no_grad():

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -48,8 +50,47 @@ def _some_rows(model: Any, start: Any) -> Tensor:
     return model.get_input_embeddings().weight[torch.tensor([3, 59])].pow(2).sum()
 
 
+def _weights(model: Any) -> list[Tensor]:
+    return [p for name, p in model.named_parameters() if p.dim() > 1 and "layers.0" in name]
+
+
+def _spread(model: Any, start: Any) -> Tensor:
+    """Of gradients that DTensor would place otherwise than the parameters."""
+    return sum(w.std() + (w[:8] ** 2).sum() + 1e-3 * w.sum() ** 2 for w in _weights(model))  # type: ignore[return-value]
+
+
+def _spectral(model: Any, start: Any) -> Tensor:
+    return sum(torch.linalg.svdvals(w).max() + w.softmax(0).square().sum() for w in _weights(model))  # type: ignore
+
+
+def _rows(model: Any, start: Any) -> Tensor:
+    """A norm over the sharded axis, whose parts DTensor adds up as if they were sums."""
+    return sum(w.norm(dim=0).sum() + w.norm(dim=1).sum() for w in _weights(model))  # type: ignore[return-value]
+
+
+def _mean_distances(model: Any, start: dict[str, Tensor]) -> Tensor:
+    named = dict(model.named_parameters())
+    errors = (F.mse_loss, F.smooth_l1_loss, F.huber_loss, F.l1_loss)
+    return sum(error(named[name], start[name]) for name in start for error in errors)  # type: ignore[return-value]
+
+
+def _scaled(model: Any, start: Any) -> Tensor:
+    """By numbers that are read on the host."""
+    return sum(p.square().sum() / (1 + p.norm().item() + float(p.sum())) for p in model.parameters())  # type: ignore
+
+
+def _pruned(model: Any, start: Any) -> Tensor:
+    """Parts chosen by masks: plain ones, and those of the weights."""
+    total = torch.zeros(())
+    for w in _weights(model):
+        mask = torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+        total = total + w[mask].square().sum() + w.sum() * (w > 0).any() + w.quantile(0.3) + (w.T @ w).trace()
+    return total
+
+
 TERMS = {f.__name__.strip("_"): f for f in (_squares, _norms, _absolute, _one_norm, _distances, _orthogonality)}
 TERMS["some_rows"] = _some_rows
+OTHERS = {f.__name__.strip("_"): f for f in (_spread, _spectral, _rows, _mean_distances, _scaled, _pruned)}
 
 
 def _share(trainer: Any, model: Any) -> int:
@@ -169,18 +210,19 @@ def test_compiled_layers_do_not_see_it(ranks):
         _assert_same(found, expected)
 
 
-def _loop(plan: str) -> list[Tensor]:
+def _loop(plan: str, term: Any = _squares) -> list[Tensor]:
     """Loss and gradients, in a loop without a Trainer."""
     from hf_veomni import prepare_omni, sharded_arithmetic
 
     model: Any = build_model("llama")
+    start = {name: 0.9 * p.detach().clone() for name, p in model.named_parameters()}
     ids = torch.randint(3, 60, (1, 32), generator=torch.Generator().manual_seed(1))
     if plan:
         model = prepare_omni(model, plan)
         with sharded_arithmetic(model):
-            loss = model(input_ids=ids, labels=ids).loss + 0.01 * _squares(model, None)
+            loss = model(input_ids=ids, labels=ids).loss + 0.01 * term(model, start)
     else:
-        loss = model(input_ids=ids, labels=ids).loss + 0.01 * _squares(model, None)
+        loss = model(input_ids=ids, labels=ids).loss + 0.01 * term(model, start)
     loss.backward()
     return [loss.detach(), *(whole(p.grad).clone() for p in model.parameters())]
 
@@ -189,3 +231,33 @@ def test_in_a_loop_of_ones_own(ranks):
     expected = _loop("")
     for found in ranks(2).run(_loop, "sp=2"):
         assert max(relative_error(*pair) for pair in zip(found, expected, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("plan", ["sp=2", "dp_shard=2"])
+@pytest.mark.parametrize("term", list(OTHERS))
+def test_what_dtensor_answers_otherwise(ranks, plan, term):
+    """Of these it gives numbers of one rank, or gradients that are not where the parameter is."""
+    expected = _loop("", OTHERS[term])
+    for found in ranks(2).run(_loop, plan, OTHERS[term]):
+        assert max(relative_error(*pair) for pair in zip(found, expected, strict=True)) < 1e-5
+
+
+def _looks_and_changes() -> tuple[list[int], float, list[float]]:
+    """What describes a parameter on one rank alone; a change in place of a shard."""
+    from hf_veomni import prepare_omni, sharded_arithmetic
+
+    model: Any = prepare_omni(build_model("llama"), "sp=2")
+    weight = model.get_input_embeddings().weight
+    with sharded_arithmetic(model):
+        sizes = [weight.numel(), weight.dim(), weight.size(0), len(weight)] if dist.get_rank() == 0 else []
+        with torch.no_grad():
+            weight.copy_(torch.full(weight.shape, 0.5))
+            weight.mul_(2)
+    return sizes, float(whole(weight).mean()), [float(whole(weight).min()), float(whole(weight).max())]
+
+
+def test_looking_gathers_nothing_and_changes_arrive(ranks):
+    weight = build_model("llama").get_input_embeddings().weight
+    (sizes, mean, ends), (_, other, _) = ranks(2).run(_looks_and_changes, timeout=60)
+    assert sizes == [weight.numel(), 2, len(weight), len(weight)]
+    assert mean == other == 1 and ends == [1, 1]
