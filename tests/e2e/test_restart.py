@@ -56,6 +56,7 @@ def _torchrun(script: Path, *arguments: str) -> tuple[int, str]:
     return run(*command, str(script), *arguments, check=False, limit=240)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_from_the_newest_checkpoint(
     script: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
