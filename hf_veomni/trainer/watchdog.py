@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -86,12 +86,13 @@ def name_ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def judge(reports: Sequence[Report | None], silences: Sequence[float]) -> tuple[str, str] | None:
+def judge(reports: Sequence[Report | None], silences: Sequence[float], broken: bool = False) -> tuple[str, str] | None:
     """What is wrong, or None.
 
     Args:
         reports: of each rank; None where there was none yet.
         silences: seconds since each has told something new.
+        broken: whether an exchange broke off, as far as this rank knows.
 
     Returns:
         "failed", "lost" or "stalled", and the message.
@@ -101,12 +102,14 @@ def judge(reports: Sequence[Report | None], silences: Sequence[float]) -> tuple[
         if error not in ("", "done"):
             return "failed", f"Rank {rank} failed: {error}"
     running = [rank for rank, error in enumerate(ended) if not error]
-    limit = _LOST_BROKEN if any(report is not None and report.broken for report in reports) else LOST
+    broken = broken or any(report is not None and report.broken for report in reports)
+    limit = _LOST_BROKEN if broken else LOST
     known = {rank: report for rank in running if (report := reports[rank]) is not None}
-    lost = [rank for rank in known if silences[rank] > limit]  # who has not spoken yet may still prepare its data
-    if lost:  # with all those that fell silent in the same moment, as where a link is cut
-        lost = [rank for rank in known if silences[rank] > limit - 2 * _PERIOD]
-        places = "; ".join(known[rank].place for rank in lost)
+    expected = running if broken else list(known)  # who has not spoken yet may still prepare its data
+    if any(silences[rank] > limit for rank in expected):
+        # With all those that fell silent in the same moment, as where a link is cut.
+        lost = [rank for rank in expected if silences[rank] > limit - 2 * _PERIOD]
+        places = "; ".join(known[rank].place if rank in known else "starting" for rank in lost)
         return "lost", (
             f"Nothing has been heard of {name_ranks(lost)} for {max(silences[rank] for rank in lost):.0f} s; before: "
             f"{places}. The process was killed or stopped, or its machine is gone."
@@ -279,10 +282,10 @@ class Watchdog:
         first, silence = self._reports[0], now - self._heard[0]
         if now - self._talked > LOST:
             self.verdict = "lost", f"The store of the process group has not answered for {now - self._talked:.0f} s."
-        elif self._board.rank != 0 and first is not None and not first.ended:
+        elif self._board.rank != 0 and (self._broken if first is None else not first.ended):
             # A little later than rank 0 would find others.
             if silence > (_LOST_BROKEN if self._broken else LOST) + 3 * _PERIOD:
-                self.verdict = judge([replace(first, broken=True)], [silence])
+                self.verdict = judge([first], [silence], broken=True)
 
     def _end(self, message: str) -> NoReturn:
         report = self._report()
