@@ -72,8 +72,13 @@ def _of_each_batch(kind: str, folder: str, model: str, **more: Any) -> list[dict
     trainer.train()
     data = trainer.eval_dataset
     halves = [data.select(range(begin, begin + 2)) for begin in range(0, len(data), 2)]
-    counts = [sum(label != -100 for row in half for label in row.get("labels", ())) for half in halves]
-    return [trainer.evaluate(half) | {"tokens": n or 1} for half, n in zip(halves, counts, strict=True)]
+    counts = [sum(map(_targets, half)) if kind == "SFT" else 1 for half in halves]
+    return [trainer.evaluate(half) | {"tokens": n} for half, n in zip(halves, counts, strict=True)]
+
+
+def _targets(row: dict[str, Any]) -> int:
+    """Of a row for SFT: nothing comes before the first token, so that it is none."""
+    return sum(label != -100 for label in row["labels"][1:])
 
 
 @pytest.mark.parametrize(
