@@ -211,10 +211,7 @@ def prepare_omni(
             undo.append(hf_peft.call_with_hooks(model))
             check_model(base, state)
             stages = plan_stages(base, state) if state.plan.pp_size > 1 else None
-            state.plan.match_modules(name for name, _ in base.named_modules() if name)
             _attach(base, state, attention, chunked_loss, undo, apart=not hf_peft.picks_tokens_by_place(model))
-            if stages is not None:
-                undo.append(attach_border(base, state))
         _parallelize(model, state, mp_policy, pending, undo, stages)
     _tell(model, state, unplanned=given is None and plan == ParallelPlan())
     return model
@@ -258,6 +255,7 @@ def _attach(
     These steps are bound methods and partials of plain functions, no closures: so a deep copy of the model gets steps
     of its own, which take nothing off the original.
     """
+    state.plan.match_modules(name for name, _ in base.named_modules() if name)
     reasons: dict[str, str] = {}
     if not apart:
         reasons["packed"] = "activated LoRA counts tokens from the end of the row. Train it on one document a row."
@@ -291,6 +289,8 @@ def _attach(
     undo.append(forget_in_graphs(base))  # before all others
     if state.sp_size > 1 or state.plan.pp_size > 1:
         undo.append(attach_dropout(base, state))
+    if state.plan.pp_size > 1:
+        undo.append(attach_border(base, state))
 
 
 def _find_chunked(base: Any, state: ParallelState) -> list[Callable[[], Callable[[], Any]]]:

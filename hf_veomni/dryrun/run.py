@@ -73,12 +73,7 @@ def dry_run(
     """
     began = time.perf_counter()
     _check(kernels, rank, world_size, accumulation, skew)
-    resolved = ParallelPlan.parse(plan).resolve(world_size)
-    if resolved.pp_size > 1:
-        raise UnsupportedError(
-            f"`pp_size` ({resolved.pp_size}) is not available in a dry run, where nobody sends what a stage receives: "
-            "run the plan without it, with as many layers as a stage has (`num_hidden_layers`)."
-        )
+    resolved = _resolve(plan, world_size)
     given = text_batch(tokens) if batch is None else batch
     build = model if callable(model) else builder(load_config(model), dtype)
     with fake_world(world_size, rank, kernels=kernels, skew=skew):
@@ -120,6 +115,16 @@ def _record(
             return record_step(prepared, batches, fake=True, autocast=mixed_precision)
     finally:
         detach_omni(prepared)  # what is process-wide is put back
+
+
+def _resolve(plan: ParallelPlan | str | None, world_size: int) -> ParallelPlan:
+    resolved = ParallelPlan.parse(plan).resolve(world_size)
+    if resolved.pp_size > 1:
+        raise UnsupportedError(
+            f"`pp_size` ({resolved.pp_size}) is not available in a dry run, where nobody sends what a stage receives: "
+            "run the plan without it, with as many layers as a stage has (`num_hidden_layers`)."
+        )
+    return resolved
 
 
 def _check(kernels: str, rank: int, world_size: int, accumulation: int, skew: float) -> None:

@@ -37,6 +37,7 @@ _BY_ELEMENT = {
     *(f"__{sided}{name}__" for name in _OPERATORS for sided in ("", "r")),
     *("square", "sqrt", "clone", "detach", "to", "float", "double"),
 }
+_IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in (*_OPERATORS, "floordiv", "mod", "and", "or", "xor"))}
 # What only describes a tensor, or is about its place in a graph. Others would gather it, also where one rank asks.
 _DESCRIBE = frozenset(
     "__deepcopy__ __format__ __hash__ __len__ __repr__ __reduce_ex__ backward data_ptr dim element_size get_device "
@@ -48,13 +49,14 @@ _DESCRIBE = frozenset(
 
 @contextmanager
 def sharded_arithmetic(model: nn.Module) -> Iterator[None]:
-    """Inside, parameters of a prepared model may be added to, subtracted from or compared with plain tensors.
+    """Inside, functions of a prepared model's parameters, alone or beside plain tensors, are those of one process.
 
-    For a term of the loss over `model.parameters()`; inside of a Trainer's `compute_loss` it is on already. Values and
-    gradients are those of one process: the gradient is averaged over the ranks, as that of the rest of the loss is.
+    For a term of the loss over `model.parameters()`; inside of a Trainer's `compute_loss` it is on already. The
+    gradient is averaged over the ranks, as that of the rest of the loss is.
 
-    Collective: where a sharded result meets a plain tensor, an all-reduce of it, or an all-gather of a parameter; its
-    backward is an all-reduce or a reduce-scatter (mean). Every rank must compute the same.
+    Collectives: an all-reduce for a sum or a norm of all elements, an all-gather of each parameter for any function
+    but arithmetic by element; the backward is a mean over the ranks, or a reduce-scatter. Every rank must compute the
+    same.
     """
     base = hf.base_model(model)
     if not isinstance(base, FSDPModule):
@@ -187,7 +189,7 @@ def _stays_sharded(name: str, args: Any, options: Any, tensors: Sequence[Tensor]
 def _changed(name: str, args: Any, options: Any) -> DTensor | None:
     """The shard that a function writes to, which a gathered copy must not stand in for."""
     given = options.get("out")
-    if args and (name == "__setitem__" or (name.endswith("_") and not name.startswith("__")) or name[:3] == "__i"):
+    if args and (name in _IN_PLACE or (name.endswith("_") and not name.startswith("__"))):
         given = args[0]
     return given if isinstance(given, DTensor) else None
 

@@ -252,6 +252,7 @@ def _looks_and_changes() -> tuple[list[int], float, list[float]]:
         sizes = [weight.numel(), weight.dim(), weight.size(0), len(weight)] if dist.get_rank() == 0 else []
         with torch.no_grad():
             weight.copy_(torch.full(weight.shape, 0.5))
+            assert int((weight * 2).sum()) == weight.numel() and int(weight[:1, :1] * 4) == 2
             weight.mul_(2)
     return sizes, float(whole(weight).mean()), [float(whole(weight).min()), float(whole(weight).max())]
 
