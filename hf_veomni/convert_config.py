@@ -224,6 +224,11 @@ def convert(values: Mapping[str, Any], processes: int) -> dict[str, Any]:
     ParallelPlan.parse(recipe["plan"]).resolve(processes)
     recipe["processes"] = processes
     arguments = recipe["arguments"] = {**_DEFAULTS, **recipe["arguments"]}
+    if not arguments.get("save_steps"):  # VeOmni saves after each epoch then, Trainer every 500 steps
+        arguments.pop("save_steps", None)
+        arguments["save_strategy"] = "epoch"
+    if "max_steps" in arguments:  # of an epoch there, of the run here
+        arguments["max_steps"] *= arguments["num_train_epochs"]
     recipe["dtype"] = "float32" if arguments["bf16"] else "bfloat16"  # VeOmni's, of the weights that are trained
     return {name: recipe[name] for name in _ORDER if name in recipe}
 

@@ -63,7 +63,20 @@ def test_a_flat_file() -> None:
         "bf16": True,
         "gradient_checkpointing": True,
         "report_to": "none",
+        "save_strategy": "epoch",
     }
+
+
+def test_saves_after_each_epoch_where_no_steps_are_given() -> None:
+    arguments = convert(yaml.safe_load(f"{FLAT}  save_steps: 0\n"), processes=16)["arguments"]
+    assert arguments["save_strategy"] == "epoch" and "save_steps" not in arguments
+    arguments = convert(yaml.safe_load(f"{FLAT}  save_steps: 50\n"), processes=16)["arguments"]
+    assert arguments["save_steps"] == 50 and "save_strategy" not in arguments
+
+
+def test_steps_of_an_epoch_become_those_of_the_run() -> None:
+    arguments = convert(yaml.safe_load(f"{FLAT}  max_steps: 10\n"), processes=16)["arguments"]
+    assert arguments["num_train_epochs"] == 2 and arguments["max_steps"] == 20
 
 
 def test_a_nested_file_with_adapters_and_experts() -> None:
