@@ -214,6 +214,8 @@ class Watchdog:
         end = time.monotonic() + LOST + 5 * _PERIOD
         while self.verdict is None and time.monotonic() < end:
             time.sleep(0.1)
+        if self.verdict is not None and self.verdict[0] == "stalled":
+            self._end(self.verdict[1])  # as all ranks do, be it that another one has left before this one
         return None if self.verdict is None else RankError(self.verdict[1])
 
     def _report(self) -> Report:
