@@ -45,8 +45,11 @@ def check_optimizer(optimizer: Any) -> None:
     """
     kind = type(optimizer)
     groups = [[p for p in group["params"] if isinstance(p, DTensor)] for group in optimizer.param_groups]
-    fused = kind not in _FUSED and any(group.get("fused") for group in optimizer.param_groups)
-    if (kind in _BY_ELEMENT and not fused) or not any(groups):
+    if not any(groups):
+        return
+    if kind in _BY_ELEMENT:
+        if kind not in _FUSED and any(group.get("fused") for group in optimizer.param_groups):
+            agree(_refusal(optimizer, "`fused` (True) has no form for shards (leave it out)"), "Checking the optimizer")
         return
     if isinstance(optimizer, torch.optim.Muon):
         _orthogonalize_whole()
