@@ -49,7 +49,9 @@ def check_optimizer(optimizer: Any) -> None:
         return
     if kind in _BY_ELEMENT:
         if kind not in _FUSED and any(group.get("fused") for group in optimizer.param_groups):
-            agree(_refusal(optimizer, "`fused` (True) has no form for shards (leave it out)"), "Checking the optimizer")
+            agree(
+                _refusal(optimizer, "`fused` (True) has no form for shards (leave it out)"), "Checking the optimizer"
+            )
         return
     if isinstance(optimizer, torch.optim.Muon):
         _orthogonalize_whole()
