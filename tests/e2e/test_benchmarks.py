@@ -122,12 +122,14 @@ def test_memory_log_counts_what_is_live() -> None:
     assert log.peak("activation")[0] == 2048 + 8  # the exponential and its gradient; the sum and its gradient
 
 
+@pytest.mark.slow
 def test_activation_memory_falls_with_sp(bench: Any) -> None:
     rows = bench("activation_memory", *SHAPE, "--sp", "1", "2", "--tokens", "256", "--median", "32")
     assert [(row["sp_size"], row["checkpointing"]) for row in rows] == [(1, False), (1, True), (2, False), (2, True)]
     assert all(abs(row["held_times_sp"] - 1) < 0.1 and abs(row["peak_times_sp"] - 1) < 0.1 for row in rows)
 
 
+@pytest.mark.slow
 def test_halves_in_flight_need_no_more_than_their_row(bench: Any) -> None:
     rows = bench("pairs", *SHAPE, "--tokens", "512", "--repeats", "1")
     assert [row["checkpointing"] for row in rows] == [False, True]
@@ -146,6 +148,7 @@ def test_pairs_notice_what_takes_more() -> None:
     assert "held" in held and "1.030" in held and "peak" in peak and "loss of pairs" in loss
 
 
+@pytest.mark.slow
 def test_overhead_runs_and_notices_what_takes_longer(bench: Any) -> None:
     options = ["--tokens", "64", "--rounds", "1", "--steps", "1", "--tolerance", "9"]
     rows = bench("overhead", *SHAPE, *options)

@@ -34,6 +34,7 @@ def test_reading_runs(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert is_picture(tmp_path / "read.png")
 
 
+@pytest.mark.slow
 def test_drawing_runs(tmp_path: Path) -> None:
     few = ["--vq_steps", "2", "--limit", "64", "--max_steps", "2", "--drawings", "1"]
     launch(CONFIG, "examples/draw_digits.py", *few, "--output_dir", str(tmp_path))

@@ -45,6 +45,7 @@ def test_two_ranks_train_as_one_process(inputs: list[str], tmp_path: Path) -> No
     assert (tmp_path / "two/processor_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_adapters_are_in_the_language_model_alone(inputs: list[str], tmp_path: Path) -> None:
     python(SCRIPT, *inputs, "--max_steps", "1", "--use_cpu", "--output_dir", str(tmp_path))
     names = list(load_file(tmp_path / "adapter_model.safetensors"))

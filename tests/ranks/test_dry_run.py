@@ -135,10 +135,10 @@ def compare(foreseen: list[DryRun], found: list[dict[str, Any]], experts: bool) 
 
 CASES = [
     ("dense", "sp=2", False, None),
-    ("dense", "sp=2", True, None),
-    ("dense", "dp_replicate=2,sp=2", False, None),
+    pytest.param("dense", "sp=2", True, None, marks=pytest.mark.slow),
+    pytest.param("dense", "dp_replicate=2,sp=2", False, None, marks=pytest.mark.slow),
     ("tied", "sp=2,dp_shard=2", False, None),
-    ("moe", "sp=2,ep=2", False, None),
+    pytest.param("moe", "sp=2,ep=2", False, None, marks=pytest.mark.slow),
     ("moe", "sp=2,dp_shard=2,ep=2", True, None),
     ("dense", "sp=2", False, 8),
     ("linear", "sp=2", False, None),
@@ -168,11 +168,11 @@ def test_equals_ranks_that_are_there(ranks, kind: str, plan: str, checkpointing:
 @pytest.mark.parametrize(
     ("family", "plan", "checkpointing"),
     [
-        ("qwen2_5_vl", "sp=2", False),
         ("qwen2_5_vl", "", True),
         ("qwen3_vl", "sp=2", False),
-        ("qwen3_vl", "sp=2", True),
-        ("qwen3_vl", "", False),
+        pytest.param("qwen2_5_vl", "sp=2", False, marks=pytest.mark.slow),
+        pytest.param("qwen3_vl", "sp=2", True, marks=pytest.mark.slow),
+        pytest.param("qwen3_vl", "", False, marks=pytest.mark.slow),
     ],
 )
 def test_images_equal_ranks_that_are_there(ranks, family: str, plan: str, checkpointing: bool) -> None:

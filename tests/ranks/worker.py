@@ -47,6 +47,7 @@ class Reply:
 def serve(rank: int, world_size: int, pipe: Connection, log: str, stacks: str) -> None:
     """The loop of one rank; returns when the other end of the pipe closes."""
     _redirect_output(log)
+    faulthandler.enable()  # a crash in native code writes where Python stood into the log, which the report shows
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115
     threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))

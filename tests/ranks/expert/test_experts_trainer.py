@@ -144,14 +144,17 @@ def _train_and_resume(plan: str, other: str, run: ExpertRun, directory: Path) ->
     return uninterrupted, _outcome(resumed, resumed.train(resume_from_checkpoint=checkpoint).training_loss)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+SAME, FEWER, OTHER = (
+    ("sp=2,dp_shard=2,ep=2", "sp=2,dp_shard=2,ep=2", 0.0),
+    ("sp=2,dp_shard=2,ep=4", "sp=2,dp_shard=2", 1e-5),
+    ("sp=2,dp_shard=2", "dp_replicate=2,sp=2,ep=2", 1e-5),
+)
+SLOW = [(*SAME, True), (*FEWER, False), (*FEWER, True), (*OTHER, False)]
+
+
 @pytest.mark.parametrize(
-    ("plan", "other", "tolerance"),
-    [
-        ("sp=2,dp_shard=2,ep=2", "sp=2,dp_shard=2,ep=2", 0.0),
-        ("sp=2,dp_shard=2,ep=4", "sp=2,dp_shard=2", 1e-5),
-        ("sp=2,dp_shard=2", "dp_replicate=2,sp=2,ep=2", 1e-5),
-    ],
+    ("plan", "other", "tolerance", "lora"),
+    [(*SAME, False), (*OTHER, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
 def test_resume_under_the_same_plan_and_another(ranks, tmp_path, plan, other, tolerance, lora):
     run = ExpertRun(lora=lora, num_rows=16, arguments={"save_strategy": "steps", "save_steps": 3, "max_steps": 6})

@@ -27,7 +27,7 @@ TRAINED = 1e-5
 ADAM_EPSILON = 1e-6
 STEPS, ROWS = 4, 2
 DOCUMENTS, LENGTH = 3, 63
-FEW = 4  # the first layers only; all of them are slow
+FEW = 4  # the first layers only; all of them, and training, are slow
 PLANS = [(2, "dp_shard=2,ep=2"), (2, "sp=2,ep=2"), (2, "sp=2"), (4, "sp=4,ep=2"), (4, "sp=4,ep=4")]
 TRAINED_PLANS = [*PLANS, (4, "sp=2,dp_shard=2,ep=2"), (4, "sp=2,dp_shard=2,ep=4")]
 
@@ -35,9 +35,10 @@ pytestmark = pytest.mark.real_model
 
 
 def _cases(plans: list[tuple[int, str]], deep: Callable[[int], int | None]) -> pytest.MarkDecorator:
-    """A few layers under one plan, and the rest at the depth that `deep` gives for a number of ranks."""
+    """Plans at the depth that `deep` gives for a number of ranks."""
     slow = [pytest.param(deep(plan[0]), *plan, marks=pytest.mark.slow) for plan in plans]
-    return pytest.mark.parametrize(("layers", "size", "plan"), [(FEW, 2, "sp=2,ep=2"), *slow], scope="module")
+    few = pytest.param(FEW, 2, "sp=2,ep=2", marks=pytest.mark.slow if deep is _whole_on_two else ())
+    return pytest.mark.parametrize(("layers", "size", "plan"), [few, *slow], scope="module")
 
 
 def _full(size: int) -> int | None:

@@ -190,12 +190,17 @@ def reset_accelerate() -> None:
     ("world", "plan", "other", "data_ranks", "kind"),
     [
         (2, "sp=2", "sp=2", 1, "full"),
-        (4, "sp=2,dp_shard=2", "sp=2,dp_shard=2", 2, "full"),
-        (4, "sp=2,dp_shard=2", "sp=2,dp_shard=2", 2, "lora"),
-        (4, "sp=2,dp_shard=2", "dp_replicate=2,sp=2", 2, "full"),
         (4, "sp=2,dp_shard=2", "dp_replicate=2,sp=2", 2, "lora"),
-        (4, "sp=2,dp_shard=2,ep=4", "sp=2,dp_shard=2,ep=4", 2, "experts"),
         (4, "sp=2,dp_shard=2,ep=2", "dp_replicate=2,sp=2,ep=2", 2, "experts_lora"),
+        *(
+            pytest.param(4, plan, other, 2, kind, marks=pytest.mark.slow)
+            for plan, other, kind in [
+                ("sp=2,dp_shard=2", "sp=2,dp_shard=2", "full"),
+                ("sp=2,dp_shard=2", "sp=2,dp_shard=2", "lora"),
+                ("sp=2,dp_shard=2", "dp_replicate=2,sp=2", "full"),
+                ("sp=2,dp_shard=2,ep=4", "sp=2,dp_shard=2,ep=4", "experts"),
+            ]
+        ),
     ],
 )
 def test_state_comes_back(ranks, tmp_path, world, plan, other, data_ranks, kind):

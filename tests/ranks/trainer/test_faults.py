@@ -122,7 +122,7 @@ def _is_killed(rank: int, where: int) -> None:
     _train(rank, "kill", where, 6 + where)
 
 
-@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("where", [pytest.param(0, marks=pytest.mark.slow), 1])  # each waits half a minute
 def test_a_killed_rank_is_named_by_the_other(tmp_path, where):
     ended = run_alone(_is_killed, 2, tmp_path, where)
     _check(ended)

@@ -12,10 +12,10 @@ from tests.soak import driver
 from tests.soak.driver import same, soak
 from tests.soak.training import Variant
 
+VARIANTS = [Variant(saving="async"), pytest.param(Variant(experts=True, lora=True), marks=pytest.mark.slow)]
 
-@pytest.mark.parametrize(
-    "variant", [Variant(saving="async"), Variant(experts=True, lora=True)], ids=lambda variant: variant.name
-)
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path: Path, variant: Variant) -> None:
     tally = soak(variant, tmp_path, kills=6, until=time.monotonic() + 30, seed=1)
     assert tally.kills > 0 and tally.runs > 0, tally
