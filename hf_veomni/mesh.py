@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import time
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -148,9 +150,37 @@ def _start() -> tuple[torch.device, int]:
 
 
 def _end_gloo() -> None:
-    """At the end of the process: gloo's threads that still run then abort it (torch 2.11), after all work is done."""
+    """At the end of the process: nothing of gloo may still run, since its threads abort a process that shuts down.
+
+    A rank goes on as soon as a collective is complete, and a moment later the thread that ran it lets go of its
+    tensors, for which it needs the interpreter. Where that comes too late, as on a busy machine, torch ends a job that
+    has done all its work with "terminate called without an active exception" (seen with 2.13). Groups that something
+    still refers to keep their threads after `destroy_process_group`.
+    """
+    let_gloo_rest()
     if dist.is_initialized() and dist.get_backend_config().endswith("gloo"):
         dist.destroy_process_group()
+
+
+def let_gloo_rest(limit: float = 2.0) -> None:
+    """Wait until gloo's threads sleep: until each has let go of the last collective that it ran.
+
+    Args:
+        limit: seconds after which a thread that still runs, in a collective that others never came to, is left alone.
+    """
+    deadline, calm = time.monotonic() + limit, 0
+    while calm < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)  # lets them have the interpreter
+        calm = 0 if any(_is_runnable(thread) for thread in Path("/proc/self/task").glob("*/stat")) else calm + 1
+
+
+def _is_runnable(stat: Path) -> bool:
+    """Whether this is a thread of gloo that runs or wants to; not known, and no, where the system is not Linux."""
+    try:
+        name, state = stat.read_text().split("(", 1)[1].rsplit(") ", 1)
+    except OSError:  # it has just ended
+        return False
+    return name == "pt_gloo_runloop" and not state.startswith("S")
 
 
 def init_parallel_state(plan: ParallelPlan | str | None = None) -> ParallelState:

@@ -1,8 +1,13 @@
-"""Which device a rank takes, with torch's answers about devices and groups replaced."""
+"""Which device a rank takes, with torch's answers about devices and groups replaced; and how its process ends."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -98,3 +103,79 @@ def test_accelerate_before_the_group_has_no_index(choose: Choose) -> None:
 
 def test_without_a_launcher_the_rank_decides(choose: Choose) -> None:
     assert choose("cuda:nccl", rank=10) == torch.device("cuda", 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "runs"),
+    [
+        ("7 (pt_gloo_runloop) R 1 7", True),
+        ("7 (pt_gloo_runloop) D 1 7", True),
+        ("7 (pt_gloo_runloop) S 1 7", False),
+        ("7 (python) R 1 7", False),
+        ("7 (odd) R (name) R 1 7", False),
+    ],
+)
+def test_threads_of_gloo_that_run(tmp_path: Path, line: str, runs: bool) -> None:
+    (tmp_path / "stat").write_text(line)
+    assert mesh._is_runnable(tmp_path / "stat") is runs
+    assert not mesh._is_runnable(tmp_path / "gone")
+
+
+def test_the_end_waits_for_threads_of_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = iter([True, True, False, True, False, False])
+    monkeypatch.setattr(Path, "glob", lambda *_: [Path("stat")])
+    monkeypatch.setattr(mesh, "_is_runnable", lambda _: next(states))
+    mesh.let_gloo_rest()
+    assert next(states, None) is None
+    monkeypatch.setattr(mesh, "_is_runnable", lambda _: True)
+    begin = time.monotonic()
+    mesh.let_gloo_rest(limit=0.05)
+    assert time.monotonic() - begin < 5
+
+
+# Two ranks whose threads get a core last, on a machine without an idle one; a group outlives `destroy_process_group`.
+ENDS = """
+import os, sys, time
+import torch, torch.distributed as dist
+from hf_veomni.mesh import init_parallel_state
+
+def burn():
+    while True: pass
+
+burners = []
+for _ in range(os.cpu_count()):
+    if (pid := os.fork()) == 0: burn()
+    burners.append(pid)
+failed = 0
+for turn in range(4):
+    ranks = []
+    for rank in range(2):
+        if (pid := os.fork()) == 0: break
+        ranks.append(pid)
+    else:
+        failed += sum(os.waitpid(pid, 0)[1] != 0 for pid in ranks)
+        continue
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/{turn}", rank=rank, world_size=2)
+    kept = init_parallel_state("sp=2")
+    dist.barrier()
+    for thread in os.listdir("/proc/self/task"):
+        if open(f"/proc/self/task/{thread}/comm").read().strip() == "pt_gloo_runloop":
+            os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+    for _ in range(20):
+        parts = [torch.ones(100), torch.ones(100)]
+        dist.all_gather(parts, torch.ones(100))
+        del parts
+    sys.exit(0)
+for pid in burners: os.kill(pid, 9)
+sys.exit(failed)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the states of threads")
+def test_a_process_ends_after_the_threads_of_gloo(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ENDS, str(tmp_path)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
