@@ -197,7 +197,8 @@ def init_parallel_state(plan: ParallelPlan | str | None = None) -> ParallelState
     if plan.world_size == 1:
         return ParallelState(plan=plan, device=device)
     if device.type == "cpu":
-        atexit.register(_end_gloo)  # a function that is there already runs twice, and finds no group
+        atexit.unregister(_end_gloo)  # of an earlier plan
+        atexit.register(_end_gloo)
     names = ("pp", "dp_replicate", "dp_shard", "sp")
     sizes = (plan.pp_size, plan.dp_replicate_size, plan._resolved_shard(), plan.sp_size)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)

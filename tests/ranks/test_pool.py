@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from contextvars import ContextVar
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks.pool import RanksFailed
+from tests.ranks.pool import RankPool, RanksFailed
 
 variable: ContextVar[int] = ContextVar("variable", default=0)
 
@@ -52,6 +53,14 @@ def _die_on(rank: int) -> None:
     if dist.get_rank() == rank:
         os._exit(7)
     dist.barrier()
+
+
+def _crash(flag: str, always: bool) -> str:
+    if dist.get_rank() == 1 and (always or not os.path.exists(flag)):
+        open(flag, "w").close()
+        os.kill(os.getpid(), signal.SIGSEGV)
+    dist.barrier()
+    return "done"
 
 
 def _pid() -> int:
@@ -116,6 +125,17 @@ def test_death_of_a_rank_is_reported(ranks):
     with pytest.raises(RanksFailed, match="rank 1 died with exit code 7"):
         ranks(2).run(_die_on, 1)
     assert len(ranks(2).run(_pid)) == 2
+
+
+def test_a_crash_in_native_code_is_repeated_once_and_told(ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr(RankPool, "repeats", 0)
+    with pytest.warns(RuntimeWarning, match="(?s)A rank crashed.*rank 1 died with exit code -11.*Segmentation fault"):
+        assert ranks(2).run(_crash, str(tmp_path / "flag"), False) == ["done", "done"]
+    with pytest.warns(RuntimeWarning), pytest.raises(RanksFailed, match="rank 1 died with exit code -11"):
+        ranks(2).run(_crash, str(tmp_path / "flag"), True)
+    assert RankPool.repeats == 2
+    with pytest.raises(RanksFailed, match="rank 1 died with exit code -11"):
+        ranks(2).run(_crash, str(tmp_path / "flag"), True)
 
 
 def test_raises_wants_every_rank_to_raise_and_keeps_the_ranks(ranks):
