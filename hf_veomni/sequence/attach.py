@@ -14,6 +14,7 @@ nothing here runs a second time in the backward; a recomputation has the layers'
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 from weakref import WeakSet
 
@@ -51,6 +52,7 @@ from hf_veomni.sequence.checks import (
     refuse_unshared,
     row_documents,
 )
+from hf_veomni.sequence.dtypes import explain_dtypes
 from hf_veomni.sequence.families.bias import attach_bias
 from hf_veomni.sequence.families.core import attach_patch, has_patch
 from hf_veomni.sequence.families.deepstack import cut_deepstack
@@ -227,6 +229,8 @@ class SequenceAttachment:
         if call is None or call.owner is not self:
             return  # `_note_cache` did not run
         leave(call)
+        if output is None:
+            explain_dtypes(model, sys.exception())
         if call.row is not None and not call.row.full and self.state.sp_size > 1:
             self.outputs.note(output, call.row.length, made_full=self.gather_point is not None)
         if output is not None and call.row is None and self.state.sp_size > 1:  # None: an error is on its way
