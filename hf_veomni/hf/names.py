@@ -305,9 +305,14 @@ def replace_loss(model: PreTrainedModel, loss: Callable[..., Tensor]) -> Callabl
 
     transformers keeps a loss that was set in `_loss_function`; without it the loss follows from the loss type.
     """
-    own = vars(model).get("_loss_function")
+    own = loss_set_on(model)
     model.loss_function = loss
     return own
+
+
+def loss_set_on(model: nn.Module) -> Callable[..., Tensor] | None:
+    """The loss that was set on a model. `model.loss_function` warns of an unknown loss type where there is no head."""
+    return vars(model).get("_loss_function")
 
 
 def restore_loss(model: PreTrainedModel, loss: Callable[..., Tensor], own: Callable[..., Tensor] | None) -> None:

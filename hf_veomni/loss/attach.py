@@ -235,7 +235,7 @@ def _detach(
 
 def has_chunked_loss(model: nn.Module) -> bool:
     """Whether `attach_chunked_loss` is in force on `model`; families with a loss of their own keep it."""
-    return isinstance(hf.base_model(model).loss_function, CausalLMLoss)
+    return isinstance(hf.loss_set_on(hf.base_model(model)), CausalLMLoss)
 
 
 @contextmanager
@@ -245,7 +245,7 @@ def chunked_evaluation(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: no loss is attached to `model`.
     """
-    loss = hf.base_model(model).loss_function
+    loss = hf.loss_set_on(hf.base_model(model))
     if not isinstance(loss, CausalLMLoss):
         raise ValueError(f"{type(model).__name__} has no loss attached: call `attach_chunked_loss(model)` first.")
     previous, loss._state.evaluating = loss._state.evaluating, True

@@ -266,7 +266,7 @@ class OmniTrainerMixin(
         """Whether the model's loss smooths labels: in chunks of logits, of which Trainer's smoother wants all."""
         if is_trl(self) or not is_prepared(model):
             return False  # TRL's losses are its own
-        loss: Any = hf.base_model(model).loss_function
+        loss: Any = hf.loss_set_on(hf.base_model(model))
         if hasattr(loss, "label_smoothing"):
             loss.label_smoothing = float(self.args.label_smoothing_factor)
         return hasattr(loss, "label_smoothing")
