@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import embed
 from classify import read_samples
 from preference_pairs import pydoc_pairs, read_pairs
 from stream_mix import read_sources
@@ -17,6 +19,7 @@ OPTIONS = {
     "dpo": ["--max_length", "64", "--learning_rate", "1e-2"],
     "reward": ["--max_length", "1024", "--learning_rate", "1e-2"],
     "classify": ["--max_tokens", "64", "--learning_rate", "1e-2"],
+    "embed": ["--max_tokens", "32", "--per_device_train_batch_size", "8", "--learning_rate", "1e-2"],
     "stream_mix": ["--max_tokens", "256", "--learning_rate", "1e-2"],
 }
 
@@ -66,3 +69,20 @@ def test_labels_are_numbered_or_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x", "label": "good"}')
     with pytest.raises(ValueError, match="has the labels .'good'.: two or more are needed"):
         read_samples(str(tmp_path / "a.jsonl"))
+
+
+def test_queries_are_read_or_refused(tmp_path: Path) -> None:
+    train, held_out = embed.read_pairs(None)
+    assert len(held_out) == 64 and len(train) > 256
+    assert all(pair["query"] not in pair["passage"] for pair in train + held_out)
+    (tmp_path / "a.jsonl").write_text('{"query": "x", "passage": "y"}\n' * 5)
+    with pytest.raises(ValueError, match="has 5 pairs: 128 or more are needed"):
+        embed.read_pairs(str(tmp_path / "a.jsonl"))
+    with pytest.raises(ValueError, match="`data` .nowhere. is no file: give a jsonl with `query` and `passage`"):
+        embed.read_pairs("nowhere")
+
+
+def test_an_embedding_is_the_mean_of_a_texts_tokens() -> None:
+    hidden, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    wanted = torch.stack([hidden[0, :2].mean(0), hidden[1].mean(0)])
+    torch.testing.assert_close(embed.embed(hidden, mask), wanted / wanted.norm(dim=-1, keepdim=True))
