@@ -5,9 +5,10 @@ r"""LoRA fine-tuning of a stock checkpoint on packed sequences, under whatever p
     accelerate launch --config_file accelerate_configs/cpu_4_sp2_ep2.yaml examples/finetune_lora.py \
         --model outputs/checkpoints/smollm2-135m-moe --lora_experts        # a mixture of experts, spread over ranks
 
-The model is a checkpoint folder or a Hub id (`--model HuggingFaceTB/SmolLM2-135M-Instruct`); the data are the
-documentation topics of Python's standard library. Every option of `TrainingArguments` can be given too. Into
-`--output_dir` go the adapter, which opens in plain PEFT, and `metrics.json`.
+The model is a checkpoint folder or a Hub id (`--model HuggingFaceTB/SmolLM2-135M-Instruct`). The data are the
+documentation topics of Python's standard library, or chats of your own: `--data chats.jsonl`, with `messages` in each
+line, of which only what the assistant says is learnt and an eighth is held out. Every option of `TrainingArguments`
+can be given too. Into `--output_dir` go the adapter, which opens in plain PEFT, and `metrics.json`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import datasets
 import torch
 import torch.distributed as dist
 import transformers
+from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, set_seed
 
@@ -36,6 +38,7 @@ GB = 10**9
 @dataclass
 class ScriptArguments:
     model: str = field(default=DEFAULT_OUTPUT, metadata={"help": "Checkpoint folder or Hub id."})
+    data: str | None = field(default=None, metadata={"help": "A jsonl of chats, with `messages` in each line."})
     max_tokens: int = field(default=2048, metadata={"help": "Length of a packed sequence, in tokens."})
     dtype: str = field(default="bfloat16", metadata={"help": "Type that the weights are loaded in."})
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
@@ -65,7 +68,7 @@ def parse_arguments() -> tuple[ScriptArguments, OmniTrainingArguments]:
     """Script and training arguments from the command line.
 
     Raises:
-        ValueError: the model is a path that does not exist.
+        ValueError: the model, or the data, is a path that does not exist.
     """
     parser = HfArgumentParser((ScriptArguments, OmniTrainingArguments), description=__doc__.split("\n")[0])
     parser.set_defaults(**DEFAULTS)
@@ -76,7 +79,21 @@ def parse_arguments() -> tuple[ScriptArguments, OmniTrainingArguments]:
             f"`model` ({script.model}) is no folder: make the demo's checkpoint with `make checkpoint`, or give the "
             "path of another one or a Hub id such as HuggingFaceTB/SmolLM2-135M-Instruct."
         )
+    if script.data is not None and not Path(script.data).is_file():
+        raise ValueError(f"`data` ({script.data}) is no file: give a jsonl with `messages` in each line.")
     return script, args
+
+
+def read_rows(
+    script: ScriptArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset, OmniDataCollatorWithPacking]:
+    """Packed sequences to train on and held-out ones, and what makes a batch of them."""
+    if script.data is None:
+        parts = (pack_dataset(part, script.max_tokens, overlong="split") for part in pydoc_datasets(tokenizer))
+        return *parts, OmniDataCollatorWithPacking(script.max_tokens)
+    chats = load_dataset("json", data_files=script.data, split="train").train_test_split(1 / 8, seed=0)
+    parts = (pack_dataset(chats[name], script.max_tokens, processor=tokenizer) for name in ("train", "test"))
+    return *parts, OmniDataCollatorWithPacking(script.max_tokens, tokenizer, train_on="assistant")
 
 
 def answer_with_adapter(script: ScriptArguments, adapter: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -111,9 +128,8 @@ def main() -> None:
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(script.model)
     model = AutoModelForCausalLM.from_pretrained(script.model, dtype=script.dtype)
-    train, held_out = (
-        pack_dataset(samples, max_tokens=script.max_tokens, overlong="split") for samples in pydoc_datasets(tokenizer)
-    )
+    with args.main_process_first():  # the others read what it has written
+        train, held_out, collator = read_rows(script, tokenizer)
     # Asked while the model is still the plain one, on one rank.
     reply_before = answer(model, tokenizer, script.question, max_new_tokens=48) if args.process_index == 0 else ""
 
@@ -122,7 +138,7 @@ def main() -> None:
         args=args,
         train_dataset=train.shuffle(seed=0),
         eval_dataset=held_out,
-        data_collator=OmniDataCollatorWithPacking(max_tokens=script.max_tokens),
+        data_collator=collator,
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=script.lora_r,

@@ -45,6 +45,25 @@ def two_ranks(arguments: list[str], folder: Path) -> tuple[Path, str]:
     return output, text
 
 
+@pytest.mark.slow
+def test_chats_of_ones_own_equal_one_process(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    sums = [(f"What is {n} + {n}?", f"It is {2 * n}.") for n in range(64)]
+    lines = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in sums
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = ["--model", str(tiny_checkpoint), "--data", str(tmp_path / "chats.jsonl"), "--max_tokens", "128"]
+    options += ["--dtype", "float32", "--max_steps", "4"]
+    launch("cpu_sp2.yaml", LORA, *options, "--output_dir", str(tmp_path / "two"))
+    python(LORA, *options, "--output_dir", str(tmp_path / "one"))
+    found, wanted = metrics(tmp_path / "two"), metrics(tmp_path / "one")
+    assert found["train_losses"] == pytest.approx(wanted["train_losses"], rel=1e-5)
+    assert found["eval_loss_after"] == pytest.approx(wanted["eval_loss_after"], rel=1e-5)
+    _, text = python(LORA, *options[:2], "--data", "nowhere.jsonl", check=False)
+    assert "`data` (nowhere.jsonl) is no file: give a jsonl with `messages`" in text
+
+
 def metrics(output: Path) -> dict:
     return json.loads((output / "metrics.json").read_text())
 
