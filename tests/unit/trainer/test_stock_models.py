@@ -27,6 +27,7 @@ from transformers import (
 from hf_veomni.data import OmniDataCollatorWithPacking
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer import OmniTrainer, OmniTrainerMixin, OmniTrainingArguments
+from tests.checkpoints import make_llama
 
 _SIZES: dict[str, Any] = dict(
     vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
@@ -229,3 +230,27 @@ def test_arguments_of_the_trainer_behind_are_named(tmp_path):
 def test_the_mixin_comes_first():
     with pytest.raises(TypeError, match=r"class Mine.Trainer, OmniTrainerMixin.: OmniTrainerMixin must come before"):
         type("Mine", (Trainer, OmniTrainerMixin), {})
+
+
+@pytest.mark.slow
+def test_grpo_in_one_process_logs_what_trl_logs(tmp_path):
+    """Over several ranks it is refused (docs/trainer.md); alone it samples, scores and trains as without the mixin."""
+    trl = pytest.importorskip("trl", reason="needs the extra `trl`")
+    folder = str(make_llama(tmp_path / "model"))
+    logs = []
+    for arguments, trainer in [
+        (trl.GRPOConfig, trl.GRPOTrainer),
+        (
+            dataclass(type("Arguments", (OmniTrainingArguments, trl.GRPOConfig), {})),
+            type("MyGRPO", (OmniTrainerMixin, trl.GRPOTrainer), {}),
+        ),
+    ]:
+        sizes = {"max_steps": 2, "num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 8}
+        args = arguments(str(tmp_path), use_cpu=True, bf16=False, report_to=[], logging_steps=1, **sizes)
+        prompts = Dataset.from_list([{"prompt": f"What is {n} + {n}?"} for n in range(8)])
+        grpo = trainer(
+            folder, lambda completions, **_: [float(len(c)) for c in completions], args, train_dataset=prompts
+        )
+        grpo.train()
+        logs.append([(e["loss"], e["reward"], e["grad_norm"]) for e in grpo.state.log_history if "loss" in e])
+    assert len(logs[0]) == 2 and logs[1] == logs[0]
