@@ -95,4 +95,4 @@ if __name__ == "__main__":
         (Path(__file__).parent / name).write_text(text)
         plan = text.rpartition("veomni:")[2].partition('"')[0]
         processes = text.partition("num_processes: ")[2].partition("\n")[0]
-        print(f"| `{name}` | {processes} | `{plan}` |")  # for the table in README.md
+        print(f"| `{name}` | {processes} | `{plan}` |")  # for the table in docs/configs.md

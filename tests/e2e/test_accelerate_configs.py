@@ -53,16 +53,16 @@ def test_ranks_get_weights_and_device(path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @names
-def test_header_names_the_file_and_the_readme_lists_it(path: Path) -> None:
+def test_header_names_the_file_and_the_page_lists_it(path: Path) -> None:
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert f"accelerate_configs/{path.name}" in header and "# For: " in header
     config = yaml.safe_load(path.read_text())
     plan = config["parallelism_config"]["parallelism_config_sp_backend"].removeprefix(ACCELERATE_PREFIX)
-    assert f"| `{path.name}` | {config['num_processes']} | `{plan}` |" in (ROOT / "README.md").read_text()
+    assert f"| `{path.name}` | {config['num_processes']} | `{plan}` |" in (ROOT / "docs/configs.md").read_text()
 
 
-def test_readme_lists_no_other_file() -> None:
-    listed = set(re.findall(r"\| `(\w+\.yaml)` \|", (ROOT / "README.md").read_text()))
+def test_the_page_lists_no_other_file() -> None:
+    listed = set(re.findall(r"\| `(\w+\.yaml)` \|", (ROOT / "docs/configs.md").read_text()))
     assert listed == {path.name for path in CONFIGS}
 
 
