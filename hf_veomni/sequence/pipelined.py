@@ -104,7 +104,11 @@ class _Arrivals:
         pairs = zip(self._flights[chunk], self.exchanges[chunk], strict=True)
         query, *rest = chain.from_iterable(unpack_heads(land(flight), parts, self.rank) for flight, parts in pairs)
         if fresh[self.rank][0] > layout.key_value[self.rank][0]:  # the first one came with the chunk before
-            rest = [torch.cat(pair, dim=1) for pair in zip(self._carried, rest, strict=True)]
+            # Where nothing else came, what is there is read, not copied; but for values that came by themselves, whose
+            # exchange has a backward on all ranks or none.
+            joint = len(self.exchanges[chunk]) == 1
+            both = zip(self._carried, rest, strict=True)
+            rest = [old if joint and not new.shape[1] else torch.cat((old, new), dim=1) for old, new in both]
         self._carried = tuple(x[:, -1:] for x in rest)
         return [query, *rest]
 

@@ -131,6 +131,25 @@ def test_exchanges_are_under_the_attention_in_both_directions(ranks):
             assert under >= 6, phase  # of 8
 
 
+def _keys(heads: int, groups: int) -> list[int]:
+    """Where the keys of each chunk lie."""
+    found: list[int] = []
+
+    def attention(module: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
+        found.append(k.data_ptr())
+        return (q + k + v).transpose(1, 2), None
+
+    call = AttentionCall(attention, torch.nn.Module(), None, heads, {})
+    tensors = [torch.randn(1, count, 6, 2, requires_grad=True) for count in (heads, groups, groups)]
+    pipelined_attention(call, *tensors, dist.group.WORLD).sum().backward()
+    return found
+
+
+def test_keys_that_came_with_the_chunk_before_are_not_copied(ranks):
+    for places in ranks(2).run(_keys, 8, 2):
+        assert len(places) == 4 and len(set(places)) == 1
+
+
 def test_chunks_of_nothing_are_refused():
     with pytest.raises(UnsupportedError, match="`overlap` .'chunks'. has no effect on LlamaForCausalLM"):
         prepare_omni(build_model("llama"), "overlap=chunks")
