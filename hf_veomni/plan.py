@@ -28,6 +28,8 @@ MODULE_RULES: dict[str, tuple[str, ...]] = {
     "fsdp": ("free", "keep"),
     "sp": ("gather", "balance", "replicate", "ulysses"),
     "overlap": ("none", "chunks"),
+    "checkpointing": ("keep",),
+    "tokens": ("tiled",),
 }
 
 
@@ -94,6 +96,9 @@ class ParallelPlan:
             "ulysses" cuts the patches of each call over them, for an image too large for one, and "replicate" runs the
             tower on all.
             `overlap`: "chunks" or "none" for an attention or experts module, where it differs from the plan's.
+            `checkpointing`: "keep" has activation checkpointing keep what an attention module's kernel computes and
+            its exchanges bring, in place of doing both again (docs/trainer.md).
+            `tokens`: "tiled" computes a dense MLP for 4,096 tokens at a time, in the backward too.
         overlap: "pairs" runs two sequences at once, so that one computes while the other one exchanges, and FSDP2
             gathers a layer's parameters once for both. "chunks" exchanges by chunks of heads and of tokens, which run
             under each other's attention and experts. "none" exchanges all at once (docs/overlap.md).

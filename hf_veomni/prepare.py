@@ -47,6 +47,7 @@ from hf_veomni.sequence.backbone import counts_rows
 from hf_veomni.sequence.calls import attach_calls, check_no_gradient_hooks
 from hf_veomni.sequence.pipelined import pipeline
 from hf_veomni.sequence.randomness import attach_dropout
+from hf_veomni.tiles import find_savings
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -130,7 +131,8 @@ def _parallelize(
         if state.world_size > 1:
             check_no_gradient_hooks(model)
         overlaps = state.plan.overlap == "chunks" or state.plan.says("overlap")
-        chunked = _find_chunked(base, state) if overlaps else []
+        attaching = _find_chunked(base, state) if overlaps else []
+        attaching += find_savings(base, getattr(base, _SEQUENCE, None), state)
         if pending is None and stages is None:
             model.to(state.device)
     synchronize_parameters(model, state.device)
@@ -140,7 +142,7 @@ def _parallelize(
         cut_model(stages, state, None if mp_policy is None else mp_policy.param_dtype)
         if pending is None:
             model.to(state.device)
-    undo.extend(attach() for attach in chunked)
+    undo.extend(attach() for attach in attaching)
     experts = attach_experts(base, state, undo) if stages is None or find_experts(base) else []
     shard_parameters(base, state, mp_policy, experts)
     if state.plan.overlap == "pairs":

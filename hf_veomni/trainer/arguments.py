@@ -19,6 +19,7 @@ from hf_veomni.trainer.validation import (
     check_budgeted,
     check_faults,
     check_given,
+    check_kept,
     check_saving,
     check_sharded,
     check_staged,
@@ -172,6 +173,7 @@ class OmniTrainingArguments(TrainingArguments):
         parsed: Any = plan.resolve(self.world_size)
         self.plan = parsed
         check_staged(self, parsed)
+        check_kept(self, parsed)
         if parsed.world_size > 1:
             self.parallelism_config = OmniParallelismConfig(parsed)
 

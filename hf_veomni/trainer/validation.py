@@ -153,6 +153,16 @@ def check_staged(arguments: Any, plan: ParallelPlan) -> None:
         refusal.check(arguments, f"`pp_size` ({plan.pp_size})")
 
 
+def check_kept(arguments: Any, plan: ParallelPlan) -> None:
+    """Refuse a rule of the plan for activation checkpointing that is off. Raises ValueError."""
+    if plan.says("checkpointing") and not (arguments.activation_checkpointing or arguments.gradient_checkpointing):
+        pattern = next(pattern for pattern, rules in plan.modules.items() if "checkpointing" in rules)
+        raise ValueError(
+            f"The rule `checkpointing` ('keep') for {pattern!r} has no effect without activation checkpointing: set "
+            "`activation_checkpointing=True`, or leave the rule out."
+        )
+
+
 def check_budgeted(arguments: Any) -> None:
     """Refuse what `token_budget`, if it is given, does not go with. Raises ValueError as `check_given` does."""
     budget = arguments.token_budget
