@@ -4,6 +4,7 @@ from hf_veomni.checkpoint.background import BackgroundError, BackgroundWriter
 from hf_veomni.checkpoint.files import staged
 from hf_veomni.checkpoint.load import PendingWeights, check_parameters, materialize_weights, retain_weights
 from hf_veomni.checkpoint.plain import gather_full_state, gather_plain_state, load_plain, save_plain
+from hf_veomni.checkpoint.stages import share_state, writes_whole
 from hf_veomni.checkpoint.state import (
     load_optimizer,
     load_stock_optimizer,
@@ -36,8 +37,10 @@ __all__ = [
     "save_optimizer",
     "save_plain",
     "save_weights",
+    "share_state",
     "staged",
     "together",
     "unwrap_optimizer",
     "weights_state",
+    "writes_whole",
 ]

@@ -28,9 +28,10 @@ from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 from hf_veomni import hf
 from hf_veomni.checkpoint.files import staged
 from hf_veomni.checkpoint.manifest import MANIFEST, find_damage
-from hf_veomni.checkpoint.plain import adapter_keys, restore_class_name
+from hf_veomni.checkpoint.plain import adapter_names, restore_class_name
 from hf_veomni.checkpoint.shards import ShardReader, write_tensors
-from hf_veomni.checkpoint.state import first_names, weights_state
+from hf_veomni.checkpoint.stages import join_facts
+from hf_veomni.checkpoint.state import weights_state
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert import AdapterLayout, find_layouts
 from hf_veomni.hf import weights as hf_weights
@@ -43,21 +44,24 @@ _LEFT_OUT = (WEIGHTS_DIRECTORY, "optimizer", "optimizer.pt", "scheduler.pt", "sc
 _LEFT_OUT += ("training_args.bin", MANIFEST)
 
 
-def describe_model(model: nn.Module, directory: Path) -> None:
-    """Write what `convert` needs beside the shards: configurations, and names in PEFT's files. Not a collective."""
+def describe_adapters(model: nn.Module) -> dict[str, Any]:
+    """Names and layouts of PEFT's files, empty for a model without adapters. Collective with stages: `join_facts`."""
+    if not isinstance(model, PeftModel):
+        return {}
+    layouts = {name: [layout.factor, layout.num_experts] for name, layout in find_layouts(model).items()}
+    (layouts,) = join_facts([layouts], model)
+    return {"names": adapter_names(model), "layouts": layouts}
+
+
+def describe_model(model: nn.Module, directory: Path, adapters: dict[str, Any]) -> None:
+    """Write what `convert` needs beside the shards: configurations, and `adapters`. Not a collective."""
     base = hf.base_model(model)
     if not isinstance(model, PeftModel):
         base.save_pretrained(directory, state_dict={})
         (directory / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
         return
-    state, first = model.state_dict(), first_names(model)
-    names = {
-        adapter: {key: first.get(name, name) for key, name in adapter_keys(model, adapter, state).items()}
-        for adapter in model.peft_config
-    }
-    layouts = {name: [layout.factor, layout.num_experts] for name, layout in find_layouts(model).items()}
-    text = json.dumps({"names": names, "layouts": layouts})
-    (directory / WEIGHTS_DIRECTORY / _ADAPTERS).write_text(text)
+    state = model.state_dict()
+    (directory / WEIGHTS_DIRECTORY / _ADAPTERS).write_text(json.dumps(adapters))
     model.save_pretrained(str(directory), state_dict={name: torch.empty(0) for name in state})
     for path in directory.rglob(ADAPTER_SAFE_WEIGHTS_NAME):
         path.unlink()

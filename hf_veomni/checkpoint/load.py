@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -291,29 +291,34 @@ def fill(target: Tensor, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def read_converted(model: nn.Module, kind: type[PreTrainedModel], directory: Checkpoint) -> None:
+def read_converted(targets: Mapping[str, Tensor], kind: type[PreTrainedModel], directory: Checkpoint) -> None:
     """Read this rank's parts of a complete checkpoint into a transformers model that has its memory, sharded or not.
 
     Not a collective.
 
     Args:
+        targets: the state dict of the model; what lies on the meta device is not read.
         kind: the model's stock class.
 
     Raises:
         ValueError: a checkpoint that is not there, is of another model, or lacks something.
     """
-    targets = dict(_tensors(model))
     with torch.device("meta"):
         plain = kind(kind.config_class.from_pretrained(directory))  # type: ignore[union-attr]
-    if other := sorted(plain.state_dict().keys() ^ model.state_dict().keys()):
+    values, first = plain.state_dict(keep_vars=True), dict[int, str]()
+    # A pipeline stage knows a tied parameter by the first of its names alone.
+    names = [name for name, tensor in values.items() if first.setdefault(id(tensor), name) == name or name in targets]
+    if other := sorted(set(names) ^ targets.keys()):
         raise ValueError(
-            f"The config in '{directory}' builds a model that differs from this {type(model).__name__} in "
-            f"{_names(other)}: it is of another model."
+            f"The config in '{directory}' builds a model that differs from this {kind.__name__} in {_names(other)}: "
+            "it is of another model."
         )
-    for name, tensor in plain.state_dict(keep_vars=True).items():
-        tensor.data = tensor.data.to(targets[name].dtype)
+    for name in names:
+        values[name].data = values[name].data.to(targets[name].dtype)
     with ExitStack() as files:
         report = hf_weights.load_tensors(plain, _open(directory, files))
-        _check_report(replace(report, unexpected=[]), model, directory)
-        for name, value in plain.state_dict(keep_vars=True).items():
-            fill(targets[name], value)
+        _check_report(replace(report, unexpected=[]), plain, directory)
+        values = plain.state_dict(keep_vars=True)
+        for name in names:
+            if not targets[name].is_meta:
+                fill(targets[name], values[name])

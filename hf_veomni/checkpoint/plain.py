@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -24,7 +25,7 @@ from hf_veomni import hf
 from hf_veomni.checkpoint.files import staged
 from hf_veomni.checkpoint.load import read_converted
 from hf_veomni.checkpoint.manifest import names_within
-from hf_veomni.checkpoint.stages import check_unstaged, join_stages, leads_stage, stage_of
+from hf_veomni.checkpoint.stages import global_names, join_facts, join_stages, leads_stage, share_state, stage_of
 from hf_veomni.comm.agree import together
 from hf_veomni.expert import AdapterLayout, find_layouts
 
@@ -39,6 +40,35 @@ def adapter_keys(model: PeftModel, name: str, state: Mapping[str, Tensor]) -> di
     names = {id(tensor): key for key, tensor in state.items()}
     saved = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=name)
     return {key: names[id(tensor)] for key, tensor in saved.items()}
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Name of each parameter -> the first of its names: itself, unless it is tied."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def adapter_names(model: PeftModel) -> dict[str, dict[str, str]]:
+    """Of each adapter: key in PEFT's file -> key in the state dict of the whole model.
+
+    Collective with pipeline stages, which have some of them each: `join_facts`.
+    """
+    state, first = model.state_dict(), first_names(model)
+    known = global_names(state, model)
+    found = [
+        {key: known[first.get(name, name)] for key, name in adapter_keys(model, adapter, state).items()}
+        for adapter in model.peft_config
+    ]
+    return dict(zip(model.peft_config, join_facts(found, model), strict=True))
+
+
+def _complete_adapters(names: dict[str, dict[str, str]], directory: Path, state: Mapping[str, Tensor]) -> None:
+    """PEFT looks for what it saves (`modules_to_save`) in its model, and rank 0 has the first stage's alone."""
+    for adapter, keys in names.items():
+        path = (directory if adapter == "default" else directory / adapter) / ADAPTER_SAFE_WEIGHTS_NAME
+        if path.is_file() and (missing := keys.keys() - (saved := load_file(path)).keys()):
+            saved |= {key: state[keys[key]].contiguous() for key in missing}
+            save_file(saved, path, metadata={"format": "pt"})
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -125,7 +155,7 @@ def save_plain(
         state: full tensors that were gathered already.
         save: called with the directory and the full tensors in place of `save_pretrained`.
 
-    Collectives: see `gather_full_state`, then one small all-gather.
+    Collectives: see `gather_full_state`, then one small all-gather, and with stages that of `adapter_names`.
 
     Raises:
         OSError: no space, no permission; on every rank.
@@ -133,6 +163,7 @@ def save_plain(
     """
     if state is None:
         state = gather_plain_state(model, keep=write)
+    names = adapter_names(model) if isinstance(model, PeftModel) and stage_of(model) is not None else {}
     with together(f"Saving the model to '{directory}'"):
         if write:
             with staged(directory) as staging:
@@ -142,6 +173,7 @@ def save_plain(
                 else:
                     save(staging, dict(state))
                 if isinstance(model, PeftModel):
+                    _complete_adapters(names, staging, state)
                     restore_class_name(staging, hf.base_model(model))
                 if extras is not None:
                     extras(staging)
@@ -217,18 +249,18 @@ def load_plain(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Each rank reads the part of each tensor that it owns, also where the family stores its weights in another
     arrangement than it computes with (stacked experts).
 
-    Collectives: one small all-gather.
+    Collectives: one small all-gather, and what `share_state` has.
 
     Raises:
         ValueError: no checkpoint there, or one of another model; on every rank.
     """
-    check_unstaged(model, "Loading into a prepared model")
     directory = Path(directory)
-    state = model.state_dict()
+    adapted = isinstance(model, PeftModel)
+    state = model.state_dict() if adapted else share_state(model.state_dict(), model)
     files: dict[str, tuple[Path, str]] = {}
     converted = False
     with together(f"Reading the checkpoint '{directory}'"):
-        if isinstance(model, PeftModel):
+        if adapted:
             files = _adapter_files(model, directory, state)
         else:
             weights = _weight_files(directory)
@@ -238,10 +270,11 @@ def load_plain(model: nn.Module, directory: str | os.PathLike[str]) -> None:
                 _check_unexpected(model, weights.keys() - state.keys(), directory)
         if not converted:
             layouts = find_layouts(model)
-            for name, handle, key, path in _pairs(files):
+            own = {name: place for name, place in files.items() if not state[name].is_meta}
+            for name, handle, key, path in _pairs(own):
                 _copy_slice(state[name], handle, key, path, layouts.get(name))
         else:
-            read_converted(model, _stock_class(model), directory)
+            read_converted(state, _stock_class(model), directory)
 
 
 def _check_unexpected(model: nn.Module, names: set[str], directory: Path) -> None:

@@ -5,7 +5,8 @@
     shard-00002-model-00001-of-00001.safetensors    rank 1's
 
 The layout is that of torch.distributed.checkpoint's HuggingFaceStorageWriter, whose reader opens it too. No pickle is
-written or read. A part that several ranks hold is written by the first of them.
+written or read. A part that several ranks hold is written by the first of them. Tensors on the meta device belong to
+another pipeline stage, which reads and writes them.
 
 A box is the begin and the end in each dimension of a global tensor.
 """
@@ -59,10 +60,12 @@ def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return tensor.to_local(), tuple(offset)
 
 
-def _writes(tensor: Tensor) -> bool:
+def _writes(tensor: Tensor, leads: bool) -> bool:
     """Whether this rank is the first of those that hold its part."""
+    if tensor.is_meta:
+        return False
     if not isinstance(tensor, DTensor):
-        return _ranks()[0] == 0
+        return leads
     place = tensor.device_mesh.get_coordinate()
     return place is not None and not any(
         at for at, placement in zip(place, tensor.placements, strict=True) if placement.is_replicate()
@@ -89,9 +92,14 @@ class Shard:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def plan_shard(state: Mapping[str, Tensor], path: Path) -> Shard:
-    """What this rank writes of `state`, global or sharded tensors by name. Reads no values."""
-    parts = {name: local_part(tensor.detach()) for name, tensor in state.items() if _writes(tensor)}
+def plan_shard(state: Mapping[str, Tensor], path: Path, leads: bool | None = None) -> Shard:
+    """What this rank writes of `state`, global or sharded tensors by name. Reads no values.
+
+    Args:
+        leads: whether tensors that are no shards are this rank's to write; None: on rank 0.
+    """
+    leads = _ranks()[0] == 0 if leads is None else leads
+    parts = {name: local_part(tensor.detach()) for name, tensor in state.items() if _writes(tensor, leads)}
     parts = {name: (part, offset) for name, (part, offset) in parts.items() if part.numel()}
     info = {name: {"saved_offsets": list(offset)} for name, (_, offset) in parts.items()}
     metadata = {"format": "pt", "DCP_VERSION": "1.0", _INFO: json.dumps(info)}
@@ -155,17 +163,18 @@ def describe(state: Mapping[str, Any], files: int) -> str:
     return json.dumps({"version": _VERSION, "files": files, "shapes": shapes, "values": values}) + "\n"
 
 
-def plan_state(state: Mapping[str, Any], directory: Path) -> tuple[Shard, str]:
-    """This rank's file of a sharded state, and the contents of the index. No collective."""
+def plan_state(state: Mapping[str, Any], directory: Path, leads: bool | None = None) -> tuple[Shard, str]:
+    """This rank's file of a sharded state, and the contents of the index. `leads`: see `plan_shard`. No collective."""
     rank, world = _ranks()
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    return plan_shard(tensors, directory / shard_name(rank)), describe(state, world)
+    return plan_shard(tensors, directory / shard_name(rank), leads), describe(state, world)
 
 
-def write_state(state: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:
+def write_state(state: Mapping[str, Any], directory: str | os.PathLike[str], leads: bool | None = None) -> None:
     """Write a state of tensors and plain values by name, each rank what it owns. Every rank must call it.
 
-    What is there already does not count from the beginning on, and counts again when all of it is new.
+    What is there already does not count from the beginning on, and counts again when all of it is new. `leads`: see
+    `plan_shard`.
 
     Collectives: three small all-gathers over all ranks.
 
@@ -183,7 +192,7 @@ def write_state(state: Mapping[str, Any], directory: str | os.PathLike[str]) -> 
             }:
                 stale.unlink()
     with together(f"Writing '{directory}'"):
-        shard, text = plan_state(state, directory)
+        shard, text = plan_state(state, directory, leads)
         write_shard(shard)
     with together(f"Writing '{directory}'"):
         if rank == 0:
@@ -334,6 +343,8 @@ def read_state(state: dict[str, Any], directory: str | os.PathLike[str], what: s
                     f"'{directory}': '{name}' has shape {reader.shapes[name]}, but {what} here has "
                     f"{tuple(tensor.shape)}: the checkpoint is of another model."
                 )
+            if tensor.is_meta:
+                continue
             local, offset = local_part(tensor)
             box = tuple(slice(at, at + size) for at, size in zip(offset, local.shape, strict=True))
             if local.numel():

@@ -1,7 +1,13 @@
-"""Full tensors of all stages of a pipeline, where they are put together."""
+"""The state of a model in pipeline stages, as one: names of all stages on each of them.
+
+A tensor of another stage is on the meta device there, and has its global shape. A parameter that two stages share has
+the first of its names, which is the one that a model without stages has too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -9,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_veomni import hf
-from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import TIED, ParallelState, Tied, get_parallel_state, is_prepared
 
 
@@ -19,18 +24,96 @@ def stage_of(model: nn.Module) -> ParallelState | None:
     return state if state is not None and state.plan.pp_size > 1 else None
 
 
-def check_unstaged(model: nn.Module, what: str) -> None:
-    """Raises UnsupportedError for a model that is a pipeline stage. `what`: is not there for it, in words."""
-    if (state := stage_of(model)) is not None:
-        raise UnsupportedError(
-            f"{what} is not available with `pp_size` ({state.plan.pp_size}), where each stage has names of its own: "
-            "`save_pretrained` or `save_model` write the full model, and `prepare_omni(..., checkpoint=...)` reads it."
-        )
-
-
 def leads_stage(state: ParallelState) -> bool:
-    """Whether this rank is the first of its stage."""
-    return dist.get_rank(state.stage_group) == 0
+    """Whether this rank is the first of its stage, of all ranks without a pipeline."""
+    return not dist.is_initialized() or dist.get_rank(state.stage_group) == 0
+
+
+def _shared_names(model: nn.Module) -> dict[str, str]:
+    """Name of a parameter here -> its first one, on another stage."""
+    tied: Tied | None = getattr(hf.base_model(model), TIED, None)
+    own = dict.fromkeys(name for name, _ in model.named_parameters(remove_duplicate=False))
+    found: dict[str, str] = {}
+    for names in () if tied is None else tied.names:
+        for name in [name for name in own if ends_with(name, names)]:
+            prefix = name.removesuffix(next(n for n in names if ends_with(name, (n,))))
+            if prefix + names[0] not in own:
+                found[name] = prefix + names[0]
+    return found
+
+
+def global_names(keys: Iterable[str], model: nn.Module) -> dict[str, str]:
+    """Key of a state on this stage -> the one that it has without stages.
+
+    Args:
+        keys: of weights ("lm_head.weight") or of an optimizer's state ("state.lm_head.weight.exp_avg").
+    """
+    found = {key: key for key in keys}
+    for name, first in _shared_names(model).items():
+        for key in found:
+            if key == name:
+                found[key] = first
+            for kind in ("state.", "param_groups."):
+                if key.startswith(f"{kind}{name}."):
+                    found[key] = f"{kind}{first}.{key.removeprefix(f'{kind}{name}.')}"
+    return found
+
+
+def writes_whole(model: nn.Module) -> bool:
+    """Whether this rank writes what is no shard: the first of all ranks, or of its stage."""
+    stage = stage_of(model)
+    return leads_stage(stage) if stage is not None else not dist.is_initialized() or dist.get_rank() == 0
+
+
+def join_groups(groups: list[list[str]], model: nn.Module) -> list[list[str]]:
+    """Names in the parameter groups of an optimizer, with those that the optimizers of other stages have, in the
+    order of the stages. Collective: an all-gather of names over the stages."""
+    stage = stage_of(model)
+    if stage is None:
+        return groups
+    told: list[Any] = [None] * stage.plan.pp_size
+    dist.all_gather_object(told, groups, group=stage.pp_group)
+    return [list(dict.fromkeys(chain.from_iterable(parts))) for parts in zip_longest(*told, fillvalue=())]
+
+
+def join_facts(facts: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+    """Each mapping with what the other stages have in theirs. Collective: an all-gather of them over the stages."""
+    stage = stage_of(model)
+    if stage is None:
+        return facts
+    told: list[Any] = [None] * stage.plan.pp_size
+    dist.all_gather_object(told, facts, group=stage.pp_group)
+    return [dict(chain.from_iterable(part.items() for part in parts)) for parts in zip(*told, strict=True)]
+
+
+def _facts(state: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype] | list[Any]]:
+    """What other stages are told: shape and dtype of a tensor, any other value in a list."""
+    return {k: (tuple(v.shape), v.dtype) if isinstance(v, Tensor) else [v] for k, v in state.items()}
+
+
+def share_state(own: Mapping[str, Any], model: nn.Module, *, write: bool = False) -> dict[str, Any]:
+    """The state of all stages by name: of this stage its tensors, of others tensors on the meta device.
+
+    Args:
+        own: of this stage, with its own names. A model without stages gets it back.
+        write: what an earlier stage has too is its to write, and on the meta device here.
+
+    Collective: an all-gather of names and shapes over the stages.
+    """
+    stage = stage_of(model)
+    if stage is None:
+        return dict(own)
+    names = global_names(own, model)
+    mine = {names[key]: value for key, value in own.items()}
+    told: list[Any] = [None] * stage.plan.pp_size
+    dist.all_gather_object(told, _facts(mine), group=stage.pp_group)
+    found: dict[str, Any] = {}
+    for place, facts in enumerate(told):
+        for name, fact in facts.items():
+            if name not in found and (name not in mine or (write and place < stage.pp_rank)):
+                value = isinstance(fact, list)
+                found[name] = fact[0] if value else torch.empty(fact[0], dtype=fact[1], device="meta")
+    return {**{name: value for name, value in mine.items() if name not in found}, **found}
 
 
 def join_stages(full: dict[str, Tensor], model: nn.Module, state: ParallelState, keep: bool) -> dict[str, Tensor]:

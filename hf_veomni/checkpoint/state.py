@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from hf_veomni.checkpoint.plain import adapter_keys
+from hf_veomni.checkpoint.plain import adapter_keys, first_names
 from hf_veomni.checkpoint.shards import read_state, write_state
-from hf_veomni.checkpoint.stages import check_unstaged
+from hf_veomni.checkpoint.stages import global_names, join_groups, share_state, writes_whole
 from hf_veomni.comm.agree import together
 
 # Names instead of positions: another plan may group or order the parameters differently.
@@ -62,11 +62,13 @@ def _set_groups(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -
 
 
 def optimizer_state(model: nn.Module, optimizer: object) -> dict[str, Any]:
-    """The optimizer's state by parameter name: sharded tensors, and the options of the parameter groups."""
-    check_unstaged(model, "Keeping an optimizer's state")
+    """The optimizer's state by parameter name: sharded tensors, and the options of the parameter groups.
+
+    Of pipeline stages it is what this rank writes; collective there: see `share_state`.
+    """
     inner = unwrap_optimizer(optimizer)
     with _groups_with_parameters(inner):
-        return _get_state(model, inner)
+        return share_state(_get_state(model, inner), model, write=True)
 
 
 def save_optimizer(model: nn.Module, optimizer: object, directory: str | os.PathLike[str]) -> None:
@@ -74,23 +76,24 @@ def save_optimizer(model: nn.Module, optimizer: object, directory: str | os.Path
 
     Collectives and errors: see `write_state`.
     """
-    write_state(optimizer_state(model, optimizer), directory)
+    write_state(optimizer_state(model, optimizer), directory, writes_whole(model))
 
 
 def load_optimizer(model: nn.Module, optimizer: object, directory: str | os.PathLike[str]) -> None:
     """Read what `save_optimizer` wrote, under the same plan or another. Every rank must call it.
 
-    Collective: one small all-gather.
+    Collective: one small all-gather, and what `share_state` has.
 
     Raises:
         ValueError: nothing complete there, or of other parameters; on every rank.
     """
-    check_unstaged(model, "Reading an optimizer's state")
     inner = unwrap_optimizer(optimizer)
     with _groups_with_parameters(inner):
         state = _get_state(model, inner)
+        whole = share_state(state, model)
         with together(f"Reading the optimizer state '{directory}'"):
-            read_state(state, directory, "this optimizer")
+            read_state(whole, directory, "this optimizer")
+        state = {key: whole[name] for key, name in global_names(state, model).items()}
         if any(inner.state.values()):
             set_optimizer_state_dict(model, inner, state, options=_BY_NAME)
         else:
@@ -100,16 +103,21 @@ def load_optimizer(model: nn.Module, optimizer: object, directory: str | os.Path
 def load_stock_optimizer(model: nn.Module, optimizer: object, path: str | os.PathLike[str]) -> None:
     """Read the `optimizer.pt` of a one-process run into an optimizer over the same, possibly sharded, parameters.
 
-    That file knows parameters by position; the groups of this optimizer name them.
+    That file knows parameters by position; the groups of this optimizer, and of those of other stages, name them.
+
+    Collective: one small all-gather, and what `join_groups` has.
 
     Raises:
         ValueError: other groups than this optimizer's; on every rank.
     """
-    check_unstaged(model, "Reading an optimizer's state")
     inner = unwrap_optimizer(optimizer)
+    names = {id(p): name for name, p in model.named_parameters()}
+    own = global_names(names.values(), model)
+    groups = join_groups([[own[names[id(p)]] for p in group["params"]] for group in inner.param_groups], model)
     state: dict[str, Any] = {}
     with together(f"Reading the optimizer state '{path}'"):
-        state = _named_state(model, inner, torch.load(path, map_location="cpu", weights_only=True), path)
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        state = _named_state(groups, {name: key for key, name in own.items()}, stored, path)
     with _groups_with_parameters(inner):
         _get_state(model, inner)
         if any(inner.state.values()):
@@ -119,9 +127,13 @@ def load_stock_optimizer(model: nn.Module, optimizer: object, path: str | os.Pat
             group.update({name: value for name, value in stored.items() if name != "params"})
 
 
-def _named_state(model: nn.Module, optimizer: Optimizer, stored: dict[str, Any], path: object) -> dict[str, Any]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    here = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+def _named_state(here: list[list[str]], own: dict[str, str], stored: dict[str, Any], path: object) -> dict[str, Any]:
+    """The stored state by this model's names.
+
+    Args:
+        here: of the parameters in each group, of all stages.
+        own: such a name -> the one on this stage, for what it has.
+    """
     there = [group["params"] for group in stored["param_groups"]]
     if [len(group) for group in here] != [len(group) for group in there]:
         raise ValueError(
@@ -129,20 +141,15 @@ def _named_state(model: nn.Module, optimizer: Optimizer, stored: dict[str, Any],
             f"{[len(g) for g in here]}: it was written by a run with other trainable parameters or weight decay."
         )
     by_position = {p: n for ns, ps in zip(here, there, strict=True) for n, p in zip(ns, ps, strict=True)}
-    groups = [{**group, "params": ns} for group, ns in zip(stored["param_groups"], here, strict=True) if ns]
-    return {"state": {by_position[p]: value for p, value in stored["state"].items()}, "param_groups": groups}
-
-
-def first_names(model: nn.Module) -> dict[str, str]:
-    """Name of each parameter -> the first of its names: itself, unless it is tied."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+    mine = [[own[name] for name in names if name in own] for names in here]
+    groups = [{**group, "params": ns} for group, ns in zip(stored["param_groups"], mine, strict=True) if ns]
+    values = {own[name]: value for p, value in stored["state"].items() if (name := by_position[p]) in own}
+    return {"state": values, "param_groups": groups}
 
 
 def weights_state(model: nn.Module) -> dict[str, Tensor]:
     """What training changes: everything, or of a `PeftModel` its adapters and what else is trained (its base has its
-    own file). A tied parameter comes once, under the first of its names."""
-    check_unstaged(model, "A checkpoint of shards")
+    own file). A tied parameter comes once, under the first of its names. Of a pipeline stage it is its own part."""
     first, whole = first_names(model), model.state_dict()
     state = {name: tensor for name, tensor in whole.items() if first.get(name, name) == name}
     if not isinstance(model, PeftModel):
@@ -155,16 +162,17 @@ def weights_state(model: nn.Module) -> dict[str, Tensor]:
 
 def save_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the weights, each rank what it owns. Every rank must call it. See `save_optimizer`."""
-    write_state(weights_state(model), directory)
+    write_state(share_state(weights_state(model), model, write=True), directory, writes_whole(model))
 
 
 def load_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Read what `save_weights` wrote, under the same plan or another. Every rank must call it.
 
-    Collective: one small all-gather.
+    Collective: one small all-gather, and what `share_state` has.
 
     Raises:
         ValueError: nothing complete there, or of another model; on every rank.
     """
+    state = share_state(weights_state(model), model)
     with together(f"Reading the weights '{directory}'"):
-        read_state(weights_state(model), directory, f"this {type(model).__name__}")
+        read_state(state, directory, f"this {type(model).__name__}")

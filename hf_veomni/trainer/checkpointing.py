@@ -26,10 +26,12 @@ from hf_veomni.checkpoint import (
     load_weights,
     optimizer_state,
     save_plain,
+    share_state,
     together,
     weights_state,
+    writes_whole,
 )
-from hf_veomni.checkpoint.convert import WEIGHTS_DIRECTORY, describe_model
+from hf_veomni.checkpoint.convert import WEIGHTS_DIRECTORY, describe_adapters, describe_model
 from hf_veomni.checkpoint.manifest import STAGING, recover
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.require import override
@@ -93,10 +95,12 @@ class CheckpointingMixin(_Trainer):
         if self._saver is None or self._staging is None or not self.args.sharded_weights:
             save_plain(self.model, directory, write=self.args.should_save, extras=self._save_extras, state=state_dict)
             return
-        self._saver.add(weights_state(self.model), directory / WEIGHTS_DIRECTORY)
+        whole, adapters = writes_whole(self.model), describe_adapters(self.model)
+        state = share_state(weights_state(self.model), self.model, write=True)
+        self._saver.add(state, directory / WEIGHTS_DIRECTORY, whole)
         with together(f"Saving the configuration to '{directory}'"):
             if self.args.should_save:
-                describe_model(self.model, directory)
+                describe_model(self.model, directory, adapters)
                 self._save_extras(directory)
 
     def _save_extras(self, directory: Path) -> None:
@@ -183,7 +187,8 @@ class CheckpointingMixin(_Trainer):
         if self._saver is None or (self.parallel_state.world_size == 1 and not self.args.sharded_weights):
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        self._saver.add(optimizer_state(self.model, self.optimizer), Path(output_dir) / OPTIMIZER_DIRECTORY)
+        state = optimizer_state(self.model, self.optimizer)
+        self._saver.add(state, Path(output_dir) / OPTIMIZER_DIRECTORY, writes_whole(self.model))
         with together(f"Saving the scheduler to '{output_dir}'"):
             if self.args.should_save:
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -211,11 +216,6 @@ class CheckpointingMixin(_Trainer):
         Raises:
             ValueError: no complete checkpoint there; on every rank.
         """
-        if resume_from_checkpoint and self.args.plan.pp_size > 1:
-            raise UnsupportedError(
-                f"`resume_from_checkpoint` ({resume_from_checkpoint!r}) does not go with `pp_size` "
-                f"({self.args.plan.pp_size}): load the model from its folder, and train it anew or with pp_size=1."
-            )
         checkpoint = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
             return super().train(checkpoint, *args, **kwargs)

@@ -36,10 +36,14 @@ class CheckpointSaver:
         """Forget what an earlier save that failed has left."""
         self._shards = []
 
-    def add(self, state: Mapping[str, Any], directory: Path) -> None:
-        """Plan the files of a sharded state in a new directory of the checkpoint. `publish` reads its tensors."""
+    def add(self, state: Mapping[str, Any], directory: Path, leads: bool) -> None:
+        """Plan the files of a sharded state in a new directory of the checkpoint. `publish` reads its tensors.
+
+        Args:
+            leads: whether this rank writes what is no shard (`writes_whole`).
+        """
         with together(f"Writing '{directory}'"):
-            shard, index = plan_state(state, directory)
+            shard, index = plan_state(state, directory, leads)
             if self._rank == 0:
                 directory.mkdir(parents=True)
                 (directory / INDEX).write_text(index)

@@ -94,20 +94,12 @@ _SHARDED = (
     ),
 )
 
-_LATER = "state of an optimizer is not kept by stages yet"
 # A plan with pipeline stages.
 _STAGED = (
     Refusal("torch_compile", bool, "layers of other stages would be compiled too; leave it out"),
-    Refusal(
-        "save_strategy",
-        lambda value: str(getattr(value, "value", value)) != "no",
-        f"{_LATER}; give 'no' and call save_model",
-    ),
-    Refusal("sharded_weights", bool, f"{_LATER}; leave it out"),
-    Refusal("load_best_model_at_end", bool, f"{_LATER}; leave it out"),
     *(
         Refusal(name, bool, "it is measured on full models; leave it out")
-        for name in ("log_expert_load", "router_bias_update_speed", "log_throughput", "step_report", "token_budget")
+        for name in ("log_throughput", "step_report", "token_budget")
     ),
 )
 

@@ -183,14 +183,3 @@ def test_router_loss_is_that_of_all_layers(ranks, tmp_path: Path, name: str, pla
     found = ranks(world).run(_router_loss, str(tmp_path / "reference.pt"), name, overrides, plan, timeout=120)
     for worst in found:
         assert max(worst.values()) < 2e-6, worst
-
-
-def _sharded_checkpoint(folder: str) -> None:
-    from hf_veomni import prepare_omni
-    from hf_veomni.checkpoint import save_weights
-
-    save_weights(prepare_omni(build_model("llama"), "pp=2"), folder)
-
-
-def test_sharded_checkpoints_are_refused(ranks, tmp_path: Path) -> None:
-    ranks(2).raises(_sharded_checkpoint, str(tmp_path), match="A checkpoint of shards is not available with `pp_size`")

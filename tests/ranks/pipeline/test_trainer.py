@@ -115,10 +115,10 @@ def test_accelerate_loop_equals_one_process(ranks, world: int, plan: str, data_r
     assert sum(len(read) for _, read in found[:data_ranks]) == 8
 
 
-def _checkpoints() -> None:
+def _compiled() -> None:
     from hf_veomni.trainer import OmniTrainingArguments
 
-    OmniTrainingArguments(**Run().all_arguments(plan="pp=2", save_strategy="epoch"))
+    OmniTrainingArguments(**Run().all_arguments(plan="pp=2", torch_compile=True))
 
 
 def _own_loss() -> None:
@@ -129,20 +129,11 @@ def _own_loss() -> None:
     OmniTrainer(model=tiny_model(), args=arguments, **run.data(), compute_loss_func=lambda *a, **k: a[0].logits.sum())
 
 
-def _resume() -> None:
-    from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
-
-    run = Run()
-    arguments = OmniTrainingArguments(**run.all_arguments(plan="pp=2"))
-    OmniTrainer(model=tiny_model(), args=arguments, **run.data()).train(resume_from_checkpoint="nowhere")
-
-
 @pytest.mark.parametrize(
     ("case", "match"),
     [
-        (_checkpoints, r"`save_strategy` .* does not go with `pp_size` \(2\)"),
+        (_compiled, r"`torch_compile` .* does not go with `pp_size` \(2\)"),
         (_own_loss, r"`compute_loss_func` is given, and the last stage alone has logits"),
-        (_resume, r"`resume_from_checkpoint` \('nowhere'\) does not go with `pp_size`"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
