@@ -2,13 +2,17 @@
 
 Two process groups of the same ranks, one for each direction: in each of them a rank's messages leave and arrive in the
 order of the micro-batches, so that none waits behind one that comes the other way (NCCL runs what two ranks exchange
-in one group in the order of the calls). Sends do not block; they are waited for at the end of the window.
+in one group in the order of the calls). Sends do not block; they are waited for at the end of the window. Receives are
+posted before what is computed until they are wanted, so that a message travels under it: of a gradient when its hidden
+states have left, of hidden states when those of the micro-batch before have come, if its rows are of the same shape.
 
 Rows are as long as the batch says, which all stages read; their dtype, and whether a router's sums travel with the
 hidden states, is announced by the first message of a window.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +23,18 @@ from hf_veomni.mesh import ParallelState
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+class Posted(NamedTuple):
+    """A tensor on its way."""
+
+    work: dist.Work | None
+    tensor: Tensor
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
 class Link:
     """What one stage sends and receives within one window."""
 
@@ -26,6 +42,7 @@ class Link:
         self.state = state
         self._sent: list[tuple[dist.Work | None, Tensor]] = []
         self._received: tuple[torch.dtype, int] | None = None
+        self._ahead: list[Posted] = []
         self._announced = False
 
     @property
@@ -46,27 +63,38 @@ class Link:
             if tensor is not None:
                 self._send(tensor, forward=True)
 
-    def receive(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-        """What the stage before has sent; `shape` of the hidden states. Blocks."""
+    def receive(self, shape: tuple[int, ...], again: bool = False) -> tuple[Tensor, Tensor | None]:
+        """What the stage before has sent; `shape` of the hidden states. Blocks.
+
+        Args:
+            again: whether the next ones have the same shape.
+        """
         if self._received is None:
-            header = self._receive(torch.empty(2, dtype=torch.long, device=self.state.device), forward=True)
+            header = self._post(torch.empty(2, dtype=torch.long, device=self.state.device), forward=True).wait()
             code, size = header.tolist()
             self._received = _DTYPES[code], size
+        posted = self._ahead or self._post_forward(shape)
+        self._ahead = self._post_forward(shape) if again else []
+        hidden, *sums = [each.wait() for each in posted]
+        assert tuple(hidden.shape) == shape, (hidden.shape, shape)
+        return hidden, sums[0] if sums else None
+
+    def _post_forward(self, shape: tuple[int, ...]) -> list[Posted]:
+        assert self._received is not None
         dtype, size = self._received
-        hidden = self._receive(torch.empty(shape, dtype=dtype, device=self.state.device), forward=True)
-        if not size:
-            return hidden, None
-        sums = torch.empty(size, dtype=torch.float32, device=self.state.device)
-        return hidden, self._receive(sums, forward=True)
+        found = [self._post(torch.empty(shape, dtype=dtype, device=self.state.device), forward=True)]
+        if size:
+            found.append(self._post(torch.empty(size, dtype=torch.float32, device=self.state.device), forward=True))
+        return found
 
     def send_back(self, *gradients: Tensor) -> None:
         """Gradients of what was received, to the stage before."""
         for gradient in gradients:
             self._send(gradient, forward=False)
 
-    def receive_back(self, like: Tensor) -> Tensor:
-        """The gradient of a tensor that was sent. Blocks."""
-        return self._receive(torch.empty_like(like, memory_format=torch.contiguous_format), forward=False)
+    def post_back(self, like: Tensor) -> Posted:
+        """The gradient of a tensor that was sent; `wait` for it."""
+        return self._post(torch.empty_like(like, memory_format=torch.contiguous_format), forward=False)
 
     def finish(self) -> None:
         """Wait until all that was sent has left."""
@@ -81,7 +109,7 @@ class Link:
         place = self.state.pp_rank + (1 if forward else -1)
         self._sent.append((dist.isend(tensor, group=group, group_dst=place), tensor))
 
-    def _receive(self, tensor: Tensor, forward: bool) -> Tensor:
+    def _post(self, tensor: Tensor, forward: bool) -> Posted:
         group = self.state.pp_group if forward else self.state.pp_back_group
-        dist.recv(tensor, group=group, group_src=self.state.pp_rank + (-1 if forward else 1))
-        return tensor
+        place = self.state.pp_rank + (-1 if forward else 1)
+        return Posted(dist.irecv(tensor, group=group, group_src=place), tensor)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_veomni.context import current
-from hf_veomni.pipeline.link import Link
+from hf_veomni.pipeline.link import Link, Posted
 
 
 class MicroBatch:
@@ -19,12 +19,14 @@ class MicroBatch:
         loss: of the last stage, scaled as it goes into the backward; None elsewhere.
     """
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
+    def __init__(self, link: Link, again: bool = False) -> None:
+        """`again`: whether the rows of the next one have the same shape."""
+        self.link, self.again = link, again
         self.loss: Tensor | None = None
         self._in: list[Tensor] = []
         self._out: list[Tensor] = []
         self._sums: Tensor | None = None
+        self._back: list[Posted] = []  # gradients of `_out`
 
     @property
     def is_last(self) -> bool:
@@ -35,7 +37,8 @@ class MicroBatch:
         row = current().row
         cut = row is not None and not row.full and self.link.state.sp_size > 1
         rows, length, *rest = like.shape
-        hidden, sums = self.link.receive((rows, length // self.link.state.sp_size if cut else length, *rest))
+        shape = rows, length // self.link.state.sp_size if cut else length, *rest
+        hidden, sums = self.link.receive(shape, self.again)
         if cut:
             assert row is not None
             row.cut = True  # so that the first layer takes its other arguments alone for uncut
@@ -77,6 +80,8 @@ class MicroBatch:
         if self._sums is not None:
             self._out = [self._out[0], self._sums]
         self.link.send(self._out[0], self._sums)
+        if torch.is_grad_enabled():
+            self._back = [self.link.post_back(tensor) for tensor in self._out]
 
     def backward(self) -> None:
         """Gradients of this stage's parameters, and of what it received, which go to the stage before."""
@@ -84,7 +89,7 @@ class MicroBatch:
             assert self.loss is not None
             self.loss.backward()
         else:
-            gradients = [self.link.receive_back(tensor) for tensor in self._out]
+            gradients = [posted.wait() for posted in self._back]
             pairs = [(x, g) for x, g in zip(self._out, gradients, strict=True) if x.requires_grad]
             if pairs:
                 tensors, given = zip(*pairs, strict=True)
@@ -92,4 +97,4 @@ class MicroBatch:
         if not self.link.is_first:
             found = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in self._in]
             self.link.send_back(*found)
-        self.loss, self._in, self._out, self._sums = None, [], [], None
+        self.loss, self._in, self._out, self._back, self._sums = None, [], [], [], None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_veomni import hf
@@ -22,6 +23,7 @@ from hf_veomni.pipeline.microbatch import MicroBatch
 from hf_veomni.pipeline.schedule import one_forward_one_backward
 
 Batch = Mapping[str, Any]
+_ENCODES = "_omni_encodes"  # of a base model: this stage runs its encoders
 
 
 def run_window(
@@ -62,7 +64,7 @@ def run_window(
     _check_same_batches(batches, state)
     call = compute_loss or _calls(model, batches, num_items_in_batch, state)
     with _tied_gradients(model):
-        total = _run(model, len(batches), call, state)
+        total = _run(model, [_shape(batch) for batch in batches], call, state)
     if state.world_size > 1:
         if state.plan.pp_size > 1:
             dist.broadcast(total, group=state.pp_group, group_src=state.plan.pp_size - 1)
@@ -81,13 +83,23 @@ def _check(model: nn.Module, batches: Sequence[Batch], own_loss: bool) -> None:
             raise ValueError(f"`batches[{index}]` has no `labels`: run_window trains on the model's own loss.")
 
 
-def _run(model: nn.Module, count: int, call: Callable[[int], Any], state: ParallelState) -> Tensor:
-    """This stage's actions. Returns the sum of the losses on the last stage, zero elsewhere."""
-    link, running = Link(state), {}
+def _shape(batch: Batch) -> tuple[int, ...] | None:
+    """Of the rows, where the batch tells."""
+    ids = batch.get("input_ids")
+    return tuple(ids.shape) if isinstance(ids, Tensor) else None
+
+
+def _run(
+    model: nn.Module, shapes: list[tuple[int, ...] | None], call: Callable[[int], Any], state: ParallelState
+) -> Tensor:
+    """This stage's actions, for rows of these shapes. Returns the sum of the losses on the last stage, else zero."""
+    link, running, count = Link(state), {}, len(shapes)
     total = torch.zeros((), dtype=torch.float64, device=state.device)
     for action in one_forward_one_backward(state.pp_rank, state.plan.pp_size, count):
         if not action.backward:
-            batch = running[action.index] = MicroBatch(link)
+            after = shapes[action.index + 1 : action.index + 2]
+            again = after == [shapes[action.index]] != [None]
+            batch = running[action.index] = MicroBatch(link, again)
             with within(stage=batch if state.plan.pp_size > 1 else None):
                 loss = call(action.index)
             if batch.is_last:
@@ -95,10 +107,23 @@ def _run(model: nn.Module, count: int, call: Callable[[int], Any], state: Parall
                 total += loss.detach()
             batch.send()
         else:
+            _gather_encoders(model)
             with deferred_reduction(model) if action.index + 1 < count else nullcontext():
                 running.pop(action.index).backward()
     link.finish()
     return total.float() if next(model.parameters()).dtype != torch.float64 else total
+
+
+def _gather_encoders(model: nn.Module) -> None:
+    """Before a backward of the first stage. Encoders lie in the root's unit, which the backward before has freed.
+
+    FSDP2 gathers it again by a hook on the model's output, and that of a stage is no part of a graph.
+
+    Collective: an all-gather of the root's parameters over their mesh.
+    """
+    base: Any = hf.base_model(model)
+    if getattr(base, _ENCODES, False) and isinstance(base, FSDPModule):
+        base.unshard()
 
 
 def _calls(
@@ -148,11 +173,14 @@ def _check_same_batches(batches: Sequence[Batch], state: ParallelState) -> None:
         )
 
 
-def join_stages(model: nn.Module, tied: Sequence[tuple[str, ...]], state: ParallelState) -> None:
+def join_stages(
+    model: nn.Module, tied: Sequence[tuple[str, ...]], state: ParallelState, encodes: bool = False
+) -> None:
     """Tell the parameters of a cut and sharded model that others belong to them on other stages.
 
     Args:
         tied: names of each parameter that the first and the last stage have.
+        encodes: whether there are encoders, which the first stage runs.
 
     Collective: creates process groups over all ranks, where something is tied.
     """
@@ -162,6 +190,8 @@ def join_stages(model: nn.Module, tied: Sequence[tuple[str, ...]], state: Parall
     last = state.plan.pp_size - 1
     assert state.pp_group is not None
     mark_stage(base.parameters(), state.pp_group, shared if state.pp_rank == last else ())
+    if encodes and state.pp_rank == 0:
+        setattr(base, _ENCODES, True)
     if tied:
         size = state.world_size // state.plan.pp_size
         groups: list[Any] = [dist.new_group([place, last * size + place]) for place in range(size)]
