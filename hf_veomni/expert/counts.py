@@ -68,18 +68,28 @@ def _over_mean(tokens: Tensor) -> Tensor:
 class ExpertCounter:
     """Counts on the device while a model trains; `take` adds up over the ranks and starts again."""
 
-    def __init__(self, model: nn.Module, ep_size: int) -> None:
+    def __init__(self, model: nn.Module, ep_size: int, stages: dist.ProcessGroup | None = None) -> None:
         """
         Args:
             model: the transformers model inside a prepared one.
             ep_size: of its plan.
+            stages: of a pipeline, each of which has some of the layers: the ranks with this one's place in each.
+
+        Collective: with `stages` an all-gather over them of how many experts each of their layers has.
 
         Raises:
             UnsupportedError: the model has no experts that transformers stacks, or layers of different numbers.
         """
         self.modules: list[ExpertsModule] = [m for m in find_experts(model) if hf.is_experts_module(m.experts)]
         self.ep_size = ep_size
-        sizes = sorted({module.num_experts * ep_size for module in self.modules})
+        found: list[list[int]] = [[module.num_experts * ep_size for module in self.modules]]
+        place = 0
+        if stages is not None:
+            place, mine = dist.get_rank(stages), found[0]
+            found = [[]] * dist.get_world_size(stages)
+            dist.all_gather_object(found, mine, group=stages)
+        self.first, self.num_layers = sum(map(len, found[:place])), sum(map(len, found))
+        sizes = sorted({size for stage in found for size in stage})
         if len(sizes) != 1:
             raise UnsupportedError(
                 f"{type(model).__name__} has no experts to count."
@@ -95,11 +105,11 @@ class ExpertCounter:
             start_rows(module.experts)
         self._handles = [
             module.outer.register_forward_pre_hook(_CountTokens(self, layer), with_kwargs=True)
-            for layer, module in enumerate(self.modules)
+            for layer, module in enumerate(self.modules, self.first)
         ]
-        self._handles += [
-            router.register_forward_hook(_NoteEntropy(self, index)) for router, index in hf.find_routers(model)
-        ]
+        routers = list(hf.find_routers(model))
+        self._num_routers = len(routers)
+        self._handles += [router.register_forward_hook(_NoteEntropy(self, index)) for router, index in routers]
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -116,7 +126,7 @@ class ExpertCounter:
             self._uncounted += top_k_index.numel()
             return
         if self._tokens is None:
-            shape = (len(self.modules), self.num_experts)
+            shape = (self.num_layers, self.num_experts)
             self._tokens = torch.zeros(shape, dtype=torch.long, device=top_k_index.device)
         self._tokens[layer] += count_pairs(top_k_index.reshape(-1), self.num_experts)
 
@@ -135,13 +145,13 @@ class ExpertCounter:
         """
         # The model's, also where nothing was counted: NCCL reduces nothing that is on the CPU.
         device = next(self._model.parameters()).device
-        shape = (len(self.modules), self.num_experts)
+        shape = (self.num_layers, self.num_experts)
         tokens = torch.zeros(shape, dtype=torch.long, device=device) if self._tokens is None else self._tokens
         total, number = self._entropy or (torch.zeros((), device=device), 1)
-        entropy = total.double() / number
+        entropy = total.double() / number * self._num_routers  # of which a pipeline's stages may have unlike numbers
         sharded = self.ep_size > 1
         computed = sum(start_rows(module.experts) for module in self.modules) - self._uncounted
-        extra = torch.tensor([float(self._entropy is not None), float(computed)]).double()
+        extra = torch.tensor([float(self._num_routers * (self._entropy is not None)), float(computed)]).double()
         both = torch.cat([tokens.flatten().double(), entropy[None], extra.to(device)])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(both)
@@ -175,12 +185,15 @@ class _NoteEntropy:
             self.counter.note_entropy(output[self.index] if isinstance(output, tuple) else output)
 
 
-def find_biases(model: nn.Module, modules: Sequence[ExpertsModule]) -> list[tuple[nn.Module, int]]:
-    """Modules with a router bias that balances the load (DeepSeek-V3), and the place in `modules` of their layer."""
+def find_biases(model: nn.Module, modules: Sequence[ExpertsModule], first: int = 0) -> list[tuple[nn.Module, int]]:
+    """Modules with a router bias that balances the load (DeepSeek-V3), and the place in `modules` of their layer.
+
+    `first`: the place of the first of them among the layers of all stages.
+    """
     found = []
     for name, module in model.named_modules():
         if BIAS in module._buffers or BIAS in module._parameters:  # its own: wrappers of PEFT show that of another
-            owners = [n for n, experts in enumerate(modules) if f"{name}.".startswith(_block(experts.name))]
+            owners = [n for n, experts in enumerate(modules, first) if f"{name}.".startswith(_block(experts.name))]
             if owners:
                 found.append((module, owners[-1]))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_veomni import hf
+from hf_veomni.comm.agree import together
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert import ExpertCounter, ExpertLoad, find_biases, update_biases
 from hf_veomni.mesh import get_parallel_state
@@ -36,13 +38,16 @@ class ExpertLoadCallback(TrainerCallback):
             UnsupportedError: a model without experts, or a speed for routers that have no such bias.
         """
         base = hf.base_model(model)
-        self.counter = ExpertCounter(base, get_parallel_state(model).ep_size)
-        self.biases = find_biases(base, self.counter.modules) if bias_speed else []
-        if bias_speed and not self.biases:
-            raise UnsupportedError(
-                f"`router_bias_update_speed` ({bias_speed}) has no effect on {type(base).__name__}: its routers have "
-                "no `e_score_correction_bias`. Leave it at 0, and set `output_router_logits` for a balancing loss."
-            )
+        state = get_parallel_state(model)
+        self.counter = ExpertCounter(base, state.ep_size, state.pp_group)
+        self.biases = find_biases(base, self.counter.modules, self.counter.first) if bias_speed else []
+        with nullcontext() if state.pp_group is None else together("Looking for the routers' biases"):
+            if bias_speed and not self.biases and self.counter.modules:
+                raise UnsupportedError(
+                    f"`router_bias_update_speed` ({bias_speed}) has no effect on {type(base).__name__}: its routers "
+                    "have no `e_score_correction_bias`. Leave it at 0, and set `output_router_logits` for a balancing "
+                    "loss."
+                )
         self.bias_speed, self.picture = bias_speed, picture
         self.history: list[tuple[int, ExpertLoad]] = []
         self._since_log: list[ExpertLoad] = []
@@ -56,7 +61,7 @@ class ExpertLoadCallback(TrainerCallback):
         return load.metrics()
 
     def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        if self.biases:
+        if self.bias_speed:  # a stage of a pipeline without experts takes part
             load = self.counter.take()
             self._since_log.append(load)
             update_biases(self.biases, load.tokens, self.bias_speed)
