@@ -150,7 +150,7 @@ def _parallelize(
     if pending is not None:
         materialize_weights(model, pending, state.device)
     if stages is not None:
-        join_stages(model, stages.tied, state)
+        join_stages(model, stages.tied, state, bool(stages.chain.encoders))
     mark_replaced(before, model)
     undo.append(attach_stock_calls(model, base, state.world_size))
     setattr(base, _STATE, state)
@@ -214,6 +214,8 @@ def prepare_omni(
             check_model(base, state)
             stages = plan_stages(base, state) if state.plan.pp_size > 1 else None
             _attach(base, state, attention, chunked_loss, undo, apart=not hf_peft.picks_tokens_by_place(model))
+            if stages is not None:
+                undo.append(attach_border(base, state, stages.chain.inputs))
         _parallelize(model, state, mp_policy, pending, undo, stages)
     _tell(model, state, unplanned=given is None and plan == ParallelPlan())
     return model
@@ -281,7 +283,8 @@ def _attach(
         if state.sp_size > 1 or named:
             raise
         reasons["packed"] = str(error)
-    attach_towers(base, state, undo, attention)
+    if not state.pp_rank:  # the other stages run none
+        attach_towers(base, state, undo, attention)
     detach = attach_router_loss(base, state)
     if detach is None:
         reasons["router"] = f"{type(base).__name__} computes it inside its forward"
@@ -291,8 +294,6 @@ def _attach(
     undo.append(forget_in_graphs(base))  # before all others
     if state.sp_size > 1 or state.plan.pp_size > 1:
         undo.append(attach_dropout(base, state))
-    if state.plan.pp_size > 1:
-        undo.append(attach_border(base, state))
 
 
 def _find_chunked(base: Any, state: ParallelState) -> list[Callable[[], Callable[[], Any]]]:

@@ -51,7 +51,7 @@ class TowerPasses:
         self.loose: list[Tensor] = []
 
     def begin(self, owner: object, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook of the owner: agree on the methods that this step needs. An all-reduce over all ranks."""
+        """Forward pre-hook of the owner: agree on the methods that this step needs. An all-reduce over the stage."""
         inputs = {**dict(zip(self.parameters, args[: len(self.parameters)], strict=False)), **kwargs}
         has = [inputs.get(_INPUTS[name]) is not None for name in self.methods]
         lacks = [name not in self.templates for name in self.methods]
@@ -91,7 +91,8 @@ class TowerPasses:
         self.waiting.remove(name)
         if name in self.donors:
             template = [None if smallest is None else _template(smallest)]
-            dist.broadcast_object_list(template, src=self.donors.pop(name), device=self.state.device)
+            group, source = self.state.stage_group, self.donors.pop(name)
+            dist.broadcast_object_list(template, src=source, group=group, device=self.state.device)
             assert template[0] is not None
             self.templates[name] = template[0]
         missing = self._most([len(calls)])[0] - len(calls)
@@ -107,9 +108,9 @@ class TowerPasses:
         return getattr(type(owner), name).__get__(owner)(**call)
 
     def _most(self, numbers: list[int]) -> list[int]:
-        """The maximum of each number over all ranks."""
+        """The maximum of each number over all ranks, of a pipeline over those of its first stage."""
         found = torch.tensor(numbers, device=self.state.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.state.stage_group)
         return found.tolist()
 
 

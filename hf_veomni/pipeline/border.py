@@ -7,7 +7,7 @@ micro-batch: the last stage's loss and logits are handed to all stages, so that 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,8 @@ _REFUSED = {
 
 
 class _Border:
-    def __init__(self, model: nn.Module, state: ParallelState) -> None:
-        self.state = state
+    def __init__(self, model: nn.Module, state: ParallelState, encoded: Sequence[str]) -> None:
+        self.state, self.encoded = state, encoded
         self.names = list(inspect.signature(model.forward).parameters)
 
     def enter(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -48,6 +48,8 @@ class _Border:
                     "window's batches to `run_window(model, batches)`, or call the model under torch.no_grad()."
                 )
             enter(self, stage=MicroBatch(Link(self.state)))
+        if self.state.pp_rank:
+            inputs = {name: value for name, value in inputs.items() if name not in self.encoded}
         if not self._is_last():
             inputs = {name: value for name, value in inputs.items() if name not in _TARGETS}
         return (), inputs
@@ -102,8 +104,11 @@ def _share_answer(output: ModelOutput, state: ParallelState) -> ModelOutput:
     return kind(**values)
 
 
-def attach_border(model: Any, state: ParallelState) -> Callable[[], None]:
+def attach_border(model: Any, state: ParallelState, encoded: Sequence[str] = ()) -> Callable[[], None]:
     """Install the hooks, before all others, on a model that has its loss from this package.
+
+    Args:
+        encoded: names of arguments that only the first stage is called with.
 
     Returns:
         A function that takes them off.
@@ -116,7 +121,7 @@ def attach_border(model: Any, state: ParallelState) -> Callable[[], None]:
             f"{type(model).__name__} computes its loss itself, and with `pp_size` {state.plan.pp_size} it must be the "
             "mean over the targets of all micro-batches: use pp_size=1."
         )
-    border = _Border(model, state)
+    border = _Border(model, state, encoded)
     handles = [
         model.register_forward_pre_hook(border.enter, with_kwargs=True, prepend=True),
         model.register_forward_hook(border.leave, prepend=True, always_call=True),

@@ -1,5 +1,6 @@
 """Is a model a chain of layers that can be cut into stages? Reads the loop over its layers, or says what is there.
 
+    encoders    of pictures and sounds, and their projectors: the first stage
     before      embeddings of the backbone: the first stage
     layers      one statement in a loop, `hidden_states = layer(hidden_states, ...)`: each stage some of them
     after       the backbone's last norm, and the head: the last stage
@@ -12,6 +13,7 @@ layers) is refused.
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ from torch import nn
 
 from hf_veomni import hf
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.pipeline.encoders import DEEP, INPUTS, find_around
 from hf_veomni.sequence.backbone import find_layers
 
 # What records, and changes nothing (it is asked for by name, and refused in calls of a pipeline).
@@ -36,6 +39,9 @@ class Chain:
         before: names of children of `owner` with parameters that run before the layers.
         after: (parent, name) of the modules with parameters that run after them, the head among them.
         gives_tuple: whether a layer returns its hidden states as the first item of a tuple.
+        encoders: (parent, name) of modules with parameters that run before the backbone, if a row has what they read.
+        inputs: names of the model's arguments that encoders read; only the first stage is called with them.
+        deep: how many of the first layers add features of encoders to their output.
     """
 
     owner: nn.Module
@@ -43,6 +49,9 @@ class Chain:
     before: tuple[str, ...]
     after: tuple[tuple[nn.Module, str], ...]
     gives_tuple: bool
+    encoders: tuple[tuple[nn.Module, str], ...] = ()
+    inputs: tuple[str, ...] = ()
+    deep: int = 0
 
 
 def find_chain(model: Any) -> Chain:
@@ -62,10 +71,29 @@ def find_chain(model: Any) -> Chain:
     layers = found[1]
     name = next(name for name, child in backbone.named_children() if child is layers)
     loop, tree = _find_loop(model, backbone, name)
-    gives_tuple = _read_loop(model, loop, tree)
+    gives_tuple, deep = _read_loop(model, loop, tree)
     before, after = _sides(model, backbone, name, loop, tree)
-    heads = _heads(model, backbone)
-    return Chain(backbone, layers, before, (*((backbone, child) for child in after), *heads), gives_tuple)
+    around = find_around(model, backbone)
+    if around.problem is not None:
+        raise _refuse(model, around.problem)
+    return Chain(
+        backbone,
+        layers,
+        before,
+        (*((backbone, child) for child in after), *around.heads),
+        gives_tuple,
+        around.encoders,
+        tuple(name for name in inspect.signature(model.forward).parameters if around.encoders and name in INPUTS),
+        _count_deep(model) if deep else 0,
+    )
+
+
+def _count_deep(model: Any) -> int:
+    config = getattr(model.config, "vision_config", None)
+    found = getattr(config, "deepstack_visual_indexes", None)
+    if found is None:
+        raise _refuse(model, "its config does not tell (`deepstack_visual_indexes`) how many layers add features")
+    return len(found)
 
 
 def _refuse(model: nn.Module, reason: str) -> UnsupportedError:
@@ -97,12 +125,28 @@ def _names(node: ast.AST) -> set[str]:
     return {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
 
 
-def _read_loop(model: nn.Module, loop: ast.For, tree: ast.AST) -> bool:
-    """Whether layers return tuples. Raises UnsupportedError where more than hidden states goes from layer to layer."""
+def _adds_features(statement: ast.stmt, hidden: str, variables: list[str]) -> bool:
+    """Whether a statement adds features of encoders to the hidden states, in layers that have some."""
+    if not isinstance(statement, ast.If) or not hidden or statement.orelse or len(statement.body) != 1:
+        return False
+    (inner,) = statement.body
+    stored = [x.id for x in ast.walk(inner) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)]
+    read = _names(statement.test) & set(DEEP)
+    return bool(read) and stored == [hidden] and _names(statement.test) <= read | {"range", "len", *variables}
+
+
+def _read_loop(model: nn.Module, loop: ast.For, tree: ast.AST) -> tuple[bool, bool]:
+    """Whether layers return tuples, and whether features are added to what some of them return.
+
+    Raises UnsupportedError where more than hidden states goes from layer to layer.
+    """
     variables = [x.id for x in ast.walk(loop.target) if isinstance(x, ast.Name)]
-    hidden, result = "", ""
+    hidden, result, deep = "", "", False
     for statement in loop.body:
         if isinstance(statement, ast.If) and _names(statement.test) <= _RECORDS:
+            continue
+        if result == hidden and _adds_features(statement, hidden, variables):
+            deep = True
             continue
         target = statement.targets[0] if isinstance(statement, ast.Assign) else None
         if not isinstance(statement, ast.Assign) or not isinstance(target, ast.Name):
@@ -114,13 +158,13 @@ def _read_loop(model: nn.Module, loop: ast.For, tree: ast.AST) -> bool:
                 raise _refuse(model, f"`{_first_line(statement)}` is no call of a layer on hidden states")
             hidden, result = given[0].id, target.id
             _check_handed(model, call, tree)
-        elif result and target.id == hidden and ast.unparse(call) == f"{result}[0]":
-            result = f"{result}[0]"
+        elif result and target.id == hidden and ast.unparse(call) in (result, f"{result}[0]"):
+            result = hidden if ast.unparse(call) == result else f"{result}[0]"
         elif {hidden, result, target.id, variables[-1]} & _names(call):
             raise _refuse(model, f"the loop over its layers has `{_first_line(statement)}` beside the call of a layer")
     if result not in (hidden, f"{result.removesuffix('[0]')}[0]") or not hidden:
         raise _refuse(model, "its layers do not return hidden states alone")
-    return result.endswith("[0]")
+    return result.endswith("[0]"), deep
 
 
 def _first_line(node: ast.AST) -> str:
@@ -175,18 +219,3 @@ def _lines(tree: ast.AST, name: str) -> Iterator[int]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr == name and ast.unparse(node.value) == "self":
             yield node.lineno
-
-
-def _heads(model: Any, backbone: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """What stands beside the backbone: the head."""
-    head = set(model.get_output_embeddings().modules())
-    for name, child in model.named_children():
-        if child is backbone or not _has_parameters(child):
-            continue
-        if not head & set(child.modules()):
-            raise _refuse(model, f"`{name}` ({type(child).__name__}) stands beside its layers and its head")
-        if backbone in set(child.modules()):
-            raise _refuse(model, f"its backbone lies inside of `{name}` ({type(child).__name__})")
-        yield model, name
-    if next(model.parameters(recurse=False), None) is not None:
-        raise _refuse(model, "it has parameters that belong to none of its modules")

@@ -1,13 +1,14 @@
 """Which layers each stage gets: contiguous runs of them, so that the most expensive stage costs as little as can be.
 
 A layer costs its matmuls for a token: the entries of its matrices, of experts only those that a token is sent to. The
-head counts with the last stage; looking up an embedding costs nothing. Attention grows with the length of rows, which
+head counts with the last stage, and encoders, as if each token were one of theirs, with the first; looking up an
+embedding costs nothing. Attention grows with the length of rows, which
 nobody knows here; its share is the same for layers of one kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from hf_veomni import hf
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.pipeline.chain import Chain
 
 _CHOSEN = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "top_k_experts", "moe_topk")
 
@@ -33,17 +35,24 @@ def matmul_cost(module: nn.Module, config: Any) -> int:
     return total
 
 
-def split_layers(costs: Sequence[int], last: int, stages: int) -> list[range]:
+def split_layers(costs: Sequence[int], last: int, stages: int, first: int = 0, least: int = 1) -> list[range]:
     """The layers of each stage.
 
     Args:
         costs: of each layer.
         last: what the last stage computes besides.
+        first: what the first stage computes besides.
+        least: layers of the first stage.
 
     Raises:
-        UnsupportedError: fewer layers than stages.
+        UnsupportedError: too few layers.
     """
     count = len(costs)
+    if stages + least - 1 > count and stages <= count:
+        raise UnsupportedError(
+            f"`pp_size` ({stages}) is too large for {count} layers, of which the first stage has {least} at least: "
+            f"their output takes features of its encoders. Use {count - least + 1} stages or fewer."
+        )
     if stages > count:
         raise UnsupportedError(
             f"`pp_size` ({stages}) must not exceed the number of layers ({count}): each stage runs at least one."
@@ -57,10 +66,11 @@ def split_layers(costs: Sequence[int], last: int, stages: int) -> list[range]:
         """Of layers from `begin` over `left` stages: the cost of the most expensive one, and where the first ends."""
         if left == 1:
             return sums[count] - sums[begin] + last, count
-        options = range(begin + 1, count - left + 2)
+        options = range(begin + (1 if begin else least), count - left + 2)
+        extra = 0 if begin else first
         # Of equal ones the longest first stage: the last one waits for all others in the first micro-batches.
         return min(
-            ((max(sums[end] - sums[begin], best(end, left - 1)[0]), end) for end in options),
+            ((max(sums[end] - sums[begin] + extra, best(end, left - 1)[0]), end) for end in options),
             key=lambda option: (option[0], -option[1]),
         )
 
@@ -72,8 +82,13 @@ def split_layers(costs: Sequence[int], last: int, stages: int) -> list[range]:
     return found
 
 
-def split_model(model: Any, layers: Sequence[nn.Module], heads: Sequence[nn.Module], stages: int) -> list[range]:
-    """`split_layers` of a model by the costs of its layers and of what runs after them."""
+def split_model(model: Any, chain: Chain, stages: int) -> list[range]:
+    """`split_layers` of a model by the costs of its layers and of what runs before and after them."""
+    least = max(chain.deep, 1)
     config = hf.text_config(model)
-    costs = [matmul_cost(layer, config) for layer in layers]
-    return split_layers(costs, sum(matmul_cost(head, config) for head in heads), stages)
+
+    def costs(modules: Iterable[nn.Module]) -> list[int]:
+        return [matmul_cost(module, config) for module in modules]
+
+    heads, encoders = (costs(getattr(*place) for place in found) for found in (chain.after, chain.encoders))
+    return split_layers(costs(chain.layers), sum(heads), stages, sum(encoders), least)

@@ -1,5 +1,6 @@
 """One stage of a model whose own forward goes on running: what other stages own lets its input pass.
 
+    encoders       of the first stage, on others: never called, since calls of these leave out what encoders read
     embeddings     of the first stage, on others: zeros of their output's shape, which hold no memory
     layer          of an earlier stage: passes its input; the last of them gives what the stage before has sent
     layer          of a later stage: passes its input; the first of them takes what goes to the stage after
@@ -63,6 +64,17 @@ def _running() -> MicroBatch:
     return found
 
 
+class Absent(PassThrough):
+    """In place of an encoder of the first stage. Raises UnsupportedError when it is called."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kind = type(vars(self)["_foreign"]).__name__
+        raise UnsupportedError(
+            f"{kind} belongs to the first stage of a pipeline, and this is another one: hand what it reads to "
+            "`run_window`, or to a call of the whole model."
+        )
+
+
 class Receive(PassThrough):
     """The last layer of the stage before: gives its output [B, s, C]. Blocks until that is there."""
 
@@ -117,14 +129,14 @@ def plan_stages(model: Any, state: ParallelState) -> Stages:
             "holds some of the modules alone, and rules are for all of them. Leave the rules out."
         )
     chain = find_chain(model)
-    last = [getattr(parent, name) for parent, name in chain.after]
-    ranges = split_model(model, list(chain.layers), last, state.plan.pp_size)
+    ranges = split_model(model, chain, state.plan.pp_size)
     return Stages(chain, ranges, _find_tied(model, chain, ranges))
 
 
 def _find_tied(model: nn.Module, chain: Chain, ranges: list[range]) -> tuple[tuple[str, ...], ...]:
     """Parameters that modules of two stages share. Raises UnsupportedError where these are no embeddings and head."""
     owners: list[tuple[int, nn.Module]] = [(0, getattr(chain.owner, name)) for name in chain.before]
+    owners += [(0, getattr(parent, name)) for parent, name in chain.encoders]
     owners += [(stage, chain.layers[i]) for stage, own in enumerate(ranges) for i in own]
     owners += [(len(ranges) - 1, getattr(parent, name)) for parent, name in chain.after]
     layers = {p for layer in chain.layers for p in layer.parameters()}
@@ -176,6 +188,8 @@ def cut_model(stages: Stages, state: ParallelState, dtype: torch.dtype | None) -
             module = getattr(chain.owner, name)
             kind = next(iter(module.parameters())).dtype if dtype is None else dtype
             setattr(chain.owner, name, Placeholder(_drop(module, state.device), kind))
+        for parent, name in chain.encoders:
+            setattr(parent, name, Absent(_drop(getattr(parent, name), state.device)))
     for index, layer in enumerate(chain.layers):
         if index not in own:
             kinds = {own.start - 1: Receive, own.stop: Send}

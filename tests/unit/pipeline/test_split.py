@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_veomni.errors import UnsupportedError
-from hf_veomni.pipeline.chain import find_chain
+from hf_veomni.pipeline.chain import _read_loop, find_chain
 from hf_veomni.pipeline.schedule import one_forward_one_backward
 from hf_veomni.pipeline.split import split_layers, split_model
+from hf_veomni.pipeline.stage import Absent
 from tests.models import build_model
+from tests.sweep import tiny
 
 
 @pytest.mark.parametrize(
@@ -39,7 +44,14 @@ def test_experts_count_as_those_that_a_token_is_sent_to() -> None:
     model = build_model("glm4_moe", num_hidden_layers=4)  # the first layer is dense
     chain = find_chain(model)
     with torch.no_grad():
-        assert [len(r) for r in split_model(model, chain.layers, [model.lm_head], 2)] == [2, 2]
+        assert [len(r) for r in split_model(model, chain, 2)] == [2, 2]
+
+
+def test_encoders_and_layers_with_features_count_with_the_first_stage() -> None:
+    assert [len(each) for each in split_layers([1] * 6, 0, 2, first=2)] == [2, 4]
+    assert [len(each) for each in split_layers([1] * 6, 0, 2, first=100, least=3)] == [3, 3]
+    with pytest.raises(UnsupportedError, match=r"`pp_size` \(4\) is too large for 4 layers, of which the first .* 2"):
+        split_layers([1] * 4, 0, 4, least=2)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
@@ -95,9 +107,58 @@ def test_models_that_are_no_chain_are_refused_by_name(model, match: str) -> None
         find_chain(model())
 
 
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        (
+            "paligemma",
+            "`attention_mask`, which PaliGemmaModel hands to every layer, depends on",
+        ),
+        ("llava_next", "`image_newline` of LlavaNextModel belongs to none of its modules"),
+    ],
+)
+def test_models_that_see_are_refused_where_stages_need_the_encoders(name: str, match: str) -> None:
+    model = tiny.build(tiny.tiny_config(name), tiny.choose_class(name)[1], torch.float32)
+    with pytest.raises(UnsupportedError, match=match):
+        find_chain(model)
+
+
+def test_encoders_are_found_around_the_backbone() -> None:
+    model: Any = tiny.build(tiny.tiny_config("qwen3_vl"), tiny.choose_class("qwen3_vl")[1], torch.float32)
+    chain = find_chain(model)
+    assert chain.owner is model.model.language_model and chain.encoders == ((model.model, "visual"),)
+    assert chain.inputs == ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+    assert chain.deep == len(model.config.vision_config.deepstack_visual_indexes)
+
+
+def test_an_encoder_of_another_stage_says_whose_it_is() -> None:
+    encoder = Absent(torch.nn.Linear(2, 2))
+    assert encoder.in_features == 2
+    with pytest.raises(UnsupportedError, match="Linear belongs to the first stage of a pipeline"):
+        encoder(torch.zeros(2))
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_chains_are_found(name: str) -> None:
     model = build_model(name)
     chain = find_chain(model)
     assert chain.before == ("embed_tokens",) and [name for _, name in chain.after] == ["norm", "lm_head"]
     assert not chain.gives_tuple and chain.layers is model.model.layers
+
+
+def _with_loop(body: str) -> tuple[ast.For, ast.AST]:
+    tree = ast.parse(f"def forward(self, x):\n    {body}").body[0]
+    return next(node for node in ast.walk(tree) if isinstance(node, ast.For)), tree
+
+
+@pytest.mark.parametrize("value", ["{}", "[]", "dict()", "defaultdict(list)", "self.make_list()"])
+def test_containers_that_layers_hand_to_each_other_are_refused(value: str) -> None:
+    """Keys and values that later layers read would be on another stage."""
+    loop, tree = _with_loop(f"kept = {value}\n    for layer in self.layers:\n        x = layer(x, kept=kept)")
+    with pytest.raises(UnsupportedError, match="its layers hand `kept` to each other beside their hidden states"):
+        _read_loop(build_model("llama"), loop, tree)
+
+
+def test_tables_that_layers_only_read_are_not() -> None:
+    loop, tree = _with_loop("kept = self.rotary(x)\n    for layer in self.layers:\n        x = layer(x, kept=kept)")
+    assert _read_loop(build_model("llama"), loop, tree) == (False, False)
