@@ -87,6 +87,7 @@ class ParallelPlan:
         sp_size: ranks that share the sequence axis of a row.
         ep_size: ranks that share the experts; divides `dp_shard_size * sp_size`.
         pp_size: pipeline stages; each has some of the layers, and all other axes lie within one (docs/pipeline.md).
+        pp_layers: how many layers each stage has, in a string "10+6"; None shares them out by what they cost.
         modules: rules by module-name pattern (`fnmatch`), for example `{"lm_head": {"fsdp": "keep"}}`. Rules:
             `fsdp`: "free" gives the module an FSDP unit of its own that frees its weight after forward; "keep" one
             that keeps it gathered until its backward.
@@ -115,6 +116,7 @@ class ParallelPlan:
     pp_size: int = 1
     modules: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     overlap: str = "none"
+    pp_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in SIZES:
@@ -126,6 +128,7 @@ class ParallelPlan:
         if self.dp_shard_size is not None:
             self._check_experts()
         self._check_modules()
+        self._settle_layers()
         if self.overlap not in OVERLAPS:
             raise ValueError(f"`overlap` ({self.overlap!r}) is unknown: {nearest(str(self.overlap), OVERLAPS)}.")
         if self.pp_size > 1 and self.overlap != "none":
@@ -138,7 +141,7 @@ class ParallelPlan:
 
     def __hash__(self) -> int:
         rules = {pattern: frozenset(rule.items()) for pattern, rule in self.modules.items()}
-        return hash((*(getattr(self, name) for name in SIZES), frozenset(rules.items()), self.overlap))
+        return hash((*(getattr(self, name) for name in SIZES), frozenset(rules.items()), self.overlap, self.pp_layers))
 
     def _check_experts(self) -> None:
         shard = self.fsdp_size
@@ -146,6 +149,20 @@ class ParallelPlan:
             raise ValueError(
                 f"`ep_size` ({self.ep_size}) must divide `dp_shard_size * sp_size` ({shard}): use {_divisors(shard)}."
             )
+
+    def _settle_layers(self) -> None:
+        if self.pp_layers is None:
+            return
+        given: Any = self.pp_layers
+        parts = given.split("+") if isinstance(given, str) else given
+        numbers = isinstance(parts, list | tuple) and all(str(part).strip().isdecimal() for part in parts)
+        layers = tuple(int(part) for part in parts) if numbers else ()
+        if len(layers) != self.pp_size or 0 in layers:
+            raise ValueError(
+                f"`pp_layers` ({given!r}) must have a positive number for each of the `pp_size` ({self.pp_size}) "
+                f"stages, as in '{'+'.join(['8'] * self.pp_size)}'; without it layers are shared out by their cost."
+            )
+        object.__setattr__(self, "pp_layers", layers)
 
     def _check_modules(self) -> None:
         if not isinstance(self.modules, Mapping):
@@ -258,7 +275,7 @@ class ParallelPlan:
         """A plan as one types it: `"sp=2,ep=2,overlap=pairs"`; the empty string is the default plan. Rules need yaml.
 
         Raises:
-            ValueError: an entry that is no `name=integer` (`overlap`: a word), or an unknown name.
+            ValueError: an entry that is no `name=integer` (`overlap` and `pp_layers`: a word), or an unknown name.
         """
         values: dict[str, Any] = {}
         if asks_auto(text):
@@ -268,11 +285,11 @@ class ParallelPlan:
             )
         for entry in filter(None, (part.strip() for part in text.split(","))):
             key, sign, value = (part.strip() for part in entry.partition("="))
-            if not sign or not (value.isdecimal() or key == "overlap"):
+            if not sign or not (value.isdecimal() or key in ("overlap", "pp_layers")):
                 raise ValueError(f"Plan entry '{entry}' in '{text}' must be name=integer, as in 'sp=2,dp_shard=2'.")
             if key in values:
                 raise ValueError(f"Plan key '{key}' appears twice in '{text}': give it once.")
-            values[key] = int(value) if value.isdecimal() else value
+            values[key] = int(value) if value.isdecimal() and key != "pp_layers" else value
         return cls.from_dict(values)
 
     @classmethod
@@ -293,6 +310,8 @@ class ParallelPlan:
             values["modules"] = {pattern: dict(rules) for pattern, rules in self.modules.items()}
         if self.overlap != "none":
             values["overlap"] = self.overlap
+        if self.pp_layers is not None:
+            values["pp_layers"] = list(self.pp_layers)
         return values
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
@@ -354,4 +373,6 @@ class ParallelPlan:
         short = {full: name for name, full in SHORT_NAMES.items() if name != "dp"}
         sizes = ((short[name], getattr(self, name)) for name in SIZES)
         entries = [f"{name}={size}" for name, size in sizes if size is not None and size != 1]
+        if self.pp_layers is not None:
+            entries.append(f"pp_layers={'+'.join(map(str, self.pp_layers))}")
         return ",".join(entries + [f"overlap={self.overlap}"] * (self.overlap != "none")) or "single"

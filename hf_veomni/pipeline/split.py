@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -82,9 +83,34 @@ def split_layers(costs: Sequence[int], last: int, stages: int, first: int = 0, l
     return found
 
 
-def split_model(model: Any, chain: Chain, stages: int) -> list[range]:
-    """`split_layers` of a model by the costs of its layers and of what runs before and after them."""
+def given_layers(numbers: Sequence[int], count: int, least: int) -> list[range]:
+    """The layers of each stage as `pp_layers` says.
+
+    Args:
+        count: of the model's layers.
+        least: layers of the first stage.
+
+    Raises:
+        ValueError: other numbers of layers than the model has.
+        UnsupportedError: too few in the first stage.
+    """
+    text = "+".join(map(str, numbers))
+    if sum(numbers) != count:
+        raise ValueError(f"`pp_layers` ({text}) adds up to {sum(numbers)} layers, and the model has {count}.")
+    if numbers[0] < least:
+        raise UnsupportedError(
+            f"`pp_layers` ({text}) gives the first stage {numbers[0]} layers, and the output of the first {least} "
+            f"takes features of its encoders: give it {least} or more."
+        )
+    ends = list(accumulate(numbers))
+    return [range(end - number, end) for end, number in zip(ends, numbers, strict=True)]
+
+
+def split_model(model: Any, chain: Chain, stages: int, given: Sequence[int] | None = None) -> list[range]:
+    """`given_layers`, or `split_layers` by the costs of the layers and of what runs before and after them."""
     least = max(chain.deep, 1)
+    if given is not None:
+        return given_layers(given, len(chain.layers), least)
     config = hf.text_config(model)
 
     def costs(modules: Iterable[nn.Module]) -> list[int]:

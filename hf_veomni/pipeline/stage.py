@@ -129,7 +129,7 @@ def plan_stages(model: Any, state: ParallelState) -> Stages:
             "holds some of the modules alone, and rules are for all of them. Leave the rules out."
         )
     chain = find_chain(model)
-    ranges = split_model(model, chain, state.plan.pp_size)
+    ranges = split_model(model, chain, state.plan.pp_size, state.plan.pp_layers)
     return Stages(chain, ranges, _find_tied(model, chain, ranges))
 
 

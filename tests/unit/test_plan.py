@@ -32,6 +32,14 @@ def test_yaml_round_trip(tmp_path):
     assert ParallelPlan.parse(str(tmp_path / "plan.yaml")) == plan
 
 
+def test_layers_of_stages_in_text_and_yaml(tmp_path):
+    plan = ParallelPlan.from_string("pp=2,pp_layers=10+6")
+    assert plan == ParallelPlan(pp_size=2, pp_layers=(10, 6)) != ParallelPlan(pp_size=2)
+    plan.to_yaml(tmp_path / "plan.yaml")
+    assert ParallelPlan.from_yaml(tmp_path / "plan.yaml") == plan and str(plan) == "pp=2,pp_layers=10+6"
+    assert ParallelPlan.from_string("pp=2,pp_layers=10+6").resolve(4).pp_layers == (10, 6)
+
+
 def test_resolve_takes_what_is_left_of_the_world():
     plan = ParallelPlan(sp_size=2, dp_replicate_size=2).resolve(16)
     assert (plan.dp_shard_size, plan.fsdp_size, plan.dp_size, plan.world_size) == (4, 8, 8, 16)
@@ -53,6 +61,12 @@ def test_resolve_takes_what_is_left_of_the_world():
         (lambda: ParallelPlan(sp_size=0), r"`sp_size` \(0\) must be a positive integer"),
         (lambda: ParallelPlan(sp_size=True), r"positive integer"),
         (lambda: ParallelPlan(pp_size=2, overlap="pairs"), r"`overlap` \('pairs'\) does not go with `pp_size` \(2\)"),
+        (
+            lambda: ParallelPlan.from_string("pp=2,pp_layers=3"),
+            r"`pp_layers` \('3'\) .* `pp_size` \(2\) stages",
+        ),
+        (lambda: ParallelPlan(pp_size=2, pp_layers=(3, 0)), r"`pp_layers` \(\(3, 0\)\) must have a positive number"),
+        (lambda: ParallelPlan.from_string("pp=2,pp_layers=a+b"), r"`pp_layers` \('a\+b'\)"),
         (lambda: ParallelPlan(dp_shard_size=8, ep_size=6), r"`ep_size` \(6\) must divide .*\(8\): use 1, 2, 4, 8"),
         (lambda: ParallelPlan(ep_size=3).resolve(4), r"`ep_size` \(3\) must divide"),
         (lambda: ParallelPlan(sp_size=3).resolve(4), r"= 3\) must divide the number of ranks \(4\)"),

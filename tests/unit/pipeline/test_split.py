@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from hf_veomni import ParallelPlan
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.pipeline.chain import _read_loop, find_chain
 from hf_veomni.pipeline.schedule import one_forward_one_backward
@@ -45,6 +47,17 @@ def test_experts_count_as_those_that_a_token_is_sent_to() -> None:
     chain = find_chain(model)
     with torch.no_grad():
         assert [len(r) for r in split_model(model, chain, 2)] == [2, 2]
+
+
+def test_the_plan_may_give_the_layers_of_each_stage() -> None:
+    model = build_model("llama", num_hidden_layers=4)
+    chain = find_chain(model)
+    given = ParallelPlan.from_string("pp=2,pp_layers=3+1").pp_layers
+    assert split_model(model, chain, 2, given) == [range(3), range(3, 4)]
+    with pytest.raises(ValueError, match=r"`pp_layers` \(3\+2\) adds up to 5 layers, and the model has 4"):
+        split_model(model, chain, 2, (3, 2))
+    with pytest.raises(UnsupportedError, match=r"`pp_layers` \(1\+3\) .* the first 2 takes features"):
+        split_model(model, replace(chain, deep=2), 2, (1, 3))
 
 
 def test_encoders_and_layers_with_features_count_with_the_first_stage() -> None:
