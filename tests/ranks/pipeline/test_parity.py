@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from tests.ranks.parity import Setting
-from tests.ranks.pipeline.staged import check
+from tests.ranks.parity import Setting, make_batches, make_model, relative_error, whole
+from tests.ranks.pipeline.staged import check, compute_reference
 
 TWICE = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 DEEP = {"gemma2": TWICE, "gemma3": TWICE, "gpt_oss": TWICE, "llama4": {"no_rope_layers": [1, 0, 1, 0]}}
@@ -81,3 +85,30 @@ def test_tied_embeddings_equal_one_process(ranks, tmp_path, count: int) -> None:
 @pytest.mark.parametrize("packed", [pytest.param(True, marks=SLOW), False])
 def test_adapters_and_padded_rows_equal_one_process(ranks, tmp_path, packed: bool) -> None:
     check(ranks, tmp_path, _deep("llama", lora=True, packed=packed), "pp=2", 2, checkpointing=packed)
+
+
+def _in_bf16(setting: Setting, plan: str, path: str, mixed: bool) -> tuple[float, float]:
+    """Relative errors of loss and gradients against the stock model in fp32: weights in bf16, or computed in it."""
+    from hf_veomni import prepare_omni, run_window
+
+    wanted = torch.load(path)
+    model: Any = make_model(replace(setting, dtype=torch.float32 if mixed else torch.bfloat16))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else None
+    prepare_omni(model, plan, mp_policy=policy)
+    loss = run_window(model, make_batches(setting)[0])
+    gradients = {name: whole(p.grad).float() for name, p in model.named_parameters()}
+    errors = [relative_error(gradient, wanted["gradients"][name]) for name, gradient in gradients.items()]
+    return abs(loss.item() / wanted["losses"][0] - 1), max(errors)
+
+
+@pytest.mark.parametrize("mixed", [False, pytest.param(True, marks=SLOW)], ids=["weights", "policy"])
+def test_bf16_is_as_near_to_fp32_as_the_stock_model_in_bf16(ranks, tmp_path, mixed: bool) -> None:
+    setting = _deep("llama")
+    compute_reference(setting, tmp_path / "fp32.pt", 1)
+    compute_reference(replace(setting, dtype=torch.bfloat16), tmp_path / "bf16.pt", 1)
+    wanted, stock = torch.load(tmp_path / "fp32.pt"), torch.load(tmp_path / "bf16.pt")
+    errors = [relative_error(g.float(), wanted["gradients"][name]) for name, g in stock["gradients"].items()]
+    assert max(errors) > 1e-3
+    for loss, gradient in ranks(2).run(_in_bf16, setting, "pp=2", str(tmp_path / "fp32.pt"), mixed, timeout=120):
+        print(loss, gradient, max(errors))
+        assert loss < 5e-3 and gradient < 1.5 * max(errors)
