@@ -75,7 +75,6 @@ EXPERTS = ["pp=2,dp_shard=2,ep=2", "pp=4", "sp=4,ep=2", "pp=2,sp=2,ep=2", "pp=4"
 @pytest.mark.parametrize(
     ("kind", "saving"),
     [
-        ("short", "plain"),
         pytest.param("tied", "plain", marks=SLOW),
         pytest.param("dense", "sharded", marks=SLOW),
         pytest.param("tied", "async", marks=SLOW),
@@ -89,7 +88,6 @@ EXPERTS = ["pp=2,dp_shard=2,ep=2", "pp=4", "sp=4,ep=2", "pp=2,sp=2,ep=2", "pp=4"
 )
 def test_training_goes_on_under_other_stages(ranks, tmp_path: Path, kind: str, saving: str) -> None:
     plans = EXPERTS if kind.startswith("experts") else CHAIN
-    kind, plans = ("tied", plans[:2]) if kind == "short" else (kind, plans)
     expected = _expected(kind, tmp_path)
     for found in ranks(4).run(_in_turn, kind, 4, plans, tmp_path, SAVINGS[saving], timeout=300):
         for plan, losses in zip(plans, found, strict=True):
