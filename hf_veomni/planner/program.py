@@ -250,8 +250,9 @@ class _Layer:
         sent = add([query, key, value], packed)
         came = add([sent], landed, sends=True, back=2 * landed)  # the gradients joined, and in the order of ranks
         heads = add((), landed, passes=[came])
-        if self.chunks:  # of which each has the key heads that it reads
-            read = sum(b - a for part, _ in chunk_layouts(spans) for a, b in part.key_value[:1])
+        if self.chunks:  # of which each to which key heads come has those that it reads
+            parts = ((part.key_value[0], fresh[0]) for part, fresh in chunk_layouts(spans))
+            read = sum(b - a for (a, b), (begin, end) in parts if end > begin)
             landed = own + 2 * read * shape.head_width * t * sp * B16
         flat = add((), landed, passes=[heads])
         out = add([flat], own, saves=[flat], keeps=B32 * (last - first) * t * sp, saves_output=True)
