@@ -11,10 +11,11 @@ same processes and take turns. Counted, not estimated:
 
 FSDP shards the experts over efsdp = ranks / ep, EP over the rest, so `held` is the same at every ep; what EP saves is
 `gathered`, and the all-gathers behind it. With t tokens on a rank, K experts each and H the hidden size, `exchanged`
-is four all-to-alls (dispatch and combine, forward and backward) of t K H elements, of which (ep - 1) / ep leave the
-rank when routing is even, beside t K router weights there and their gradient back. With a router that is forced to be
-even that holds to the byte on every rank; with the real one it holds for what all ranks together hand over, and the
-ratio of what leaves is reported.
+is four all-to-alls (dispatch and combine, forward and backward) of u H elements, of which (ep - 1) / ep leave the rank
+when routing is even, beside t K router weights there and their gradient back, and t K integers. u is t K, or where
+that saves enough the number of (token, rank) with an expert of the token on the rank (`expert/bundles.py`). With a
+router that is forced to be even that holds to the byte on every rank; with the real one what all ranks together hand
+over is reported over it, and equals it where each pair has a row.
 
 Exit status 1 if a count differs from its formula, if `held` or `gathered` is not what is said here, or if a loss
 differs between ep sizes by more than the tolerance.
@@ -39,11 +40,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from benchmarks._exchange import counted, even_routing
+from benchmarks._exchange import counted, even_index, even_routing
 from benchmarks._options import device_parser, parse_for_device
 from benchmarks._record import quantiles, record
 from benchmarks._rows import packed_row, ragged_lengths
 from hf_veomni import ParallelPlan, get_parallel_state, prepare_omni
+from hf_veomni.expert.dispatch import saves_bytes
 
 # On CUDA the layer of Qwen3-30B-A3B; on the CPU as small as shows the same.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -210,15 +212,28 @@ def work(rank: int, folder: str, options: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
+def is_bundled(options: argparse.Namespace, ep_size: int) -> bool:
+    return ep_size > 1 and saves_bytes(options.top_k, options.experts, ep_size)
+
+
 def formula(options: argparse.Namespace, ep_size: int) -> dict[str, float]:
     """Bytes of one layer and step that a rank hands over, and that leave it with even routing; counts are int64."""
-    item = getattr(torch, options.dtype).itemsize
-    calls = 4 if ep_size > 1 else 0
-    handed = calls * options.tokens // options.sp * options.top_k * options.hidden * item
-    away = (ep_size - 1) / ep_size
-    weights = 2 * options.tokens // options.sp * options.top_k * item * away
-    left = {"left": handed * away, "count_left": options.experts * 8 * away, "weight_left": weights}
-    return {"calls": calls, "handed": handed, **left}
+    item, tokens = getattr(torch, options.dtype).itemsize, options.tokens // options.sp
+    calls, pairs, away = 4 if ep_size > 1 else 0, tokens * options.top_k, (ep_size - 1) / ep_size
+    bundled = is_bundled(options, ep_size)
+    rows = pairs
+    if bundled:
+        ranks = even_index(tokens, options.top_k, options.experts) // (options.experts // ep_size)
+        rows = sum(len(set(each)) for each in ranks.tolist())
+    handed = calls * rows * options.hidden * item
+    counts = (options.experts + bundled * ep_size) * 8 + bundled * pairs * 4
+    return {
+        "calls": calls,
+        "handed": handed,
+        "left": handed * away,
+        "count_left": counts * away,
+        "weight_left": 2 * pairs * item * away,
+    }
 
 
 def summarize(ep_size: int, ranks: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
@@ -232,6 +247,7 @@ def summarize(ep_size: int, ranks: list[dict[str, Any]], options: argparse.Names
     ]
     return {
         "ep_size": ep_size,
+        "bundled": is_bundled(options, ep_size),
         "ranks": len(ranks),
         "sp_size": options.sp,
         **{key: getattr(options, key) for key in SHAPE},
@@ -275,7 +291,7 @@ def compare(rows: list[dict[str, Any]], tolerance: float) -> list[str]:
                 for key, expected in row["formula"].items()
                 if even[key] != expected
             ]
-        if row["ep_size"] > 1 and row["handed_over_formula"] != 1:
+        if row["ep_size"] > 1 and not row["bundled"] and row["handed_over_formula"] != 1:
             off.append(f"bytes handed over {where} are {row['handed_over_formula']} of the formula's")
     return off
 
@@ -288,7 +304,7 @@ def show(row: dict[str, Any]) -> None:
         real = row["left_over_formula"]
         print(
             f"      leave a rank, a layer and step: {sent:.3f} MiB with even routing, x {real:.3f} with the router's; "
-            f"{counts:.0f} bytes of counts"
+            f"{counts:.0f} bytes of integers"
         )
     print(
         f"      step {row['seconds']['p50']:.3f} s, x {row['time_over_ep1']['p50']:.3f} of ep=1; "

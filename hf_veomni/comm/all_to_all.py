@@ -156,6 +156,17 @@ def land(flight: Flight) -> Tensor:
     return _Land.apply(link, flight)
 
 
+@_uncompiled
+def launch_data(x: Tensor, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]) -> Flight:
+    """`launch` of what has no gradient; `wait` of the flight has its result, once.
+
+    Collective: one all-to-all over `group`.
+    """
+    flight = Flight(running_transport(), group, send, receive)
+    flight.start(x)
+    return flight
+
+
 def is_backward() -> bool:
     """Whether a backward runs, as around what activation checkpointing computes again."""
     return torch._C._current_graph_task_id() != -1

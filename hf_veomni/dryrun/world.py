@@ -26,9 +26,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from hf_veomni.comm.all_to_all import exchange
+from hf_veomni.expert.bundles import count_hits
 from hf_veomni.expert.compute import Groups
-from hf_veomni.expert.dispatch import Route, chunk_sizes, count_pairs
+from hf_veomni.expert.dispatch import (
+    Route,
+    chunk_sizes,
+    count_pairs,
+    exchange_counts,
+    make_bundles,
+    rows_per_token,
+    saves_bytes,
+)
 from hf_veomni.hf.require import require
 from hf_veomni.host import as_values
 from hf_veomni.loss import chunked
@@ -77,13 +85,18 @@ def even_split(number: int, parts: int) -> list[int]:
 
 
 def balanced_routes(
-    skew: float, top_k_index: Tensor, num_experts: int, group: dist.ProcessGroup | None, chunks: int = 1
+    skew: float,
+    top_k_index: Tensor,
+    num_experts: int,
+    group: dist.ProcessGroup | None,
+    chunks: int = 1,
 ) -> list[Route]:
     """What `make_routes` makes where routing is even, and this rank's experts get `skew` times their share.
 
     Collective: that of `make_routes`.
     """
-    parts = [part.reshape(-1) for part in top_k_index.split(chunk_sizes(len(top_k_index), chunks))]
+    index = top_k_index.split(chunk_sizes(len(top_k_index), chunks))
+    parts = [part.reshape(-1) for part in index]
     orders = [torch.argsort(experts, stable=True) for experts in parts]
     counts = [count_pairs(experts, num_experts) for experts in parts]
     pairs = [experts.numel() for experts in parts]
@@ -91,15 +104,22 @@ def balanced_routes(
         sizes = [even_split(number, num_experts) for number in pairs]
         return [Route(o, Groups(c, s)) for o, c, s in zip(orders, counts, sizes, strict=True)]
     ranks = dist.get_world_size(group)
-    sent = torch.stack([count.view(ranks, -1) for count in counts], dim=1).flatten()
-    each = [len(sent) // ranks] * ranks
-    came = exchange(sent, group, each, each).view(ranks, chunks, -1)
+    leaving = torch.stack([count.view(ranks, -1) for count in counts], dim=1)
+    bundled = saves_bytes(top_k_index.shape[-1], num_experts, ranks)
+    hits = [count_hits(part // leaving.shape[-1], ranks) for part in index] if bundled else []
+    _, came = exchange_counts(leaving, hits, group)
+    each = rows_per_token(top_k_index.shape[-1], num_experts, ranks) / ranks  # rows of a token for a rank
     routes = []
     for chunk, number in enumerate(pairs):
         send, receive = even_split(number, ranks), even_split(round(number * skew), ranks)
         sizes = even_split(sum(receive), num_experts // ranks)
-        arriving = came[:, chunk]
-        routes.append(Route(orders[chunk], Groups(arriving.sum(0), sizes), arriving.flatten(), send, receive))
+        arriving, bundles = came[:, chunk, : leaving.shape[-1]], None
+        if bundled:
+            tokens = len(index[chunk])
+            rows = [round(tokens * each)] * ranks, [round(tokens * min(1.0, each * skew))] * ranks
+            bundles = make_bundles(hits[chunk], leaving[:, chunk], came[:, chunk], *rows)
+        groups = Groups(arriving.sum(0), sizes)
+        routes.append(Route(orders[chunk], groups, arriving.flatten(), send, receive, bundles))
     return routes
 
 

@@ -18,20 +18,26 @@ goes there is the gradient of each token's sum, and the router weights' own grad
 
 So nothing that an exchange brings back is kept for the backward, and a recomputation under activation checkpointing
 ends at the experts' output: it repeats one exchange where there would be two.
+
+Where a token has several experts on a rank often enough, one row goes there for all of them (`bundles`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from math import comb
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_veomni.comm.all_to_all import Flight, exchange, give_way, land, launch
+from hf_veomni.comm.all_to_all import Flight, exchange, give_way, land, launch, launch_data
+from hf_veomni.expert.bundles import Bags, Bundles, Spread, SumBags, count_hits, sum_bags
 from hf_veomni.expert.compute import Groups
+
+WORTH = 0.83  # of the rows of one a pair: bundles have to save a sixth, or another exchange and its sorts do not pay
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +49,7 @@ class Route:
         groups: pairs for each local expert, [e].
         arriving: [E] pairs for each local expert from each rank in turn; None without a group.
         send, receive: pairs exchanged with each rank of the group; None without a group.
+        bundles: the rows that stand for them; None where each pair has its own.
     """
 
     order: Tensor
@@ -50,6 +57,11 @@ class Route:
     arriving: Tensor | None = None
     send: list[int] | None = None
     receive: list[int] | None = None
+    bundles: Bundles | None = None
+
+    def again(self) -> Route:
+        """The same without what was derived from it."""
+        return replace(self, bundles=None if self.bundles is None else replace(self.bundles))
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -78,13 +90,30 @@ def _invert(order: Tensor) -> Tensor:
     return inverse
 
 
-def make_route(top_k_index: Tensor, num_experts: int, group: dist.ProcessGroup | None) -> Route:
+def rows_per_token(top_k: int, num_experts: int, ranks: int) -> float:
+    """How many ranks have at least one of `top_k` different experts, on average, where routing is even."""
+    others = num_experts - num_experts // ranks
+    return ranks * (1 - comb(others, top_k) / comb(num_experts, top_k))
+
+
+def saves_bytes(top_k: int, num_experts: int, ranks: int) -> bool:
+    """Whether to send one row for all pairs of a token and rank; the same on all ranks, whatever they route."""
+    return rows_per_token(top_k, num_experts, ranks) <= WORTH * top_k
+
+
+def make_route(
+    top_k_index: Tensor, num_experts: int, group: dist.ProcessGroup | None, bundled: bool | None = None
+) -> Route:
     """Plan the exchange of one layer: `make_routes` in one chunk."""
-    return make_routes(top_k_index, num_experts, group)[0]
+    return make_routes(top_k_index, num_experts, group, bundled=bundled)[0]
 
 
 def make_routes(
-    top_k_index: Tensor, num_experts: int, group: dist.ProcessGroup | None, chunks: int = 1
+    top_k_index: Tensor,
+    num_experts: int,
+    group: dist.ProcessGroup | None,
+    chunks: int = 1,
+    bundled: bool | None = None,
 ) -> list[Route]:
     """Plan the exchanges of one layer.
 
@@ -93,33 +122,62 @@ def make_routes(
         num_experts: E.
         group: the EP group; None where every expert is here.
         chunks: of tokens, as `chunk_sizes` has them; as many on all ranks of the group.
+        bundled: one row for all pairs of a token and rank; the same on all ranks. None: where `saves_bytes` says so.
 
-    Collective: one all-to-all of chunks * E counts, read back to the host (the layer's only synchronisation).
+    Collective: one all-to-all of chunks * E counts, and of chunks * ranks more if bundled, read back to the host (the
+    layer's only synchronisation).
     """
-    parts = [part.reshape(-1) for part in top_k_index.split(chunk_sizes(len(top_k_index), chunks))]
+    index = top_k_index.split(chunk_sizes(len(top_k_index), chunks))
+    parts = [part.reshape(-1) for part in index]
     orders = [torch.argsort(experts, stable=True) for experts in parts]
     counts = [count_pairs(experts, num_experts) for experts in parts]
     if group is None:
         return [Route(order, Groups(count)) for order, count in zip(orders, counts, strict=True)]
     ranks = dist.get_world_size(group)
-    sent = torch.stack([count.view(ranks, -1) for count in counts], dim=1).flatten()  # [ranks, chunks, e]
-    each = [len(sent) // ranks] * ranks
-    came = exchange(sent, group, each, each)
-    arrivals = came.view(ranks, chunks, -1)
-    known: list[Any] = torch.stack([sent, came]).view(2, ranks, chunks, -1).tolist()
-    routes = []
+    if bundled is None:
+        bundled = saves_bytes(top_k_index.shape[-1], num_experts, ranks)
+    leaving = torch.stack([count.view(ranks, -1) for count in counts], dim=1)  # [ranks, chunks, e]
+    hits = [count_hits(part // leaving.shape[-1], ranks) for part in index] if bundled else []
+    sent, came = exchange_counts(leaving, hits, group)
+    known: list[Any] = torch.stack([sent, came]).tolist()
+    e, routes = leaving.shape[-1], []
     for chunk, order in enumerate(orders):
-        arriving = arrivals[:, chunk]
-        send, receive = ([sum(row[chunk]) for row in rows] for rows in known)
-        sizes = [sum(column) for column in zip(*(row[chunk] for row in known[1]), strict=True)]
-        routes.append(Route(order, Groups(arriving.sum(0), sizes), arriving.flatten(), send, receive))
+        arriving = came[:, chunk, :e]
+        send, receive = ([sum(row[chunk][:e]) for row in rows] for rows in known)
+        sizes = [sum(column) for column in zip(*(row[chunk][:e] for row in known[1]), strict=True)]
+        bundles = None
+        if bundled:
+            rows = ([row[chunk][e] for row in rows] for rows in known)
+            bundles = make_bundles(hits[chunk], leaving[:, chunk], came[:, chunk], *rows)
+        groups = Groups(arriving.sum(0), sizes)
+        routes.append(Route(order, groups, arriving.flatten(), send, receive, bundles))
     return routes
 
 
+def exchange_counts(leaving: Tensor, hits: list[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Pairs for each expert [ranks, chunks, e], and behind them rows of bundles, as they leave and as they come.
+
+    Collective: one all-to-all over `group`.
+    """
+    if hits:
+        leaving = torch.cat([leaving, torch.stack([hit.sum(1) for hit in hits], dim=1).unsqueeze(-1)], dim=-1)
+    each = [leaving[0].numel()] * len(leaving)
+    return leaving, exchange(leaving.flatten(), group, each, each).view_as(leaving)
+
+
+def make_bundles(hits: Tensor, leaving: Tensor, came: Tensor, send: list[int], receive: list[int]) -> Bundles:
+    """Of one chunk, from what `exchange_counts` returns of it: [ranks, e], and [ranks, e + 1] with the rows."""
+    return Bundles(hits, leaving.sum(1), came[:, -1], came[:, :-1].sum(1), send, receive)
+
+
 def chunk_sizes(tokens: int, chunks: int) -> list[int]:
-    """Tokens of each chunk, as even as can be; chunks may be empty."""
-    small, larger = divmod(tokens, chunks)
-    return [small + (chunk < larger) for chunk in range(chunks)]
+    """Tokens of each chunk; chunks may be empty. The first and the last are half as large as the others.
+
+    What the first sends, and what comes back of the last, has nothing to run under.
+    """
+    unit = 16 if tokens >= 16 * chunks else 1
+    edges = [unit * round(tokens // unit * (2 * i - 1) / (2 * chunks - 2)) for i in range(1, chunks)]
+    return [end - begin for begin, end in zip([0, *edges], [*edges, tokens], strict=True)]
 
 
 class _RepeatTokens(torch.autograd.Function):
@@ -160,6 +218,17 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * ctx.factor, None
 
 
+def unpack(ctx: Any) -> None:
+    """Get what a node saved; under activation checkpointing it is computed again here, and all else of the layer."""
+    ctx.unpacked = ctx.saved_tensors
+
+
+def _unpacked(ctx: Any) -> tuple[Tensor, ...]:
+    """What it saved, once."""
+    saved, ctx.unpacked = ctx.unpacked or ctx.saved_tensors, None
+    return saved
+
+
 class _WeighGradient(torch.autograd.Function):
     """Rows [R, C] as they are; in the backward times weights [R], whose gradient is rows * gradient, summed over C."""
 
@@ -170,16 +239,31 @@ class _WeighGradient(torch.autograd.Function):
         return rows.view_as(rows)
 
     @staticmethod
-    def unpack(ctx: Any) -> None:
-        """Get what was saved; under activation checkpointing it is computed again here, and all else of the layer."""
-        ctx.unpacked = ctx.saved_tensors
-
-    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
-        (rows, weights), ctx.unpacked = ctx.unpacked or ctx.saved_tensors, None
+        rows, weights = _unpacked(ctx)
         gradient = grads[0].to(torch.promote_types(rows.dtype, weights.dtype))
         of_weights = (gradient * rows).sum(-1).to(weights.dtype) if ctx.needs_input_grad[1] else None
         return (gradient * weights.unsqueeze(-1)).to(rows.dtype), of_weights
+
+
+class _WeighBags(torch.autograd.Function):
+    """Rows [R, C] times weights [R], summed by bags to [v, C] in the dtype of the rows; for the gradient as above."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, bags: Bags) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        ctx.bags, ctx.unpacked = bags, None
+        rows, weights = rows.detach(), weights.detach()
+        if rows.dtype == weights.dtype:
+            return sum_bags(rows, bags, weights)
+        return sum_bags(rows * weights.unsqueeze(-1), bags).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        rows, weights = _unpacked(ctx)
+        gradient = grads[0].to(torch.promote_types(rows.dtype, weights.dtype))[ctx.bags.bag]
+        of_weights = (gradient * rows).sum(-1).to(weights.dtype) if ctx.needs_input_grad[1] else None
+        return (gradient * weights.unsqueeze(-1)).to(rows.dtype), of_weights, None
 
 
 class _SumWeighed(torch.autograd.Function):
@@ -200,83 +284,112 @@ def _sum_weighed(pairs: Tensor, weights: Tensor) -> Tensor:
 
 
 class Dispatched(NamedTuple):
-    """Exchanges of a dispatch that are under way: of rows, and of weights where there is a backward."""
+    """Exchanges of a dispatch that are under way.
+
+    Attributes:
+        rows: of tokens.
+        weights: of the router's; None where only a backward would need them, and there is none.
+        pairs: of which row each pair belongs to; None where each has its own.
+    """
 
     rows: Flight
     weights: Flight | None
+    pairs: Flight | None = None
+
+
+class Arrived(NamedTuple):
+    """What `combine` has to know of the rows that the experts compute, beside the rows.
+
+    Attributes:
+        weights: [R] of the router; None where nobody needs them here.
+        bags: of the pairs of each row that arrived; None where each has its own.
+    """
+
+    weights: Tensor | None = None
+    bags: Bags | None = None
 
 
 def launch_dispatch(x: Tensor, weights: Tensor, route: Route, group: dist.ProcessGroup) -> Dispatched:
     """Start the exchanges of `dispatch`, which `land_dispatch` ends."""
     assert route.send is not None and route.receive is not None
+    bundles, top_k = route.bundles, weights.shape[-1]
     # Inside, expert parameters get 1 / ep of their gradient; see `dispatch`.
-    rows = _RepeatTokens.apply(_ScaleGradient.apply(x, float(len(route.send))), route, weights.shape[-1])
-    flight = launch(rows, group, route.send, route.receive)
-    if not torch.is_grad_enabled():
-        return Dispatched(flight, None)
+    x = _ScaleGradient.apply(x, float(len(route.send)))
+    if bundles is None:
+        flight, told = launch(_RepeatTokens.apply(x, route, top_k), group, route.send, route.receive), None
+        if not torch.is_grad_enabled():
+            return Dispatched(flight, None)
+    else:
+        flight = launch(Spread.apply(x, bundles.by_token), group, bundles.send, bundles.receive)
+        told = launch_data(bundles.rows_of_pairs(route.order // top_k), group, route.send, route.receive)
     pairs = _Reorder.apply(weights.reshape(-1), route.order, route.inverse)
-    return Dispatched(flight, launch(pairs, group, route.send, route.receive))
+    return Dispatched(flight, launch(pairs, group, route.send, route.receive), told)
 
 
-def land_dispatch(flights: Dispatched, route: Route) -> tuple[Tensor, Tensor | None]:
-    back = _invert(route.arrival)
-    rows = _Reorder.apply(land(flights.rows), route.arrival, back)
-    return rows, None if flights.weights is None else _Reorder.apply(land(flights.weights), route.arrival, back)
+def land_dispatch(flights: Dispatched, route: Route) -> tuple[Tensor, Arrived]:
+    back, rows = _invert(route.arrival), land(flights.rows)
+    if route.bundles is None or flights.pairs is None:
+        rows, bags = _Reorder.apply(rows, route.arrival, back), None
+    else:
+        bags = route.bundles.by_row(flights.pairs.wait(), route.arrival)
+        rows = Spread.apply(rows, bags)
+    weights = None if flights.weights is None else _Reorder.apply(land(flights.weights), route.arrival, back)
+    return rows, Arrived(weights, bags)
 
 
-def dispatch(
-    x: Tensor, weights: Tensor, route: Route, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor | None]:
-    """The rows that this rank's experts work on, sorted by local expert, and their router weights.
+def dispatch(x: Tensor, weights: Tensor, route: Route, group: dist.ProcessGroup | None) -> tuple[Tensor, Arrived]:
+    """The rows that this rank's experts work on, sorted by local expert, and what `combine` needs of them.
 
     Args:
         x: local tokens [t, C].
         weights: router weights [t, K] of this rank's tokens.
 
     Returns:
-        Local tensor [R, C], and the weights [R] for `combine`; None without a group or a backward. The rows' gradient
-        is multiplied by ep on the way back, and that of `combine` divided: inside, expert parameters get 1 / ep of
-        their gradient. FSDP averages them over efsdp and dp_replicate only, and with this factor that is the average
-        over all ranks that sent tokens, for any reduction that FSDP knows.
+        Local tensor [R, C], and its weights [R] for `combine`. The rows' gradient is multiplied by ep on the way back,
+        and that of `combine` divided: inside, expert parameters get 1 / ep of their gradient. FSDP averages them over
+        efsdp and dp_replicate only, and with this factor that is the average over all ranks that sent tokens, for any
+        reduction that FSDP knows.
 
-    Collective: two all-to-alls over `group`, of rows and of weights; their backward is the reverse.
+    Collective: two all-to-alls over `group`, of rows and of weights; their backward is the reverse. In bundles one
+    more, of integers, which has no backward.
     """
     if group is None:
-        return _RepeatTokens.apply(x, route, weights.shape[-1]), None
+        return _RepeatTokens.apply(x, route, weights.shape[-1]), Arrived()
     flights = launch_dispatch(x, weights, route, group)
     give_way()
     return land_dispatch(flights, route)
 
 
 @torch.compiler.disable  # a compiler knows no nodes of the graph
-def launch_combine(rows: Tensor, arrived: Tensor | None, route: Route, group: dist.ProcessGroup) -> Flight:
+def launch_combine(rows: Tensor, arrived: Arrived, route: Route, group: dist.ProcessGroup) -> Flight:
     """Start the exchange of `combine`, which `land_combine` ends."""
     assert route.send is not None and route.receive is not None
-    rows = _ScaleGradient.apply(rows, 1.0 / len(route.send))
-    meanwhile = None
-    if arrived is not None:
-        rows = _WeighGradient.apply(rows, arrived)
-        meanwhile = partial(_WeighGradient.unpack, rows.grad_fn) if rows.requires_grad else None
+    rows, (weights, bags), bundles = _ScaleGradient.apply(rows, 1.0 / len(route.send)), arrived, route.bundles
+    if weights is not None:
+        rows = _WeighGradient.apply(rows, weights) if bags is None else _WeighBags.apply(rows, weights, bags)
+    meanwhile = partial(unpack, rows.grad_fn) if weights is not None and rows.requires_grad else None
+    if bundles is not None:
+        return launch(rows, group, bundles.receive, bundles.send, meanwhile)
     rows = _Reorder.apply(rows, _invert(route.arrival), route.arrival)
     return launch(rows, group, route.receive, route.send, meanwhile)
 
 
 def land_combine(flight: Flight, weights: Tensor, route: Route) -> Tensor:
+    if route.bundles is not None:
+        return SumBags.apply(land(flight), route.bundles.by_token)
     return _SumWeighed.apply(land(flight), weights.detach(), route)
 
 
-def combine(
-    rows: Tensor, arrived: Tensor | None, weights: Tensor, route: Route, group: dist.ProcessGroup | None
-) -> Tensor:
+def combine(rows: Tensor, arrived: Arrived, weights: Tensor, route: Route, group: dist.ProcessGroup | None) -> Tensor:
     """The experts' outputs, weighed and summed for each token of this rank; the inverse of `dispatch`.
 
     Args:
         rows: local tensor [R, C], sorted by local expert.
-        arrived: their weights [R], as `dispatch` returns them.
+        arrived: as `dispatch` returns it.
         weights: router weights [t, K] of this rank's tokens.
 
     Returns:
-        Local tensor [t, C] in the dtype of the weighted sum.
+        Local tensor [t, C] in the dtype of the weighed sum; of bundles in that of the rows.
 
     Collective: one all-to-all over `group`; its backward is the reverse.
     """

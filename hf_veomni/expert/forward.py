@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -92,7 +91,7 @@ class ExpertsForward(hf.EPImplementation):
         work = partial(compute_rows, self.experts, self.experts_forward if own else None, active)
         chunks = vars(self.experts).get(_CHUNKS, 1)
         made = recall(partial(make_routes, top_k_index, self.num_experts, self.group, chunks))
-        routes = list(map(replace, made))  # what is kept for a recomputation has nothing derived from it
+        routes = list(map(Route.again, made))  # what is kept for a recomputation has nothing derived from it
         if chunks > 1:  # with a group: `cut_into_chunks`
             out, count = self._run_chunks(hidden_states, top_k_weights, routes, work)
         else:

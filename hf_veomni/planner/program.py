@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from hf_veomni.expert.dispatch import chunk_sizes
 from hf_veomni.expert.forward import CHUNKS
 from hf_veomni.planner.layout import Job, Layout
 from hf_veomni.planner.shape import Shape
+from hf_veomni.planner.traffic import sent_rows
 from hf_veomni.sequence.pipelined import chunk_layouts
 from hf_veomni.sequence.ulysses import head_layout
 
@@ -314,37 +316,43 @@ class _Layer:
 
     def _exchanged(self, x: int, weights: int, own: int) -> int:
         """The package's experts, to other ranks and back, in chunks of tokens whose exchanges run under each other."""
-        add, chunks = self.program.add, CHUNKS if self.chunks else 1
-        t = self.t // chunks
-        pairs = t * self.shape.top_k
-        size, order = pairs * self.shape.width * B16, pairs * INDEX
+        add, sizes = self.program.add, chunk_sizes(self.t, CHUNKS if self.chunks else 1)
+        wide, width, factor = self.shape.wide, self.shape.width, 2 if self.shape.wide else 1
+        bundled = (rows_sent := sent_rows(self.shape, self.ep)) < self.shape.top_k
 
-        def launch(rows: int) -> tuple[int, int]:
-            return rows, add((), size, passes=[rows], flies=True)
+        def launch(rows: int, t: int) -> tuple[int, int]:
+            return rows, add((), round(t * rows_sent) * width * B16, passes=[rows], flies=True)
 
-        def leave() -> tuple[int, int]:
-            return launch(add([x], size, keeps=order, scratch=order, back=size))
+        def leave(t: int) -> tuple[int, int]:
+            pairs = t * self.shape.top_k
+            back, order = 0 if bundled else pairs * width * B16, pairs * INDEX
+            return launch(add([x], round(t * rows_sent) * width * B16, keeps=order, scratch=order, back=back), t)
 
-        def back(rows: int) -> tuple[int, int]:  # the router's weights are put to the gradient here
-            return launch(add([rows, weights], size, saves=[rows], keeps=order, back=4 * size if wide else 0))
+        def back(rows: int, t: int) -> tuple[int, int]:  # the router's weights are put to the gradient here
+            pairs, size = t * self.shape.top_k, t * self.shape.top_k * width * B16
+            weighs, scratch = 4 * size if wide else size * bundled, factor * size if bundled and wide else 0
+            row, order = round(t * rows_sent) * width * B16, pairs * INDEX
+            return launch(add([rows, weights], row, saves=[rows], keeps=order, scratch=scratch, back=weighs), t)
 
-        def land(sent: int, came: int) -> int:
-            out = add([came], t * width * (B32 if wide else B16), scratch=factor * size, back=size, holds=[sent])
+        def land(flight: tuple[int, int], t: int) -> int:
+            (sent, came), size = flight, t * self.shape.top_k * width * B16
+            if bundled:
+                return add([came], t * width * B16, back=round(t * rows_sent) * width * B16, holds=[sent])
+            scratch = (factor + 1) * size  # in the order of the tokens, and weighed
+            out = add([came], t * width * factor * B16, scratch=scratch, back=size, holds=[sent])
             return add([out], t * width * B16) if wide else out
 
-        wide, width = self.shape.wide, self.shape.width
-        factor = 3 if wide else 2  # in the order of the tokens, and weighed
-        came, left, out = [leave()], [], []
-        for chunk in range(chunks):
-            if chunk + 1 < chunks:
-                came.append(leave())
-            sent, rows = came[chunk]
-            rows = self._work(add([rows], size, keeps=3 * order, holds=[sent]), pairs, own, chunk + 1 == chunks)
-            left.append(back(rows))
+        came, left, out = [leave(sizes[0])], list[tuple[int, int]](), list[int]()
+        for chunk, t in enumerate(sizes):
+            if chunk + 1 < len(sizes):
+                came.append(leave(sizes[chunk + 1]))
+            (sent, rows), pairs = came[chunk], t * self.shape.top_k
+            taken = add([rows], pairs * width * B16, keeps=3 * pairs * INDEX, holds=[sent])
+            left.append(back(self._work(taken, pairs, own, chunk + 1 == len(sizes)), t))
             if chunk:
-                out.append(land(*left[chunk - 1]))
-        out.append(land(*left[-1]))
-        return out[0] if chunks == 1 else add((), self.t * width * B16, passes=out)
+                out.append(land(left[chunk - 1], sizes[chunk - 1]))
+        out.append(land(left[-1], sizes[-1]))
+        return out[0] if len(sizes) == 1 else add((), self.t * width * B16, passes=out)
 
     def _grouped(self, x: int, pairs: int, rows: int, width: int, weight: int, last: bool) -> int:
         """The experts' matmul of [P, width] to [P, rows], with its adapters."""

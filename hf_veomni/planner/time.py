@@ -66,7 +66,7 @@ def time_of(shape: Shape, layout: Layout, job: Job, device: Device) -> Time:
     loss = times * head / (rate * _LOSS_SHARE)
     layers = matmul + experts + attention + rest
     exposed, units = {"sp": 0.0, "ep": 0.0}, 0.0
-    under = {"sp": (attention, min(MOST_CHUNKS, shape.heads // layout.sp)), "ep": (experts, CHUNKS)}
+    under = {"sp": (attention, min(MOST_CHUNKS, shape.heads // layout.sp)), "ep": (experts, 2 * CHUNKS - 2)}
     for exchange in exchanges(shape, layout, job):
         seconds = exchange.seconds(device)
         if exchange.axis in exposed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hf_veomni.expert.dispatch import chunk_sizes, rows_per_token, saves_bytes
 from hf_veomni.expert.forward import CHUNKS
 from hf_veomni.planner.devices import Device
 from hf_veomni.planner.layout import Job, Layout
@@ -61,6 +62,13 @@ def _whole(weights: Iterable[Weight], ranks: int) -> int:
     return sum(w.local(ranks) * ranks for w in weights)
 
 
+def sent_rows(shape: Shape, ep: int) -> float:
+    """Rows that a token's pairs take over the link, where routing is even."""
+    if saves_bytes(shape.top_k, shape.experts, ep):
+        return rows_per_token(shape.top_k, shape.experts, ep)
+    return shape.top_k
+
+
 def exchanges(shape: Shape, layout: Layout, job: Job) -> list[Exchange]:
     """What a rank takes part in during forward and backward of one micro-batch, but for single numbers."""
     layers, n = shape.layers, layout.fsdp
@@ -92,10 +100,14 @@ def exchanges(shape: Shape, layout: Layout, job: Job) -> list[Exchange]:
         # Rows go there and back, and once more there in a recomputation, which ends at the experts' output; the
         # router's weights there only; in the backward all the other way. The counts go once.
         pairs = layout.tokens(job) * shape.top_k
-        rows, weights = pairs * shape.width * BYTES, pairs * (4 if shape.wide else BYTES)
-        calls = layers * (3 * passes + 1 - layout.checkpointing)
-        once = (1 / CHUNKS if layout.overlap == "chunks" else 1) if layout.checkpointing else 0
+        each = sent_rows(shape, layout.ep)
+        bundled = each < shape.top_k  # which row a pair is in goes there beside the weights
+        rows, weights = int(layout.tokens(job) * each) * shape.width * BYTES, pairs * (4 if shape.wide else BYTES)
+        calls = layers * (3 * passes + 1 - layout.checkpointing + bundled * (passes - 1))
+        chunks = CHUNKS if layout.overlap == "chunks" else 1
+        once = chunk_sizes(layout.tokens(job), chunks)[-1] / layout.tokens(job) if layout.checkpointing else 0
         payload = layers * (int((2 * passes - once) * rows) + passes * weights + 8 * shape.experts)
+        payload += layers * bundled * ((passes - 1) * pairs * 4 + 8 * layout.ep)
         found.append(Exchange("all-to-all", "ep", layout.ep, calls, payload, 1))
         found += [
             Exchange("all-gather", "efsdp", layout.efsdp, 2 * layers, 2 * layers * experts, layout.ep),

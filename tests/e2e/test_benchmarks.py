@@ -187,6 +187,7 @@ def test_expert_benchmark_notices_what_is_off() -> None:
         held = {"parameters": 8, "gradients": 8, "optimizer": 16, "gathered": 8 // ep_size}
         counts = {"handed": 100.0, "left": 50.0} if ep_size > 1 else {"handed": 0.0, "left": 0.0}
         good = {"ep_size": ep_size, "held": held, "losses": [[2.0]], "rounds": [1.0], "formula": counts}
+        good["bundled"] = False
         return good | {"even": [counts], "handed_over_formula": 1} | changes
 
     def off(**changes: Any) -> list[str]:

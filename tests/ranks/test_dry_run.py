@@ -16,6 +16,7 @@ from hf_veomni import OmniDataCollatorWithPacking, prepare_omni
 from hf_veomni.dryrun import DryRun, dry_run
 from hf_veomni.dryrun.run import add_adapters, text_batch
 from hf_veomni.dryrun.step import record_step
+from hf_veomni.expert.dispatch import rows_per_token
 from tests import multimodal
 
 TOKENS = [700, 323]  # no multiple of the ranks: rows are padded
@@ -44,9 +45,13 @@ def config(kind: str) -> PreTrainedConfig:
 
 
 def _balance(router: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """All experts in turn: what a dry run assumes."""
+    """What a dry run assumes on two ranks: as many pairs for each, and rows for as many tokens as at random."""
     logits, scores, chosen = output
-    return logits, scores, torch.arange(chosen.numel()).view_as(chosen) % logits.shape[-1]
+    half, token = logits.shape[-1] // 2, torch.arange(len(chosen))
+    on_both = 2 * round(len(chosen) * rows_per_token(2, 2 * half, 2) / 2) - len(chosen)
+    one = torch.stack([token % half + half * (token % 2), (token + 1) % half + half * (token % 2)], dim=1)
+    both = torch.stack([token % half, (token + 1) % half + half], dim=1)
+    return logits, scores, torch.where((token < on_both)[:, None], both, one)
 
 
 def build(kind: str) -> nn.Module:

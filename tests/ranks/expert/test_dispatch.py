@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_veomni.expert.dispatch import rows_per_token, saves_bytes
+
 HIDDEN, TOP_K, EXPERTS = 6, 2, 8
 ROUTINGS = ("random", "one expert", "own experts", "no tokens", "skip expert")
 
@@ -57,7 +59,7 @@ def _expected(routing: str, world_size: int) -> tuple[list[Tensor], list[Tensor]
     return [out.detach() for out in outputs], filled[0::2], filled[1::2], found[0]
 
 
-def _compare(routing: str) -> float:
+def _compare(routing: str, bundled: bool) -> float:
     from hf_veomni.expert.compute import grouped_matmul, keep_connected
     from hf_veomni.expert.dispatch import combine, dispatch, make_route
 
@@ -68,7 +70,7 @@ def _compare(routing: str) -> float:
     x, index, weights = _inputs(routing, rank, world_size)
     x.requires_grad_()
     weights.requires_grad_()
-    route = make_route(index, EXPERTS, group)
+    route = make_route(index, EXPERTS, group, bundled)
     rows, arrived = dispatch(x, weights, route, group)
     count = len(rows)
     rows, local = keep_connected(rows, route.groups)
@@ -86,13 +88,14 @@ def _compare(routing: str) -> float:
     return max([float((got - wanted).abs().max()) for got, wanted in pairs if wanted.numel()], default=0.0)
 
 
+@pytest.mark.parametrize("bundled", [False, True])
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_exchange_equals_one_loop(ranks, world_size, routing):
-    assert max(ranks(world_size).run(_compare, routing, timeout=60)) < 1e-13
+def test_exchange_equals_one_loop(ranks, world_size, routing, bundled):
+    assert max(ranks(world_size).run(_compare, routing, bundled, timeout=60)) < 1e-13
 
 
-def _bytes(top_k: int) -> tuple[int, int]:
+def _bytes(top_k: int, bundled: bool) -> tuple[int, int]:
     """Elements that `all_to_all_single` was handed in a step, and those that left the rank, of rows."""
     from hf_veomni.expert.dispatch import combine, dispatch, make_route
 
@@ -113,19 +116,45 @@ def _bytes(top_k: int) -> tuple[int, int]:
     x = torch.randn(tokens, HIDDEN, requires_grad=True)
     dist.all_to_all_single = counting
     try:
-        route = make_route(index, EXPERTS, dist.group.WORLD)
+        route = make_route(index, EXPERTS, dist.group.WORLD, bundled)
         weights = torch.ones(tokens, top_k, requires_grad=True)
         rows, arrived = dispatch(x, weights, route, dist.group.WORLD)
         combine(rows, arrived, weights, route, dist.group.WORLD).sum().backward()
     finally:
         dist.all_to_all_single = stock
     assert len(handed) == 4, "dispatch and combine, forward and backward"
-    assert others == [EXPERTS, tokens * top_k, tokens * top_k], "counts; weights forward and backward"
-    assert sum(handed) == 4 * tokens * top_k * HIDDEN
-    assert sum(left) * ranks == sum(handed) * (ranks - 1)
+    if not bundled:
+        assert others == [EXPERTS, tokens * top_k, tokens * top_k], "counts; weights forward and backward"
+        assert sum(handed) == 4 * tokens * top_k * HIDDEN
+        assert sum(left) * ranks == sum(handed) * (ranks - 1)
+        return sum(handed), sum(left)
+    each, me = EXPERTS // ranks, dist.get_rank()
+    assert others == [EXPERTS + ranks, *[tokens * top_k] * 3], "counts; which row, weights forward and backward"
+    bags = [set((row // each).tolist()) for row in index]
+    assert sum(handed) == 4 * sum(map(len, bags)) * HIDDEN, "a row for each rank that has an expert of a token"
+    own = sum(me in bag for bag in bags)
+    away, came = sum(map(len, bags)) - own, own * (ranks - 1)  # from ranks with the same tokens
+    assert sum(left) == 2 * (away + came) * HIDDEN
     return sum(handed), sum(left)
 
 
+@pytest.mark.parametrize("bundled", [False, True])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_elements_sent_equal_the_formula(ranks, world_size):
-    ranks(world_size).run(_bytes, TOP_K, timeout=60)
+def test_elements_sent_equal_the_formula(ranks, world_size, bundled):
+    ranks(world_size).run(_bytes, TOP_K, bundled, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "experts", "ranks", "rows", "worth"),
+    [
+        (8, 128, 8, 5.34, True),
+        (8, 128, 16, 6.60, True),
+        (2, 8, 2, 1.57, True),
+        (2, 4, 2, 1.67, False),
+        (8, 256, 64, 7.68, False),
+        (1, 16, 4, 1.0, False),
+    ],
+)
+def test_bundles_only_where_they_save_bytes(top_k, experts, ranks, rows, worth):
+    assert rows_per_token(top_k, experts, ranks) == pytest.approx(rows, abs=0.01)
+    assert saves_bytes(top_k, experts, ranks) is worth

@@ -40,15 +40,19 @@ def bytes_of(run: DryRun, kind: str, axis: str) -> tuple[int, int]:
 
 def test_exchanges_of_a_mixture_of_experts_by_hand() -> None:
     """128 ranks, 16K tokens: bytes by the formulas of docs/architecture.md."""
-    run = dry_run(MOE, "sp=4,ep=8", 128, tokens=16384, checkpointing=True)
+    several = Qwen3MoeConfig(**SIZES, **{**EXPERTS, "num_experts_per_tok": 8})
+    run = dry_run(several, "sp=4,ep=8", 128, tokens=16384, checkpointing=True)
     t = 16384 // 4
     keys = 4 * 1  # each of 4 ranks reads one of 4 key/value heads
     to_heads, back = (HEADS + 2 * keys) * HEAD * t * 2, HEADS * HEAD * t * 2
     # forward, the same in the recomputation, and the backward
     assert bytes_of(run, "all-to-all", "sp") == (6 * LAYERS, 3 * LAYERS * (to_heads + back))
-    pairs, weights, counts = t * 4 * WIDTH * 2, t * 4 * 2, 16 * 8
-    # rows there and back, there again, and both gradients; weights there, there again, and their gradient
-    assert bytes_of(run, "all-to-all", "ep") == ((5 + 3 + 1) * LAYERS, LAYERS * (5 * pairs + 3 * weights + counts))
+    each = 1 - 8 * 7 / (16 * 15)  # a rank of 2 experts has one of a token's 8
+    rows, weights, counts = 8 * round(t * each) * WIDTH * 2, t * 8 * 2, (16 + 8) * 8
+    # rows there and back, there again, and both gradients; weights there, there again, and their gradient; which row
+    # each pair is in, there and there again
+    sent = 5 * rows + 3 * weights + 2 * t * 8 * 4 + counts
+    assert bytes_of(run, "all-to-all", "ep") == ((5 + 3 + 2 + 1) * LAYERS, LAYERS * sent)
     experts = 16 // 8 * 3 * 64 * 32 * 2
     assert bytes_of(run, "all-gather", "efsdp") == (2 * LAYERS, 2 * LAYERS * experts)
     assert bytes_of(run, "reduce-scatter", "efsdp") == (LAYERS, LAYERS * experts)
