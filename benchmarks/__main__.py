@@ -26,6 +26,7 @@ SCRIPTS = {
     "linear_attention": False,
     "towers": False,
     "overlap": False,
+    "bundles": False,
     "experiments": False,
     "packing": False,
     "collator": False,

@@ -16,13 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from benchmarks._link import Link
 from benchmarks._memory import MemoryLog
-from hf_veomni import prepare_omni, run_pair
+from hf_veomni import ParallelPlan, prepare_omni, run_pair
 from hf_veomni.comm import all_to_all
+from hf_veomni.expert import dispatch
+from hf_veomni.expert.dispatch import rows_per_token
 from hf_veomni.flops import PEAKS, StepFlops
 
 RANKS = 8
 VOCABULARY = 512
 SCHEDULES = ("plain", "chunks", "pairs", "transformers")
+UNBUNDLED, KEPT = ", a row a pair", ", attention kept"  # behind a schedule
 
 _COMMON = {"vocab_size": VOCABULARY, "tie_word_embeddings": False, "max_position_embeddings": 65536}
 _EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
@@ -104,7 +107,7 @@ def ratio_of(shapes: Shapes, device: str, bandwidth: float) -> float:
     length = shapes.real_tokens * (RANKS if shapes.axis == "sp" else 1)
     if shapes.axis == "ep":
         mlp = config.num_experts_per_tok * 3 * hidden * config.moe_intermediate_size + hidden * config.num_experts
-        moved = 2 * config.num_experts_per_tok * hidden
+        moved = 2 * rows_per_token(config.num_experts_per_tok, config.num_experts, RANKS) * hidden
     else:
         mlp, moved = 3 * hidden * config.intermediate_size, 2 * both
     flops = 6 * (2 * hidden * both + mlp) + 3 * 4 * width * length / 2
@@ -121,16 +124,24 @@ class Bench:
         """
         Args:
             plan: sizes, for example {"ep_size": 8}.
+            schedule: of `SCHEDULES`; with `UNBUNDLED` behind it each pair of a token and an expert travels alone,
+                with `KEPT` checkpointing keeps what attention has computed and exchanged.
             tokens: of a rank and sequence.
         """
-        self.schedule, self.link = schedule, link
+        self.label, self.link = schedule, link
+        self.schedule = schedule = schedule.removesuffix(UNBUNDLED).removesuffix(KEPT)
+        rules = {"*.self_attn": {"checkpointing": "keep"}} if self.label.endswith(KEPT) else {}
         torch.manual_seed(0)
         stock = AutoModelForCausalLM.from_config(config).train()
         flops = StepFlops.from_model(stock)
         overlap = {"plain": "none", "transformers": "none"}.get(schedule, schedule)
         self.around = stock_experts if schedule == "transformers" else nullcontext
+        if self.label.endswith(UNBUNDLED):
+            self.around = one_row_a_pair
         with self.around():
-            self.model: Any = prepare_omni(stock, {**plan, "overlap": overlap})
+            self.model: Any = prepare_omni(
+                stock, ParallelPlan.from_dict({**plan, "overlap": overlap, "modules": rules})
+            )
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         length, vocabulary = tokens * plan.get("sp_size", 1), config.vocab_size
@@ -199,6 +210,16 @@ def stock_experts() -> Iterator[None]:
     finally:
         for (owner, name, _), stock in zip(found, before, strict=True):
             setattr(owner, name, stock)
+
+
+@contextmanager
+def one_row_a_pair() -> Iterator[None]:
+    """Whatever bundles would save."""
+    stock, dispatch.saves_bytes = dispatch.saves_bytes, lambda *sizes: False
+    try:
+        yield
+    finally:
+        dispatch.saves_bytes = stock
 
 
 class _NoTensorParallel:

@@ -12,13 +12,14 @@ the flops and bytes of a token.
     plain           one sequence after the other, each exchange waited for
     chunks, pairs   the plan's `overlap`
     transformers    plain, with transformers' own exchange of tokens
+    attention kept  with checkpointing: what attention has computed and exchanged is kept (`sequence/kept.py`)
 
     exposed    seconds waited for the link / seconds that the link was busy
     bound      max(0, 1 - compute / link): what no schedule can hide
 
-Routing: "balanced" sends pair p to expert p mod E; "skewed" draws experts by a log-normal popularity, and the process
-is the rank whose experts get most. Checked: gradients of each schedule equal the plain one's; pairs take no longer
-than plain by more than `--slower`.
+Routing: "balanced" draws different experts for each token, and all get as many; "skewed" draws experts by a log-normal
+popularity, and the process is the rank whose experts get most. Checked: gradients of each schedule equal the plain
+one's; pairs take no longer than plain by more than `--slower`.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ from benchmarks._link import Link, linked
 from benchmarks._record import known_rows, quantiles, record
 from benchmarks._schedules import (
     DEVICES,
+    KEPT,
     RANKS,
     SCHEDULES,
     SHAPES,
+    UNBUNDLED,
     Bench,
     Shapes,
     busiest_rank,
@@ -63,7 +66,8 @@ def benches(shapes: Shapes, routing: str, checkpointing: bool, options: argparse
         link = Link()
         stack.enter_context(linked(link, RANKS, rank, equal=routing != "skewed"))
         found = []
-        for name in options.schedules:
+        kept = [name + KEPT for name in options.schedules if name != "transformers"]
+        for name in [*options.schedules, *(kept if checkpointing and shapes.axis == "sp" else [])]:
             if name != "transformers" or shapes.axis == "ep":
                 plan = {f"{shapes.axis}_size": RANKS}
                 found.append(Bench(config, plan, name, checkpointing, link, options.tokens or shapes.tokens))
@@ -84,12 +88,13 @@ def sweep(
     """A row for each contender and ratio of the link's time to the compute of the first one; they take turns."""
     plain, link = contenders[0], contenders[0].link
     link.bandwidth = float("inf")
-    errors, expected = {}, {}
+    errors: dict[str, float] = {}
+    expected: dict[bool, dict[str, Tensor]] = {}  # by the kind of rows: copies of ranks are others for others
     for bench in contenders:
         bench.step()  # warm
         found = bench.gradients()
-        expected = expected or found
-        errors[bench.schedule] = max((_error(found[n], expected[n]) for n in found), default=0.0)
+        alike = expected.setdefault(bench.label.endswith(UNBUNDLED), found) or found
+        errors[bench.label] = max((_error(found[n], alike[n]) for n in found), default=0.0)
     computed = []
     for _ in range(repeats):
         plain.step()
@@ -98,23 +103,24 @@ def sweep(
     rows = []
     for ratio in ratios:
         link.bandwidth = sent / (ratio * compute) if ratio else float("inf")
-        results: dict[str, list[dict[str, float]]] = {bench.schedule: [] for bench in contenders}
+        results: dict[str, list[dict[str, float]]] = {bench.label: [] for bench in contenders}
         for _ in range(repeats):
             for bench in contenders:
                 bench.step()
                 one = {"exposed": link.waited / link.busy if ratio else 0.0, "seconds": link.now()}
-                results[bench.schedule].append(one | {"compute": link.compute, "busy": link.busy})
-        first = results[plain.schedule]
+                one["sent"] = sum(count for _, _, count in link.transfers)
+                results[bench.label].append(one | {"compute": link.compute, "busy": link.busy})
+        first = results[plain.label]
         for bench in contenders:
-            mine = results[bench.schedule]
+            mine = results[bench.label]
             row = about | {
-                "schedule": bench.schedule,
+                "schedule": bench.label,
                 "link_over_compute": ratio,
-                "gradient_error": errors[bench.schedule],
+                "gradient_error": errors[bench.label],
             }
             row["bound"] = max(0.0, 1 - 1 / ratio) if ratio else 0.0
             row |= {key: quantiles([one[key] for one in mine]) for key in mine[0]}
-            for key in ("seconds", "compute"):
+            for key in ("seconds", "compute", "sent"):
                 row[f"{key}_over_plain"] = quantiles([a[key] / b[key] for a, b in zip(mine, first, strict=True)])
             row |= {"tokens": bench.tokens, "flops": bench.flops}
             rows.append(row)
@@ -129,7 +135,7 @@ def _error(a: Tensor, b: Tensor) -> float:
 def show(row: dict[str, Any]) -> None:
     print(
         f"{row['model']:14s} {row['axis']:5s}{row['routing']:9s} {'ckpt' if row['checkpointing'] else '':5s}"
-        f"{row['schedule']:13s} link/compute {row['link_over_compute']:.1f}  exposed {row['exposed']['p50']:6.1%}  "
+        f"{row['schedule']:20s} link/compute {row['link_over_compute']:.1f}  exposed {row['exposed']['p50']:6.1%}  "
         f"bound {row['bound']:.1%}  step {row['seconds']['p50']:.2f} s, x {row['seconds_over_plain']['p50']:.3f}  "
         f"error {row['gradient_error']:.1e}",
         flush=True,
@@ -144,7 +150,7 @@ def check(rows: list[dict[str, Any]], tolerance: float, slower: float) -> list[s
         if row["gradient_error"] > tolerance:
             wrong.append(f"gradients of {name} are off by {row['gradient_error']:.1e}")
         ratio, over = row["link_over_compute"], row["seconds_over_plain"]["p50"]
-        if row["schedule"] == "pairs" and over > 1 + slower:
+        if row["schedule"].startswith("pairs") and over > 1 + slower:
             wrong.append(f"{name} takes {over:.3f} times as long as plain at link / compute {ratio}")
     return list(dict.fromkeys(wrong))
 
@@ -242,8 +248,9 @@ def main() -> None:
                 rows += measure(shapes, routing, bool(checkpointing), options)
     wrong = check(rows, options.tolerance, options.slower)
     if options.keep:
-        measured = {_panel(row) for row in rows}
-        rows += [row for row in known_rows("overlap") if "schedule" in row and _panel(row) not in measured]
+        measured = {(*_panel(row), row["schedule"]) for row in rows}
+        known = [row for row in known_rows("overlap") if "schedule" in row]
+        rows += [row for row in known if (*_panel(row), row["schedule"]) not in measured]
     devices = []
     for device, link, rate in DEVICES:
         for s in SHAPES.values():
