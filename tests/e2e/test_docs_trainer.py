@@ -31,7 +31,14 @@ def test_flops_of_a_batch():
     assert names["tokens"] == 16 and names["total"] > 16 * 6 * 32 * 48
 
 
+def test_plans_that_save_memory():
+    names: dict[str, Any] = {}
+    for block, rule in ((2, {"checkpointing": "keep"}), (3, {"tokens": "tiled"})):
+        exec(compile(BLOCKS[block], "docs/trainer.md", "exec", dont_inherit=True), names)
+        assert [*names["plan"].modules.values()] == [rule]
+
+
 def test_compile_layers():
     names: dict[str, Any] = {"model": tiny_model(), "plan": "sp=1"}
-    exec(compile(BLOCKS[2], "docs/trainer.md", "exec", dont_inherit=True), names)
+    exec(compile(BLOCKS[4], "docs/trainer.md", "exec", dont_inherit=True), names)
     assert all(layer._compiled_call_impl is not None for layer in names["model"].model.layers)
