@@ -63,7 +63,7 @@ def _differences(plan: str, setting: Setting, checkpointing: bool) -> tuple[floa
     ("plan", "name", "lora", "checkpointing"),
     [
         ("sp=2,ep=2", "qwen3_moe", True, True),
-        ("dp_shard=2,ep=2", "qwen3_moe", False, False),
+        pytest.param("dp_shard=2,ep=2", "qwen3_moe", False, False, marks=pytest.mark.slow),
         ("sp=2,ep=2,overlap=pairs", "qwen3_moe", False, True),
         ("sp=2,ep=2,overlap=chunks", "qwen3_moe", False, True),
         pytest.param("sp=2,ep=2,overlap=pairs", "qwen3_moe", True, False, marks=pytest.mark.slow),

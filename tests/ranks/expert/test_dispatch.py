@@ -88,9 +88,10 @@ def _compare(routing: str, bundled: bool) -> float:
     return max([float((got - wanted).abs().max()) for got, wanted in pairs if wanted.numel()], default=0.0)
 
 
-@pytest.mark.parametrize("bundled", [False, True])
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize(
+    ("world_size", "bundled"), [(2, False), (4, False), pytest.param(2, True, marks=pytest.mark.slow), (4, True)]
+)
 def test_exchange_equals_one_loop(ranks, world_size, routing, bundled):
     assert max(ranks(world_size).run(_compare, routing, bundled, timeout=60)) < 1e-13
 

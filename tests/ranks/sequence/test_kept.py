@@ -40,7 +40,7 @@ def _step(name: str, overlap: str, keep: bool) -> tuple[list[torch.Tensor], int,
     return [*(loss.detach() for loss in losses), *gradients], len(calls), kernels.count
 
 
-@pytest.mark.parametrize("overlap", ["none", "pairs", "chunks"])
+@pytest.mark.parametrize("overlap", [pytest.param("none", marks=pytest.mark.slow), "pairs", "chunks"])
 @pytest.mark.parametrize("name", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_the_same_bits_with_half_the_exchanges(ranks, name: str, overlap: str) -> None:
     plain = ranks(2).run(_step, name, overlap, False, timeout=120)
