@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 TIED = "_omni_tied"
 
 
+# Of a base model that is the first stage of a pipeline: its encoders, which lie in the root's FSDP unit.
+ENCODERS = "_omni_encoders"
+
+
 class Tied(NamedTuple):
     """What embeddings (first stage) and head (last stage) of a pipeline share.
 
@@ -56,6 +60,8 @@ class ParallelState:
         pp_rank: this rank's stage; 0 without a pipeline.
         pp_group, pp_back_group: the ranks with this one's place in each stage, in the order of the stages: for what
             goes forward and for what comes back. None when pp_size is 1.
+        pp_wrap_group, pp_wrap_back_group: the same ranks, for what goes from the last rank to the first one's next
+            stage and for what comes back from there. None when each rank has one stage.
         stage_group: the ranks of this stage, over which all other axes lie; None (all ranks) when pp_size is 1.
     """
 
@@ -70,6 +76,8 @@ class ParallelState:
     pp_rank: int = 0
     pp_group: dist.ProcessGroup | None = None
     pp_back_group: dist.ProcessGroup | None = None
+    pp_wrap_group: dist.ProcessGroup | None = None
+    pp_wrap_back_group: dist.ProcessGroup | None = None
     stage_group: dist.ProcessGroup | None = None
 
     @cached_property
@@ -238,14 +246,15 @@ def _stage_groups(plan: ParallelPlan, device: torch.device, pp_rank: int) -> dic
     """What a pipeline needs. Collectives: creates process groups over all ranks."""
     if plan.pp_size == 1:
         return {}
-    sizes, names = (plan.pp_size, plan.world_size // plan.pp_size), ("pp", "stage")
-    there = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    sizes = (plan.pp_size, plan.world_size // plan.pp_size)
+    there = init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "stage"))
     ranks = torch.arange(plan.world_size).view(sizes).T.tolist()
-    back = [dist.new_group(column) for column in ranks][dist.get_rank() % sizes[1]]
+    names = ["pp_back_group"] + ["pp_wrap_group", "pp_wrap_back_group"] * (plan.pp_stages > 1)
+    more = {name: [dist.new_group(column) for column in ranks][dist.get_rank() % sizes[1]] for name in names}
     return {
         "pp_rank": pp_rank,
         "pp_group": there.get_group("pp"),
-        "pp_back_group": back,
+        **more,
         "stage_group": there.get_group("stage"),
     }
 

@@ -88,6 +88,8 @@ class ParallelPlan:
         ep_size: ranks that share the experts; divides `dp_shard_size * sp_size`.
         pp_size: pipeline stages; each has some of the layers, and all other axes lie within one (docs/pipeline.md).
         pp_layers: how many layers each stage has, in a string "10+6"; None shares them out by what they cost.
+        pp_stages: stages of each rank: with several, rank 0 has the first and the one after the last rank's first,
+            and so on, and ranks stand still for so many times less; they send so many times more.
         modules: rules by module-name pattern (`fnmatch`), for example `{"lm_head": {"fsdp": "keep"}}`. Rules:
             `fsdp`: "free" gives the module an FSDP unit of its own that frees its weight after forward; "keep" one
             that keeps it gathered until its backward.
@@ -117,6 +119,7 @@ class ParallelPlan:
     modules: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     overlap: str = "none"
     pp_layers: tuple[int, ...] | None = None
+    pp_stages: int = 1
 
     def __post_init__(self) -> None:
         for name in SIZES:
@@ -141,7 +144,8 @@ class ParallelPlan:
 
     def __hash__(self) -> int:
         rules = {pattern: frozenset(rule.items()) for pattern, rule in self.modules.items()}
-        return hash((*(getattr(self, name) for name in SIZES), frozenset(rules.items()), self.overlap, self.pp_layers))
+        sizes = (getattr(self, name) for name in (*SIZES, "pp_stages"))
+        return hash((*sizes, frozenset(rules.items()), self.overlap, self.pp_layers))
 
     def _check_experts(self) -> None:
         shard = self.fsdp_size
@@ -151,16 +155,23 @@ class ParallelPlan:
             )
 
     def _settle_layers(self) -> None:
+        stages = self.pp_stages
+        if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1 or (stages > 1 and self.pp_size == 1):
+            raise ValueError(
+                f"`pp_stages` ({stages!r}) must be a positive integer, and 1 without a pipeline (`pp_size` is "
+                f"{self.pp_size})."
+            )
         if self.pp_layers is None:
             return
         given: Any = self.pp_layers
         parts = given.split("+") if isinstance(given, str) else given
         numbers = isinstance(parts, list | tuple) and all(str(part).strip().isdecimal() for part in parts)
         layers = tuple(int(part) for part in parts) if numbers else ()
-        if len(layers) != self.pp_size or 0 in layers:
+        if len(layers) != self.pp_size * stages or 0 in layers:
             raise ValueError(
-                f"`pp_layers` ({given!r}) must have a positive number for each of the `pp_size` ({self.pp_size}) "
-                f"stages, as in '{'+'.join(['8'] * self.pp_size)}'; without it layers are shared out by their cost."
+                f"`pp_layers` ({given!r}) must have a positive number for each of the `pp_size * pp_stages` "
+                f"({self.pp_size} * {stages}) stages, as in '{'+'.join(['8'] * self.pp_size * stages)}'; without it "
+                "layers are shared out by their cost."
             )
         object.__setattr__(self, "pp_layers", layers)
 
@@ -312,6 +323,8 @@ class ParallelPlan:
             values["overlap"] = self.overlap
         if self.pp_layers is not None:
             values["pp_layers"] = list(self.pp_layers)
+        if self.pp_stages != 1:
+            values["pp_stages"] = self.pp_stages
         return values
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
@@ -375,4 +388,6 @@ class ParallelPlan:
         entries = [f"{name}={size}" for name, size in sizes if size is not None and size != 1]
         if self.pp_layers is not None:
             entries.append(f"pp_layers={'+'.join(map(str, self.pp_layers))}")
+        if self.pp_stages != 1:
+            entries.append(f"pp_stages={self.pp_stages}")
         return ",".join(entries + [f"overlap={self.overlap}"] * (self.overlap != "none")) or "single"

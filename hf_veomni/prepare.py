@@ -139,7 +139,7 @@ def _parallelize(
     if pending is not None:
         retain_weights(model, pending)
     if stages is not None:
-        cut_model(stages, state, None if mp_policy is None else mp_policy.param_dtype)
+        cut_model(stages, base, state, None if mp_policy is None else mp_policy.param_dtype)
         if pending is None:
             model.to(state.device)
     undo.extend(attach() for attach in attaching)
@@ -150,7 +150,7 @@ def _parallelize(
     if pending is not None:
         materialize_weights(model, pending, state.device)
     if stages is not None:
-        join_stages(model, stages.tied, state, bool(stages.chain.encoders))
+        join_stages(model, stages.tied, state)
     mark_replaced(before, model)
     undo.append(attach_stock_calls(model, base, state.world_size))
     setattr(base, _STATE, state)

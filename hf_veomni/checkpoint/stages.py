@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_veomni import hf
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.mesh import TIED, ParallelState, Tied, get_parallel_state, is_prepared
 
 
@@ -22,6 +23,15 @@ def stage_of(model: nn.Module) -> ParallelState | None:
     """The state of a model that is a pipeline stage; None for any other."""
     state = get_parallel_state(model) if is_prepared(model) else None
     return state if state is not None and state.plan.pp_size > 1 else None
+
+
+def check_one_stage(model: nn.Module, what: str) -> None:
+    """Raises UnsupportedError for a model of which a rank has several stages. `what`: is not there, in words."""
+    if (state := stage_of(model)) is not None and state.plan.pp_stages > 1:
+        raise UnsupportedError(
+            f"{what} does not go with `pp_stages` ({state.plan.pp_stages}): resume with one stage a rank, or let the "
+            "one process save with `sharded_weights=True`."
+        )
 
 
 def leads_stage(state: ParallelState) -> bool:

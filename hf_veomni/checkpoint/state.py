@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from hf_veomni.checkpoint.plain import adapter_keys, first_names
 from hf_veomni.checkpoint.shards import read_state, write_state
-from hf_veomni.checkpoint.stages import global_names, join_groups, share_state, writes_whole
+from hf_veomni.checkpoint.stages import check_one_stage, global_names, join_groups, share_state, writes_whole
 from hf_veomni.comm.agree import together
 
 # Names instead of positions: another plan may group or order the parameters differently.
@@ -109,7 +109,9 @@ def load_stock_optimizer(model: nn.Module, optimizer: object, path: str | os.Pat
 
     Raises:
         ValueError: other groups than this optimizer's; on every rank.
+        UnsupportedError: several stages on a rank, so that their order is not that of the ranks.
     """
+    check_one_stage(model, f"Reading the optimizer of one process ('{path}')")
     inner = unwrap_optimizer(optimizer)
     names = {id(p): name for name, p in model.named_parameters()}
     own = global_names(names.values(), model)

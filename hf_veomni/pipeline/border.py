@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from hf_veomni import hf
-from hf_veomni.context import current, enter, is_generating, leave
+from hf_veomni.context import current, enter, is_generating, leave, within
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.loss import LazyLogits, has_chunked_loss
 from hf_veomni.mesh import ParallelState
 from hf_veomni.pipeline.link import Link
 from hf_veomni.pipeline.microbatch import MicroBatch
+from hf_veomni.pipeline.stage import CHUNKS
 
 _TARGETS = ("labels", "shift_labels", "num_items_in_batch")
 _REFUSED = {
@@ -35,6 +37,8 @@ class _Border:
     def __init__(self, model: nn.Module, state: ParallelState, encoded: Sequence[str]) -> None:
         self.state, self.encoded = state, encoded
         self.names = list(inspect.signature(model.forward).parameters)
+        self._inputs: dict[str, Any] = {}  # of a call outside of a window
+        self._stack = ExitStack()
 
     def enter(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before a forward. Raises UnsupportedError for calls that one stage cannot answer."""
@@ -48,14 +52,15 @@ class _Border:
                     "window's batches to `run_window(model, batches)`, or call the model under torch.no_grad()."
                 )
             enter(self, stage=MicroBatch(Link(self.state)))
-        if self.state.pp_rank:
+            self._inputs = inputs
+            if (chunks := getattr(model, CHUNKS, None)) is not None:
+                self._stack.enter_context(chunks.running(0))
+        stage: MicroBatch = current().stage
+        if not stage.is_first:
             inputs = {name: value for name, value in inputs.items() if name not in self.encoded}
-        if not self._is_last():
+        if not stage.is_last:
             inputs = {name: value for name, value in inputs.items() if name not in _TARGETS}
         return (), inputs
-
-    def _is_last(self) -> bool:
-        return self.state.pp_rank == self.state.plan.pp_size - 1
 
     def _check(self, model: Any, inputs: dict[str, Any]) -> None:
         kind = type(model).__name__.removeprefix("FSDP")
@@ -79,10 +84,22 @@ class _Border:
         """After a forward without gradients outside of a window: the answer of the last stage, on all of them."""
         stage = current().stage
         leave(self)
-        if current().stage is stage or not isinstance(output, ModelOutput):
-            return None  # within a window, or an error is on its way
+        if current().stage is stage:
+            return None  # within a window
+        self._stack.close()
+        inputs, self._inputs = self._inputs, {}
+        if not isinstance(output, ModelOutput):
+            return None  # an error is on its way
+        sent = [stage]
         stage.send()
-        stage.link.finish()
+        chunks = getattr(model, CHUNKS, None)
+        for chunk in range(1, self.state.plan.pp_stages):
+            sent.append(MicroBatch(Link(self.state, chunk)))
+            with chunks.running(chunk), within(stage=sent[-1]):
+                output = model(**inputs)
+            sent[-1].send()
+        for batch in sent:
+            batch.link.finish()
         return _share_answer(output, self.state)
 
 

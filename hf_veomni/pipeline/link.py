@@ -2,9 +2,11 @@
 
 Two process groups of the same ranks, one for each direction: in each of them a rank's messages leave and arrive in the
 order of the micro-batches, so that none waits behind one that comes the other way (NCCL runs what two ranks exchange
-in one group in the order of the calls). Sends do not block; they are waited for at the end of the window. Receives are
-posted before what is computed until they are wanted, so that a message travels under it: of a gradient when its hidden
-states have left, of hidden states when those of the micro-batch before have come, if its rows are of the same shape.
+in one group in the order of the calls). With several stages a rank, what goes from the last rank to the first has two
+more, since of two ranks it would go against the others. Sends do not block; they are waited for at the end of the
+window. Receives are posted before what is computed until they are wanted, so that a message travels under it: of a
+gradient, with one stage a rank, when its hidden states have left; of hidden states when those of the micro-batch
+before have come, if its rows are of the same shape.
 
 Rows are as long as the batch says, which all stages read; their dtype, and whether a router's sums travel with the
 hidden states, is announced by the first message of a window.
@@ -36,10 +38,14 @@ class Posted(NamedTuple):
 
 
 class Link:
-    """What one stage sends and receives within one window."""
+    """What one stage sends and receives within one window.
 
-    def __init__(self, state: ParallelState) -> None:
-        self.state = state
+    Args:
+        chunk: which of the rank's stages.
+    """
+
+    def __init__(self, state: ParallelState, chunk: int = 0) -> None:
+        self.state, self.chunk = state, chunk
         self._sent: list[tuple[dist.Work | None, Tensor]] = []
         self._received: tuple[torch.dtype, int] | None = None
         self._ahead: list[Posted] = []
@@ -47,11 +53,17 @@ class Link:
 
     @property
     def is_first(self) -> bool:
-        return self.state.pp_rank == 0
+        return self.state.pp_rank == 0 and self.chunk == 0
 
     @property
     def is_last(self) -> bool:
-        return self.state.pp_rank == self.state.plan.pp_size - 1
+        plan = self.state.plan
+        return self.state.pp_rank == plan.pp_size - 1 and self.chunk == plan.pp_stages - 1
+
+    @property
+    def posts_early(self) -> bool:
+        """Whether gradients come back in the order in which hidden states have left."""
+        return self.state.plan.pp_stages == 1
 
     def send(self, hidden: Tensor, sums: Tensor | None) -> None:
         """Hidden states [B, s, C], and sums of a router (1-D, fp32), to the next stage."""
@@ -105,11 +117,16 @@ class Link:
 
     def _send(self, tensor: Tensor, forward: bool) -> None:
         tensor = tensor.detach().contiguous()
-        group = self.state.pp_group if forward else self.state.pp_back_group
-        place = self.state.pp_rank + (1 if forward else -1)
+        group, place = self._neighbour(forward, 1 if forward else -1)
         self._sent.append((dist.isend(tensor, group=group, group_dst=place), tensor))
 
     def _post(self, tensor: Tensor, forward: bool) -> Posted:
-        group = self.state.pp_group if forward else self.state.pp_back_group
-        place = self.state.pp_rank + (-1 if forward else 1)
+        group, place = self._neighbour(forward, -1 if forward else 1)
         return Posted(dist.irecv(tensor, group=group, group_src=place), tensor)
+
+    def _neighbour(self, forward: bool, step: int) -> tuple[dist.ProcessGroup | None, int]:
+        """Process group and rank of the stage before or after this one."""
+        state, place = self.state, self.state.pp_rank + step
+        if 0 <= place < state.plan.pp_size:
+            return (state.pp_group if forward else state.pp_back_group), place
+        return (state.pp_wrap_group if forward else state.pp_wrap_back_group), place % state.plan.pp_size

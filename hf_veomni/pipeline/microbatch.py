@@ -29,8 +29,17 @@ class MicroBatch:
         self._back: list[Posted] = []  # gradients of `_out`
 
     @property
+    def is_first(self) -> bool:
+        return self.link.is_first
+
+    @property
     def is_last(self) -> bool:
         return self.link.is_last
+
+    @property
+    def chunk(self) -> int:
+        """Which of the rank's stages it runs through."""
+        return self.link.chunk
 
     def receive(self, like: Tensor) -> Tensor:
         """Hidden states [B, s, C] of the stage before, in place of `like` [B, S', C]."""
@@ -80,8 +89,11 @@ class MicroBatch:
         if self._sums is not None:
             self._out = [self._out[0], self._sums]
         self.link.send(self._out[0], self._sums)
-        if torch.is_grad_enabled():
-            self._back = [self.link.post_back(tensor) for tensor in self._out]
+        if torch.is_grad_enabled() and self.link.posts_early:
+            self._back = self._post()
+
+    def _post(self) -> list[Posted]:
+        return [self.link.post_back(tensor) for tensor in self._out]
 
     def backward(self) -> None:
         """Gradients of this stage's parameters, and of what it received, which go to the stage before."""
@@ -89,7 +101,7 @@ class MicroBatch:
             assert self.loss is not None
             self.loss.backward()
         else:
-            gradients = [posted.wait() for posted in self._back]
+            gradients = [posted.wait() for posted in self._back or self._post()]
             pairs = [(x, g) for x, g in zip(self._out, gradients, strict=True) if x.requires_grad]
             if pairs:
                 tensors, given = zip(*pairs, strict=True)

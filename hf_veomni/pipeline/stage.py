@@ -4,6 +4,7 @@
     embeddings     of the first stage, on others: zeros of their output's shape, which hold no memory
     layer          of an earlier stage: passes its input; the last of them gives what the stage before has sent
     layer          of a later stage: passes its input; the first of them takes what goes to the stage after
+                   (with several stages on a rank these change places before each forward: `Chunks`)
     norm, head     of the last stage, on others: pass their input
 
 So masks, positions and rotary tables are made on every stage, at full length, by the model's own code, and layers are
@@ -13,18 +14,23 @@ modules that were replaced live on outside of the model, without memory, where t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from hf_veomni.context import current
 from hf_veomni.errors import UnsupportedError
-from hf_veomni.mesh import ParallelState
+from hf_veomni.mesh import ENCODERS, ParallelState
 from hf_veomni.pipeline.chain import Chain, find_chain
 from hf_veomni.pipeline.microbatch import MicroBatch
 from hf_veomni.pipeline.split import split_model
+
+CHUNKS = "_omni_chunks"  # of a base model of which a rank has several stages: its `Chunks`
 
 
 class PassThrough(nn.Module):
@@ -129,7 +135,7 @@ def plan_stages(model: Any, state: ParallelState) -> Stages:
             "holds some of the modules alone, and rules are for all of them. Leave the rules out."
         )
     chain = find_chain(model)
-    ranges = split_model(model, chain, state.plan.pp_size, state.plan.pp_layers)
+    ranges = split_model(model, chain, state.plan.pp_size * state.plan.pp_stages, state.plan.pp_layers)
     return Stages(chain, ranges, _find_tied(model, chain, ranges))
 
 
@@ -175,25 +181,71 @@ def _drop(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
-def cut_model(stages: Stages, state: ParallelState, dtype: torch.dtype | None) -> None:
-    """Keep what this rank's stage owns, and let the rest pass its input. The rest's memory is freed.
+Places = dict[tuple[nn.Module, str], nn.Module]  # (parent, name) -> what stands there
+
+
+def _places(stages: Stages, number: int, dtype: torch.dtype | None) -> Places:
+    """What stands in for the modules that stage `number` does not own."""
+    chain, own, found = stages.chain, stages.ranges[number], Places()
+    if number:
+        for name in chain.before:
+            module = getattr(chain.owner, name)
+            kind = next(iter(module.parameters())).dtype if dtype is None else dtype
+            found[chain.owner, name] = Placeholder(module, kind)
+        for parent, name in chain.encoders:
+            found[parent, name] = Absent(getattr(parent, name))
+    kinds = {own.start - 1: Receive, own.stop: Send}
+    for index, layer in enumerate(chain.layers):
+        if index not in own:
+            found[chain.layers, str(index)] = kinds.get(index, PassThrough)(layer, chain.gives_tuple)
+    if number < len(stages.ranges) - 1:
+        for parent, name in chain.after:
+            found[parent, name] = PassThrough(getattr(parent, name))
+    return found
+
+
+class Chunks:
+    """Of a rank with several stages: which modules stand where while one of them runs. Between forwards all of the
+    rank's modules are in their places, where optimizers, FSDP2 and checkpoints find them.
+
+    Args:
+        base: the model.
+        places: of each stage.
+    """
+
+    def __init__(self, base: nn.Module, places: list[Places]) -> None:
+        self.base, self._places = base, places
+        self._own = {(parent, name): getattr(parent, name) for found in places for parent, name in found}
+
+    @contextmanager
+    def running(self, chunk: int) -> Iterator[None]:
+        if isinstance(self.base, FSDPModule):
+            self.base._get_fsdp_state()._lazy_init()  # which looks for the units, at the first forward otherwise
+        self._put({**self._own, **self._places[chunk]})
+        try:
+            yield
+        finally:
+            self._put(self._own)
+
+    @staticmethod
+    def _put(places: Places) -> None:
+        for (parent, name), module in places.items():
+            setattr(parent, name, module)
+
+
+def cut_model(stages: Stages, base: nn.Module, state: ParallelState, dtype: torch.dtype | None) -> None:
+    """Keep what this rank's stages own, and let the rest pass its input. The rest's memory is freed.
 
     Args:
         dtype: of what embeddings return, where FSDP2's mixed precision casts them; None takes that of their weight.
     """
-    chain, own = stages.chain, stages.ranges[state.pp_rank]
-    first, last = own.start == 0, own.stop == len(chain.layers)
-    if not first:
-        for name in chain.before:
-            module = getattr(chain.owner, name)
-            kind = next(iter(module.parameters())).dtype if dtype is None else dtype
-            setattr(chain.owner, name, Placeholder(_drop(module, state.device), kind))
-        for parent, name in chain.encoders:
-            setattr(parent, name, Absent(_drop(getattr(parent, name), state.device)))
-    for index, layer in enumerate(chain.layers):
-        if index not in own:
-            kinds = {own.start - 1: Receive, own.stop: Send}
-            chain.layers[index] = kinds.get(index, PassThrough)(_drop(layer, state.device), chain.gives_tuple)
-    if not last:
-        for parent, name in chain.after:
-            setattr(parent, name, PassThrough(_drop(getattr(parent, name), state.device)))
+    plan = state.plan
+    found = [_places(stages, chunk * plan.pp_size + state.pp_rank, dtype) for chunk in range(plan.pp_stages)]
+    foreign = [place for place in found[0] if all(place in places for places in found)]
+    for parent, name in foreign:
+        _drop(getattr(parent, name), state.device)
+    Chunks._put({place: found[0][place] for place in foreign})
+    if not state.pp_rank:
+        setattr(base, ENCODERS, tuple(getattr(parent, name) for parent, name in stages.chain.encoders))
+    if plan.pp_stages > 1:
+        setattr(base, CHUNKS, Chunks(base, found))

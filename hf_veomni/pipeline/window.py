@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ from hf_veomni.comm.agree import together
 from hf_veomni.comm.gather import all_gather
 from hf_veomni.context import within
 from hf_veomni.fsdp import deferred_reduction, mark_stage
-from hf_veomni.mesh import TIED, ParallelState, Tied, get_parallel_state
+from hf_veomni.mesh import ENCODERS, TIED, ParallelState, Tied, get_parallel_state
 from hf_veomni.pipeline.link import Link
 from hf_veomni.pipeline.microbatch import MicroBatch
-from hf_veomni.pipeline.schedule import one_forward_one_backward
+from hf_veomni.pipeline.schedule import Action, one_forward_one_backward
+from hf_veomni.pipeline.stage import CHUNKS, Chunks
 
 Batch = Mapping[str, Any]
-_ENCODES = "_omni_encodes"  # of a base model: this stage runs its encoders
 
 
 def run_window(
@@ -93,14 +94,19 @@ def _run(
     model: nn.Module, shapes: list[tuple[int, ...] | None], call: Callable[[int], Any], state: ParallelState
 ) -> Tensor:
     """This stage's actions, for rows of these shapes. Returns the sum of the losses on the last stage, else zero."""
-    link, running, count = Link(state), {}, len(shapes)
+    plan, count = state.plan, len(shapes)
+    chunks: Chunks | None = getattr(hf.base_model(model), CHUNKS, None)
+    links = [Link(state, chunk) for chunk in range(plan.pp_stages)]
+    running: dict[Action, MicroBatch] = {}
     total = torch.zeros((), dtype=torch.float64, device=state.device)
-    for action in one_forward_one_backward(state.pp_rank, state.plan.pp_size, count):
+    actions = one_forward_one_backward(state.pp_rank, plan.pp_size, count, plan.pp_stages)
+    following = dict(pairwise(action for action in actions if not action.backward))
+    for action in actions:
         if not action.backward:
-            after = shapes[action.index + 1 : action.index + 2]
-            again = after == [shapes[action.index]] != [None]
-            batch = running[action.index] = MicroBatch(link, again)
-            with within(stage=batch if state.plan.pp_size > 1 else None):
+            again = _is_alike(action, following.get(action), shapes)
+            batch = running[action] = MicroBatch(links[action.chunk], again)
+            stage = within(stage=batch if plan.pp_size > 1 else None)
+            with stage, nullcontext() if chunks is None else chunks.running(action.chunk):
                 loss = call(action.index)
             if batch.is_last:
                 batch.loss = loss
@@ -109,9 +115,17 @@ def _run(
         else:
             _gather_encoders(model)
             with deferred_reduction(model) if action.index + 1 < count else nullcontext():
-                running.pop(action.index).backward()
-    link.finish()
+                running.pop(action._replace(backward=False)).backward()
+    for link in links:
+        link.finish()
     return total.float() if next(model.parameters()).dtype != torch.float64 else total
+
+
+def _is_alike(action: Action, following: Action | None, shapes: list[tuple[int, ...] | None]) -> bool:
+    """Whether the rank's next forward is one of the same stage, on rows of the same shape."""
+    if following is None or following.chunk != action.chunk or shapes[action.index] is None:
+        return False
+    return shapes[following.index] == shapes[action.index]
 
 
 def _gather_encoders(model: nn.Module) -> None:
@@ -122,7 +136,7 @@ def _gather_encoders(model: nn.Module) -> None:
     Collective: an all-gather of the root's parameters over their mesh.
     """
     base: Any = hf.base_model(model)
-    if getattr(base, _ENCODES, False) and isinstance(base, FSDPModule):
+    if getattr(base, ENCODERS, ()) and isinstance(base, FSDPModule):
         base.unshard()
 
 
@@ -173,14 +187,11 @@ def _check_same_batches(batches: Sequence[Batch], state: ParallelState) -> None:
         )
 
 
-def join_stages(
-    model: nn.Module, tied: Sequence[tuple[str, ...]], state: ParallelState, encodes: bool = False
-) -> None:
+def join_stages(model: nn.Module, tied: Sequence[tuple[str, ...]], state: ParallelState) -> None:
     """Tell the parameters of a cut and sharded model that others belong to them on other stages.
 
     Args:
         tied: names of each parameter that the first and the last stage have.
-        encodes: whether there are encoders, which the first stage runs.
 
     Collective: creates process groups over all ranks, where something is tied.
     """
@@ -190,8 +201,6 @@ def join_stages(
     last = state.plan.pp_size - 1
     assert state.pp_group is not None
     mark_stage(base.parameters(), state.pp_group, shared if state.pp_rank == last else ())
-    if encodes and state.pp_rank == 0:
-        setattr(base, _ENCODES, True)
     if tied:
         size = state.world_size // state.plan.pp_size
         groups: list[Any] = [dist.new_group([place, last * size + place]) for place in range(size)]

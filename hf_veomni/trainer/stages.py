@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_veomni.context import current
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert import counting_no_tokens
 from hf_veomni.pipeline import run_window
@@ -58,7 +59,9 @@ class StagesMixin(LossMixin):
         place = (state.pp_rank * state.dp_size + state.dp_rank) * state.sp_size + state.sp_rank
 
         def compute(index: int) -> Tensor | None:
-            stream = own_stream(self.args.device, self.args.seed, self.state.global_step, index + 1, place)
+            chunk = getattr(current().stage, "chunk", 0)
+            key = self.args.device, self.args.seed, self.state.global_step, index + 1, place
+            stream = own_stream(*key, *([chunk] if chunk else []))
             counting = counting_no_tokens() if dummies[index] else nullcontext()
             with stream, counting, self.compute_loss_context_manager():
                 loss = getattr(model(**batches[index], num_items_in_batch=items), "loss", None)

@@ -103,6 +103,12 @@ _STAGED = (
     ),
 )
 
+# With several stages on a rank.
+_CHUNKED = tuple(
+    Refusal(name, bool, "layers are counted in the order of the ranks; give each rank one stage")
+    for name in ("log_expert_load", "router_bias_update_speed")
+)
+
 _LOADERS = (
     Refusal("split_batches", bool, "each data rank reads batches of its own; give the batch size per device"),
     Refusal("dispatch_batches", bool, "rank 0 cannot cut packed sequences of different lengths; leave it out"),
@@ -143,6 +149,8 @@ def check_staged(arguments: Any, plan: ParallelPlan) -> None:
     """Refuse what pipeline stages do not go with. Raises UnsupportedError as `check_given` does."""
     for refusal in _STAGED if plan.pp_size > 1 else ():
         refusal.check(arguments, f"`pp_size` ({plan.pp_size})")
+    for refusal in _CHUNKED if plan.pp_stages > 1 else ():
+        refusal.check(arguments, f"`pp_stages` ({plan.pp_stages})")
 
 
 def check_kept(arguments: Any, plan: ParallelPlan) -> None:

@@ -38,6 +38,10 @@ def test_layers_of_stages_in_text_and_yaml(tmp_path):
     plan.to_yaml(tmp_path / "plan.yaml")
     assert ParallelPlan.from_yaml(tmp_path / "plan.yaml") == plan and str(plan) == "pp=2,pp_layers=10+6"
     assert ParallelPlan.from_string("pp=2,pp_layers=10+6").resolve(4).pp_layers == (10, 6)
+    several = ParallelPlan.from_string("pp=2,pp_stages=2,pp_layers=1+2+3+4")
+    several.to_yaml(tmp_path / "several.yaml")
+    assert ParallelPlan.from_yaml(tmp_path / "several.yaml") == several == ParallelPlan.parse(str(several))
+    assert several.pp_stages == 2 and hash(several) != hash(ParallelPlan(pp_size=2))
 
 
 def test_resolve_takes_what_is_left_of_the_world():
@@ -63,10 +67,12 @@ def test_resolve_takes_what_is_left_of_the_world():
         (lambda: ParallelPlan(pp_size=2, overlap="pairs"), r"`overlap` \('pairs'\) does not go with `pp_size` \(2\)"),
         (
             lambda: ParallelPlan.from_string("pp=2,pp_layers=3"),
-            r"`pp_layers` \('3'\) .* `pp_size` \(2\) stages",
+            r"`pp_layers` \('3'\) .* \(2 \* 1\) stages",
         ),
         (lambda: ParallelPlan(pp_size=2, pp_layers=(3, 0)), r"`pp_layers` \(\(3, 0\)\) must have a positive number"),
         (lambda: ParallelPlan.from_string("pp=2,pp_layers=a+b"), r"`pp_layers` \('a\+b'\)"),
+        (lambda: ParallelPlan(pp_stages=2), r"`pp_stages` \(2\) must be a positive integer, and 1 without a pipeline"),
+        (lambda: ParallelPlan(pp_size=2, pp_stages=0), r"`pp_stages` \(0\) must be"),
         (lambda: ParallelPlan(dp_shard_size=8, ep_size=6), r"`ep_size` \(6\) must divide .*\(8\): use 1, 2, 4, 8"),
         (lambda: ParallelPlan(ep_size=3).resolve(4), r"`ep_size` \(3\) must divide"),
         (lambda: ParallelPlan(sp_size=3).resolve(4), r"= 3\) must divide the number of ranks \(4\)"),

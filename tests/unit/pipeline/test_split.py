@@ -81,21 +81,47 @@ def test_schedule_runs_each_micro_batch_once_and_holds_few(stages: int, count: i
         assert most <= stages - stage
 
 
-def test_schedules_of_all_stages_fit_each_other() -> None:
-    """No stage waits for ever: run all of them, a message at a time."""
-    stages, count = 4, 6
-    todo = [one_forward_one_backward(stage, stages, count) for stage in range(stages)]
-    done: set[tuple[int, bool, int]] = set()
+def _run(ranks: int, count: int, chunks: int) -> float:
+    """Run the schedules of all ranks, a message at a time. Returns the share of the time in which they stand still."""
+    todo = [one_forward_one_backward(rank, ranks, count, chunks) for rank in range(ranks)]
+    assert all(len(set(actions)) == len(actions) == 2 * count * chunks for actions in todo)
+    last, now = ranks * chunks - 1, [0.0] * ranks
+    done: dict[tuple[int, bool, int], float] = {}
     while any(todo):
         before = len(done)
-        for stage, actions in enumerate(todo):
+        for rank, actions in enumerate(todo):
             while actions:
-                backward, index = actions[0]
-                wanted = (stage + 1, True, index) if backward else (stage - 1, False, index)
-                if 0 <= wanted[0] < stages and wanted not in done:
+                backward, index, chunk = actions[0]
+                stage = chunk * ranks + rank
+                wanted = [(stage, False, index)] if backward else []
+                if (stage < last) if backward else (stage > 0):
+                    wanted.append((stage + (1 if backward else -1), backward, index))
+                if any(each not in done for each in wanted):
                     break
-                done.add((stage, *actions.pop(0)))
-        assert len(done) > before
+                begin = max([now[rank], *(done[each] for each in wanted)])
+                now[rank] = done[stage, backward, index] = begin + (2 if backward else 1) / chunks
+                actions.pop(0)
+        assert len(done) > before, "no rank goes on"
+    return 1 - 3 * count / max(now)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_schedules_of_all_ranks_fit_each_other_and_the_formula(ranks: int, chunks: int) -> None:
+    for count in range(1, 20):
+        share = _run(ranks, count, chunks)
+        if count >= ranks:
+            assert share == pytest.approx((ranks - 1) / (chunks * count + ranks - 1), abs=1e-9), count
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_several_stages_a_rank_hold_so_many_forwards(chunks: int) -> None:
+    for rank in range(4):
+        held = most = 0
+        for action in one_forward_one_backward(rank, 4, 16, chunks):
+            held += -1 if action.backward else 1
+            most = max(most, held)
+        assert most == 2 * (3 - rank) + (chunks - 1) * 4 + 1
 
 
 _KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
