@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TIED = "_omni_tied"
 
 
-# Of a base model that is the first stage of a pipeline: its encoders, which lie in the root's FSDP unit.
+# Of a base model that is the first stage of a pipeline: its encoders.
 ENCODERS = "_omni_encoders"
 
 

@@ -84,8 +84,11 @@ class _Border:
         """After a forward without gradients outside of a window: the answer of the last stage, on all of them."""
         stage = current().stage
         leave(self)
-        if current().stage is stage:
-            return None  # within a window
+        if current().stage is stage:  # within a window
+            # Nothing but the last stage's loss is read. FSDP2 would gather for what else has a graph (features of
+            # pictures), on the ranks alone whose rows have some.
+            hands_out = stage is None or stage.is_last or not isinstance(output, ModelOutput)
+            return None if hands_out else type(output)()
         self._stack.close()
         inputs, self._inputs = self._inputs, {}
         if not isinstance(output, ModelOutput):

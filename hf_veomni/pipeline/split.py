@@ -52,7 +52,7 @@ def split_layers(costs: Sequence[int], last: int, stages: int, first: int = 0, l
     if stages + least - 1 > count and stages <= count:
         raise UnsupportedError(
             f"`pp_size` ({stages}) is too large for {count} layers, of which the first stage has {least} at least: "
-            f"their output takes features of its encoders. Use {count - least + 1} stages or fewer."
+            f"their output takes features of its encoders. Use {max(count - least + 1, 1)} or fewer."
         )
     if stages > count:
         raise UnsupportedError(

@@ -129,7 +129,7 @@ def _is_alike(action: Action, following: Action | None, shapes: list[tuple[int, 
 
 
 def _gather_encoders(model: nn.Module) -> None:
-    """Before a backward of the first stage. Encoders lie in the root's unit, which the backward before has freed.
+    """Before a backward of the first stage. Encoders may lie in the root's unit, which the backward before has freed.
 
     FSDP2 gathers it again by a hook on the model's output, and that of a stage is no part of a graph.
 

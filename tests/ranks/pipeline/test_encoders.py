@@ -16,6 +16,7 @@ from tests.ranks.parity import relative_error, whole
 SLOW = pytest.mark.slow
 # Samples of each micro-batch: packed ones, text alone, one with an item at its end; and so again.
 ROWS = ((0, 1), (2,), (3,), (2, 0))
+ALONE = ((0,), (2,), (3,), (1,))  # of a family whose rows hold one document
 _TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
@@ -65,7 +66,8 @@ def _reference(family: str, path: Path) -> None:
     else:
         model, processor = _build(family)
         samples = samples_of(family)
-        found = [summed_loss(model, processor, samples[i]) for row in ROWS for i in row]
+        chosen = [i for row in (ALONE if family == "gemma3" else ROWS) for i in row]
+        found = [summed_loss(model, processor, samples[i]) for i in chosen]
         loss = torch.stack([part for part, _ in found]).sum() / sum(number for _, number in found)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -87,7 +89,7 @@ def _stages(family: str, plan: str, path: str) -> tuple[dict[str, float], list[s
         model, processor = _build(family)
         collate = OmniDataCollatorWithPacking(processor=processor, model_config=model.config)
         samples = samples_of(family)
-        rows = [collate([samples[i] for i in row]) for row in ROWS]
+        rows = [collate([samples[i] for i in row]) for row in (ALONE if family == "gemma3" else ROWS)]
     prepare_omni(model, plan)
     state = get_parallel_state(model)
     loss = run_window(model, rows[state.dp_rank :: state.dp_size])
@@ -115,9 +117,9 @@ def _stages(family: str, plan: str, path: str) -> tuple[dict[str, float], list[s
         pytest.param("gemma3", "pp=2", 2, marks=SLOW),
         pytest.param("idefics3", "pp=2", 2, marks=SLOW),
         pytest.param("idefics3", "pp=2,dp_shard=2", 4, marks=SLOW),
+        pytest.param("llava", "pp=2,dp_shard=2", 4, marks=SLOW),
         pytest.param("llava", "pp=4", 4, marks=SLOW),
         pytest.param("llava", "pp=2,sp=2", 4, marks=SLOW),
-        pytest.param("llava", "pp=2,dp_shard=2", 4, marks=SLOW),
     ],
 )
 def test_models_that_see_equal_one_process(ranks, tmp_path: Path, family: str, plan: str, world: int) -> None:
