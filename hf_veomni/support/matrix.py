@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from typing import Any
 
@@ -35,6 +36,7 @@ class Family:
             not run so.
         padded, packed: "works", or why not; a packed sequence is compared with each of its documents alone.
         trainer: the same of what OmniTrainer logs, compared with the stock Trainer in one process.
+        stages: number of pipeline stages -> "works", or why not; where that was swept.
         rule: modules that run under the plan's rule "sp: gather" (at up to sp times their compute), or none.
     """
 
@@ -52,6 +54,7 @@ class Family:
     rule: str = ""
     exact_error: float | None = None
     trainer: str = ""
+    stages: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,21 @@ class Matrix:
         return len({family.folder for family in self.families.values() if family.outcome == outcome})
 
 
-def parse_matrix(content: dict[str, Any]) -> Matrix:
-    names = [field.name for field in fields(Family)]
+def parse_matrix(content: dict[str, Any], staged: dict[str, Any] | None = None) -> Matrix:
+    """The matrix from the json of the sweep, and from that of its pipeline stages if there is one."""
+    names = [each.name for each in fields(Family) if each.name != "stages"]
+    stages = {} if staged is None else staged["families"]
     families = {
-        name: Family(**{key: row[key] for key in names if key in row}) for name, row in content["families"].items()
+        name: Family(
+            **{key: row[key] for key in names if key in row},
+            stages={size: found["outcome"] for size, found in stages.get(name, {}).items()},
+        )
+        for name, row in content["families"].items()
     }
     return Matrix(content["versions"], content["date"], content["plan"], families, tuple(content.get("again", ())))
 
 
 def load_matrix() -> Matrix:
     """The matrix that was committed with this version of the package."""
-    return parse_matrix(json.loads((files("hf_veomni.support") / "families.json").read_text()))
+    families, stages = (files("hf_veomni.support") / name for name in ("families.json", "stages.json"))
+    return parse_matrix(json.loads(families.read_text()), json.loads(stages.read_text()))

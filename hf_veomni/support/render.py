@@ -36,13 +36,20 @@ need full rows (classification, masked tokens). Rows with a cache, as in `genera
 
 *padded*: a batch with padding. *packed*: one row of several documents. *loss*: the model's own, or, where it has none
 for the sweep to compare, one of all its outputs.
-{trained}"""
+{trained}{staged}"""
 
 # Of a sweep that trained, too.
 _TRAINED = """
 Packed sequences are compared with the stock model on each document alone. *trainer*: loss and gradient norm that
 OmniTrainer logs in two steps of two accumulated batches, under `sp=2` and under `dp_shard=2`, compared with the stock
 Trainer in one process.
+"""
+
+# Of one in pipeline stages.
+_STAGED = """
+*pp*: in how many pipeline stages a window of four micro-batches of packed documents (or, where a family takes none, of
+one document) gives loss, gradient norm and all gradients of the stock model, `python -m tests.sweep.stages`; {counts}.
+docs/pipeline.md says what the others lack.
 """
 
 _GATHERED = """
@@ -71,6 +78,16 @@ def _exact(matrix: Matrix) -> str:
     return f"\nIn fp64: {len(errors)} model types, half of them within {half:.0e}; the largest: {worst}.{left}\n"
 
 
+def _staged(matrix: Matrix) -> str:
+    """What column "pp" says, of a sweep in pipeline stages."""
+    sizes = sorted({size for family in matrix.families.values() for size in family.stages}, key=int)
+    if not sizes:
+        return ""
+    counts = [sum(f.stages.get(size) == "works" for f in matrix.families.values()) for size in sizes]
+    text = " and ".join(f"{count} in {size}" for size, count in zip(sizes, counts, strict=True))
+    return _STAGED.format(counts=text)
+
+
 def render_markdown(matrix: Matrix) -> str:
     counts = matrix.counts()
     lines = [f"| {name} | {counts[name]} | {matrix.folders(name)} | {text} |" for name, text in OUTCOMES.items()]
@@ -80,6 +97,7 @@ def render_markdown(matrix: Matrix) -> str:
         exact=_exact(matrix),
         again=_again(matrix),
         command=COMMAND,
+        staged=_staged(matrix),
         trained=_TRAINED if _has_trained(matrix.families.values()) else "",
         counts="\n".join(lines),
         total=len(matrix.families),
@@ -92,7 +110,7 @@ def render_markdown(matrix: Matrix) -> str:
     parts = [head, "## What works\n"]
     for kind, title in _KINDS.items():
         found = [family for family in rows if family.outcome == "works" and family.kind == kind]
-        parts.append(f"### {title} ({len(found)})\n\n" + _table(found, _has_trained(rows)))
+        parts.append(f"### {title} ({len(found)})\n\n" + _table(found, _has_trained(rows), bool(_staged(matrix))))
     for outcome, title in (
         ("wrong", "What is wrong"),
         ("refused", "What is refused"),
@@ -109,15 +127,22 @@ def _has_trained(families: Iterable[Family]) -> bool:
     return any(family.trainer for family in families)
 
 
-def _table(families: Sequence[Family], trained: bool) -> str:
+def _table(families: Sequence[Family], trained: bool, staged: bool) -> str:
     names = ["model type", "class", "padded", "packed", "loss", *(["trainer"] if trained else []), "in"]
+    names += ["pp"] if staged else []
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for family in families:
         cells = [_short(family.padded), _short(family.packed), family.loss]
         cells += [*([_short(family.trainer)] if trained else []), family.dtype.replace("float", "fp")]
+        cells += [_stages(family)] if staged else []
         rule = f" (`sp: gather` on `{family.rule}`)" if family.rule else ""
         lines.append(f"| {family.model_type} | {family.model_class}{rule} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _stages(family: Family) -> str:
+    works = [size for size, outcome in family.stages.items() if outcome == "works"]
+    return ", ".join(works) or _short(next(iter(family.stages.values()), ""))
 
 
 def _short(text: str) -> str:

@@ -17,10 +17,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from tests.ranks.pool import RankPool, RanksFailed  # noqa: E402
-from tests.sweep.family import Record, sweep_family  # noqa: E402
+from tests.sweep.family import ROOT, Record, sweep_family  # noqa: E402
 from tests.sweep.training import PLANS, compare_logs, omni_logs, stock_logs  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT = 120.0  # seconds a family may take, in fp32 and in fp64
 
 

@@ -8,6 +8,7 @@ import re
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_veomni.errors import UnsupportedError
 
+ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5  # relative to the largest entry, fp32
 EXACT = 1e-8  # in fp64, without the casts to fp32 of a family's own code
 _OFFERED = re.compile(r"'([^']+)': \{'sp': 'gather'\}")
@@ -62,7 +64,7 @@ def _line(reason: object) -> str:
     return str(reason)
 
 
-class _StaysFp64(TorchDispatchMode):
+class StaysFp64(TorchDispatchMode):
     """Casts to fp32 in a family's own code leave fp64 as it is, so that nothing is rounded but once."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,7 +97,7 @@ def sweep_family(model_type: str, plan: str = "sp=2") -> dict[str, Any]:
     begin = time.monotonic()
     record = _sweep(model_type, plan, torch.float32)
     if record.outcome in ("works", "wrong"):
-        with _StaysFp64():
+        with StaysFp64():
             exact = _sweep(model_type, plan, torch.float64)
         exact.exact_error, exact.fp32_error = exact.error, record.error
         if exact.outcome == "wrong" or (record.outcome, exact.outcome) == ("wrong", "works"):

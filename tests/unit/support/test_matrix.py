@@ -40,13 +40,32 @@ def test_every_refusal_has_a_reason():
 
 def test_page_says_what_the_trainer_logs_where_the_walk_has_looked():
     matrix = load_matrix()
-    families = {name: replace(f, trainer="") for name, f in matrix.families.items()}
+    families = {name: replace(f, trainer="", stages={}) for name, f in matrix.families.items()}
     assert "trainer" not in render_markdown(replace(matrix, families=families))
     families["llama"] = replace(families["llama"], trainer="works")
     page = render_markdown(replace(matrix, families=families))
     assert "| model type | class | padded | packed | loss | trainer | in |\n|---|---|---|---|---|---|---|" in page
     assert "| llama | LlamaForCausalLM | yes | yes | model | yes | fp32 |" in page
     assert "| gpt2 | GPT2LMHeadModel | yes | yes | model | - |" in page
+
+
+def test_page_says_in_how_many_stages_a_family_was_trained():
+    matrix = load_matrix()
+    families = {name: replace(f, stages={}) for name, f in matrix.families.items()}
+    assert "| pp |" not in render_markdown(replace(matrix, families=families))
+    families["llama"] = replace(families["llama"], stages={"2": "works", "4": "works"})
+    families["bloom"] = replace(families["bloom"], stages={"2": "it cannot be cut"})
+    page = render_markdown(replace(matrix, families=families))
+    lines = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("| ")}
+    assert lines["llama"].endswith("| 2, 4 |") and lines["bloom"].endswith("| refused |")
+    assert lines["gpt2"].endswith("| - |") and "stages`; 1 in 2 and 1 in 4." in " ".join(page.split())
+
+
+def test_at_least_thirty_families_train_in_two_stages_and_ten_in_four():
+    stages = [family.stages for family in load_matrix().families.values()]
+    assert not any(outcome.startswith("wrong") for each in stages for outcome in each.values())
+    assert sum(each.get("2") == "works" for each in stages) >= 30
+    assert sum(each.get("4") == "works" for each in stages) >= 10
 
 
 def test_page_is_the_rendering_of_the_matrix():
