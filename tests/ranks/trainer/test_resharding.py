@@ -21,7 +21,7 @@ DENSE = ["sp=4", "dp_shard=4", "sp=2,dp_shard=2", "dp_replicate=2,dp_shard=2", "
 EXPERTS = ["sp=4,ep=2", "dp_shard=4,ep=4", "sp=2,dp_shard=2,ep=2", "dp_replicate=2,sp=2,ep=2", "dp_shard=4"]
 PLANS = {"dense": DENSE, "lora": DENSE, "experts": EXPERTS, "experts-lora": EXPERTS, "vlm": DENSE}
 SAVINGS: list[dict[str, Any]] = [{}, {"sharded_weights": True}, {"async_save": True}]
-SAVED, STEPS, ROWS = 2, 5, 4  # rows of a step, on all data ranks
+SAVED, STEPS, ROWS = 2, 7, 4  # rows of a step, on all data ranks
 
 
 def _model(kind: str) -> Any:
