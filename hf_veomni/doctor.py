@@ -27,6 +27,9 @@ RECORD, PAGE = "step_report.json", "step_report.html"
 PARTS = ("data", "forward", "exchange", "backward", "optimizer", "other")
 # Shares of a step, and ratios, from which on something is said.
 SLOW_DATA, EXPOSED, SLOW_RANK, UNEVEN, FEW_ROWS, LOW_MFU = 0.15, 0.2, 1.2, 1.5, 256, 0.2
+# Of a record beside its rows; what `hf_veomni/trainer/step_report.py` writes.
+_KEYS = {"model", "config", "plan", "world_size", "sp_size", "ep_size", "device", "checkpointing", "accumulation"}
+_KEYS |= {"lora", "mixed", "fp32", "context", "document", "error"}
 _FEATURES = re.compile(r"features?\b.*\btokens?\b.*(do not|does not|mismatch)|tokens: \d+, features:?", re.I | re.S)
 
 
@@ -123,14 +126,21 @@ def read_record(run: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: there is none.
     """
     path = Path(run) / RECORD
+    wanted = "it must be the `output_dir` of a run with `step_report=True` in its OmniTrainingArguments."
+    if not Path(run).exists():
+        raise ValueError(f"'{run}' does not exist: {wanted}")
     if not path.is_file():
+        raise ValueError(f"'{run}' has no {RECORD}: {wanted}")
+    try:
+        record = json.loads(path.read_text())
+        rows = [Row(**{**row, "slowest": tuple(row["slowest"])}) for row in record["rows"]]
+        if missing := _KEYS - record.keys():
+            raise KeyError(*sorted(missing))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"'{run}' has no {RECORD}: it must be the `output_dir` of a run with `step_report=True` in its "
-            "OmniTrainingArguments."
-        )
-    record = json.loads(path.read_text())
-    record["rows"] = [Row(**{**row, "slowest": tuple(row["slowest"])}) for row in record["rows"]]
-    return record
+            f"'{path}' is no step report that this version reads ({type(error).__name__}: {error}): {wanted}"
+        ) from error
+    return {**record, "rows": rows}
 
 
 def diagnose(run: str | os.PathLike[str]) -> list[Finding]:

@@ -66,3 +66,24 @@ def test_command(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "step_report=True" in result.output.replace("\n", " ")
     write(tmp_path, [Row.of(1, 1, [RANK], 1, None, {})])
     assert "Nothing stands out" in CliRunner().invoke(app, ["doctor", str(tmp_path)]).output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist: it must be the `output_dir`"),
+        ("", "has no step_report.json"),
+        ("{", "is no step report that this version reads .JSONDecodeError"),
+        ("[1]", "is no step report that this version reads .TypeError"),
+        ('{"rows": []}', "is no step report that this version reads .KeyError: .'accumulation'"),
+        ('{"rows": [{"step": 1}]}', "is no step report that this version reads"),
+    ],
+)
+def test_a_folder_that_is_no_run(tmp_path: Path, content: str | None, message: str) -> None:
+    run = tmp_path / "run"
+    if content is not None:
+        run.mkdir()
+    if content:
+        (run / "step_report.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        diagnose(run)
