@@ -246,7 +246,8 @@ def test_grpo_in_one_process_logs_what_trl_logs(tmp_path):
         ),
     ]:
         sizes = {"max_steps": 2, "num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 8}
-        args = arguments(str(tmp_path), use_cpu=True, bf16=False, report_to=[], logging_steps=1, **sizes)
+        sizes["logging_steps"] = 1
+        args = arguments(str(tmp_path), use_cpu=True, bf16=False, report_to=[], save_strategy="no", **sizes)
         prompts = Dataset.from_list([{"prompt": f"What is {n} + {n}?"} for n in range(8)])
         grpo = trainer(
             folder, lambda completions, **_: [float(len(c)) for c in completions], args, train_dataset=prompts
