@@ -95,7 +95,7 @@ class _Border:
             return None  # an error is on its way
         sent = [stage]
         stage.send()
-        chunks = getattr(model, CHUNKS, None)
+        chunks: Any = getattr(model, CHUNKS, None)  # there with more than one
         for chunk in range(1, self.state.plan.pp_stages):
             sent.append(MicroBatch(Link(self.state, chunk)))
             with chunks.running(chunk), within(stage=sent[-1]):
