@@ -7,10 +7,12 @@
     sharded    each rank writes what it owns
     async      each rank copies what it owns, and a process of its own writes it
 
-on one and on two gloo ranks of one thread each. Between two saves lies a pause, in which what is written beside
-training can end: `waits` is the part of the stop in which the last save was waited for. The first save is told apart,
-since it takes the memory for the copy. Exit status 1 if a checkpoint is not whole, if its weights differ from the
-stock Trainer's, or if asynchronous saves stop training for more than 0.1 of stock.
+on one and on two gloo ranks of one thread each, in rounds in which each comes once. `of_stock` is the median over the
+rounds of what a save takes against stock in the same round, in seconds; `cpu_of_stock` is the same in processor
+seconds of rank 0, which a busy machine changes less; no wait for a disk is in them. Between two saves training pauses
+until what is written beside it has ended: `waits` is the part of the stop in which the last save was waited for. The
+first save of a run is told apart, since it takes the memory for the copy. Exit status 1 if a checkpoint is not whole,
+if its weights differ from the stock Trainer's, or if asynchronous saves stop training for more than 0.1 of stock.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +38,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from benchmarks._record import quantiles, record
 from hf_veomni import OmniTrainer, OmniTrainingArguments
 from hf_veomni.checkpoint.convert import convert
-from hf_veomni.checkpoint.manifest import find_damage
+from hf_veomni.checkpoint.manifest import STAGING, find_damage
 
 GOAL = 0.1
+LONGEST = 60.0  # seconds that a save beside training may take
 CONTENDERS: dict[str, dict[str, Any]] = {
     "stock": {},
     "plain": {},
@@ -58,19 +63,23 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Pause(TrainerCallback):
-    """Stands for the training between two saves."""
+    """Stands for the training between two saves: at least so many seconds, and until none is under way."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    def on_save(self, *_: Any, **__: Any) -> None:
+    def on_save(self, args: Any, *_: Any, **__: Any) -> None:
         time.sleep(self.seconds)
+        end = time.monotonic() + LONGEST
+        while (Path(args.output_dir) / STAGING).exists() and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 class Timed:
     """Notes how long each `_save_checkpoint` takes, and how much of it waits for the last save."""
 
     stops: list[float]
+    cpu: list[float]
     waits: list[float]
 
     def _finish_save(self) -> None:
@@ -81,8 +90,9 @@ class Timed:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if dist.is_initialized():
             dist.barrier()
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self.cpu.append(time.process_time() - used)
         if dist.is_initialized():
             dist.barrier()
         self.stops.append(time.perf_counter() - begin)
@@ -127,17 +137,18 @@ def work(rank: int, case: tuple[str, int], folder: str, options: argparse.Namesp
     arguments = (TrainingArguments if stock else OmniTrainingArguments)(**shared, **CONTENDERS[name])
     kind: Any = StockTimed if stock else OmniTimed
     trainer = kind(model=build(options), args=arguments, train_dataset=Rows(), callbacks=[Pause(options.pause)])
-    trainer.stops, trainer.waits = [], []
+    trainer.stops, trainer.cpu, trainer.waits = [], [], []
     trainer.train()
     if rank == 0:
         row = {"contender": name, "ranks": world, "first": trainer.stops[0], "stops": trainer.stops[1:]}
-        Path(folder, "row.json").write_text(json.dumps({**row, "waits": trainer.waits[1 : options.saves]}))
+        row |= {"cpu": trainer.cpu[1:], "waits": trainer.waits[1 : options.saves]}
+        Path(folder, "row.json").write_text(json.dumps(row))
 
 
 def measure(case: tuple[str, int], options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The row of a case, and the weights of its last checkpoint."""
+    """The figures of a case, and the weights of its last checkpoint."""
     with tempfile.TemporaryDirectory(prefix="saving-", dir=options.folder) as folder:
-        mp.spawn(work, (case, folder, options), nprocs=case[1])
+        mp.start_processes(work, (case, folder, options), nprocs=case[1], start_method="forkserver")
         row = json.loads(Path(folder, "row.json").read_text())
         checkpoint = Path(folder, "run", f"checkpoint-{options.saves}")
         row["bytes"] = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
@@ -154,38 +165,73 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--saves", type=int, default=5, help="in each case; the first is told apart")
-    parser.add_argument("--pause", type=float, default=8.0, help="seconds between two saves")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--saves", type=int, default=3, help="in each case; the first is told apart")
+    parser.add_argument("--pause", type=float, default=1.0, help="seconds between two saves, at least")
     parser.add_argument("--folder", help="where to write; the system's temporary folder by default")
     parser.add_argument("--no-goal", action="store_true", help="do not fail where asynchronous saves miss the goal")
     return parser.parse_args()
+
+
+def summarise(runs: list[dict[str, Any]], stock: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of a case's runs, one a round; `stock` are those of the same rounds."""
+
+    def of_stock(name: str) -> float:
+        return statistics.median(
+            statistics.median(mine[name]) / statistics.median(base[name])
+            for mine, base in zip(runs, stock, strict=True)
+        )
+
+    return {
+        "contender": runs[0]["contender"],
+        "ranks": runs[0]["ranks"],
+        "bytes": runs[0]["bytes"],
+        "first": statistics.median(run["first"] for run in runs),
+        "stop": quantiles([stop for run in runs for stop in run["stops"]]),
+        "cpu": quantiles([seconds for run in runs for seconds in run["cpu"]]),
+        "waits": quantiles([wait for run in runs for wait in run["waits"]] or [0.0]),
+        "of_stock": of_stock("stops"),
+        "cpu_of_stock": of_stock("cpu"),
+        "difference": max(run["difference"] for run in runs),
+    }
+
+
+def faults(row: dict[str, Any], runs: list[dict[str, Any]], goal: bool) -> Iterator[str]:
+    where = f"{row['contender']} on {row['ranks']}"
+    yield from (f"{where}: {run['damage']}" for run in runs if run.get("damage"))
+    if not row["difference"] <= 1e-4:
+        yield f"{where}: the weights differ from stock by {row['difference']:.1e}"
+    if goal and row["contender"] == "async" and row["of_stock"] > GOAL:
+        yield f"{where}: training stops for {row['of_stock']:.2f} of stock, the goal is {GOAL}"
 
 
 def main() -> None:
     options = parse()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the ranks that are started below
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    rows, off, expected = [], [], {}
-    for case in CASES:
-        row, weights = measure(case, options)
-        row = {**row, "stop": quantiles(row.pop("stops")), "waits": quantiles(row["waits"] or [0.0])}
-        row["of_stock"] = row["stop"]["p50"] / (rows[0] if rows else row)["stop"]["p50"]
-        expected = expected or weights
-        row["difference"] = max(float((weights[name] - tensor).abs().max()) for name, tensor in expected.items())
-        rows.append(row)
-        where = f"{case[0]} on {case[1]}"
+    mp.get_context("forkserver").set_forkserver_preload(["benchmarks.saving"])
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {case: [] for case in CASES}
+    expected: dict[str, torch.Tensor] = {}
+    for _ in range(options.rounds):
+        for case in CASES:
+            run, weights = measure(case, options)
+            expected = expected or weights
+            run["difference"] = max(float((weights[name] - tensor).abs().max()) for name, tensor in expected.items())
+            found[case].append(run)
+    rows = [summarise(runs, found[CASES[0]]) for runs in found.values()]
+    for row in rows:
+        against = f"{row['of_stock']:.3f} of stock, {row['cpu_of_stock']:.3f} by processor time"
         print(
-            f"{where:14} stops {row['stop']['p50']:7.3f} s ({row['of_stock']:.3f} of stock), "
+            f"{row['contender']:8} on {row['ranks']} stops {row['stop']['p50']:7.3f} s ({against}), "
             f"first {row['first']:.3f} s, {row['bytes'] / 1e9:.2f} GB",
             flush=True,
         )
-        if row.get("damage"):
-            off.append(f"{where}: {row['damage']}")
-        if not row["difference"] <= 1e-4:
-            off.append(f"{where}: the weights differ from stock by {row['difference']:.1e}")
-        if case[0] == "async" and row["of_stock"] > GOAL and not options.no_goal:
-            off.append(f"{where}: training stops for {row['of_stock']:.2f} of stock, the goal is {GOAL}")
     record("saving", rows)
+    off = [
+        fault
+        for row, runs in zip(rows, found.values(), strict=True)
+        for fault in faults(row, runs, not options.no_goal)
+    ]
     if off:
         sys.exit("\n".join(off))
 

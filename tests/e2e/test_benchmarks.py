@@ -352,6 +352,8 @@ def test_the_collator_makes_the_same_rows_with_and_without_workers(bench: Any) -
 
 @pytest.mark.slow
 def test_saving_stops_training_and_checks_what_it_wrote(bench: Any) -> None:
-    rows = bench("saving", "--hidden", "64", "--layers", "1", "--saves", "2", "--pause", "0", "--no-goal")
+    rows = bench(
+        "saving", "--hidden", "64", "--layers", "1", "--saves", "2", "--pause", "0", "--rounds", "1", "--no-goal"
+    )
     assert [(row["contender"], row["ranks"]) for row in rows][0] == ("stock", 1) and len(rows) == 7
     assert all(row["stop"]["p50"] > 0 and row["difference"] < 1e-4 and not row.get("damage") for row in rows)
