@@ -22,9 +22,11 @@ import torch
 
 from hf_veomni.checkpoint.manifest import STAGING
 from hf_veomni.trainer.folders import last_complete_checkpoint
-from tests.soak.training import RESULT, WORLD, Variant, run_rank
+from tests.soak.training import RESULT, TIMEOUT, WORLD, Variant, run_rank
 
-SURVIVORS = 45.0  # seconds that the other processes get to notice; a start waits for `TIMEOUT`
+# Seconds that the other processes get to notice: in a start they wait for what one tells that was killed, and then for
+# its connection.
+SURVIVORS = 2 * TIMEOUT.total_seconds() + 15
 ATTEMPT = 180.0  # seconds that a start may take to reach the end
 
 
