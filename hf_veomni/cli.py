@@ -221,7 +221,13 @@ def convert_config(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that `sharded_weights=True` wrote.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint that `sharded_weights=True` wrote; or a folder with config.json and the torch file of "
+            "DeepSpeed's zero_to_fp32.py or of FSDP's FULL_STATE_DICT."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="The directory to write.")],
 ) -> None:
     """A checkpoint's sharded weights as plain files that transformers or PEFT opens, with config and tokenizer."""

@@ -1,7 +1,7 @@
 """Saving and loading: plain formats for others, sharded state for resuming."""
 
 from hf_veomni.checkpoint.background import BackgroundError, BackgroundWriter
-from hf_veomni.checkpoint.files import staged
+from hf_veomni.checkpoint.files import naming_damage, staged
 from hf_veomni.checkpoint.load import PendingWeights, check_parameters, materialize_weights, retain_weights
 from hf_veomni.checkpoint.plain import gather_full_state, gather_plain_state, load_plain, save_plain
 from hf_veomni.checkpoint.stages import share_state, writes_whole
@@ -33,6 +33,7 @@ __all__ = [
     "load_stock_optimizer",
     "load_weights",
     "materialize_weights",
+    "naming_damage",
     "optimizer_state",
     "save_optimizer",
     "save_plain",

@@ -1,4 +1,5 @@
 """Sharded checkpoints to plain ones, offline: one process, no accelerator, one file's tensors in memory at a time.
+DeepSpeed's and FSDP's torch files (`foreign`) too.
 
     checkpoint-8/weights/       shards, by the names of the model that was trained
     checkpoint-8/config.json    what it is
@@ -22,13 +23,14 @@ import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
 from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from hf_veomni import hf
 from hf_veomni.checkpoint.files import staged
+from hf_veomni.checkpoint.foreign import find_torch_files, open_torch
 from hf_veomni.checkpoint.manifest import MANIFEST, find_damage
-from hf_veomni.checkpoint.plain import adapter_names, restore_class_name
+from hf_veomni.checkpoint.plain import adapter_names, first_names, restore_class_name
 from hf_veomni.checkpoint.shards import ShardReader, write_tensors
 from hf_veomni.checkpoint.stages import join_facts
 from hf_veomni.checkpoint.state import weights_state
@@ -42,6 +44,7 @@ MAX_BYTES = 5 * 10**9  # of a file
 # What resuming needs and a plain model has not.
 _LEFT_OUT = (WEIGHTS_DIRECTORY, "optimizer", "optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json")
 _LEFT_OUT += ("training_args.bin", MANIFEST)
+_KEPT = (".json", ".txt", ".model", ".jinja")  # beside a torch file: configurations and the tokenizer
 
 
 def describe_adapters(model: nn.Module) -> dict[str, Any]:
@@ -78,7 +81,8 @@ def convert(
     """Write a sharded checkpoint as a folder that `from_pretrained` of transformers, or of PEFT, opens.
 
     Args:
-        checkpoint: a checkpoint's directory, as `sharded_weights=True` makes it.
+        checkpoint: a checkpoint's directory, as `sharded_weights=True` makes it; or a folder with the torch file that
+            DeepSpeed's zero_to_fp32.py or FSDP's FULL_STATE_DICT leave, and the model's config.json.
         out: the directory to write to; it appears whole, or stays as it was.
         classes: models beside those of transformers that the config may name.
         max_bytes: of a file of weights.
@@ -88,13 +92,18 @@ def convert(
 
     Raises:
         ValueError: a checkpoint that is damaged, is none, or is plain already.
-        UnsupportedError: a model whose class is none of transformers'.
+        UnsupportedError: a model whose class is none of transformers', or weights of DeepSpeed or FSDP in parts.
     """
     checkpoint, out = Path(checkpoint), Path(out)
+    if files := find_torch_files(checkpoint):
+        with staged(out) as staging:
+            written = _write_foreign(files, checkpoint, staging, classes, max_bytes)
+        return [out / path.relative_to(staging) for path in written]
     if not (checkpoint / WEIGHTS_DIRECTORY).is_dir():
         raise ValueError(
             f"'{checkpoint}' has no sharded weights (no '{WEIGHTS_DIRECTORY}' in it): name a checkpoint that was "
-            "written with `sharded_weights=True`. What lies there otherwise is plain already."
+            "written with `sharded_weights=True`, or a folder with DeepSpeed's or FSDP's torch file. What lies there "
+            "otherwise is plain already."
         )
     if (checkpoint / MANIFEST).exists() and (damage := find_damage(checkpoint, contents=True)) is not None:
         raise ValueError(f"'{checkpoint}' is damaged ({damage}): convert an earlier one.")
@@ -140,12 +149,51 @@ def _write_adapters(reader: ShardReader, staging: Path) -> list[Path]:
 def _write_model(
     reader: ShardReader, checkpoint: Path, staging: Path, classes: Sequence[type[PreTrainedModel]], max_bytes: int
 ) -> list[Path]:
+    model = _build(checkpoint, classes)
+    reader.check_names(set(weights_state(model)), f"the {type(model).__name__} of its config.json")
+    return _write_plain(model, {name: reader.lazy(name) for name in reader.shapes}, staging, max_bytes)
+
+
+def _build(checkpoint: Path, classes: Sequence[type[PreTrainedModel]]) -> PreTrainedModel:
+    """The model of a folder's config.json, on meta."""
     config = AutoConfig.from_pretrained(checkpoint)
     kind = _model_class(config, classes)
     with torch.device("meta"):
-        model = kind(config)
-    reader.check_names(set(weights_state(model)), f"the {kind.__name__} of its config.json")
-    tensors: dict[str, Tensor] = {name: reader.lazy(name) for name in reader.shapes}
+        return kind(config)
+
+
+def _write_foreign(
+    files: list[Path], checkpoint: Path, staging: Path, classes: Sequence[type[PreTrainedModel]], max_bytes: int
+) -> list[Path]:
+    """Of torch files that hold a model's state dict, in which a tied parameter comes once or under all its names."""
+    if not (checkpoint / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"'{checkpoint}' has no {CONFIG_NAME}, without which '{files[0].name}' is of an unknown model: copy the "
+            "model's config.json and tokenizer into it."
+        )
+    model = _build(checkpoint, classes)
+    found = {name: tensor for path in files for name, tensor in open_torch(path).items()}
+    wanted, state, first = weights_state(model), model.state_dict(), first_names(model)
+    tensors = {first.get(name, name): tensor for name, tensor in found.items()}
+    for verb, names in (("lacks", wanted.keys() - tensors.keys()), ("has", found.keys() - state.keys())):
+        if names:
+            raise ValueError(
+                f"'{files[0]}' {verb} '{min(names)}' ({len(names)} such), unlike the state dict of the "
+                f"{type(model).__name__} of its config.json: it is of another model, or of one with adapters."
+            )
+    for name, tensor in tensors.items():
+        if tensor.shape != state[name].shape:
+            raise ValueError(
+                f"'{files[0]}': '{name}' has shape {tuple(tensor.shape)}, and in the {type(model).__name__} of its "
+                f"config.json {tuple(state[name].shape)}: it is of another model."
+            )
+    for entry in checkpoint.iterdir():
+        if entry.is_file() and entry.suffix in _KEPT and entry.name not in (*_LEFT_OUT, WEIGHTS_INDEX_NAME):
+            shutil.copy2(entry, staging / entry.name)
+    return _write_plain(model, tensors, staging, max_bytes)
+
+
+def _write_plain(model: PreTrainedModel, tensors: dict[str, Tensor], staging: Path, max_bytes: int) -> list[Path]:
     tensors = hf_weights.to_files(model, tensors)
     groups = _split(tensors, max_bytes)
     if len(groups) == 1:

@@ -1,4 +1,4 @@
-"""Directories that appear complete or not at all."""
+"""Directories that appear complete or not at all, and files that turn out to be damaged."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
+
+from safetensors import SafetensorError
 
 from hf_veomni.checkpoint.manifest import flush
 
@@ -57,3 +60,20 @@ def staged(directory: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+@contextmanager
+def naming_damage(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around what reads a file of torch or safetensors, whose own errors name none.
+
+    Raises:
+        ValueError: the file is cut off or damaged, or would run code.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError, UnpicklingError, EOFError, KeyError, OSError) as error:
+        text = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"'{path}' cannot be read ({type(error).__name__}: {text}): it is cut off or damaged. Use an earlier "
+            "checkpoint."
+        ) from error

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
+from hf_veomni.checkpoint.foreign import find_torch_files, open_torch
 from hf_veomni.checkpoint.lazy import LazyTensor, open_lazy
 from hf_veomni.comm.agree import together
 from hf_veomni.errors import UnsupportedError
@@ -205,6 +207,10 @@ def plan_weights(model: nn.Module, checkpoint: Checkpoint) -> PendingWeights:
 
 def _open(checkpoint: Checkpoint, files: ExitStack) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
+    for file in find_torch_files(Path(checkpoint)):
+        tensors.update(open_torch(file))
+    if tensors:
+        return tensors
     try:
         for path in hf_weights.find_weight_files(checkpoint):
             tensors.update(open_lazy(path, files))

@@ -22,7 +22,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from hf_veomni import hf
-from hf_veomni.checkpoint.files import staged
+from hf_veomni.checkpoint.files import naming_damage, staged
+from hf_veomni.checkpoint.foreign import find_torch_files
 from hf_veomni.checkpoint.load import read_converted
 from hf_veomni.checkpoint.manifest import names_within
 from hf_veomni.checkpoint.stages import global_names, join_facts, join_stages, leads_stage, share_state, stage_of
@@ -183,9 +184,14 @@ def _weight_files(directory: Path) -> dict[str, Path]:
     """Key -> file that holds it, for a plain model directory."""
     index, single = directory / SAFE_WEIGHTS_INDEX_NAME, directory / SAFE_WEIGHTS_NAME
     if single.is_file():
-        with safe_open(single, framework="pt") as handle:
+        with naming_damage(single), safe_open(single, framework="pt") as handle:
             return dict.fromkeys(handle.keys(), single)
     if not index.is_file():
+        if found := find_torch_files(directory):
+            raise ValueError(
+                f"'{directory}' holds '{found[0].name}', and a checkpoint's weights must be safetensors: "
+                f"`hf-veomni convert {directory} OUT` writes them."
+            )
         raise ValueError(
             f"'{directory}' holds no weights: expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME} there. Name a "
             "directory that `save_model` or a checkpoint wrote."
@@ -236,7 +242,8 @@ def _pairs(files: Mapping[str, tuple[Path, str]]) -> Iterator[tuple[str, Any, st
         handles: dict[Path, Any] = {}
         for key, (path, saved) in files.items():
             if path not in handles:
-                handles[path] = stack.enter_context(safe_open(path, framework="pt"))
+                with naming_damage(path):
+                    handles[path] = stack.enter_context(safe_open(path, framework="pt"))
             if saved not in handles[path].keys():
                 raise ValueError(f"'{path}' has no tensor '{saved}': it is a checkpoint of another model or adapter.")
             yield key, handles[path], saved, path

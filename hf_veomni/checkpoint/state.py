@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from hf_veomni.checkpoint.files import naming_damage
 from hf_veomni.checkpoint.plain import adapter_keys, first_names
 from hf_veomni.checkpoint.shards import read_state, write_state
 from hf_veomni.checkpoint.stages import check_one_stage, global_names, join_groups, share_state, writes_whole
@@ -118,7 +119,8 @@ def load_stock_optimizer(model: nn.Module, optimizer: object, path: str | os.Pat
     groups = join_groups([[own[names[id(p)]] for p in group["params"]] for group in inner.param_groups], model)
     state: dict[str, Any] = {}
     with together(f"Reading the optimizer state '{path}'"):
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        with naming_damage(path):
+            stored = torch.load(path, map_location="cpu", weights_only=True)
         state = _named_state(groups, {name: key for key, name in own.items()}, stored, path)
     with _groups_with_parameters(inner):
         _get_state(model, inner)

@@ -24,6 +24,7 @@ from hf_veomni.checkpoint import (
     load_plain,
     load_stock_optimizer,
     load_weights,
+    naming_damage,
     optimizer_state,
     save_plain,
     share_state,
@@ -210,6 +211,15 @@ class CheckpointingMixin(_Trainer):
                 ) from error
 
     @override
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        with together(f"Reading the random state of '{checkpoint}'"):
+            with naming_damage(Path(checkpoint) / f"rng_state{rank}.pth"):
+                super()._load_rng_state(checkpoint)
+
+    @override
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's `train`. With `resume_from_checkpoint=True`, from the newest checkpoint that is complete.
 
@@ -298,12 +308,14 @@ class CheckpointingMixin(_Trainer):
                     "resumed from. To go on from its weights alone, load them with from_pretrained."
                 )
         if self.parallel_state.world_size == 1 and not sharded.is_dir():
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with naming_damage(stock):
+                super()._load_optimizer_and_scheduler(checkpoint)
             return
         if sharded.is_dir():
             load_optimizer(self.model, self.optimizer, sharded)
         else:
             load_stock_optimizer(self.model, self.optimizer, stock)
         with together(f"Reading the scheduler of '{checkpoint}'"):
-            stored = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+            with naming_damage(path := Path(checkpoint) / SCHEDULER_NAME):
+                stored = torch.load(path, weights_only=True)
             self.lr_scheduler.load_state_dict(fit_groups(stored, len(self.optimizer.param_groups)))

@@ -6,18 +6,46 @@ import json
 import os
 import re
 import shutil
+import socket
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from hf_veomni.checkpoint import together
+from hf_veomni.checkpoint.foreign import foreign_training
 from hf_veomni.checkpoint.manifest import MANIFEST, find_damage
+from hf_veomni.errors import UnsupportedError
 
 logger = logging.get_logger(__name__)
 
 OPTIMIZER_DIRECTORY = "optimizer"  # sharded, one file a rank, by parameter name
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+
+def no_place(output_dir: str | os.PathLike[str], error: OSError) -> str:
+    """That checkpoints cannot be written there, in words."""
+    why = error.strerror or str(error)
+    return (
+        f"`output_dir` ('{output_dir}') cannot be written on {socket.gethostname()} ({why}): name a folder that can, "
+        "which all ranks see."
+    )
+
+
+def make_output_dir(args: Any) -> None:
+    """Trainer makes it on the ranks that save; an error there is raised on every rank. Collective.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    with together("Making `output_dir`"):
+        if args.should_save:
+            try:
+                os.makedirs(args.output_dir, exist_ok=True)
+            except OSError as error:
+                raise OSError(no_place(args.output_dir, error)) from error
 
 
 def _unreadable_state(checkpoint: Path) -> str | None:
@@ -37,7 +65,9 @@ def _is_stock(checkpoint: Path) -> bool:
 
 
 def _damage(checkpoint: Path, *, contents: bool = False) -> str | None:
-    return _unreadable_state(checkpoint) if _is_stock(checkpoint) else find_damage(checkpoint, contents=contents)
+    if _is_stock(checkpoint):
+        return _unreadable_state(checkpoint) or foreign_training(checkpoint)
+    return find_damage(checkpoint, contents=contents)
 
 
 def _checkpoints(root: Path) -> list[Path]:
@@ -84,10 +114,16 @@ def check_checkpoint(checkpoint: Path, wanted_by: str = "`resume_from_checkpoint
 
     Raises:
         ValueError: it is missing, incomplete, or its contents have changed.
+        UnsupportedError: its optimizer's state is DeepSpeed's or FSDP's.
     """
     damage = find_damage(checkpoint, contents=True)
     if damage is not None and not (checkpoint / MANIFEST).exists():
         damage = _unreadable_state(checkpoint)
+    if damage is None and (foreign := foreign_training(checkpoint)) is not None:
+        raise UnsupportedError(
+            f"{wanted_by} ('{checkpoint}') cannot be gone on from: {foreign}. `hf-veomni convert {checkpoint} OUT` "
+            "writes them as safetensors: begin a new run from OUT."
+        )
     if damage is not None:
         raise ValueError(f"{wanted_by} ('{checkpoint}') is missing or incomplete ({damage}): {way_out}.")
 

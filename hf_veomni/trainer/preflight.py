@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,7 @@ from torch import nn
 from transformers.trainer_utils import SaveStrategy, has_length
 
 from hf_veomni.mesh import ParallelState
+from hf_veomni.trainer.folders import no_place
 from hf_veomni.trainer.store import Board
 from hf_veomni.trainer.watchdog import name_ranks
 
@@ -36,6 +38,7 @@ _OWN_ARGUMENTS = frozenset(
 )  # fmt: skip
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of an object without a repr of its own
 _EXCHANGE = 50.0  # seconds for one number in one group, whose connections are made with it
+_SKEW = 10.0  # seconds that one rank may begin with it later than another
 _MOMENTS = {"adamw": 2, "adam": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1}
 
 
@@ -44,10 +47,10 @@ def check_before_training(trainer: Any, resume_from_checkpoint: Any) -> None:
 
     Raises:
         ValueError: ranks with other versions, arguments, data or models; ranks that do not come, or that a process
-            group does not connect; no space for a checkpoint.
+            group does not connect; no space for a checkpoint, or a folder that cannot be written.
     """
     state: ParallelState = trainer.parallel_state
-    lack = _lack_of_space(trainer) if trainer.args.should_save else None
+    lack = _lack_of_place(trainer)
     if state.world_size == 1:
         if lack is not None:
             raise ValueError(lack)
@@ -144,16 +147,22 @@ def _saves(args: Any) -> bool:
     return args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint
 
 
-def _lack_of_space(trainer: Any) -> str | None:
-    """That the disk has no room for a checkpoint, in words; None if it has, or none is written."""
+def _lack_of_place(trainer: Any) -> str | None:
+    """That this rank cannot write there, or that the disk has no room for a checkpoint, in words; None if all is
+    well, or nothing is written."""
     args = trainer.args
     if not _saves(args):
         return None
     folder = Path(args.output_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return no_place(args.output_dir, error)
     needed, free = checkpoint_bytes(trainer.model, args), shutil.disk_usage(folder).free
-    if free >= needed:
+    if free >= needed or not args.should_save:
         return None
     return (
         f"`output_dir` ('{args.output_dir}') has {free / 1e9:.2f} GB free on {socket.gethostname()}, and a checkpoint "
@@ -200,7 +209,7 @@ def _try_groups(state: ParallelState, board: Board) -> None:
         if trouble is not None:
             break
     try:
-        everyone = board.gather("groups", trouble, _EXCHANGE * 2)
+        everyone = board.gather("groups", trouble, _EXCHANGE + _SKEW)
     except TimeoutError as missing:
         raise ValueError(f"The process groups do not work: {missing} said nothing after the exchange.") from missing
     told = [f"rank {rank}: {one}" for rank, one in enumerate(everyone) if one is not None]

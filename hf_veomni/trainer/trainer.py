@@ -27,6 +27,7 @@ from hf_veomni.trainer.card import ModelCardMixin
 from hf_veomni.trainer.checkpointing import CheckpointingMixin
 from hf_veomni.trainer.counting import count_processes
 from hf_veomni.trainer.evaluation import EvaluationMixin
+from hf_veomni.trainer.folders import make_output_dir
 from hf_veomni.trainer.guarding import GuardMixin
 from hf_veomni.trainer.loaders import check_budget
 from hf_veomni.trainer.loop import BatchingMixin
@@ -152,6 +153,7 @@ class OmniTrainerMixin(
             args.activation_checkpointing = args.gradient_checkpointing = best.layout.checkpointing
         check_trl(self, args, model)
         check_budget(args, kwargs.get("train_dataset"))
+        make_output_dir(args)
         own = is_trl(self) or "peft_config" in names  # then the trainer behind loads, or adds adapters, itself
         self._omni_peft_config = None if own else kwargs.pop("peft_config", None)
         if not is_trl(self):

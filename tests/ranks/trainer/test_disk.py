@@ -1,0 +1,150 @@
+"""Disks that do not take or keep what a run writes: an error on every rank that names the file or the folder."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from tests.ranks.training import Run
+
+_CAP_DAC_OVERRIDE = 1 << 1
+_CAPABILITIES_V3 = 0x20080522
+SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+
+
+def _trainer(folder: Path, **more: Any) -> Any:
+    from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
+
+    run = Run(arguments={**SAVING, **more.pop("arguments", {})})
+    args = OmniTrainingArguments(**run.all_arguments(plan="dp_shard=2", output_dir=str(folder)))
+    return OmniTrainer(model=run.model(), args=args, **run.data(), **more)
+
+
+def _override_permissions(wanted: bool) -> None:
+    """Whether root may write where the permissions of a folder say that nobody may. Of others it never is so."""
+    if os.geteuid() != 0:
+        return
+    libc, header, data = (
+        ctypes.CDLL(None, use_errno=True),
+        (ctypes.c_uint32 * 2)(_CAPABILITIES_V3, 0),
+        (ctypes.c_uint32 * 6)(),
+    )
+    assert libc.capget(header, data) == 0
+    data[0] = data[0] | _CAP_DAC_OVERRIDE if wanted else data[0] & ~_CAP_DAC_OVERRIDE
+    assert libc.capset(header, data) == 0, os.strerror(ctypes.get_errno())
+
+
+@contextmanager
+def _read_only(folder: Path) -> Iterator[None]:
+    """Every rank calls it."""
+    dist.barrier()
+    folder.chmod(0o555)
+    _override_permissions(False)
+    try:
+        yield
+    finally:
+        _override_permissions(True)
+        dist.barrier()
+        folder.chmod(0o755)
+
+
+def _begins_read_only(folder: Path) -> None:
+    with _read_only(folder):
+        _trainer(folder / "run")
+
+
+def _is_read_only_before(folder: Path) -> None:
+    trainer = _trainer(folder)
+    with _read_only(folder):
+        trainer.train()
+
+
+class _NowReadOnly(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            Path(args.output_dir).chmod(0o555)
+            _override_permissions(False)
+
+
+def _becomes_read_only(folder: Path, arguments: dict[str, Any]) -> None:
+    trainer = _trainer(folder, arguments=arguments, callbacks=[_NowReadOnly()])
+    try:
+        trainer.train()
+    finally:
+        _override_permissions(True)
+
+
+def test_a_folder_that_cannot_be_made_is_named_on_every_rank(ranks, tmp_path):
+    match = r"`output_dir` \('.*run'\) cannot be written on .*Permission denied"
+    ranks(2).raises(_begins_read_only, tmp_path, match=match, kind="OSError", timeout=60)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_first_step(ranks, tmp_path):
+    match = r"`output_dir` \('.*'\) cannot be written on .*Permission denied"
+    ranks(2).raises(_is_read_only_before, tmp_path, match=match, timeout=60)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"async_save": True}], ids=["plain", "async"])
+def test_a_folder_that_becomes_read_only_ends_training_on_every_rank(ranks, tmp_path, arguments):
+    match = f"Permission denied: '{tmp_path}"
+    ranks(2).raises(_becomes_read_only, tmp_path, arguments, match=match, kind="OSError", timeout=60)
+    tmp_path.chmod(0o755)
+    assert [entry.name for entry in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+# What is damaged, and whether the manifest is there to tell.
+FILES = ["model.safetensors", "optimizer/shard-00001*", "scheduler.pt", "rng_state_1.pth"]
+
+
+def _cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def _flip(data: bytes) -> bytes:
+    place = len(data) - 5
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def _resume_from_damaged(folder: Path, cases: list[tuple[str, str, bool]]) -> list[str]:
+    """The error on this rank for each damage."""
+    checkpoint = folder / "checkpoint-1"
+    trainer = _trainer(folder, arguments={"max_steps": 1})
+    trainer.train()
+    manifest, errors = (checkpoint / "manifest.json").read_bytes(), []
+    for pattern, damage, known in cases:
+        dist.barrier()
+        path = next(checkpoint.glob(pattern))
+        whole = path.read_bytes()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            path.write_bytes({"cut": _cut, "flip": _flip}[damage](whole))
+            if not known:
+                (checkpoint / "manifest.json").unlink()
+        dist.barrier()
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+            errors.append("none")
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+        dist.barrier()
+        if dist.get_rank() == 0:
+            path.write_bytes(whole)
+            (checkpoint / "manifest.json").write_bytes(manifest)
+    return errors
+
+
+def test_a_damaged_file_is_named_on_every_rank(ranks, tmp_path):
+    """With the manifest any change; without it what cannot be read."""
+    cases = [(name, damage, True) for name in FILES for damage in ("cut", "flip")]
+    cases += [(name, "cut", False) for name in FILES]
+    for errors in ranks(2).run(_resume_from_damaged, tmp_path, cases, timeout=90):
+        for (name, _, _), error in zip(cases, errors, strict=True):
+            assert error.startswith(("ValueError", "OSError")) and name.rstrip("*") in error, (name, errors)
