@@ -38,6 +38,7 @@ from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.require import override
 from hf_veomni.mesh import is_prepared
 from hf_veomni.trainer.folders import OPTIMIZER_DIRECTORY, check_checkpoint, last_complete_checkpoint, rotate
+from hf_veomni.trainer.position import Position, Reading
 from hf_veomni.trainer.saving import CheckpointSaver
 
 logger = logging.get_logger(__name__)
@@ -86,6 +87,8 @@ class CheckpointingMixin(_Trainer):
 
     _saver: CheckpointSaver | None = None
     _staging: Path | None = None  # in place of the run's directory while a checkpoint is written
+    _resumed: Position | None = None  # where the checkpoint stands that this `train` goes on from
+    _batches_per_epoch = 0  # of each data rank
 
     @override
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -138,6 +141,8 @@ class CheckpointingMixin(_Trainer):
             with together(f"Saving '{root / name}'"):
                 if self.args.should_save:  # again: with the best one's own name
                     self.state.save_to_json(str(root / STAGING / name / TRAINER_STATE_NAME))
+                    done = self.state.global_step, self.state.epoch or 0.0
+                    Position.after(*done, self._batches_per_epoch, self._reading).write(root / STAGING / name)
             self._saver.publish(root / STAGING / name, root / name)
         except Exception:
             # Every step agrees on errors, so no rank writes any more.
@@ -224,9 +229,11 @@ class CheckpointingMixin(_Trainer):
         """Trainer's `train`. With `resume_from_checkpoint=True`, from the newest checkpoint that is complete.
 
         Raises:
-            ValueError: no complete checkpoint there; on every rank.
+            ValueError: no complete checkpoint there, or one from which this run would not go on with the next rows; on
+                every rank.
         """
         checkpoint = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._resumed = None if checkpoint is None else self._find_position(Path(checkpoint))
         try:
             return super().train(checkpoint, *args, **kwargs)
         finally:
@@ -245,18 +252,52 @@ class CheckpointingMixin(_Trainer):
     ) -> tuple[int, int]:
         """Epochs that are done, and batches that are done of the next one.
 
-        The length of a stream is unknown, and Trainer, which takes it for one epoch of `max_steps`, would skip in the
-        first epoch what was read in several. The state tells: its epoch is epochs + batches / (steps * accumulation).
+        Where the checkpoint does not say it, as Trainer counts. The length of a stream is unknown, and Trainer, which
+        takes it for one epoch of `max_steps`, would skip in the first epoch what was read in several. The state tells:
+        its epoch is epochs + batches / (steps * accumulation).
         """
         done = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        if resume_from_checkpoint is None or num_train_epochs < sys.maxsize:
+        if resume_from_checkpoint is None:
+            return done
+        if self.state.global_step >= max_steps and self.args.process_index == 0:
+            logger.warning(
+                f"Nothing is left to train: '{resume_from_checkpoint}' is at step {self.state.global_step}, and this "
+                f"run ends with step {max_steps}, by `max_steps` or `num_train_epochs` and the rows there are."
+            )
+        if self._resumed is not None:
+            return self._resumed.epoch, 0 if self.args.ignore_data_skip else self._resumed.batches(self._reading)
+        if num_train_epochs < sys.maxsize:
             return done
         saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         epochs = max(0, math.ceil(saved.epoch or 0) - 1)
         batches = ((saved.epoch or 0) - epochs) * saved.max_steps * self.args.gradient_accumulation_steps
         return epochs, 0 if self.args.ignore_data_skip else round(batches)
+
+    @override
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """Trainer's, with as many epochs as the steps take that are left, if those before were of another size."""
+        made: Any = super().set_initial_training_values(args, dataloader)
+        epochs, *values, batches, max_steps = made
+        self._batches_per_epoch = batches
+        if self._resumed is not None and args.max_steps > 0 and epochs < sys.maxsize:
+            steps = max(0, max_steps - self._resumed.step)
+            epochs = self._resumed.epochs_until(steps, batches, self._reading)
+        return epochs, *values, batches, max_steps
+
+    @property
+    def _reading(self) -> Reading:
+        return Reading.of(self.args, self.train_dataset, self.parallel_state.dp_size)
+
+    def _find_position(self, checkpoint: Path) -> Position | None:
+        """Where it stands, if this run can go on from there. Collective."""
+        found: Position | None = None
+        with together(f"Looking for the place of '{checkpoint}' in the data"):
+            found = Position.read(checkpoint)
+            if found is not None and not self.args.ignore_data_skip:
+                found.check(self._reading, counts_steps=self.args.max_steps > 0)
+        return found
 
     def _find_checkpoint(self, wanted: str | bool) -> str:
         """Rank 0 looks, since it reads every file of the checkpoint."""
