@@ -202,6 +202,14 @@ class BackgroundWriter:
             pass  # the checkpoint is in its place, or gone
         return BackgroundError(f"Saving '{job['target']}' beside training failed: {why}; out of memory, or killed.")
 
+    def cancel(self) -> None:
+        """Give the save up, if one is under way. The next one starts a process of its own."""
+        process, self._job = self._process if self.busy else None, None
+        if process is not None:
+            process.kill()
+            process.communicate()  # closes what leads to it
+            self._process = None
+
     def close(self, seconds: float) -> None:
         """End the process; a save under way gets so many seconds. It cannot be used any more."""
         self.wait(seconds)

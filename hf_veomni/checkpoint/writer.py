@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,10 @@ def run_job(job: dict[str, Any], memory: memoryview) -> None:
             header, (begin, end) = base64.b64decode(file["header"]), file["range"]
             files[file["name"]] = write_file(staging / file["name"], header, memory[begin:end])
     except OSError as error:
-        write_note(staging, rank, {"error": f"{type(error).__name__}: {error}"})
+        for file in job["files"]:  # on a full disk there is no room for the note otherwise
+            (staging / file["name"]).unlink(missing_ok=True)
+        with suppress(OSError):  # without it, the trainers tell each other
+            write_note(staging, rank, {"error": f"{type(error).__name__}: {error}"})
         raise
     write_note(staging, rank, {"files": files})
     if rank == 0:

@@ -12,8 +12,10 @@ from hf_veomni.checkpoint import BackgroundWriter, agree, together
 from hf_veomni.checkpoint.manifest import Digest, publish, write_manifest
 from hf_veomni.checkpoint.shards import INDEX, Shard, plan_state, write_shard
 from hf_veomni.checkpoint.writer import note_path
+from hf_veomni.trainer.store import Board
 
 _GRACE = 10.0  # seconds that a save under way gets when training ends in an error: a rank may be dead
+_SLICE = 0.5  # seconds between two looks at whether another rank failed
 
 
 class CheckpointSaver:
@@ -91,9 +93,26 @@ class CheckpointSaver:
         target, self._target = self._target, None
         if target is None or self._writer is None:
             return None
-        error = self._error or self._writer.wait()
-        agree(error, f"Saving '{target}' beside training")
+        error = self._wait(self._writer)
+        try:
+            agree(error, f"Saving '{target}' beside training")
+        except Exception:
+            self._writer.cancel()
+            raise
         return target
+
+    def _wait(self, writer: BackgroundWriter) -> Exception | None:
+        """Until it is done, or a rank says that its part failed: rank 0's writer may never hear of it, for the note
+        is a file, and the disk is full."""
+        if self._world == 1:
+            return self._error or writer.wait()
+        board = Board("saving")
+        while True:
+            error = self._error or writer.wait(_SLICE)
+            if error is not None:
+                board.post("failed", self._rank)
+            if error is not None or not writer.busy or board.read("failed") is not None:
+                return error
 
     def close(self) -> None:
         """End the process beside this one; a save under way gets `_GRACE` seconds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,41 @@ def test_a_sharded_checkpoint_of_another_model_is_refused_on_every_rank(ranks, t
     ranks(2).raises(_other_rank, "sp=2", shallow, tmp_path, match="of another model", timeout=60)
     wide = Run(config={"hidden_size": 64}, arguments={"max_steps": 2})
     ranks(2).raises(_other_rank, "sp=2", wide, tmp_path, match="of another model", timeout=60)
+
+
+class _NeverDone(BackgroundWriter):
+    """On rank 1 the part failed, and there was no room for the note that rank 0's writer waits for."""
+
+    failed: Exception | None = None
+
+    def wait(self, seconds: float | None = None) -> Exception | None:
+        if self.failed is None:
+            assert seconds is not None, "waits without looking"
+            time.sleep(seconds)
+        return self.failed
+
+    @property
+    def busy(self) -> bool:
+        return self.failed is None
+
+
+def _last_save(early: bool) -> tuple[str, float]:
+    from hf_veomni.trainer.saving import CheckpointSaver
+
+    saver = CheckpointSaver(beside=True)
+    saver._writer, saver._target = (writer := _NeverDone()), Path("checkpoint-8")
+    if dist.get_rank() == 1:
+        error = OSError("No space left on device")
+        saver._error, writer.failed = (error, None) if early else (None, error)
+    begin = time.monotonic()
+    try:
+        saver.finish()
+    except OSError as error:
+        return str(error), time.monotonic() - begin
+    return "", 0.0
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_the_last_save_ends_where_a_rank_failed_without_a_note(ranks, early):
+    for message, seconds in ranks(2).run(_last_save, early, timeout=30):
+        assert "No space left on device" in message and seconds < 10

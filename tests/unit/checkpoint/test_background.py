@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,11 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_veomni.checkpoint import writer
 from hf_veomni.checkpoint.background import BackgroundError, BackgroundWriter
 from hf_veomni.checkpoint.manifest import find_damage
 from hf_veomni.checkpoint.shards import plan_shard
@@ -95,6 +98,42 @@ def test_errors_come_back(tmp_path: Path, background: BackgroundWriter) -> None:
     assert not (tmp_path / "checkpoint-8").exists()
 
 
+def test_a_full_disk_keeps_no_part_and_gives_room_to_the_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written of the part goes first; and if there is no room even then, the error is that of the part."""
+    staging, whole = begin(tmp_path), writer.write_file
+    files = [{"name": name, "header": "", "range": [0, 4]} for name in ("one", "two")]
+    job = {"staging": str(staging), "target": str(tmp_path / "checkpoint-8"), "rank": 1, "world": 2, "files": files}
+
+    def full(path: Path, header: bytes, data: memoryview) -> Any:
+        known = whole(path, header, data)
+        if path.name == "two":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return known
+
+    def no_note(*args: Any) -> None:
+        assert not (staging / "one").exists()
+        raise OSError(errno.ENOSPC, "No space left on device", "the note")
+
+    monkeypatch.setattr(writer, "write_file", full)
+    with pytest.raises(OSError, match="/two'"):
+        writer.run_job(job, memoryview(b"0123"))
+    assert "No space left" in note_path(staging, 1).read_text()
+    assert not (staging / "one").exists() and not (staging / "two").exists()
+    monkeypatch.setattr(writer, "write_note", no_note)
+    with pytest.raises(OSError, match="/two'"):
+        writer.run_job(job, memoryview(b"0123"))
+
+
+def test_a_save_that_is_given_up_makes_way_for_the_next(tmp_path: Path, background: BackgroundWriter) -> None:
+    background.start([], begin(tmp_path), tmp_path / "checkpoint-8", 0, 2)  # of rank 1 nothing will ever come
+    assert background.wait(0.2) is None and background.busy
+    pid = background.pid
+    background.cancel()
+    assert pid is not None and not background.busy and not Path(f"/proc/{pid}").exists()
+    background.start([], begin(tmp_path, 16), tmp_path / "checkpoint-16", 0, 1)
+    assert background.wait() is None and (tmp_path / "checkpoint-16").is_dir()
+
+
 def test_a_killed_writer_is_told_and_replaced(tmp_path: Path, background: BackgroundWriter) -> None:
     staging = begin(tmp_path)
     background.start([], staging, tmp_path / "checkpoint-8", 0, 2)
@@ -111,6 +150,7 @@ def test_a_killed_writer_is_told_and_replaced(tmp_path: Path, background: Backgr
 _TRAINER = """
 import sys, time
 from pathlib import Path
+from hf_veomni.checkpoint import writer
 from hf_veomni.checkpoint.background import BackgroundWriter
 writer = BackgroundWriter()
 writer.start([], Path(sys.argv[1]), Path(sys.argv[1]).parent, 0, 2)
