@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,19 +96,42 @@ def find_damage(directory: Path, *, contents: bool = False) -> str | None:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    if not entries:
+        return f"its {MANIFEST} names no file"
     for name, (size, _) in entries.items():
-        path = directory / name
-        if "\0" in name or not path.resolve().is_relative_to(directory.resolve()):
+        if "\0" in name or not names_within(directory / name, directory):
             return f"its {MANIFEST} names a file outside of it ('{name}')"
-        if not path.is_file():
-            return f"'{name}' is missing"
-        if path.stat().st_size != size:
-            return f"'{name}' has {path.stat().st_size} bytes, not {size}"
+        if (damage := _damage_of(directory / name, name, size)) is not None:
+            return damage
     if contents:
-        for name, digest in zip(entries, checksums([directory / name for name in entries]), strict=True):
-            if digest != entries[name][1]:
-                return f"the contents of '{name}' have changed (checksum)"
+        with ThreadPoolExecutor(_THREADS) as pool:
+            digests = {name: digest for name, (_, digest) in entries.items()}
+            found = pool.map(lambda name: _changed(directory / name, name, digests[name]), digests)
+            return next(filter(None, found), None)
     return None
+
+
+def _unreadable(name: str, error: OSError) -> str:
+    return f"'{name}' cannot be read ({error.strerror or error})"
+
+
+def _damage_of(path: Path, name: str, size: object) -> str | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return f"'{name}' is missing"
+    except OSError as error:
+        return _unreadable(name, error)
+    if not stat.S_ISREG(found.st_mode):
+        return f"'{name}' is missing"
+    return None if found.st_size == size else f"'{name}' has {found.st_size} bytes, not {size}"
+
+
+def _changed(path: Path, name: str, digest: object) -> str | None:
+    try:
+        return None if checksum(path) == digest else f"the contents of '{name}' have changed (checksum)"
+    except OSError as error:  # a bad sector
+        return _unreadable(name, error)
 
 
 def publish(staging: Path, directory: Path) -> None:

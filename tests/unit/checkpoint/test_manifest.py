@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hf_veomni.checkpoint import manifest
 from hf_veomni.checkpoint.manifest import MANIFEST, STAGING, find_damage, publish, recover, write_manifest
 from hf_veomni.trainer.folders import check_checkpoint, last_complete_checkpoint, rotate
 
@@ -154,10 +156,19 @@ def damage(checkpoint: Path, kind: str) -> None:
         (checkpoint / MANIFEST).write_text('{"files": ["model.safetensors"]}')
     elif kind == "manifest without sizes":
         (checkpoint / MANIFEST).write_text('{"files": {"model.safetensors": {}}}')
+    elif kind == "manifest of nothing":
+        (checkpoint / MANIFEST).write_text('{"version": 1, "files": {}}')
+    elif kind == "link to itself":
+        weights.unlink()
+        weights.symlink_to(weights.name)
+    elif kind == "long name":
+        stored = json.loads((checkpoint / MANIFEST).read_text())
+        stored["files"]["n" * 300] = {"bytes": 0, "sha256": ""}
+        (checkpoint / MANIFEST).write_text(json.dumps(stored))
     elif kind == "outside":
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        manifest["files"]["../secret"] = {"bytes": 0, "sha256": ""}
-        (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+        stored = json.loads((checkpoint / MANIFEST).read_text())
+        stored["files"]["../secret"] = {"bytes": 0, "sha256": ""}
+        (checkpoint / MANIFEST).write_text(json.dumps(stored))
 
 
 @pytest.mark.parametrize(
@@ -170,6 +181,9 @@ def damage(checkpoint: Path, kind: str) -> None:
         ("manifest empty", r"its manifest.json cannot be read"),
         ("manifest of a list", r"its manifest.json cannot be read"),
         ("manifest without sizes", r"its manifest.json cannot be read"),
+        ("manifest of nothing", r"its manifest.json names no file"),
+        ("link to itself", r"'model.safetensors' cannot be read \(Too many levels of symbolic links\)"),
+        ("long name", r"'n{300}' cannot be read \(File name too long\)"),
         ("outside", r"names a file outside of it \('../secret'\)"),
     ],
 )
@@ -186,6 +200,39 @@ def test_damage_is_named_and_hides_no_older_one(
     shutil.rmtree(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match=message):
         last_complete_checkpoint(tmp_path, contents=True)
+
+
+def test_a_bad_sector_hides_no_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 4, "a")
+    save(tmp_path, 8, "b")
+    read = manifest.checksum
+
+    def fails(path: Path) -> str:
+        if path.parent.name == "checkpoint-8":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(manifest, "checksum", fails)
+    assert last_complete_checkpoint(tmp_path, contents=True).name == "checkpoint-4"
+    with pytest.raises(ValueError, match=r"cannot be read \(Input/output error\)"):
+        check_checkpoint(tmp_path / "checkpoint-8")
+
+
+def test_a_snapshot_of_the_hub_cache_is_whole(tmp_path: Path) -> None:
+    """Its files are links to blobs outside of it."""
+    save(tmp_path, 4, "a")
+    snapshot, blobs = tmp_path / "hub/snapshots/abc", tmp_path / "hub/blobs"
+    blobs.mkdir(parents=True)
+    for path in [path for path in (tmp_path / "checkpoint-4").rglob("*") if path.is_file()]:
+        blob = blobs / path.name
+        link = snapshot / path.relative_to(tmp_path / "checkpoint-4")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    check_checkpoint(snapshot)
+    (blobs / "shard").write_text("other")
+    with pytest.raises(ValueError, match="'optimizer/shard' has 5 bytes"):
+        check_checkpoint(snapshot)
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"epoch": 1}'])
