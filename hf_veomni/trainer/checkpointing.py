@@ -167,8 +167,9 @@ class CheckpointingMixin(_Trainer):
             vars(self).update({} if own is None else {"_push_from_checkpoint": own})
 
     def _rotate(self, written: Path) -> None:
-        if self.args.should_save:
-            rotate(written.parent, self.args.save_total_limit, written, self.state.best_model_checkpoint)
+        with together(f"Removing checkpoints of '{written.parent}'"):
+            if self.args.should_save:
+                rotate(written.parent, self.args.save_total_limit, written, self.state.best_model_checkpoint)
 
     def _finish_save(self) -> None:
         """Wait for what is written beside training. Collective, if something is."""
