@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -48,10 +51,34 @@ def make_output_dir(args: Any) -> None:
                 raise OSError(no_place(args.output_dir, error)) from error
 
 
+def _is_number(value: object, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < math.inf  # type: ignore[operator]
+
+
+# What Trainer's state must hold, where it holds it at all: it reads these, and would fail in the middle.
+_STATE: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "global_step": ("a number of steps", lambda value: _is_number(value, int)),
+    "max_steps": ("a number of steps", lambda value: _is_number(value, int)),
+    "epoch": ("a number of epochs", lambda value: value is None or _is_number(value, int, float)),
+    "num_input_tokens_seen": ("a number of tokens", lambda value: _is_number(value, int, float)),
+    "log_history": (
+        "a list of logs",
+        lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value),
+    ),
+    "stateful_callbacks": ("states by their callbacks", lambda value: value is None or isinstance(value, dict)),
+    "best_model_checkpoint": ("a path", lambda value: value is None or isinstance(value, str)),
+}
+
+
 def _unreadable_state(checkpoint: Path) -> str | None:
     """What is wrong with the state that Trainer writes last, in words."""
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+        stored = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        TrainerState(**stored)
+        for name in ("global_step", *stored):
+            meaning, holds = _STATE.get(name, ("", bool))
+            if meaning and not holds(stored[name]):
+                raise ValueError(f"`{name}` ({stored[name]!r:.60}) is not {meaning}")
     except FileNotFoundError:
         return f"no {TRAINER_STATE_NAME} in it"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -67,7 +94,7 @@ def _is_stock(checkpoint: Path) -> bool:
 def _damage(checkpoint: Path, *, contents: bool = False) -> str | None:
     if _is_stock(checkpoint):
         return _unreadable_state(checkpoint) or foreign_training(checkpoint)
-    return find_damage(checkpoint, contents=contents)
+    return find_damage(checkpoint, contents=contents) or _unreadable_state(checkpoint)
 
 
 def _checkpoints(root: Path) -> list[Path]:
@@ -116,9 +143,8 @@ def check_checkpoint(checkpoint: Path, wanted_by: str = "`resume_from_checkpoint
         ValueError: it is missing, incomplete, or its contents have changed.
         UnsupportedError: its optimizer's state is DeepSpeed's or FSDP's.
     """
-    damage = find_damage(checkpoint, contents=True)
-    if damage is not None and not (checkpoint / MANIFEST).exists():
-        damage = _unreadable_state(checkpoint)
+    damage = find_damage(checkpoint, contents=True) if (checkpoint / MANIFEST).exists() else None
+    damage = damage or _unreadable_state(checkpoint)
     if damage is None and (foreign := foreign_training(checkpoint)) is not None:
         raise UnsupportedError(
             f"{wanted_by} ('{checkpoint}') cannot be gone on from: {foreign}. `hf-veomni convert {checkpoint} OUT` "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerControl, TrainerState
 
 from hf_veomni.checkpoint import manifest
 from hf_veomni.checkpoint.manifest import MANIFEST, STAGING, find_damage, publish, recover, write_manifest
@@ -235,16 +236,39 @@ def test_a_snapshot_of_the_hub_cache_is_whole(tmp_path: Path) -> None:
         check_checkpoint(snapshot)
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"epoch": 1}'])
+_WRONG = ('"epoch": "a"', '"epoch": NaN', '"max_steps": null', '"log_history": 3', '"log_history": [1]')
+_WRONG += ('"stateful_callbacks": [1]', '"unknown": 1')
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(None, "", "{", "[]", '{"epoch": 1}', *(f'{{"global_step": {value}}}' for value in ('"x"', -3, 1.5, "true"))),
+        *(f'{{"global_step": 1, {wrong}}}' for wrong in _WRONG),
+    ],
+)
 def test_a_stock_checkpoint_needs_its_state(tmp_path: Path, text: str | None) -> None:
     checkpoint = tmp_path / "checkpoint-3"
     checkpoint.mkdir()
     if text is not None:
         (checkpoint / "trainer_state.json").write_text(text)
-    with pytest.raises(ValueError, match="is missing or incomplete"):
-        check_checkpoint(checkpoint)
-    with pytest.raises(ValueError, match="No complete checkpoint"):
-        last_complete_checkpoint(tmp_path)
+    for described in (False, True):
+        with pytest.raises(ValueError, match="is missing or incomplete .*trainer_state.json"):
+            check_checkpoint(checkpoint)
+        with pytest.raises(ValueError, match="No complete checkpoint"):
+            last_complete_checkpoint(tmp_path)
+        (checkpoint / "weights").write_text("a")
+        if not described:  # a manifest of it makes it no better
+            write_manifest(checkpoint)
+
+
+def test_a_state_of_trainer_is_readable(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    callbacks: Any = [TrainerControl()]
+    state = TrainerState(epoch=1.5, global_step=3, log_history=[{"loss": 1.0}], stateful_callbacks=callbacks)
+    state.save_to_json(str(checkpoint / "trainer_state.json"))
+    check_checkpoint(checkpoint)
     (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
     check_checkpoint(checkpoint)
     assert last_complete_checkpoint(tmp_path) == checkpoint
