@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -37,7 +38,13 @@ from hf_veomni.checkpoint.manifest import STAGING, recover
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.require import override
 from hf_veomni.mesh import is_prepared
-from hf_veomni.trainer.folders import OPTIMIZER_DIRECTORY, check_checkpoint, last_complete_checkpoint, rotate
+from hf_veomni.trainer.folders import (
+    OPTIMIZER_DIRECTORY,
+    check_checkpoint,
+    last_complete_checkpoint,
+    later_checkpoints,
+    rotate,
+)
 from hf_veomni.trainer.position import Position, Reading
 from hf_veomni.trainer.saving import CheckpointSaver
 
@@ -312,10 +319,21 @@ class CheckpointingMixin(_Trainer):
                 else:
                     check_checkpoint(Path(str(wanted)))
                     found = [str(wanted)]
+                    self._tell_of_later_ones(Path(str(wanted)))
         if self.parallel_state.world_size > 1:
             dist.broadcast_object_list(found, src=0)
         assert found[0] is not None
         return found[0]
+
+    def _tell_of_later_ones(self, checkpoint: Path) -> None:
+        if Path(os.path.abspath(checkpoint)).parent != Path(os.path.abspath(self.args.output_dir)):
+            return
+        if later := [found.name for found in later_checkpoints(checkpoint)]:
+            logger.warning(
+                f"'{checkpoint}' is gone on from, and {', '.join(later)} of a later step lie beside it: this run "
+                "leaves them behind. `resume_from_checkpoint=True` takes them while they are there; with "
+                "`save_total_limit` they are removed before what this run writes."
+            )
 
     @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

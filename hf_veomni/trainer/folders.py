@@ -97,10 +97,14 @@ def _damage(checkpoint: Path, *, contents: bool = False) -> str | None:
     return find_damage(checkpoint, contents=contents) or _unreadable_state(checkpoint)
 
 
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def _checkpoints(root: Path) -> list[Path]:
     """The earliest step first."""
     found = [entry for entry in (root.iterdir() if root.is_dir() else ()) if _CHECKPOINT.fullmatch(entry.name)]
-    return sorted(found, key=lambda entry: int(entry.name.rpartition("-")[2]))
+    return sorted(found, key=_step)
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str], *, contents: bool = False) -> Path:
@@ -154,8 +158,17 @@ def check_checkpoint(checkpoint: Path, wanted_by: str = "`resume_from_checkpoint
         raise ValueError(f"{wanted_by} ('{checkpoint}') is missing or incomplete ({damage}): {way_out}.")
 
 
+def later_checkpoints(checkpoint: Path) -> list[Path]:
+    """Those beside it that are whole and of a later step; none beside a folder that is named in another way."""
+    if not _CHECKPOINT.fullmatch(checkpoint.name):
+        return []
+    later = [found for found in _checkpoints(checkpoint.parent) if _step(found) > _step(checkpoint)]
+    return [found for found in later if _damage(found) is None]
+
+
 def rotate(root: Path, limit: int | None, written: Path, best: str | os.PathLike[str] | None) -> list[Path]:
-    """Remove checkpoints until `limit` are left: damaged ones first, then the earliest steps.
+    """Remove checkpoints until `limit` are left: damaged ones first, then those of later steps, the last one first,
+    which a run that went back to an earlier one has left behind, then the earliest steps.
 
     Args:
         limit: `save_total_limit`; None or 0 keeps all.
@@ -167,7 +180,13 @@ def rotate(root: Path, limit: int | None, written: Path, best: str | os.PathLike
     """
     found = _checkpoints(root)
     kept = {written.name, *([Path(best).name] if best is not None else [])}
-    removable = sorted((c for c in found if c.name not in kept), key=lambda c: _damage(c) is None)
+
+    def order(checkpoint: Path) -> tuple[bool, bool, int]:
+        step = _step(checkpoint)
+        left_behind = step > _step(written)
+        return _damage(checkpoint) is None, not left_behind, -step if left_behind else step
+
+    removable = sorted((c for c in found if c.name not in kept), key=order)
     surplus = removable[: max(0, len(found) - limit)] if limit and limit > 0 else []
     for checkpoint in surplus:
         shutil.rmtree(checkpoint, ignore_errors=True)

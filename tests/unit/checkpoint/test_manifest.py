@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState
 
 from hf_veomni.checkpoint import manifest
 from hf_veomni.checkpoint.manifest import MANIFEST, STAGING, find_damage, publish, recover, write_manifest
-from hf_veomni.trainer.folders import check_checkpoint, last_complete_checkpoint, rotate
+from hf_veomni.trainer.folders import check_checkpoint, last_complete_checkpoint, later_checkpoints, rotate
 
 # Calls that change what is on the disk, or order it.
 _CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")
@@ -115,6 +115,10 @@ def names(root: Path) -> set[str]:
         ((2, 4, 8), (8,), 4, 2, None, {"2", "4"}),
         ((4, 8, 12), (), 4, 1, None, {"4"}),  # went back by hand
         ((2, 4, 6, 8), (4, 6), 8, 2, 2, {"2", "8"}),
+        ((4, 6, 8, 12), (), 6, 2, None, {"4", "6"}),  # went back to 4: 8 and 12 are of what was left behind
+        ((4, 6, 8, 12), (4,), 6, 2, None, {"6", "8"}),
+        ((4, 6, 8, 12), (), 6, 3, None, {"4", "6", "8"}),
+        ((4, 6, 8, 12), (), 6, 2, 12, {"6", "12"}),
     ],
 )
 def test_rotation_keeps_what_is_whole_and_the_best(
@@ -129,6 +133,14 @@ def test_rotation_keeps_what_is_whole_and_the_best(
     removed = rotate(tmp_path, limit, tmp_path / f"checkpoint-{written}", kept)
     assert names(tmp_path) == left
     assert {entry.name.removeprefix("checkpoint-") for entry in removed} == before - left
+
+
+def test_later_checkpoints_are_whole_ones_beside_it(tmp_path: Path) -> None:
+    for step in (2, 4, 8, 12):
+        save(tmp_path, step, "a")
+    damage(tmp_path / "checkpoint-8", "truncated")
+    assert [found.name for found in later_checkpoints(tmp_path / "checkpoint-4")] == ["checkpoint-12"]
+    assert not later_checkpoints(tmp_path / "checkpoint-12") and not later_checkpoints(tmp_path / "best")
 
 
 def test_the_manifest_takes_no_file_that_was_cut(tmp_path: Path) -> None:

@@ -145,6 +145,13 @@ def test_refuses_to_go_on_with_other_rows(tmp_path, begun, name):
     assert 0 < len(data.read) < ROWS, "the way out"
 
 
+def test_says_what_is_left_behind(begun, caplog):
+    """Of checkpoints in the run's own folder, when an earlier one is named."""
+    logging.getLogger("transformers").propagate = True
+    train(begun, Noted(), f"{begun}/checkpoint-4", max_steps=4)
+    assert "checkpoint-8 of a later step lie beside it" in caplog.text
+
+
 def test_says_when_nothing_is_left_to_train(tmp_path, begun, caplog):
     with caplog.at_level(logging.WARNING):
         logging.getLogger("transformers").propagate = True
