@@ -43,7 +43,7 @@ _ADAPTERS = "adapters.json"
 MAX_BYTES = 5 * 10**9  # of a file
 # What resuming needs and a plain model has not.
 _LEFT_OUT = (WEIGHTS_DIRECTORY, "optimizer", "optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json")
-_LEFT_OUT += ("training_args.bin", MANIFEST)
+_LEFT_OUT += ("training_args.bin", "data_position.json", MANIFEST)
 _KEPT = (".json", ".txt", ".model", ".jinja")  # beside a torch file: configurations and the tokenizer
 
 
@@ -91,7 +91,7 @@ def convert(
         The files of weights.
 
     Raises:
-        ValueError: a checkpoint that is damaged, is none, or is plain already.
+        ValueError: a checkpoint that is damaged, is none, or is plain already; or a link in it that leads out of it.
         UnsupportedError: a model whose class is none of transformers', or weights of DeepSpeed or FSDP in parts.
     """
     checkpoint, out = Path(checkpoint), Path(out)
@@ -116,10 +116,26 @@ def convert(
     return [out / path.relative_to(staging) for path in written]
 
 
+def _check_links(checkpoint: Path, entry: Path) -> None:
+    """A copy follows links, and what they lead to may be uploaded later: only to files of the folder, or of the Hub's
+    cache that it lies in."""
+    owners = [checkpoint.resolve()]
+    owners += [
+        folder.parent.resolve() / "blobs" for folder in checkpoint.absolute().parents if folder.name == "snapshots"
+    ]
+    for path in (entry, *(entry.rglob("*") if entry.is_dir() else ())):
+        if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(owner) for owner in owners):
+            raise ValueError(
+                f"'{path}' is a link that leads out of the checkpoint (to '{os.path.realpath(path)}'): remove it, or "
+                "put the file itself there."
+            )
+
+
 def _copy_others(checkpoint: Path, staging: Path) -> None:
     for entry in sorted(checkpoint.iterdir()):
         if entry.name in _LEFT_OUT or entry.name.startswith("rng_state"):
             continue
+        _check_links(checkpoint, entry)
         copy: Any = shutil.copytree if entry.is_dir() else shutil.copy2
         copy(entry, staging / entry.name)
 
@@ -156,7 +172,13 @@ def _write_model(
 
 def _build(checkpoint: Path, classes: Sequence[type[PreTrainedModel]]) -> PreTrainedModel:
     """The model of a folder's config.json, on meta."""
-    config = AutoConfig.from_pretrained(checkpoint)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)  # nor ask whether to
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedError(
+            f"The config.json of '{checkpoint}' is none of transformers' ({str(error).splitlines()[0]}), and code "
+            "from a checkpoint is not run: register its class with AutoConfig, and hand the model's over in `classes`."
+        ) from error
     kind = _model_class(config, classes)
     with torch.device("meta"):
         return kind(config)
