@@ -211,6 +211,7 @@ def _write_foreign(
             )
     for entry in checkpoint.iterdir():
         if entry.is_file() and entry.suffix in _KEPT and entry.name not in (*_LEFT_OUT, WEIGHTS_INDEX_NAME):
+            _check_links(checkpoint, entry)
             shutil.copy2(entry, staging / entry.name)
     return _write_plain(model, tensors, staging, max_bytes)
 

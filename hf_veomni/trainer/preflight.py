@@ -39,7 +39,8 @@ _OWN_ARGUMENTS = frozenset(
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of an object without a repr of its own
 _EXCHANGE = 50.0  # seconds for one number in one group, whose connections are made with it
 _SKEW = 10.0  # seconds that one rank may begin with it later than another
-_MOMENTS = {"adamw": 2, "adam": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1}
+# Moments of the size of a parameter, of the optimizers that are known to keep them so; of others none are counted.
+_MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmsprop": 1}
 
 
 def check_before_training(trainer: Any, resume_from_checkpoint: Any) -> None:
@@ -73,11 +74,11 @@ def check_before_training(trainer: Any, resume_from_checkpoint: Any) -> None:
 
 
 def _compare(everyone: list[dict[str, Any]]) -> None:
-    for topic in (name for name in everyone[0] if name not in ("lack", "where")):
-        for name in dict.fromkeys(name for facts in everyone for name in facts[topic]):
+    for topic in (name for name in everyone[0] if isinstance(everyone[0][name], dict)):
+        for name in dict.fromkeys(name for facts in everyone for name in facts.get(topic, ())):
             kinds: dict[str, list[int]] = {}
             for rank, facts in enumerate(everyone):
-                kinds.setdefault(str(facts[topic].get(name, "missing")), []).append(rank)
+                kinds.setdefault(str(facts.get(topic, {}).get(name, "missing")), []).append(rank)
             if len(kinds) > 1:
                 said = "; ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in kinds.items())
                 hosts = sorted({facts["where"] for facts in everyone})
@@ -115,6 +116,7 @@ def _describe(trainer: Any, resume: Any) -> dict[str, dict[str, Any]]:
         "Placement": place,
         "Arguments": {**given, "resume_from_checkpoint": repr(resume)},
         "Data": _describe_data(trainer.train_dataset),
+        **_describe_evaluation(trainer.eval_dataset),
         "Model": model,
     }
 
@@ -131,8 +133,8 @@ def _shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...], str, bool]]:
 def _describe_data(dataset: Any) -> dict[str, Any]:
     """Kind and length, and the contents of three rows where a row is the same whenever it is read."""
     if dataset is None:
-        return {"train_dataset": "none"}
-    found: dict[str, Any] = {"train_dataset": type(dataset).__name__}
+        return {"dataset": "none"}
+    found: dict[str, Any] = {"dataset": type(dataset).__name__}
     if has_length(dataset):
         found["rows"] = len(dataset)
     if isinstance(dataset, datasets.Dataset) and len(dataset):
@@ -141,6 +143,14 @@ def _describe_data(dataset: Any) -> dict[str, Any]:
         for row in sorted({0, len(dataset) // 2, len(dataset) - 1}):
             found[f"row {row}"] = _digest(table[row].to_pylist())
     return found
+
+
+def _describe_evaluation(dataset: Any) -> dict[str, dict[str, Any]]:
+    """Each set by its topic: ranks that evaluate more or fewer rows than others would wait for them."""
+    if not isinstance(dataset, dict):
+        return {"Evaluation data": {**_describe_data(dataset), "sets": "one"}}
+    every = {f"Evaluation data '{name}'": _describe_data(found) for name, found in dataset.items()}
+    return {"Evaluation data": {"sets": sorted(map(str, dataset))}, **every}
 
 
 def _saves(args: Any) -> bool:
@@ -161,7 +171,9 @@ def _lack_of_place(trainer: Any) -> str | None:
             pass
     except OSError as error:
         return no_place(args.output_dir, error)
-    needed, free = checkpoint_bytes(trainer.model, args), shutil.disk_usage(folder).free
+    own = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
+    needed = checkpoint_bytes(trainer.model, args, "the user's" if own else None)
+    free = shutil.disk_usage(folder).free
     if free >= needed or not args.should_save:
         return None
     return (
@@ -171,12 +183,17 @@ def _lack_of_place(trainer: Any) -> str | None:
     )
 
 
-def checkpoint_bytes(model: nn.Module, args: Any) -> int:
-    """Bytes of one checkpoint at least: the weights that are saved, and the optimizer's moments of those trained."""
+def checkpoint_bytes(model: nn.Module, args: Any, optim: object = None) -> int:
+    """Bytes of one checkpoint at least: the weights that are saved, and the optimizer's moments of those trained.
+
+    Args:
+        optim: the name of the optimizer, if it is not that of the arguments.
+    """
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, trains in sizes if trains)
     weights = trained if hasattr(model, "peft_config") else sum(size for size, _ in sizes)
-    kind = str(getattr(args.optim, "value", args.optim)).partition("_")[0]
+    optim = args.optim if optim is None else optim
+    kind = str(getattr(optim, "value", optim))
     return weights + (0 if args.save_only_model else _MOMENTS.get(kind, 0) * trained)
 
 

@@ -222,6 +222,21 @@ def test_data_that_differs_is_named(ranks, kind, name):
     ranks(2).raises(_data, kind, match=rf"Data: `{name}` differs between the ranks", timeout=60)
 
 
+def _evaluation(several: bool) -> None:
+    rows = PackedRows(4 + dist.get_rank(), 0)
+    trainer = _trainer(PackedRows(8, 0))
+    trainer.eval_dataset = {"code": rows, "text": PackedRows(4, 0)} if several else rows
+    trainer.train()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_evaluation_data_that_differs_is_named(ranks, several):
+    match = (
+        rf"Evaluation data{' .code.' if several else ''}: `rows` differs between the ranks: 4 on rank 0; 5 on rank 1"
+    )
+    ranks(2).raises(_evaluation, several, match=match, timeout=60)
+
+
 def _version(package: str) -> None:
     from hf_veomni.trainer import preflight
 

@@ -73,3 +73,17 @@ def test_a_limit_that_is_none_is_refused(value: Any) -> None:
 def test_a_checkpoint_without_its_optimizer_is_none_to_go_on_from() -> None:
     with pytest.raises(ValueError, match="`save_only_model`.*does not go with `enable_jit_checkpoint`"):
         OmniTrainingArguments(output_dir="x", save_only_model=True, enable_jit_checkpoint=True)
+
+
+def test_moments_are_counted_of_optimizers_that_keep_them_so() -> None:
+    """Not those of 8 bits, nor of an optimizer that was handed over."""
+    run = Run()
+    model = run.model()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    found = {}
+    for optim in ("adamw_torch", "adamw_8bit", "adafactor", "sgd"):
+        args = TrainingArguments(**run.all_arguments(optim=optim))
+        found[optim] = preflight.checkpoint_bytes(model, args) / weights
+    assert found == {"adamw_torch": 3.0, "adamw_8bit": 1.0, "adafactor": 1.0, "sgd": 1.0}
+    args = TrainingArguments(**run.all_arguments())
+    assert preflight.checkpoint_bytes(model, args, "handed over") == weights
