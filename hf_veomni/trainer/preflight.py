@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -37,6 +38,7 @@ _OWN_ARGUMENTS = frozenset(
      "report_to", "plan", "hub_token", "trackio_space_id"}
 )  # fmt: skip
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of an object without a repr of its own
+_VISIBLE = 10.0  # seconds in which a file of one machine appears on another
 _EXCHANGE = 50.0  # seconds for one number in one group, whose connections are made with it
 _SKEW = 10.0  # seconds that one rank may begin with it later than another
 # Moments of the size of a parameter, of the optimizers that are known to keep them so; of others none are counted.
@@ -69,6 +71,8 @@ def check_before_training(trainer: Any, resume_from_checkpoint: Any) -> None:
         if found["lack"] is not None:
             raise ValueError(found["lack"])
     _compare(everyone)
+    if _saves(trainer.args):
+        _check_shared(trainer.args, board)
     if state.mesh is not None:
         _try_groups(state, board)
 
@@ -181,6 +185,36 @@ def _lack_of_place(trainer: Any) -> str | None:
         f"of this run takes about {needed / 1e9:.2f} GB: free some, name another disk, or set `save_only_model` or "
         "`save_strategy='no'`."
     )
+
+
+def _check_shared(args: Any, board: Board) -> None:
+    """Each rank writes its part into the same folder: rank 0 puts a file there, for which all look.
+
+    Raises:
+        ValueError: some do not find it.
+    """
+    path = Path(args.output_dir)
+    try:
+        path /= f".seen-by-all-{board.gather('token', secrets.token_hex(8), _EXCHANGE)[0]}"
+        if board.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        board.gather("touched", True, _EXCHANGE)
+        end = time.monotonic() + _VISIBLE
+        while not (seen := path.exists()) and time.monotonic() < end:
+            time.sleep(0.1)
+        everyone = board.gather("seen", seen, _EXCHANGE)
+    except TimeoutError as missing:
+        raise ValueError(f"{missing} said nothing while all looked for a file in `output_dir`.") from missing
+    finally:
+        if board.rank == 0 and path.is_file():
+            path.unlink()
+    if blind := [rank for rank, seen in enumerate(everyone) if not seen]:
+        raise ValueError(
+            f"`output_dir` ('{args.output_dir}') is not the same folder on all ranks: {name_ranks(blind)} cannot see "
+            "what rank 0 writes there, and every rank writes its part of a checkpoint. Name a folder on a disk that "
+            "all machines share, by its absolute path."
+        )
 
 
 def checkpoint_bytes(model: nn.Module, args: Any, optim: object = None) -> int:

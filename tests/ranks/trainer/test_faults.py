@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -235,6 +236,22 @@ def test_evaluation_data_that_differs_is_named(ranks, several):
         rf"Evaluation data{' .code.' if several else ''}: `rows` differs between the ranks: 4 on rank 0; 5 on rank 1"
     )
     ranks(2).raises(_evaluation, several, match=match, timeout=60)
+
+
+def _apart(folder: str) -> None:
+    """Each rank in a folder of its own, as on machines that share no disk."""
+    from hf_veomni.trainer import preflight
+
+    preflight._VISIBLE = 0.5
+    own = Path(folder) / str(dist.get_rank())
+    own.mkdir()
+    os.chdir(own)
+    _trainer(PackedRows(8, 0), output_dir="out", save_strategy="steps").train()
+
+
+def test_a_folder_that_ranks_do_not_share_is_named(ranks, tmp_path):
+    message = r"`output_dir` \(.*out'\) is not the same folder on all ranks: rank 1 cannot see what rank 0 writes"
+    ranks(2).raises(_apart, str(tmp_path), match=message, timeout=60)
 
 
 def _version(package: str) -> None:

@@ -75,6 +75,19 @@ def test_a_checkpoint_without_its_optimizer_is_none_to_go_on_from() -> None:
         OmniTrainingArguments(output_dir="x", save_only_model=True, enable_jit_checkpoint=True)
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "new").write_text("a file where a folder should be")
+    run = Run()
+    args = OmniTrainingArguments(**_saving(run, tmp_path))
+    (tmp_path / "new").unlink()
+    trainer = OmniTrainer(model=run.model(), args=args, **run.data())
+    shutil.rmtree(tmp_path / "new")
+    (tmp_path / "new").write_text("a file where a folder should be")
+    with pytest.raises(ValueError, match=r"`output_dir` \('.*new/run'\) cannot be written on .*\(Not a directory\)"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_moments_are_counted_of_optimizers_that_keep_them_so() -> None:
     """Not those of 8 bits, nor of an optimizer that was handed over."""
     run = Run()
