@@ -307,7 +307,7 @@ def test_packing_notices_another_loss() -> None:
     "arguments",
     [
         ("packing", "--documents", "200", "--max-tokens", "512", "--repeats", "1"),
-        ("headline",),
+        pytest.param(("headline",), marks=pytest.mark.slow),
         pytest.param(("syncs", "--layers", "1", "--device", "cpu"), marks=pytest.mark.slow),
         pytest.param(
             ("loss_memory", "--tokens", "128", "--vocab", "20000", "--hidden", "64", "--repeats", "1"),

@@ -43,6 +43,7 @@ def test_drawing_runs(tmp_path: Path) -> None:
     assert is_picture(tmp_path / "draw.png")
 
 
+@pytest.mark.slow
 def test_listening_runs(tmp_path: Path) -> None:
     few = ["--voices", "m1", "--held_out", "f4", "--max_steps", "2"]
     launch(CONFIG, "examples/listen.py", *few, "--output_dir", str(tmp_path))
