@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import is_torch_version
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -133,6 +134,11 @@ def plan_stages(model: Any, state: ParallelState) -> Stages:
         raise UnsupportedError(
             f"`modules` ({dict(state.plan.modules)}) does not go with `pp_size` ({state.plan.pp_size}): each stage "
             "holds some of the modules alone, and rules are for all of them. Leave the rules out."
+        )
+    if state.plan.pp_stages > 1 and not is_torch_version(">=", "2.13"):
+        raise UnsupportedError(
+            f"`pp_stages` ({state.plan.pp_stages}) needs torch 2.13, and this is {torch.__version__}: 2.11 crashes in "
+            "the backward of several stages of a rank. Leave it at 1."
         )
     chain = find_chain(model)
     ranges = split_model(model, chain, state.plan.pp_size * state.plan.pp_stages, state.plan.pp_layers)
