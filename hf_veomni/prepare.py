@@ -191,10 +191,8 @@ def prepare_omni(
     refuses, all ranks raise.
 
     Raises:
-        ValueError: a plan that does not fit the world, ranks with different plans or models, or a checkpoint that is
-            not the model's.
-        UnsupportedError: the plan asks for something that is not there for this model. Until parameters are sharded
-            the model is as it was then.
+        ValueError: a plan that does not fit the world, ranks that differ in plan or model, another checkpoint.
+        UnsupportedError: what the plan asks for is not there for this model; it stays as it was until it is sharded.
     """
     if lean_loss is not None:
         warnings.warn("`lean_loss` is now called `chunked_loss`.", FutureWarning, stacklevel=2)
