@@ -19,6 +19,9 @@ MODEL ?= $(CHECKPOINT)
 # Further arguments of the command that the target runs, for example ARGS="--max_steps 4".
 ARGS ?=
 
+# Test files that run at the same time: while ranks of one wait for each other, the other has the cores.
+WORKERS ?= 2
+
 # One thread a rank: the ranks share the cores.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -89,10 +92,10 @@ check: $(STAMP)  ## ruff, pyright, layer order
 	$(BIN)/lint-imports
 
 test: check  ## all checks and tests but the slow ones
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(STAMP)  ## all tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # Other versions than the everyday ones, each set in an environment of its own.
 FLOOR_PYTHON ?= python3.12
