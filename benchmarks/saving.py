@@ -11,8 +11,9 @@ on one and on two gloo ranks of one thread each, in rounds in which each comes o
 rounds of what a save takes against stock in the same round, in seconds; `cpu_of_stock` is the same in processor
 seconds of rank 0, which a busy machine changes less; no wait for a disk is in them. Between two saves training pauses
 until what is written beside it has ended: `waits` is the part of the stop in which the last save was waited for. The
-first save of a run is told apart, since it takes the memory for the copy. Exit status 1 if a checkpoint is not whole,
-if its weights differ from the stock Trainer's, or if asynchronous saves stop training for more than 0.1 of stock.
+first save of a run is told apart, since it takes the memory for the copy. A line is printed when a case ends: the
+median of the rounds so far; those of the last round are recorded. Exit status 1 if a checkpoint is not whole, if its
+weights differ from the stock Trainer's, or if asynchronous saves stop training for more than 0.1 of stock.
 """
 
 from __future__ import annotations
@@ -196,6 +197,14 @@ def summarise(runs: list[dict[str, Any]], stock: list[dict[str, Any]]) -> dict[s
     }
 
 
+def describe(row: dict[str, Any]) -> str:
+    against = f"{row['of_stock']:.3f} of stock, {row['cpu_of_stock']:.3f} by processor time"
+    return (
+        f"{row['contender']:8} on {row['ranks']} stops {row['stop']['p50']:7.3f} s ({against}), "
+        f"first {row['first']:.3f} s, {row['bytes'] / 1e9:.2f} GB"
+    )
+
+
 def faults(row: dict[str, Any], runs: list[dict[str, Any]], goal: bool) -> Iterator[str]:
     where = f"{row['contender']} on {row['ranks']}"
     yield from (f"{where}: {run['damage']}" for run in runs if run.get("damage"))
@@ -212,26 +221,17 @@ def main() -> None:
     mp.get_context("forkserver").set_forkserver_preload(["benchmarks.saving"])
     found: dict[tuple[str, int], list[dict[str, Any]]] = {case: [] for case in CASES}
     expected: dict[str, torch.Tensor] = {}
-    for _ in range(options.rounds):
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for number in range(1, options.rounds + 1):
         for case in CASES:
             run, weights = measure(case, options)
             expected = expected or weights
             run["difference"] = max(float((weights[name] - tensor).abs().max()) for name, tensor in expected.items())
             found[case].append(run)
-    rows = [summarise(runs, found[CASES[0]]) for runs in found.values()]
-    for row in rows:
-        against = f"{row['of_stock']:.3f} of stock, {row['cpu_of_stock']:.3f} by processor time"
-        print(
-            f"{row['contender']:8} on {row['ranks']} stops {row['stop']['p50']:7.3f} s ({against}), "
-            f"first {row['first']:.3f} s, {row['bytes'] / 1e9:.2f} GB",
-            flush=True,
-        )
-    record("saving", rows)
-    off = [
-        fault
-        for row, runs in zip(rows, found.values(), strict=True)
-        for fault in faults(row, runs, not options.no_goal)
-    ]
+            rows[case] = row = summarise(found[case], found[CASES[0]])  # stock is the first of a round
+            print(f"{number}/{options.rounds} {describe(row)}", flush=True)
+    record("saving", list(rows.values()))
+    off = [fault for case, row in rows.items() for fault in faults(row, found[case], not options.no_goal)]
     if off:
         sys.exit("\n".join(off))
 
