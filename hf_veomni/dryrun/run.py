@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedConfig
 
@@ -113,6 +114,11 @@ def _record(
     try:
         with encoding(prepared) if encodes else nullcontext():
             return record_step(prepared, batches, fake=True, autocast=mixed_precision)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UnsupportedError(
+            f"{type(hf.base_model(prepared)).__name__} asks for values in its forward ({error.func}), which a dry run "
+            "does not have: its decoder-only relatives can be dry-run, this model on real ranks alone."
+        ) from error
     finally:
         detach_omni(prepared)  # what is process-wide is put back
 
@@ -130,6 +136,8 @@ def _resolve(plan: ParallelPlan | str | None, world_size: int) -> ParallelPlan:
 def _check(kernels: str, rank: int, world_size: int, accumulation: int, skew: float) -> None:
     if kernels not in KERNELS:
         raise ValueError(f"`kernels` ({kernels!r}) must be one of {', '.join(KERNELS)}.")
+    if world_size < 1:
+        raise ValueError(f"`world_size` ({world_size}) must be 1 or more ranks.")
     if not 0 <= rank < world_size:
         raise ValueError(f"`rank` ({rank}) must be one of the {world_size} ranks: 0 to {world_size - 1}.")
     if accumulation < 1:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from hf_veomni import hf
+from hf_veomni.data.halves import split_batch
 from hf_veomni.dryrun.memory import CATEGORIES, Peak
 from hf_veomni.dryrun.record import StepRecorder
 from hf_veomni.dryrun.traffic import Collective, axis_names
 from hf_veomni.fsdp import clip_grad_norm_
 from hf_veomni.mesh import get_parallel_state
+from hf_veomni.pairs import run_pair
 
+Batch = Mapping[str, Any]
 PHASES = ("forward", "backward", "optimizer")
 
 
@@ -29,9 +34,32 @@ class Recorded:
         self.collectives: tuple[Collective, ...] = tuple(recorder.traffic.collectives())
 
 
+def _in_flight(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Sequence[Batch]]:
+    """What runs at a time: one micro-batch, or under pairs two, or the halves of the last one, as OmniTrainer does."""
+    if get_parallel_state(model).plan.overlap != "pairs":
+        yield from ([batch] for batch in batches)
+        return
+    size = hf.text_config(hf.base_model(model)).hidden_size
+    for first in range(0, len(batches), 2):
+        two = batches[first : first + 2]
+        with unset_fake_temporarily():  # positions have values
+            halves = split_batch(two[0], size) if len(two) == 1 else None
+        yield halves or two
+
+
+def _forward(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    def loss(batch: Batch) -> Tensor:
+        return model(**batch, use_cache=False).loss
+
+    if len(batches) == 1:
+        return loss(batches[0])
+    first, second = run_pair(loss, *batches)
+    return first + second
+
+
 def record_step(
     model: nn.Module,
-    batches: Sequence[Mapping[str, Any]],
+    batches: Sequence[Batch],
     *,
     fake: bool,
     autocast: bool = False,
@@ -59,10 +87,10 @@ def record_step(
     with recorder:
         recorder.note_owned(optimizer)
         begin = len(recorder.memory.events)
-        for batch in batches:
+        for given in _in_flight(model, batches):
             recorder.phase = "forward"
             with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
-                loss: Tensor = model(**batch, use_cache=False).loss
+                loss = _forward(model, given)
             end = len(recorder.memory.events)
             recorder.phase = "backward"
             loss.backward()

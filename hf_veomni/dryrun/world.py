@@ -146,6 +146,7 @@ def _substitutes(world_size: int, kernels: str, skew: float) -> Iterator[tuple[s
     yield "hf_veomni.comm.agree", "_world_size", lambda: 1
     yield "hf_veomni.sequence.attach", "check_same_rows", lambda given, state: None
     yield "hf_veomni.expert.forward", "make_routes", partial(balanced_routes, skew)
+    yield "hf_veomni.pairs:_ThreadState", "draws_as", lambda self, other: True  # nothing draws
     yield "hf_veomni.modality.items", "remember", lambda grid, device: as_values(grid)
     if kernels == "cuda":
         yield "hf_veomni.attention.varlen", "has_kernel", lambda device: True
