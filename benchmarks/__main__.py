@@ -33,6 +33,7 @@ SCRIPTS = {
     "balance": False,
     "saving": False,
     "headline": False,
+    "foresight": False,
 }
 
 

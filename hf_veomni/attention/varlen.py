@@ -33,7 +33,7 @@ VARLEN_NAME = "omni_varlen"
 Path = Literal["kernel", "flex", "fused", "blocks"]
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
-_KERNEL_MAX_WIDTH = 256
+KERNEL_MAX_WIDTH = 256
 _KERNEL_TAKES_SINKS = torch.version.hip is None  # whose lse has another shape in torch 2.11
 
 
@@ -257,7 +257,7 @@ def kernel_applies(query: Tensor, key: Tensor, value: Tensor) -> bool:
         has_kernel(query.device)
         and query.dtype in _KERNEL_DTYPES
         and query.dtype == key.dtype == value.dtype
-        and width <= _KERNEL_MAX_WIDTH
+        and width <= KERNEL_MAX_WIDTH
     )
 
 

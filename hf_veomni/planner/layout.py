@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -58,7 +58,8 @@ class Layout:
     """Sizes of the axes, whether layers are checkpointed, and how exchanges are overlapped.
 
     Attributes:
-        overlap: "none" or "chunks".
+        overlap: as a plan's.
+        pp: pipeline stages.
     """
 
     replicate: int
@@ -67,21 +68,20 @@ class Layout:
     ep: int
     checkpointing: bool
     overlap: str = "none"
+    pp: int = 1
 
     @classmethod
     def of(cls, plan: ParallelPlan | str, world_size: int, checkpointing: bool) -> Layout:
-        """That of a plan: its sizes, and its overlap if that is one of the formulas'."""
+        """That of a plan: its sizes and its overlap, without rules for modules."""
         given = ParallelPlan() if plan == "single" else ParallelPlan.parse(plan)
         plan = given.resolve(world_size)
-        overlap = plan.overlap if plan.overlap == "chunks" else "none"
-        return cls(
-            plan.dp_replicate_size, plan.dp_size // plan.dp_replicate_size, plan.sp_size, plan.ep_size, checkpointing,
-            overlap,
-        )  # fmt: skip
+        shard = plan.dp_size // plan.dp_replicate_size
+        sizes = plan.dp_replicate_size, shard, plan.sp_size, plan.ep_size
+        return cls(*sizes, checkpointing, plan.overlap, plan.pp_size)
 
     def changes(self, other: Layout) -> int:
         """How many settings differ."""
-        names = ("replicate", "sp", "ep", "checkpointing", "overlap")
+        names = ("replicate", "sp", "ep", "checkpointing", "overlap", "pp")
         return sum(getattr(self, name) != getattr(other, name) for name in names)
 
     @property
@@ -98,20 +98,38 @@ class Layout:
         return self.replicate * self.shard
 
     @property
-    def world(self) -> int:
+    def stage(self) -> int:
+        """Ranks of a pipeline stage."""
         return self.data * self.sp
 
     @property
+    def world(self) -> int:
+        return self.pp * self.stage
+
+    @property
     def plan(self) -> ParallelPlan:
-        return ParallelPlan(self.replicate, self.shard, self.sp, self.ep, overlap=self.overlap)
+        return ParallelPlan(self.replicate, self.shard, self.sp, self.ep, self.pp, overlap=self.overlap)
 
     def tokens(self, job: Job) -> int:
-        """Tokens of a sequence on one rank."""
+        """Tokens of a packed sequence on one rank."""
         return ceil(job.context / self.sp)
+
+    def sequence(self, job: Job) -> int:
+        """Tokens on one rank of what runs at a time: under pairs without a second micro-batch half a sequence."""
+        halves = self.overlap == "pairs" and self.accumulation(job) == 1
+        return ceil(self.tokens(job) / 2) if halves else self.tokens(job)
+
+    def runs(self, job: Job) -> bool:
+        """Whether it would run: pairs want a second micro-batch, or a sequence of several documents."""
+        return self.overlap != "pairs" or self.accumulation(job) > 1 or 2 * job.document <= job.context
 
     def accumulation(self, job: Job) -> int:
         """Micro-batches of a step on each rank."""
         return job.accumulation if job.batch is None else ceil(job.batch / self.data)
+
+    def has(self, names: Collection[str]) -> bool:
+        """Whether it has any of "pp", "pairs", "chunks"."""
+        return self.overlap in names or (self.pp > 1 and "pp" in names)
 
     def __str__(self) -> str:
         return f"{self.plan}{', checkpointing' if self.checkpointing else ''}"
@@ -122,16 +140,26 @@ def _divisors(number: int) -> list[int]:
 
 
 def layouts(shape: Shape, world_size: int) -> Iterator[Layout]:
-    """Every layout of a world that the package runs for this model: sp up to the query heads, ep that divides both the
-    experts and the ranks that share a replica."""
-    for sp in _divisors(world_size):
-        if sp > shape.heads:
+    """Every layout of a world that the package runs for this model: pp up to the layers, sp up to the query heads, ep
+    that divides both the experts and the ranks that share a replica."""
+    for pp in _divisors(world_size):
+        if pp == 1 or (shape.cuts and pp <= len(shape.order)):
+            yield from _of_stage(shape, world_size // pp, pp)
+
+
+def _of_stage(shape: Shape, ranks: int, pp: int) -> Iterator[Layout]:
+    for sp in _divisors(ranks):
+        if sp > shape.attention.heads:
             continue
-        for shard in _divisors(world_size // sp):
-            replicate = world_size // sp // shard
+        for shard in _divisors(ranks // sp):
+            replicate = ranks // sp // shard
             for ep in _divisors(shard * sp):
-                if ep > 1 and (not shape.experts or shape.experts % ep):
+                if ep > 1 and (not shape.experts or any(number % ep for number in shape.experts)):
                     continue
-                for overlap in ("none", "chunks") if sp > 1 or ep > 1 else ("none",):
+                for overlap in _overlaps(ranks, sp, ep) if pp == 1 else ("none",):
                     for checkpointing in (False, True):
-                        yield Layout(replicate, shard, sp, ep, checkpointing, overlap)
+                        yield Layout(replicate, shard, sp, ep, checkpointing, overlap, pp)
+
+
+def _overlaps(ranks: int, sp: int, ep: int) -> tuple[str, ...]:
+    return ("none", *(["chunks"] if sp > 1 or ep > 1 else []), *(["pairs"] if ranks > 1 else []))

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 
 from hf_veomni.loss.head import default_chunk_tokens
 from hf_veomni.planner.layout import Job, Layout
-from hf_veomni.planner.program import B16, B32, INDEX, Live, walk_layer
-from hf_veomni.planner.shape import Shape, Weight, expert_adapter, iterate_adapters
+from hf_veomni.planner.operations import B16, B32, INDEX, walk_layer
+from hf_veomni.planner.program import Live
+from hf_veomni.planner.shape import Layer, Shape, Weight
+from hf_veomni.planner.stages import cut_shape
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "gathered", "loss", "communication")
 
@@ -44,204 +46,245 @@ def _whole(weights: Iterable[Weight], ranks: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Units:
-    """Bytes of FSDP2's units.
+class _Unit:
+    """Bytes of FSDP2's units of a layer.
 
     Attributes:
-        layer, experts, head, root: as gathered; experts are 0 where they are part of the layer.
-        grown: of gradients in their reduction over those of gradients as the backward makes them.
-        trained: whether the model's own parameters are.
-        layer_trained, experts_trained: of what is trained in a layer's units, as gathered.
-        parameters, optimizer, gradients: on this rank.
-        layer_gradients: on this rank, of one layer.
+        whole, experts: as gathered; experts are 0 where they are part of the layer.
+        trained, experts_trained: of these, what is trained.
+        gradients: on this rank.
+        elements, extra: of the model's own parameters on this rank, and of adapters.
     """
 
-    layer: int
+    whole: int
     experts: int
-    head: int
-    root: int
-    grown: float
-    trained: bool
-    layer_trained: int
+    trained: int
     experts_trained: int
-    parameters: int
-    optimizer: int
     gradients: int
-    layer_gradients: int
+    elements: int
+    extra: int
 
     @classmethod
-    def of(cls, shape: Shape, layout: Layout, job: Job) -> _Units:
-        ranks, apart = layout.fsdp, layout.ep > 1
-        every, routed = shape.experts * shape.expert, shape.experts * expert_adapter(shape, job.lora)
-        dense = _whole(shape.layer, ranks) + (0 if apart else every)
-        extra = _whole(iterate_adapters(shape, job.lora), ranks) + (0 if apart else routed)
+    def of(cls, layer: Layer, layout: Layout, job: Job) -> _Unit:
+        ranks, apart = layout.fsdp, layout.ep > 1 and layer.experts > 0
+        every, routed = layer.experts * layer.expert, layer.experts * layer.expert_adapter(job.lora)
+        dense = _whole(layer.weights, ranks) + (0 if apart else every)
+        extra = _whole(layer.adapters(job.lora), ranks) + (0 if apart else routed)
         experts, more = (every // layout.ep, routed // layout.ep) if apart else (0, 0)
-        outer = _whole((*shape.head, *shape.root), ranks)
-        of_layer = dense // ranks + experts // layout.efsdp
-        local = shape.layers * of_layer + outer // ranks
-        trained = extra // ranks + more // layout.efsdp if job.lora else of_layer
-        total = shape.layers * trained if job.lora else local
+        elements = dense // ranks + experts // layout.efsdp
+        adapters = extra // ranks + more // layout.efsdp
         full = job.lora is None
         return cls(
-            layer=dense * B16 + extra * job.adapter,
+            whole=dense * B16 + extra * job.adapter,
             experts=experts * B16 + more * job.adapter,
-            head=_whole(shape.head, ranks) * B16,
-            root=_whole(shape.root, ranks) * B16,
-            grown=job.reduced / (B16 if full else job.adapter),
-            trained=full,
-            layer_trained=dense * B16 if full else extra * job.adapter,
+            trained=dense * B16 if full else extra * job.adapter,
             experts_trained=experts * B16 if full else more * job.adapter,
-            parameters=local * job.stored + (0 if full else total * job.trained),
-            optimizer=2 * total * job.trained,
-            gradients=total * job.trained,
-            layer_gradients=trained * job.trained,
+            gradients=(elements if full else adapters) * job.trained,
+            elements=elements,
+            extra=adapters,
         )
 
-    def reduced(self, size: int) -> int:
-        return round(size * self.grown)
+    @property
+    def both(self) -> int:
+        return self.whole + self.experts
 
 
 class _Step:
-    """The moments of one step on one rank."""
+    """The moments of one step on one rank.
 
-    def __init__(self, shape: Shape, layout: Layout, job: Job) -> None:
+    Attributes:
+        waiting: bytes that other micro-batches in flight keep.
+    """
+
+    def __init__(self, shape: Shape, layout: Layout, job: Job, held: int = 1) -> None:
+        """
+        Args:
+            shape: of what the rank's stage has.
+            held: micro-batches in flight.
+        """
         self.shape, self.layout, self.job = shape, layout, job
-        self.units = _Units.of(shape, layout, job)
-        self.tokens = layout.tokens(job)
+        self.trained = job.lora is None
+        self.grown = job.reduced / (B16 if self.trained else job.adapter)  # of gradients in their reduction
         self.sharded = layout.fsdp > 1
-        self.stream = self.tokens * shape.width * B16
-        self.walk = walk_layer(shape, layout, job)
-        routes = self.tokens * shape.top_k * INDEX if layout.ep > 1 else 0
-        self.kept = self.stream + routes if layout.checkpointing else self.walk.saved
-        self.tables = 2 * self.tokens * shape.head_width * B16  # of the rotary embeddings
-        accumulates = layout.accumulation(job) > 1
-        self.accumulated = self.units.gradients if accumulates else 0
+        self.flights = 2 if layout.overlap == "pairs" else 1  # sequences at once
+        self.tokens = layout.sequence(job)
+        self.stream = self.flights * self.tokens * shape.width * B16
+        self.units = [_Unit.of(layer, layout, job) for layer in shape.kinds]
+        self.walks = [walk_layer(layer, shape.attention, layout, job, self.tokens) for layer in shape.kinds]
+        self.order = shape.order
+        self.kept = [self._keeps(kind) for kind in range(len(shape.kinds))]
+        self.sums = [0]  # that the layers below keep
+        self.behind = [0]  # gradients on this rank of as many layers from the end
+        for kind, other in zip(self.order, reversed(self.order), strict=True):
+            self.sums.append(self.sums[-1] + self.kept[kind])
+            self.behind.append(self.behind[-1] + self.units[other].gradients)
+        self.head, self.root = (_whole(weights, layout.fsdp) * B16 for weights in (shape.head, shape.root))
+        outer = (self.head + self.root) // B16 // layout.fsdp
+        local = sum(self.units[kind].elements for kind in self.order) + outer
+        extra = sum(self.units[kind].extra for kind in self.order)
+        trained = local if self.trained else extra
+        self.parameters = local * job.stored + (0 if self.trained else extra * job.trained)
+        self.optimizer, self.gradients = 2 * trained * job.trained, trained * job.trained
+        self.accumulated = self.gradients if layout.accumulation(job) > self.flights else 0
         # Until the end there are the last norm's output, of the head's call, tied embeddings with their gradient, and
         # frozen embeddings of the full sequence, which checkpointing has been given.
-        self.tied = self.units.head if not self.units.root else 0
-        self.embedded = layout.sp * self.stream if layout.sp > 1 else 0
-        frozen = layout.checkpointing and not self.units.trained
-        self.held = self.tables + self.stream + (self.embedded if frozen else 0)
+        tables = 2 * self.flights * self.tokens * shape.attention.rotated * B16  # of the rotary embeddings
+        self.tied = self.head if not shape.root and layout.pp == 1 else 0
+        self.embedded = layout.sp * self.stream if layout.sp > 1 and shape.embeds else 0
+        frozen = layout.checkpointing and not self.trained
+        self.tables = tables
+        self.held = tables + self.stream + (self.embedded if frozen else 0)
+        # A message is held until the window ends.
+        messages = layout.accumulation(job) * self.stream * ((not shape.embeds) + (not shape.ends))
+        self.waiting = (held - 1) * (self.sums[-1] + tables + self.stream) + (messages if layout.pp > 1 else 0)
+
+    def _keeps(self, kind: int) -> int:
+        """Bytes that a layer keeps for its backward."""
+        if not self.layout.checkpointing:
+            return self.flights * self.walks[kind].saved
+        routes = self.tokens * self.shape.kinds[kind].top_k * INDEX if self.layout.ep > 1 else 0
+        return self.stream + self.flights * routes
+
+    def _reduced(self, size: int) -> int:
+        return round(size * self.grown)
 
     def moments(self) -> Iterator[tuple[str, dict[str, int]]]:
-        yield "loss", self._loss() if self.units.trained else self._frozen_loss()
+        if self.shape.ends:
+            yield "loss", self._loss() if self.trained else self._frozen_loss()
         if not self.layout.checkpointing:
             yield "forward", self._forward()
-        layers = self.shape.layers
-        for index in sorted({layers - 1, max(layers - 2, 0), 0}, reverse=True):
+        for index in self._edges():
             yield from self._layer(index)
-        if self.units.trained:
+        if self.trained and self.shape.embeds:
             yield "embedding", self._embedding()
-        yield "optimizer", {"gradients": self.units.gradients}
+        yield "optimizer", {"gradients": self.gradients}
+
+    def _edges(self) -> list[int]:
+        """Layers of which one may have the peak: the first and the last one of each kind between its neighbours."""
+        found: dict[tuple, tuple[int, int]] = {}
+        order = self.shape.order
+        for index in range(len(order)):
+            around = (index > 0 and order[index - 1], order[index], index + 1 < len(order) and order[index + 1])
+            key = (*around, index == 0, index + 1 == len(order))
+            found[key] = (found.get(key, (index, index))[0], index)
+        return sorted({index for pair in found.values() for index in pair}, reverse=True)
 
     def _below(self, layers: int) -> int:
         """What so many layers keep. Behind frozen embeddings the first norm has no backward."""
-        frozen = layers and not self.units.trained and not self.layout.checkpointing
-        return layers * self.kept - (2 * self.stream if frozen else 0)
+        frozen = layers and not self.trained and not self.layout.checkpointing and self.shape.embeds
+        return self.sums[layers] - (2 * self.stream if frozen else 0) + self.waiting
 
     def _sharded_gradients(self, layers: int) -> int:
         """Gradients on this rank once the backward is through the head and so many layers."""
         if self.accumulated:
             return self.accumulated
-        head = (
-            0
-            if self.tied
-            else self.units.head // self.layout.fsdp * self.job.trained // B16
-            if self.units.trained
-            else 0
-        )
-        return head + layers * self.units.layer_gradients
+        head = 0 if self.tied or not self.trained else self.head // self.layout.fsdp * self.job.trained // B16
+        return head + self.behind[layers]
 
     def _loss(self) -> dict[str, int]:
-        width, units = self.shape.width, self.units
-        normed = self.tokens * width * (B32 + 2 * B16)  # of the last norm
+        last = self.units[self.order[-1]]
+        normed = self.stream // B16 * (B32 + 2 * B16)  # of the last norm
         return {
-            "activations": self._below(self.shape.layers) + self.held - self.stream + normed,
-            "loss": self.tokens * width * (B32 + B16) + self._block(),
-            "gradients": self.accumulated + (units.head if units.trained else 0),
-            "gathered": units.head if self.sharded else 0,
-            "communication": units.layer + units.experts if self.sharded else 0,
+            "activations": self._below(len(self.order)) + self.held - self.stream + normed,
+            "loss": self.stream // B16 * (B32 + B16) + self._block(),
+            "gradients": self.accumulated + self.flights * (self.head if self.trained else 0),
+            "gathered": self.head if self.sharded else 0,
+            "communication": last.both if self.sharded else 0,
         }
 
     def _frozen_loss(self) -> dict[str, int]:
         """The loss of a head that is not trained has its gradient in the forward."""
-        width, units = self.shape.width, self.units
         return {
-            "activations": self._below(self.shape.layers) + self.held + self.tokens * width * B32,
+            "activations": self._below(len(self.order)) + self.held + self.stream // B16 * B32,
             "loss": 2 * self.stream + self._block(),
             "gradients": self.accumulated,
-            "gathered": units.head if self.sharded else 0,
-            "communication": units.head if self.sharded else 0,
+            "gathered": self.head if self.sharded else 0,
+            "communication": self.head if self.sharded else 0,
         }
 
     def _forward(self) -> dict[str, int]:
         """The forward of the last layer."""
-        live, unit = self.walk.forward, self.units.layer + self.units.experts
-        below = self._below(self.shape.layers - 1) + self.tables + self.embedded
+        last = self.order[-1]
+        live, unit = self.walks[last].forward, self.units[last].both
+        below = self._below(len(self.order) - 1) + self.tables + self.embedded
         return {
-            "activations": below + live.activations,
-            "communication": live.communication + (unit if self.sharded else 0),
+            "activations": below + self.flights * live.activations,
+            "communication": self.flights * live.communication + (unit if self.sharded else 0),
             "gathered": unit + self.tied if self.sharded else 0,
             "gradients": self.accumulated,
         }
 
     def _block(self) -> int:
         """A block of logits and its gradient."""
-        chunk = default_chunk_tokens(self.shape.vocabulary, self.stream, "cuda")
+        stream = self.stream // self.flights
+        chunk = default_chunk_tokens(self.shape.vocabulary, stream, "cuda")
         return 2 * min(chunk, self.tokens) * self.shape.vocabulary * B16
 
     def _layer(self, index: int) -> Iterator[tuple[str, dict[str, int]]]:
         """Moments of the backward of a layer."""
-        units, sharded = self.units, self.sharded
-        apart, last = self.layout.ep > 1, index == self.shape.layers - 1
+        kind = self.order[index]
+        unit, walk, sharded, flights = self.units[kind], self.walks[kind], self.sharded, self.flights
         below = self._below(index) + self.held
-        outer = 0 if self.tied or not units.trained else units.reduced(units.head)
-        behind = outer if last else units.reduced(units.layer_trained)
-        gradients = self._sharded_gradients(self.shape.layers - 1 - index)
-        ahead = (units.layer + units.experts) if index else units.root
-        first, second = self.walk.first, self.walk.second
+        if index + 1 == len(self.order):
+            behind = 0 if self.tied or not self.trained else self._reduced(self.head)
+        else:
+            behind = self._reduced(self.units[self.order[index + 1]].trained)
+        gradients = self._sharded_gradients(len(self.order) - 1 - index)
+        ahead = self.units[self.order[index - 1]].both if index else self.root
 
         def moment(live: Live, gathered: int, sent: int, name: str = "layer") -> tuple[str, dict[str, int]]:
+            again = self.stream if self.layout.checkpointing else 0
             return name, {
-                "activations": below + live.activations + (self.stream if self.layout.checkpointing else 0),
-                "communication": live.communication + (sent if sharded else 0),
+                "activations": below + flights * live.activations + again,
+                "communication": flights * live.communication + (sent if sharded else 0),
                 "gathered": gathered + self.tied if sharded else 0,
-                "gradients": gradients + live.gradients + (self.tied if units.trained else 0),
+                "gradients": gradients + live.gradients + flights * (self.tied if self.trained else 0),
             }
 
+        def during(live: Live) -> Live:  # each sequence has gradients of its own until both are added up
+            return live._replace(gradients=flights * live.gradients)
+
         if self.layout.checkpointing:
-            yield moment(self.walk.again, units.layer + units.experts, ahead + behind)
-        yield from (moment(live, units.layer + units.experts, ahead + behind) for live in first)
-        if apart:
-            experts = units.reduced(units.experts_trained)
-            left = min(first, key=lambda live: live.activations)
-            full = Live(left.activations, 0, units.experts_trained)
-            yield moment(full, units.layer, ahead + experts, "reduction")
+            yield moment(walk.again, unit.both, ahead + behind)
+        yield from (moment(during(live), unit.both, ahead + behind) for live in walk.first)
+        if unit.experts:
+            experts = self._reduced(unit.experts_trained)
+            left = min(walk.first, key=lambda live: live.activations)
+            full = Live(left.activations, 0, unit.experts_trained)
+            yield moment(full, unit.whole, ahead + experts, "reduction")
             behind = experts or behind
-        yield from (moment(live, units.layer, ahead + behind) for live in second)
-        full = Live(self.stream, 0, units.layer_trained)
-        yield moment(full, 0, ahead + units.reduced(units.layer_trained), "reduction")
+        yield from (moment(during(live), unit.whole, ahead + behind) for live in walk.second)
+        full = Live(self.stream // flights, 0, unit.trained)
+        yield moment(full, 0, ahead + self._reduced(unit.trained), "reduction")
 
     def _embedding(self) -> dict[str, int]:
         """The gradient of the hidden states of all tokens of the sequence, and that of the embeddings."""
-        units = self.units
-        full = self.layout.sp * self.stream
-        root = units.root or units.head
+        root = self.root or self.head
+        first = self._reduced(self.units[self.order[0]].trained)
         return {
-            "activations": full + self.held,
-            "gradients": self._sharded_gradients(self.shape.layers) + root,
+            "activations": self.layout.sp * self.stream + self.held + self.waiting,
+            "gradients": self._sharded_gradients(len(self.order)) + self.flights * root,
             "gathered": root if self.sharded else 0,
-            "communication": max(units.reduced(root), units.reduced(units.layer_trained)) if self.sharded else 0,
+            "communication": max(self._reduced(root), first) if self.sharded else 0,
         }
 
 
+def stages_of(shape: Shape, layout: Layout, job: Job) -> list[Memory]:
+    """The peak of a rank, of a step with AdamW: of the first stage, the second one, and the last."""
+    peaks = []
+    for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1}):
+        held = min(layout.pp - stage, layout.accumulation(job))
+        step = _Step(cut_shape(shape, layout.pp)[stage], layout, job, held)
+        found = []
+        for moment, sizes in step.moments():
+            both = {category: sizes.get(category, 0) for category in CATEGORIES}
+            both["parameters"] += step.parameters
+            both["optimizer"] += step.optimizer
+            found.append(Memory(moment, both))
+        peaks.append(max(found, key=lambda memory: memory.total))
+    return peaks
+
+
 def memory_of(shape: Shape, layout: Layout, job: Job) -> Memory:
-    """The peak of a rank, of a step with AdamW."""
-    step = _Step(shape, layout, job)
-    found = []
-    for moment, sizes in step.moments():
-        both = {category: sizes.get(category, 0) for category in CATEGORIES}
-        both["parameters"] += step.units.parameters
-        both["optimizer"] += step.units.optimizer
-        found.append(Memory(moment, both))
-    return max(found, key=lambda memory: memory.total)
+    """The peak of a rank of the fullest stage."""
+    return max(stages_of(shape, layout, job), key=lambda memory: memory.total)

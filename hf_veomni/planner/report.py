@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,15 @@ from typing import TYPE_CHECKING, Any
 from hf_veomni.plan import ACCELERATE_PREFIX
 from hf_veomni.planner.memory import CATEGORIES
 from hf_veomni.planner.search import GIB, Entry, Plans
+
+# Of the categories, and of what the device needs beside tensors.
+_COLORS: dict[str, str] = dict(
+    zip(
+        (*CATEGORIES, "reserved"),
+        ("#4c78a8", "#f58518", "#54a24b", "#9ecae9", "#b279a2", "#eeca3b", "#ff9da6", "#bab0ac"),
+        strict=True,
+    )
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -64,7 +73,8 @@ def render(plans: Plans, count: int = 10) -> Iterable[RenderableType]:
     title = f"{plans.shape.name}, {plans.shape.total / 1e9:.1f}B, {world} x {plans.device.name}, {job.context} tokens"
     fitting = plans.fitting
     table = Table(title=f"{title}\n{len(fitting)} of {len(plans.entries)} layouts fit")
-    for column in ("plan", "ckpt", "GiB", "tokens/s/device", "MFU %", "step s", "exposed s: sp", "ep", "fsdp"):
+    axes = ("sp", "ep", "fsdp", *(["pp", "bubble"] if any(e.layout.pp > 1 for e in fitting[:count]) else []))
+    for column in ("plan", "ckpt", "GiB", "tokens/s/device", "MFU %", "step s", f"exposed s: {axes[0]}", *axes[1:]):
         table.add_column(column, justify="left" if column == "plan" else "right")
     for entry in fitting[:count]:
         parts = entry.time.parts
@@ -75,7 +85,7 @@ def render(plans: Plans, count: int = 10) -> Iterable[RenderableType]:
             f"{entry.tokens_per_second / world:.0f}",
             f"{100 * plans.mfu(entry):.1f}",
             f"{entry.time.seconds:.2f}",
-            *(f"{parts[axis]:.2f}" for axis in ("sp", "ep", "fsdp")),
+            *(f"{parts.get(axis, 0.0):.2f}" for axis in axes),
         )
     yield table
     others = plans.entries[len(fitting) :]
@@ -100,41 +110,60 @@ def draw(plans: Plans, path: str | os.PathLike[str], count: int = 12) -> None:
 
     figure = Figure(figsize=(13, 0.35 * count + 2.2), layout="constrained")
     bars, scatter = figure.subplots(1, 2)
+    job = plans.job
+    figure.suptitle(
+        f"{plans.shape.name} on {plans.world_size} x {plans.device.name}, {job.context:,} tokens", fontsize=11
+    )
     shown = list(reversed(plans.entries[:count]))
     names = [str(entry.layout) for entry in shown]
     left = [0.0] * len(shown)
-    for category in (*CATEGORIES, "reserved"):
+    for category, color in _COLORS.items():
         sizes = [e.reserved if category == "reserved" else e.memory.categories[category] for e in shown]
-        bars.barh(names, [size / GIB for size in sizes], left=left, label=category)
+        bars.barh(names, [size / GIB for size in sizes], left=left, label=category, color=color)
         left = [x + size / GIB for x, size in zip(left, sizes, strict=True)]
     bars.axvline(plans.device.memory_gib, color="black", linestyle="--", linewidth=1)
-    bars.set_xlabel("GiB of a device (dashed: what it has)")
-    bars.set_title(f"{plans.shape.name}, {plans.world_size} ranks, {plans.job.context} tokens")
+    bars.tick_params(axis="y", labelsize=8)
+    bars.set(xlabel="GiB of a device (dashed: what it has)", title="Memory of the first layouts, the best on top")
     bars.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.35, -0.1), ncols=4)
+    _draw_all(plans, scatter)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_all(plans: Plans, axis: Any) -> None:
+    """Memory and speed of all entries, with their Pareto front."""
     points = [((e.memory.total + e.reserved) / GIB, e.tokens_per_second / plans.world_size, e) for e in plans.entries]
-    for fits, color in ((True, "tab:green"), (False, "tab:red")):
+    for fits, color in ((False, "#c8c8c8"), (True, "#54a24b")):
         some = [(x, y) for x, y, entry in points if entry.fits is fits]
-        scatter.scatter(
-            [x for x, _ in some], [y for _, y in some], s=14, color=color, label="fits" if fits else "does not fit"
-        )
+        label = f"{len(some)} fit" if fits else f"{len(some)} do not fit"
+        axis.scatter([x for x, _ in some], [y for _, y in some], s=14, color=color, label=label)
     front, best = [], -1.0
     for x, y, _ in sorted(points, key=lambda point: (point[0], -point[1])):
         if y > best:
             front.append((x, y))
             best = y
-    scatter.step([x for x, _ in front], [y for _, y in front], where="post", color="gray", label="Pareto front")
-    scatter.axvline(plans.device.memory_gib, color="black", linestyle="--", linewidth=1)
-    scatter.set(xscale="log", xlabel="GiB of a device", ylabel="predicted tokens/s per device")
-    scatter.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    axis.step([x for x, _ in front], [y for _, y in front], where="post", color="#4c4c4c", label="most for the memory")
+    if plans.fitting:
+        x, y, _ = points[0]
+        axis.scatter(
+            [x], [y], s=90, facecolors="none", edgecolors="#e45756", linewidths=2, label="the fastest that fits"
+        )
+    axis.axvline(plans.device.memory_gib, color="black", linestyle="--", linewidth=1)
+    axis.set(xscale="log", xlabel="GiB of a device (dashed: what it has)", ylabel="predicted tokens/s of a device")
+    axis.set_title("All layouts")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.legend(fontsize=8)
 
 
-def accelerate_config(plans: Plans, entry: Entry, path: str, purpose: str = "") -> str:
+def accelerate_config(
+    plans: Plans, entry: Entry, path: str, purpose: str = "", dry_run: Mapping[str, int] | None = None
+) -> str:
     """The text of a file for `accelerate launch --config_file` with this entry's plan; the estimate is its header.
 
     Args:
         path: that the file will have.
         purpose: for the header; by default what was planned for.
+        dry_run: bytes at the peak by category that a dry run of the entry found, for the header in place of those by
+            formulas.
     """
     job, device, world = plans.job, plans.device, plans.world_size
     machines = -(-world // device.node)
@@ -145,11 +174,17 @@ def accelerate_config(plans: Plans, entry: Entry, path: str, purpose: str = "") 
         about += f" with documents of up to {job.document:,}"
     if entry.layout.checkpointing:
         about += ", with `activation_checkpointing=True`"
-    sizes = ", ".join(f"{c} {size / GIB:.1f}" for c, size in entry.memory.categories.items() if size >= GIB / 20)
+    if entry.layout.overlap == "pairs":
+        about += ", in OmniTrainer or with `run_pair` (overlap=pairs)"
+    if entry.layout.pp > 1:
+        about += f", {entry.layout.accumulation(job)} micro-batches a step, by `run_window` (pp)"
+    peak = entry.memory.categories if dry_run is None else dry_run
+    sizes = ", ".join(f"{c} {size / GIB:.1f}" for c, size in peak.items() if size >= GIB / 20)
+    by = "by `hf-veomni plan`" if dry_run is None else "by a dry run of the step on one of the ranks"
     estimate = (
-        f"Estimated by `hf-veomni plan`, not measured: {entry.memory.total / GIB:.1f} GiB of tensors a device at the "
-        f"peak ({sizes}), {entry.reserved / GIB:.1f} GiB beside them; {entry.tokens_per_second / world:.0f} tokens/s "
-        "and device."
+        f"Estimated {by}, not measured: {sum(peak.values()) / GIB:.1f} GiB of tensors a device at the peak ({sizes}). "
+        f"By formulas {entry.memory.total / GIB:.1f} GiB, {entry.reserved / GIB:.1f} GiB beside them, and "
+        f"{entry.tokens_per_second / world:.0f} tokens/s and device."
     )
     lines = wrap(f"{world} x {device.name}: {entry.layout.plan}.", 115)
     lines += wrap(f"For: {about}.", 115) + wrap(estimate, 115)

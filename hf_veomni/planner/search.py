@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.build import load_config
+from hf_veomni.plan import nearest
 from hf_veomni.planner.devices import Device, find_device
 from hf_veomni.planner.layout import Job, Layout, layouts
 from hf_veomni.planner.memory import Memory, memory_of
 from hf_veomni.planner.shape import Shape
+from hf_veomni.planner.stages import cut_shape
 from hf_veomni.planner.time import Time, time_of
 from hf_veomni.planner.traffic import Exchange, exchanges
 
 GIB = 2**30
+_LEFT_OUT = ("pp", "pairs", "chunks")
 # Outside of tensors: CUDA's context and libraries (about 0.7 GiB), buffers of NCCL for each communicator, and what the
 # allocator cannot use.
 RESERVED_GIB, COMMUNICATOR_GIB, FRAGMENTED = 1.5, 0.25, 0.03
@@ -76,15 +80,15 @@ class Plans:
         return self.entries[0]
 
     def find(self, layout: Layout) -> Entry:
-        """The entry of a layout.
+        """The entry of a layout, also of one that was not asked for.
 
         Raises:
             ValueError: it is none of this world's.
         """
         found = next((entry for entry in self.entries if entry.layout == layout), None)
-        if found is None:
+        if found is None and layout not in layouts(self.shape, self.world_size):
             raise ValueError(f"'{layout}' is no layout of {self.world_size} ranks for {self.shape.name}.")
-        return found
+        return found or _entry(self.shape, layout, self.job, self.device)
 
     def mfu(self, entry: Entry) -> float:
         """Model FLOPs over what the device could do by its data sheet, in the predicted time."""
@@ -108,6 +112,7 @@ def plan_layouts(
     lora: int | None = None,
     mixed_precision: bool = False,
     fp32: bool = False,
+    without: Collection[str] = (),
 ) -> Plans:
     """Memory and time of every layout of a world, by formulas.
 
@@ -122,6 +127,7 @@ def plan_layouts(
         mixed_precision: bf16 autocast and bf16 gathers, as the Trainer with `bf16=True`: gradients are reduced in
             fp32.
         fp32: parameters, gradients and states of the optimizer are in fp32, with `mixed_precision`.
+        without: what layouts are not to have: "pp" (pipeline stages), "pairs", "chunks" (overlap).
 
     Raises:
         ValueError: a size that is no positive integer, an unknown device, a context beyond the model's.
@@ -136,6 +142,9 @@ def plan_layouts(
             "`fp32` (True) needs `mixed_precision`: the formulas are for a computation in bf16. A dry run takes "
             "another dtype."
         )
+    for name in without:
+        if name not in _LEFT_OUT:
+            raise ValueError(f"`without` has '{name}', which is unknown: {nearest(name, _LEFT_OUT)}.")
     found = find_device(device)
     shape = Shape.of(load_config(model))
     job = Job(context, min(document or context, context), batch, accumulation, lora, mixed_precision, fp32)
@@ -144,14 +153,15 @@ def plan_layouts(
             f"`document` ({job.document}) is longer than the model's context ({shape.context}): pack shorter "
             "documents (`document=`), or change `max_position_embeddings` in the config."
         )
-    entries = [_entry(shape, layout, job, found) for layout in layouts(shape, world_size)]
+    wanted = [layout for layout in layouts(shape, world_size) if layout.runs(job) and not layout.has(without)]
+    entries = [_entry(shape, layout, job, found) for layout in wanted]
     entries.sort(key=lambda e: (not e.fits, -e.tokens_per_second if e.fits else e.over))
     return Plans(shape, found, world_size, job, tuple(entries))
 
 
 def _entry(shape: Shape, layout: Layout, job: Job, device: Device) -> Entry:
     memory, time = memory_of(shape, layout, job), time_of(shape, layout, job, device)
-    sent = tuple(exchanges(shape, layout, job))
+    sent = tuple(exchanges(cut_shape(shape, layout.pp)[min(1, layout.pp - 1)], layout, job))
     groups = len({exchange.axis for exchange in sent})
     reserved = round((RESERVED_GIB + groups * COMMUNICATOR_GIB) * GIB + FRAGMENTED * memory.total)
     over = memory.total + reserved - round(device.memory_gib * GIB)

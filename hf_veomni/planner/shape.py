@@ -1,23 +1,14 @@
-"""What a plan needs to know of a model: its parameters and the kind of its layers, read from it on the meta device."""
+"""What a plan needs to know of a model: sizes of its layers, and of what is around them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-
-from hf_veomni import hf
-from hf_veomni.errors import UnsupportedError
-from hf_veomni.expert import find_experts
-from hf_veomni.fsdp.wrap import plan_units
-from hf_veomni.hf.build import builder
-from hf_veomni.sequence.inspect import ShardPoints, find_shard_points
-
-_ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+from torch import nn
 
 
 class Weight(NamedTuple):
@@ -42,39 +33,136 @@ class Weight(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Attention:
+    """The attention of every layer.
+
+    Attributes:
+        width, values: of a head's queries and keys, and of its values.
+        rotated: columns of a head with a rotary embedding; where these are not all, or `joins`, they are joined to
+            the others, a copy.
+        normed: whether queries and keys are normed.
+        fused: whether queries, keys and values are slices of one projection.
+        latent: what keys and values are made of for all heads, in latent attention (MLA); 0 for others.
+        low: the same of queries; 0 where they are made of the hidden states.
+        complex: whether the rotary embedding multiplies complex numbers in fp32.
+    """
+
+    heads: int
+    key_value_heads: int
+    width: int
+    values: int
+    rotated: int
+    joins: bool = False
+    normed: bool = False
+    fused: bool = False
+    latent: int = 0
+    low: int = 0
+    complex: bool = False
+
+    @property
+    def queries(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.width
+
+    @property
+    def keys(self) -> int:
+        """Width of all key heads together."""
+        return self.key_value_heads * self.width
+
+    @property
+    def out(self) -> int:
+        """Width of what all heads make together."""
+        return self.heads * self.values
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A kind of layer.
+
+    Attributes:
+        weights: all parameters but the experts'.
+        width: hidden size.
+        inner: intermediate size of the dense MLP, or of each expert.
+        fused: whether one projection makes gate and up of the dense MLP.
+        experts, top_k: 0 for a dense layer.
+        shared: intermediate size of the MLP that all tokens go to beside their experts.
+        wide: the router's weights are fp32, and so what they weigh.
+        casts: the router computes in fp32.
+    """
+
+    weights: tuple[Weight, ...]
+    width: int
+    inner: int
+    fused: bool = False
+    experts: int = 0
+    top_k: int = 0
+    shared: int = 0
+    wide: bool = False
+    casts: bool = False
+
+    @cached_property
+    def matmuls(self) -> int:
+        """Elements of the weights that every token is multiplied with, without experts."""
+        return sum(w.size for w in self.weights if w.linear)
+
+    @property
+    def expert(self) -> int:
+        """Elements of one expert."""
+        return 3 * self.width * self.inner if self.experts else 0
+
+    @cached_property
+    def total(self) -> int:
+        return sum(w.size for w in self.weights) + self.experts * self.expert
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token's matmuls read."""
+        return self.matmuls + self.top_k * self.expert
+
+    def adapters(self, rank: int | None) -> Iterator[Weight]:
+        """LoRA weights without those of experts: [r, in] and [out, r] beside each linear layer, and the router."""
+        for weight in self.weights if rank else ():
+            if weight.linear:
+                yield Weight(rank or 0, weight.width)
+                yield Weight(weight.rows, rank or 0)
+
+    def expert_adapter(self, rank: int | None) -> int:
+        """Elements of the LoRA weights of one expert; PEFT has twice the rank on gate and up, one parameter."""
+        if not self.experts or not rank:
+            return 0
+        return 2 * rank * (self.width + 2 * self.inner) + rank * (self.inner + self.width)
+
+
+@dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder of equal layers, and of what is around it.
+    """Sizes of a decoder, and of what is around it.
 
     Attributes:
         name: class of the model.
-        width: hidden size; inner: intermediate size of the dense MLP, or of each expert.
-        layer: parameters of one layer but for its experts.
+        width: hidden size.
+        kinds: of layers; order: the kind of each layer.
         head: parameters of the unit that stays gathered from the end of the forward on: last norm and head.
         root: all others: embeddings, and encoders, whose activations are not counted.
-        normed: whether queries and keys are normed.
-        experts, top_k: 0 for a dense model. wide: the router's weights are fp32, and so what they weigh.
         windows: of each layer, tokens that its attention looks back; 0 for all.
         encoders: parameters of encoders of images, videos and audio.
+        cuts: whether a pipeline can cut it into stages.
+        embeds, ends: of a stage: whether the embeddings, and the head, are in it.
     """
 
     name: str
-    layers: int
     width: int
-    heads: int
-    key_value_heads: int
-    head_width: int
-    inner: int
     vocabulary: int
-    layer: tuple[Weight, ...]
+    attention: Attention
+    kinds: tuple[Layer, ...]
+    order: tuple[int, ...]
     head: tuple[Weight, ...]
     root: tuple[Weight, ...]
-    normed: bool = False
-    experts: int = 0
-    top_k: int = 0
-    wide: bool = False
     context: int = 0
     windows: tuple[int, ...] = ()
     encoders: int = 0
+    cuts: bool = False
+    embeds: bool = True
+    ends: bool = True
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -83,154 +171,35 @@ class Shape:
         Raises:
             UnsupportedError: a model that cannot be cut, or layers that the formulas do not describe.
         """
-        with torch.device("meta"):
-            model: Any = builder(config, torch.bfloat16)()
-        points = find_shard_points(model)
-        text = hf.text_config(model)
-        layer, sizes = _read_layer(model, points)
-        head, root = _read_outer(model, points.layers)
-        heads = int(text.num_attention_heads)
-        return cls(
-            name=type(model).__name__,
-            layers=len(points.layers),
-            width=int(text.hidden_size),
-            heads=heads,
-            key_value_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-            vocabulary=int(text.vocab_size),
-            layer=layer,
-            head=head,
-            root=root,
-            context=int(getattr(text, "max_position_embeddings", 0) or 0),
-            windows=_windows(text, len(points.layers)),
-            encoders=sum(p.numel() for tower in hf.towers(model) for p in tower.parameters()),
-            **sizes,
-        )
+        from hf_veomni.planner.reading import read_shape  # which makes these
+
+        return read_shape(config)
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """Each of them."""
+        return tuple(self.kinds[kind] for kind in self.order)
+
+    @cached_property
+    def counts(self) -> tuple[tuple[Layer, int], ...]:
+        """Each kind, and how many layers are of it."""
+        return tuple((layer, self.order.count(kind)) for kind, layer in enumerate(self.kinds))
 
     @property
-    def queries(self) -> int:
-        """Width of all query heads together."""
-        return self.heads * self.head_width
-
-    @property
-    def keys(self) -> int:
-        """Width of all key heads together, or of all value heads."""
-        return self.key_value_heads * self.head_width
-
-    @property
-    def matmuls(self) -> int:
-        """Elements of the weights of one layer that every token is multiplied with, without experts."""
-        return sum(w.size for w in self.layer if w.linear)
-
-    @property
-    def expert(self) -> int:
-        """Elements of one expert."""
-        return 3 * self.width * self.inner if self.experts else 0
+    def experts(self) -> tuple[int, ...]:
+        """How many each kind with experts has."""
+        return tuple(layer.experts for layer in self.kinds if layer.experts)
 
     @property
     def embedding(self) -> int:
         return self.vocabulary * self.width
 
-    @property
+    @cached_property
     def total(self) -> int:
         """All parameters."""
-        layer = sum(w.size for w in self.layer) + self.experts * self.expert
-        return self.layers * layer + sum(w.size for w in (*self.head, *self.root))
+        return sum(n * layer.total for layer, n in self.counts) + sum(w.size for w in (*self.head, *self.root))
 
-    @property
+    @cached_property
     def active(self) -> int:
         """Parameters that a token's matmuls read, without the head."""
-        return self.layers * (self.matmuls + self.top_k * self.expert)
-
-
-def _refuse(model: nn.Module, what: str) -> NoReturn:
-    raise UnsupportedError(
-        f"`hf-veomni plan` has formulas for layers of q/k/v/o projections, two RMS norms, and a gated MLP or stacked "
-        f"experts, all alike; {type(model).__name__} has {what}. Name a plan, and `hf-veomni dry-run` says what it "
-        "takes."
-    )
-
-
-def _read_layer(model: nn.Module, points: ShardPoints) -> tuple[tuple[Weight, ...], dict[str, Any]]:
-    """Parameters of a layer without its experts, and sizes of its parts, where all layers are alike."""
-    layers = list(points.layers)
-    shapes = [{name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in layers]
-    if any(other != shapes[0] for other in shapes):
-        _refuse(model, "layers of different shapes")
-    if points.mixers or len(points.attentions) != len(layers):
-        _refuse(model, "token mixers that are no attention")
-    attention: Any = points.attentions[0]
-    linear = {module for module in layers[0].modules() if isinstance(module, nn.Linear)}
-    parts = {name: module for name, module in attention.named_children() if module in linear}
-    if parts.keys() != set(_ATTENTION):
-        _refuse(model, f"an attention of {', '.join(parts) or 'no linear layers'}")
-    inside = set(layers[0].modules())
-    experts: list[Any] = [found.experts for found in find_experts(model) if found.experts in inside]
-    rest = {name.rpartition(".")[2]: m for name, m in layers[0].named_modules() if m in linear - set(parts.values())}
-    norms = [m for m in layers[0].modules() if type(m).__name__.endswith("RMSNorm")]
-    width = int(parts["q_proj"].in_features)
-    full = [norm for norm in norms if [p.numel() for p in norm.parameters()] == [width]]
-    head_norms = [norm for norm in norms if norm not in full]
-    if len(full) != 2 or len(head_norms) not in (0, 2) or any(norm not in attention.modules() for norm in head_norms):
-        _refuse(model, f"{len(norms)} RMS norms in a layer, or others")
-    if experts and (len(experts) > 1 or rest or not experts[0].has_gate or experts[0].has_bias):
-        _refuse(model, "experts with biases, without gates, or beside other layers")
-    if not experts and (rest.keys() != set(_MLP) or len(linear) != len(parts) + len(rest)):
-        _refuse(model, f"an MLP of {', '.join(rest) or 'no linear layers'}")
-    stacked = {p for module in experts for p in module.parameters()}
-    own = tuple(Weight.of(p) for p in layers[0].parameters() if p not in stacked)
-    sizes: dict[str, Any] = {
-        "head_width": parts["q_proj"].out_features // int(hf.text_config(model).num_attention_heads),
-        "normed": bool(head_norms),
-        "inner": experts[0].down_proj.numel() // (width * experts[0].num_experts)
-        if experts
-        else rest["gate_proj"].out_features,
-    }
-    if experts:
-        sizes |= {"experts": int(experts[0].num_experts), **_read_router(model, layers[0], width)}
-    return own, sizes
-
-
-def _read_router(model: nn.Module, layer: nn.Module, width: int) -> dict[str, Any]:
-    """How many experts a token goes to, and whether it is weighed in fp32: by a call on the meta device."""
-    for router in layer.modules():
-        top_k = getattr(router, "top_k", None)
-        if isinstance(top_k, int) and any(True for _ in router.parameters(recurse=False)):
-            try:
-                made: Any = router(torch.empty(2, width, dtype=torch.bfloat16, device="meta"))
-            except TypeError:  # which asks for more than hidden states
-                _refuse(model, f"a router ({type(router).__name__}) with arguments of its own")
-            chosen = [x for x in made if isinstance(x, Tensor) and x.shape[-1] == top_k and x.is_floating_point()]
-            return {"top_k": top_k, "wide": any(x.dtype == torch.float32 for x in chosen)}
-    _refuse(model, "a router that does not say how many experts a token goes to")
-
-
-def _read_outer(model: Any, layers: Iterable[nn.Module]) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
-    """Parameters of the unit that keeps its weights, and of the root, as FSDP2 groups them."""
-    inside = {p for layer in layers for p in layer.parameters()}
-    groups = [modules for modules, keep in plan_units(model, {}) if keep]
-    kept = {p for modules in groups for module in modules for p in module.parameters()} - inside
-    others = (p for p in model.parameters() if p not in inside and p not in kept)
-    return tuple(map(Weight.of, kept)), tuple(map(Weight.of, others))
-
-
-def _windows(text: Any, layers: int) -> tuple[int, ...]:
-    window, types = getattr(text, "sliding_window", None) or 0, getattr(text, "layer_types", None)
-    if types is None:
-        slides = window and getattr(text, "use_sliding_window", True)
-        return (window if slides else 0,) * layers
-    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
-
-
-def iterate_adapters(shape: Shape, rank: int | None) -> Iterator[Weight]:
-    """LoRA weights of one layer without its experts: [r, in] and [out, r] beside each linear layer, and the router."""
-    for weight in shape.layer if rank else ():
-        if weight.linear:
-            yield Weight(rank or 0, weight.width)
-            yield Weight(weight.rows, rank or 0)
-
-
-def expert_adapter(shape: Shape, rank: int | None) -> int:
-    """Elements of the LoRA weights of one expert; PEFT has twice the rank on gate and up, which are one parameter."""
-    if not shape.experts or not rank:
-        return 0
-    return 2 * rank * (shape.width + 2 * shape.inner) + rank * (shape.inner + shape.width)
+        return sum(n * layer.active for layer, n in self.counts)

@@ -5,14 +5,16 @@ Shapes: t tokens of this rank; H, K query and key/value heads; D head width; C h
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import ceil
 
 from hf_veomni.expert.dispatch import chunk_sizes, rows_per_token, saves_bytes
 from hf_veomni.expert.forward import CHUNKS
 from hf_veomni.planner.devices import Device
 from hf_veomni.planner.layout import Job, Layout
-from hf_veomni.planner.shape import Shape, Weight, expert_adapter, iterate_adapters
+from hf_veomni.planner.shape import Layer, Shape, Weight
+from hf_veomni.sequence.pipelined import chunk_layouts
 from hf_veomni.sequence.ulysses import head_layout
 
 BYTES = 2  # bf16
@@ -38,6 +40,8 @@ class Exchange:
 
     @property
     def sent(self) -> int:
+        if self.kind == "send":
+            return self.payload
         share = self.payload * (self.ranks - 1) // self.ranks
         return 2 * share if self.kind == "all-reduce" else share
 
@@ -45,6 +49,10 @@ class Exchange:
         """On the links of `device`. Rings leave a node on one rank's link for each rank that the node holds."""
         if self.ranks == 1:
             return 0.0
+        if self.kind == "send":  # to the next stage
+            inside = self.stride < device.node
+            rate, latency = (device.intra_gbs, device.intra_us) if inside else (device.inter_gbs, device.inter_us)
+            return self.sent / (rate * 1e9) + self.calls * latency * 1e-6
         inside = max(1, min(self.ranks, device.node // self.stride))  # ranks of the group in one node
         if inside >= self.ranks:
             return self.sent / (device.intra_gbs * 1e9) + self.calls * device.intra_us * 1e-6
@@ -62,59 +70,107 @@ def _whole(weights: Iterable[Weight], ranks: int) -> int:
     return sum(w.local(ranks) * ranks for w in weights)
 
 
-def sent_rows(shape: Shape, ep: int) -> float:
+def sent_rows(layer: Layer, ep: int) -> float:
     """Rows that a token's pairs take over the link, where routing is even."""
-    if saves_bytes(shape.top_k, shape.experts, ep):
-        return rows_per_token(shape.top_k, shape.experts, ep)
-    return shape.top_k
+    if saves_bytes(layer.top_k, layer.experts, ep):
+        return rows_per_token(layer.top_k, layer.experts, ep)
+    return layer.top_k
 
 
 def exchanges(shape: Shape, layout: Layout, job: Job) -> list[Exchange]:
-    """What a rank takes part in during forward and backward of one micro-batch, but for single numbers."""
-    layers, n = shape.layers, layout.fsdp
-    apart = layout.ep > 1
-    every = shape.experts * shape.expert
-    dense = _whole(shape.layer, n) + (0 if apart else every)
-    routed = shape.experts * expert_adapter(shape, job.lora)
-    extra = _whole(iterate_adapters(shape, job.lora), n) + (0 if apart else routed)
-    layer, experts = BYTES * dense + job.adapter * extra, (BYTES * every + job.adapter * routed) // layout.ep
-    experts = experts if apart else 0
-    head, root = BYTES * _whole(shape.head, n), BYTES * _whole(shape.root, n)
-    trained = job.reduced * (extra if job.lora else dense)
-    reduced = 0 if job.lora else (head + root) * job.reduced // BYTES
-    expert_trained = job.reduced * (routed if job.lora else every) // layout.ep if apart else 0
-    # The unit of norm and head stays until its backward; tied embeddings are in it.
-    outer, units = head + 2 * root, (head > 0) + (root > 0)
-    found = [
-        Exchange("all-gather", "fsdp", n, 2 * layers + units + (root > 0), 2 * layers * layer + outer, 1),
-        Exchange("reduce-scatter", "fsdp", n, layers + units, layers * trained + reduced, 1),
-    ]
-    passes = 3 if layout.checkpointing else 2  # forward, again in the recomputation, and the backward
+    """What a rank takes part in during forward and backward of one micro-batch, but for single numbers.
+
+    Under pairs that is the mean over the micro-batches of a step, of which two share gathers and reductions. `shape`
+    is that of a stage.
+    """
+    found = [*_of_units(shape, layout, job)]
     if layout.sp > 1:
-        t = layout.tokens(job)
-        keys = head_layout(shape.heads, shape.key_value_heads, layout.sp).key_value  # that query heads of a rank read
-        sent = (shape.heads + 2 * sum(last - first for first, last in keys)) * shape.head_width * t * BYTES
-        back = shape.queries * t * BYTES
-        found.append(Exchange("all-to-all", "sp", layout.sp, 2 * passes * layers, passes * layers * (sent + back), 1))
+        found.append(_of_sequences(shape, layout, job))
     if layout.ep > 1:
-        # Rows go there and back, and once more there in a recomputation, which ends at the experts' output; the
-        # router's weights there only; in the backward all the other way. The counts go once.
-        pairs = layout.tokens(job) * shape.top_k
-        each = sent_rows(shape, layout.ep)
-        bundled = each < shape.top_k  # which row a pair is in goes there beside the weights
-        rows, weights = int(layout.tokens(job) * each) * shape.width * BYTES, pairs * (4 if shape.wide else BYTES)
-        calls = layers * (3 * passes + 1 - layout.checkpointing + bundled * (passes - 1))
-        chunks = CHUNKS if layout.overlap == "chunks" else 1
-        once = chunk_sizes(layout.tokens(job), chunks)[-1] / layout.tokens(job) if layout.checkpointing else 0
-        payload = layers * (int((2 * passes - once) * rows) + passes * weights + 8 * shape.experts)
-        payload += layers * bundled * ((passes - 1) * pairs * 4 + 8 * layout.ep)
-        found.append(Exchange("all-to-all", "ep", layout.ep, calls, payload, 1))
-        found += [
-            Exchange("all-gather", "efsdp", layout.efsdp, 2 * layers, 2 * layers * experts, layout.ep),
-            Exchange("reduce-scatter", "efsdp", layout.efsdp, layers, layers * expert_trained, layout.ep),
-        ]
-    if layout.replicate > 1:
-        shards = (layers * trained + reduced) // n + layers * expert_trained // layout.efsdp
-        calls = layers * (2 if expert_trained else 1) + units
-        found.append(Exchange("all-reduce", "dp_replicate", layout.replicate, calls, shards, n))
+        found.append(_of_experts(shape, layout, job))
+    if layout.pp > 1:
+        t = layout.tokens(job)
+        sides = (not shape.embeds) + (not shape.ends)  # hidden states to the next one, gradients to the one before
+        found.append(Exchange("send", "pp", layout.pp, sides, sides * t * shape.width * BYTES, layout.stage))
     return [exchange for exchange in found if exchange.ranks > 1 and exchange.payload]
+
+
+def _of_units(shape: Shape, layout: Layout, job: Job) -> Iterator[Exchange]:
+    """Parameters and gradients, by FSDP2."""
+    n, apart = layout.fsdp, layout.ep > 1
+    gathered = trained = experts = experts_trained = routed_layers = 0
+    for kind, layer in enumerate(shape.kinds):
+        count = shape.order.count(kind)
+        alone = apart and layer.experts > 0
+        every, routed = layer.experts * layer.expert, layer.experts * layer.expert_adapter(job.lora)
+        dense = _whole(layer.weights, n) + (0 if alone else every)
+        extra = _whole(layer.adapters(job.lora), n) + (0 if alone else routed)
+        gathered += count * (BYTES * dense + job.adapter * extra)
+        trained += count * job.reduced * (extra if job.lora else dense)
+        if alone:
+            routed_layers += count
+            experts += count * (BYTES * every + job.adapter * routed) // layout.ep
+            experts_trained += count * job.reduced * (routed if job.lora else every) // layout.ep
+    head, root = BYTES * _whole(shape.head, n), BYTES * _whole(shape.root, n)
+    reduced = 0 if job.lora else (head + root) * job.reduced // BYTES
+    # The unit of norm and head stays until its backward; tied embeddings are in it. Each of a pair gathers it.
+    shared, units, layers = _sharing(layout, job), (head > 0) + (root > 0), len(shape.order)
+    outer = round((2 * head if layout.overlap == "pairs" else head) * shared + 2 * root * shared)
+    reduced = round(reduced * shared)
+    yield Exchange(
+        "all-gather", "fsdp", n, round((2 * layers + units + (root > 0)) * shared),
+        round(2 * gathered * shared) + outer, 1,
+    )  # fmt: skip
+    yield Exchange("reduce-scatter", "fsdp", n, layers + units, round(trained * shared) + reduced, 1)
+    if experts:
+        moved = layout.efsdp, round(2 * routed_layers * shared), round(2 * experts * shared)
+        yield Exchange("all-gather", "efsdp", *moved, layout.ep)
+        moved = layout.efsdp, routed_layers, round(experts_trained * shared)
+        yield Exchange("reduce-scatter", "efsdp", *moved, layout.ep)
+    if layout.replicate > 1:
+        shards = (trained + reduced) // n + experts_trained // layout.efsdp
+        calls = layers + (routed_layers if experts_trained else 0) + units
+        yield Exchange("all-reduce", "dp_replicate", layout.replicate, calls, shards, n)
+
+
+def _sharing(layout: Layout, job: Job) -> float:
+    """Gathers of a micro-batch, where two of a pair have them once."""
+    count = layout.accumulation(job)
+    return ceil(count / 2) / count if layout.overlap == "pairs" else 1
+
+
+def _of_sequences(shape: Shape, layout: Layout, job: Job) -> Exchange:
+    """Tokens for heads and back; values of another width than keys in an exchange of their own."""
+    heads, layers, t = shape.attention, len(shape.order), layout.tokens(job)
+    passes = _passes(layout)
+    spans = head_layout(heads.heads, heads.key_value_heads, layout.sp).key_value  # that query heads of a rank read
+    read = sum(last - first for first, last in spans)
+    sent = heads.queries + read * (heads.width + heads.values)
+    calls = passes * layers * (3 if heads.values != heads.width else 2)
+    if layout.overlap == "chunks":
+        calls *= len(chunk_layouts(head_layout(heads.heads, heads.key_value_heads, layout.sp)))
+    return Exchange("all-to-all", "sp", layout.sp, calls, passes * layers * (sent + heads.out) * t * BYTES, 1)
+
+
+def _of_experts(shape: Shape, layout: Layout, job: Job) -> Exchange:
+    """Rows go there and back, and once more there in a recomputation, which ends at the experts' output; the router's
+    weights there only; in the backward all the other way. In bundles it goes there, too, which row each pair is in.
+    The counts go once."""
+    passes, t, calls, payload = _passes(layout), layout.tokens(job), 0, 0
+    sizes = chunk_sizes(t, CHUNKS if layout.overlap == "chunks" else 1)
+    for kind, layer in enumerate(shape.kinds):
+        layers = shape.order.count(kind) if layer.experts else 0
+        pairs, each = t * layer.top_k, sent_rows(layer, layout.ep)
+        bundled = each < layer.top_k
+        rows, weights = int(t * each) * layer.width * BYTES, pairs * (4 if layer.wide else BYTES)
+        sends = 3 * passes - layout.checkpointing + bundled * (passes - 1)
+        calls += layers * (len(sizes) * sends + 1)
+        # What comes after the experts is computed again where something behind it is saved: an MLP beside them.
+        once = sizes[-1] / t if layout.checkpointing and not layer.shared else 0
+        payload += layers * (int((2 * passes - once) * rows) + passes * weights + 8 * layer.experts)
+        payload += layers * bundled * ((passes - 1) * pairs * 4 + 8 * layout.ep)
+    return Exchange("all-to-all", "ep", layout.ep, calls, payload, 1)
+
+
+def _passes(layout: Layout) -> int:
+    return 3 if layout.checkpointing else 2  # forward, again in the recomputation, and the backward

@@ -74,6 +74,7 @@ def _plan(args: Any, model: Any, dataset: object, peft_config: object) -> Plans:
         lora=None if adapters is None else getattr(adapters, "r", 16),
         mixed_precision=bool(args.bf16),
         fp32=dtype != torch.bfloat16,
+        without=("pp", "pairs"),  # which not every training takes: name them
     )
 
 

@@ -15,10 +15,12 @@ from transformers import (
     AutoModelForCausalLM,
     FNetConfig,
     Gemma2Config,
+    GPTNeoXConfig,
     GptOssConfig,
     LlamaConfig,
     MptConfig,
     PreTrainedConfig,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
 from typer.testing import CliRunner
@@ -115,6 +117,23 @@ def test_memory_of_the_measured_steps(config: PreTrainedConfig, tokens: int, mea
     assert found.total == pytest.approx(measured, rel=0.05)
 
 
+def test_pairs_want_two_sequences() -> None:
+    def overlaps(**options: Any) -> set[str]:
+        plans = plan_layouts(DENSE, 8, "h100-80gb", context=8192, **options)
+        return {entry.layout.overlap for entry in plans.entries if entry.layout.pp == 1}
+
+    assert overlaps() == {"none", "chunks"}
+    assert overlaps(document=4096) == overlaps(accumulation=2) == {"none", "chunks", "pairs"}
+    assert overlaps(document=4096, without=["pairs"]) == {"none", "chunks"}
+
+
+def test_pairs_hide_what_plain_exposes() -> None:
+    plans = plan_layouts(MOE, 16, "h100-80gb", context=32768, accumulation=2)
+    plain, pairs = (plans.find(Layout(1, 1, 16, 16, True, overlap)) for overlap in ("none", "pairs"))
+    exposed = [entry.time.parts["sp"] + entry.time.parts["ep"] for entry in (plain, pairs)]
+    assert exposed[1] < exposed[0] / 2 and pairs.memory.total > plain.memory.total
+
+
 def test_links_between_nodes_cost() -> None:
     device = find_device("h100-80gb")
     slow, fast = (plan_layouts(MOE, 16, d, context=32768) for d in (device, replace(device, node=16)))
@@ -156,8 +175,11 @@ def test_own_device(tmp_path: Path) -> None:
         ({"lora": 0}, ValueError, "`lora` .0."),
         ({"fp32": True}, ValueError, "`fp32` .True. needs `mixed_precision`"),
         ({"model": MptConfig()}, UnsupportedError, "an attention of Wqkv, out_proj.*dry-run"),
+        ({"model": GPTNeoXConfig(num_hidden_layers=2)}, UnsupportedError, "an attention of query_key_value, dense"),
+        ({"model": Qwen2MoeConfig(num_hidden_layers=2)}, UnsupportedError, "an MLP of .*shared_expert_gate"),
+        ({"without": ["pipeline"]}, ValueError, "'pipeline', which is unknown: .*Valid: chunks, pairs, pp"),
         ({"model": FNetConfig()}, UnsupportedError, "has no shard points"),
-        ({"model": GptOssConfig(num_hidden_layers=2)}, UnsupportedError, "has formulas for layers of.*dry-run"),
+        ({"model": GptOssConfig(num_hidden_layers=2)}, UnsupportedError, "self_attn.sinks. .GptOssAttention.*dry-run"),
         ({"model": Gemma2Config(num_hidden_layers=2)}, UnsupportedError, "RMS norms in a layer"),
         ({"model": "./nowhere"}, ValueError, "has no config"),
     ],
