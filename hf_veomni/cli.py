@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hf_veomni import cli_foresight as foresight
 from hf_veomni.support import OUTCOMES, Family
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -243,121 +244,9 @@ def convert(
         console.print(f"{path}  {path.stat().st_size / 1e9:.2f} GB", soft_wrap=True, markup=False)
 
 
-@app.command("dry-run")
-def dry_run(
-    model: Annotated[str, typer.Argument(help="Hub id, folder or path of a config.json.")],
-    world_size: Annotated[int, typer.Option(help="Ranks.")],
-    plan: Annotated[str, typer.Option(help="As in `prepare_omni`: 'sp=8,ep=8' or a yaml file.")] = "",
-    tokens: Annotated[int, typer.Option(help="Tokens of a packed sequence.")] = 4096,
-    documents: Annotated[int, typer.Option(help="Documents of equal length in it.")] = 1,
-    rank: Annotated[int, typer.Option(help="The rank to play.")] = 0,
-    kernels: Annotated[str, typer.Option(help="Choose kernels as on 'cuda' or on 'cpu'.")] = "cuda",
-    dtype: Annotated[str, typer.Option(help="Of the parameters.")] = "bfloat16",
-    mixed_precision: Annotated[bool, typer.Option(help="bf16 autocast and gathers around them.")] = False,
-    checkpointing: Annotated[bool, typer.Option(help="Activation checkpointing of the layers.")] = False,
-    lora: Annotated[int | None, typer.Option(help="Rank of LoRA adapters on all linear layers.")] = None,
-    accumulation: Annotated[int, typer.Option(help="Micro-batches of the step.")] = 1,
-    skew: Annotated[float, typer.Option(help="What this rank's experts get, over their share.")] = 1.0,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result to this file, too.")] = None,
-) -> None:
-    """Memory and traffic of a training step on ranks that are not there: the real code, without a GPU."""
-    import torch
-
-    from hf_veomni import dryrun
-
-    if not 1 <= documents <= tokens // 2:
-        raise typer.BadParameter(f"--documents ({documents}) of --tokens ({tokens}) must be of 2 tokens or more each.")
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise typer.BadParameter(f"--dtype ('{dtype}') is no dtype of torch: use bfloat16 or float32.")
-    lengths = [tokens // documents + (i < tokens % documents) for i in range(documents)]
-    try:
-        found = dryrun.dry_run(
-            model,
-            plan,
-            world_size,
-            tokens=lengths,
-            rank=rank,
-            kernels=kernels,
-            dtype=getattr(torch, dtype),
-            mixed_precision=mixed_precision,
-            checkpointing=checkpointing,
-            lora=lora,
-            accumulation=accumulation,
-            skew=skew,
-        )
-    except ValueError as error:  # of ours, which says what to do
-        raise typer.BadParameter(str(error)) from error
-    for part in found.render():
-        console.print(part)
-    if json_path is not None:
-        json_path.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
-
-
-@app.command()
-def plan(
-    model: Annotated[str, typer.Argument(help="Hub id, folder or path of a config.json.")],
-    world_size: Annotated[int, typer.Option(help="Ranks.")],
-    device: Annotated[str, typer.Option(help="Short name in the table of devices, or a yaml file of your own.")],
-    context: Annotated[int, typer.Option(help="Tokens of a packed sequence.")] = 4096,
-    document: Annotated[int | None, typer.Option(help="Tokens of the longest documents in it; default: all.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Packed sequences of an optimizer step, over all ranks.")] = None,
-    lora: Annotated[int | None, typer.Option(help="Rank of LoRA adapters on all linear layers.")] = None,
-    mixed_precision: Annotated[bool, typer.Option(help="bf16 autocast, gradients reduced in fp32.")] = False,
-    fp32: Annotated[bool, typer.Option(help="Weights and optimizer in fp32, with --mixed-precision.")] = False,
-    count: Annotated[int, typer.Option(help="Rows of the tables.")] = 10,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write all layouts to this file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw memory and speed into this file.")] = None,
-    write: Annotated[Path | None, typer.Option(help="Write accelerate's configuration of the fastest.")] = None,
-) -> None:
-    """Memory and speed of every layout of a world, by formulas: which one to take."""
-    from hf_veomni.planner import plan_layouts, report
-
-    try:
-        found = plan_layouts(
-            model,
-            world_size,
-            device,
-            context=context,
-            document=document,
-            batch=batch,
-            lora=lora,
-            mixed_precision=mixed_precision,
-            fp32=fp32,
-        )
-    except ValueError as error:  # of ours, which says what to do
-        raise typer.BadParameter(str(error)) from error
-    for part in report.render(found, count):
-        console.print(part)
-    if json_path is not None:
-        json_path.write_text(json.dumps(report.to_dict(found), indent=1) + "\n")
-    if picture is not None:
-        report.draw(found, picture)
-    try:
-        best = found.best
-    except ValueError as error:
-        console.print(str(error), style="bold", soft_wrap=True, markup=False)
-        raise typer.Exit(1) from error
-    console.print(f"The fastest that fits: {best.layout}")
-    if write is not None:
-        report.write_accelerate_config(found, best, write)
-
-
-@app.command()
-def doctor(
-    run: Annotated[Path, typer.Argument(help="The output directory of a run with `step_report=True`.")],
-) -> None:
-    """What was wrong with a run, by its step report, and what to do."""
-    from hf_veomni.doctor import diagnose
-
-    try:
-        findings = diagnose(run)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    for found in findings:
-        console.print(f"[bold]{found.name}[/]: {found.measured}", soft_wrap=True, highlight=False)
-        console.print(f"  {found.advice}", soft_wrap=True, markup=False, highlight=False)
-    if not findings:
-        console.print("Nothing stands out.")
+app.command("dry-run")(foresight.dry_run)
+app.command()(foresight.plan)
+app.command()(foresight.doctor)
 
 
 @app.command()

@@ -1,0 +1,145 @@
+"""`hf-veomni plan`, `dry-run` and `doctor`: what a job takes, and what slows a run down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+console = Console()
+
+
+def _check_file(path: Path | None, endings: tuple[str, ...] = ()) -> None:
+    """Refuse a file that cannot be written before anything is computed for it."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"'{path}' is in no folder that there is: make '{path.parent}' first.")
+    if endings and path.suffix not in endings:
+        raise typer.BadParameter(f"'{path}' must end in one of {', '.join(endings)}.")
+
+
+def dry_run(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or path of a config.json.")],
+    world_size: Annotated[int, typer.Option(help="Ranks.")],
+    plan: Annotated[str, typer.Option(help="As in `prepare_omni`: 'sp=8,ep=8' or a yaml file.")] = "",
+    tokens: Annotated[int, typer.Option(help="Tokens of a packed sequence.")] = 4096,
+    documents: Annotated[int, typer.Option(help="Documents of equal length in it.")] = 1,
+    rank: Annotated[int, typer.Option(help="The rank to play.")] = 0,
+    kernels: Annotated[str, typer.Option(help="Choose kernels as on 'cuda' or on 'cpu'.")] = "cuda",
+    dtype: Annotated[str, typer.Option(help="Of the parameters.")] = "bfloat16",
+    mixed_precision: Annotated[bool, typer.Option(help="bf16 autocast and gathers around them.")] = False,
+    checkpointing: Annotated[bool, typer.Option(help="Activation checkpointing of the layers.")] = False,
+    lora: Annotated[int | None, typer.Option(help="Rank of LoRA adapters on all linear layers.")] = None,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches of the step.")] = 1,
+    skew: Annotated[float, typer.Option(help="What this rank's experts get, over their share.")] = 1.0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result to this file, too.")] = None,
+) -> None:
+    """Memory and traffic of a training step on ranks that are not there: the real code, without a GPU."""
+    import torch
+
+    from hf_veomni import dryrun
+
+    _check_file(json_path)
+
+    if not 1 <= documents <= tokens // 2:
+        raise typer.BadParameter(f"--documents ({documents}) of --tokens ({tokens}) must be of 2 tokens or more each.")
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise typer.BadParameter(f"--dtype ('{dtype}') is no dtype of torch: use bfloat16 or float32.")
+    lengths = [tokens // documents + (i < tokens % documents) for i in range(documents)]
+    try:
+        found = dryrun.dry_run(
+            model,
+            plan,
+            world_size,
+            tokens=lengths,
+            rank=rank,
+            kernels=kernels,
+            dtype=getattr(torch, dtype),
+            mixed_precision=mixed_precision,
+            checkpointing=checkpointing,
+            lora=lora,
+            accumulation=accumulation,
+            skew=skew,
+        )
+    except ValueError as error:  # of ours, which says what to do
+        raise typer.BadParameter(str(error)) from error
+    for part in found.render():
+        console.print(part)
+    if json_path is not None:
+        json_path.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or path of a config.json.")],
+    world_size: Annotated[int, typer.Option(help="Ranks.")],
+    device: Annotated[str, typer.Option(help="Short name in the table of devices, or a yaml file of your own.")],
+    context: Annotated[int, typer.Option(help="Tokens of a packed sequence.")] = 4096,
+    document: Annotated[int | None, typer.Option(help="Tokens of the longest documents in it; default: all.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Packed sequences of an optimizer step, over all ranks.")] = None,
+    lora: Annotated[int | None, typer.Option(help="Rank of LoRA adapters on all linear layers.")] = None,
+    mixed_precision: Annotated[bool, typer.Option(help="bf16 autocast, gradients reduced in fp32.")] = False,
+    fp32: Annotated[bool, typer.Option(help="Weights and optimizer in fp32, with --mixed-precision.")] = False,
+    without: Annotated[str, typer.Option(help="What to leave out, of pp, pairs, chunks: 'pp,pairs'.")] = "",
+    accumulation: Annotated[int, typer.Option(help="Micro-batches of a step, where --batch does not say.")] = 1,
+    count: Annotated[int, typer.Option(help="Rows of the tables.")] = 10,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all layouts to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw memory and speed into this file.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Write accelerate's configuration of the fastest.")] = None,
+) -> None:
+    """Memory and speed of every layout of a world, by formulas: which one to take."""
+    from hf_veomni.planner import plan_layouts, report
+
+    for path in (json_path, write):
+        _check_file(path)
+    _check_file(picture, (".png", ".svg", ".pdf"))
+    try:
+        found = plan_layouts(
+            model,
+            world_size,
+            device,
+            context=context,
+            document=document,
+            batch=batch,
+            accumulation=accumulation,
+            lora=lora,
+            mixed_precision=mixed_precision,
+            fp32=fp32,
+            without=[name.strip() for name in without.split(",") if name.strip()],
+        )
+    except ValueError as error:  # of ours, which says what to do
+        raise typer.BadParameter(str(error)) from error
+    for part in report.render(found, count):
+        console.print(part)
+    if json_path is not None:
+        json_path.write_text(json.dumps(report.to_dict(found), indent=1) + "\n")
+    if picture is not None:
+        report.draw(found, picture)
+    try:
+        best = found.best
+    except ValueError as error:
+        console.print(str(error), style="bold", soft_wrap=True, markup=False)
+        raise typer.Exit(1) from error
+    console.print(f"The fastest that fits: {best.layout}")
+    if write is not None:
+        report.write_accelerate_config(found, best, write)
+
+
+def doctor(
+    run: Annotated[Path, typer.Argument(help="The output directory of a run with `step_report=True`.")],
+) -> None:
+    """What was wrong with a run, by its step report, and what to do."""
+    from hf_veomni.doctor import diagnose
+
+    try:
+        findings = diagnose(run)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    for found in findings:
+        console.print(f"[bold]{found.name}[/]: {found.measured}", soft_wrap=True, highlight=False)
+        console.print(f"  {found.advice}", soft_wrap=True, markup=False, highlight=False)
+    if not findings:
+        console.print("Nothing stands out.")
