@@ -11,7 +11,6 @@ recompiles           torch.compile makes graphs after the first steps
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import re
@@ -202,10 +201,10 @@ def _fitting_plan(record: Mapping[str, Any]) -> str:
             mixed_precision=record["mixed"],
             fp32=record["fp32"],
         )
+        now = Layout.of(record["plan"], record["world_size"], record["checkpointing"])
+        entry = plans.find(now)
     except ValueError as error:
         return f"`hf-veomni plan` cannot say what fits: {error}"
-    now = Layout.of(record["plan"], record["world_size"], record["checkpointing"])
-    entry = plans.find(now)
     parts = sorted(entry.memory.categories.items(), key=lambda item: -item[1])
     made = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts if size > GIB / 20)
     peak = f"By formulas the peak of {now} is {entry.memory.total / GIB:.1f} GiB ({made}) at its {entry.memory.moment}"
@@ -282,56 +281,3 @@ def _of_experts(record: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[Find
                 f"Below {FEW_ROWS} rows a matmul does not fill the device: longer sequences, a larger ep, or fewer "
                 "sequence ranks.",
             )
-
-
-def write_page(run: str | os.PathLike[str]) -> Path:
-    """Write the report of a run as one html page without anything from elsewhere. Returns its path."""
-    record, findings = read_record(run), diagnose(run)
-    rows: list[Row] = record["rows"]
-    title = html.escape(f"{record['model']}, {record['plan']}, {record['world_size']} ranks")
-    said = "".join(
-        f"<li><b>{html.escape(f.name)}</b>: {html.escape(f.measured)}. {html.escape(f.advice)}</li>" for f in findings
-    )
-    head = "".join(f"<th>{name}</th>" for name in ("step", *PARTS, "tokens/s", "MFU", "GiB", "balance", "slowest"))
-    lines = "".join(
-        f"<tr><td>{row.step}</td>{''.join(f'<td>{row.parts[p]:.4f}</td>' for p in PARTS)}"
-        f"<td>{row.tokens_per_second:.0f}</td><td>{'' if row.mfu is None else f'{row.mfu:.1%}'}</td>"
-        f"<td>{row.memory_gib:.1f}</td><td>{row.balance:.2f}</td><td>{row.slowest[0]} ({row.slowest[1]:.2f})</td></tr>"
-        for row in rows
-    )
-    path = Path(run) / PAGE
-    path.write_text(
-        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"
-        f"<ul>{said or '<li>Nothing stands out.</li>'}</ul>{_draw(rows)}"
-        f"<table><tr>{head}</tr>{lines}</table>\n"
-    )
-    return path
-
-
-_STYLE = "body{font:15px sans-serif;margin:2em}td,th{padding:2px 10px;text-align:right}h1{font-size:20px}"
-_COLORS = dict(zip(PARTS, ("#e0a030", "#3b7dd8", "#c0392b", "#1f4e8c", "#4a9d5b", "#bbbbbb"), strict=True))
-
-
-def _draw(rows: Sequence[Row], width: int = 900, height: int = 260) -> str:
-    """Stacked bars of seconds, one for each log, as svg."""
-    if not rows:
-        return ""
-    most = max(row.seconds for row in rows) or 1.0
-    step = width / len(rows)
-    bars = []
-    for place, row in enumerate(rows):
-        top = float(height)
-        for part in PARTS:
-            size = row.parts[part] / most * (height - 20)
-            top -= size
-            bars.append(
-                f'<rect x="{place * step + 1:.1f}" y="{top:.1f}" width="{max(step - 2, 1):.1f}" height="{size:.1f}" '
-                f'fill="{_COLORS[part]}"><title>step {row.step}: {part} {row.parts[part]:.4f} s</title></rect>'
-            )
-    legend = "".join(
-        f'<text x="{i * 110}" y="{height + 20}" fill="{_COLORS[p]}">&#9632; {p}</text>' for i, p in enumerate(PARTS)
-    )
-    return (
-        f'<svg width="{width}" height="{height + 30}"><text x="0" y="12">seconds of a step, up to {most:.3f}</text>'
-        f"{''.join(bars)}{legend}</svg>"
-    )

@@ -22,11 +22,12 @@ from transformers import Trainer, TrainerCallback
 
 from hf_veomni import hf
 from hf_veomni.comm import all_gather
-from hf_veomni.doctor import RECORD, Row, write_page
+from hf_veomni.doctor import RECORD, Row
 from hf_veomni.flops import device_peak, token_places
 from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.mesh import ParallelState, get_parallel_state
 from hf_veomni.sequence.backbone import find_layers
+from hf_veomni.step_page import write_page
 from hf_veomni.trainer.loaders import DummyBatch
 from hf_veomni.trainer.step_clock import PHASES, StepClock
 from hf_veomni.trainer.throughput import BatchCount
