@@ -1,20 +1,26 @@
 """Writes the files here that are named after a job, each with the planner's fastest layout that fits.
 
-python accelerate_configs/make.py
+    python accelerate_configs/make.py                      from the formulas and `dry_runs.json`
+    python accelerate_configs/make.py --dry-run NAME ...   dry-run these jobs first ("all": each takes up to a minute)
 
 Sizes are those of the models' own configs.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig, Qwen3VLConfig
 
-from hf_veomni.planner import plan_layouts
+from hf_veomni.dryrun import dry_run
+from hf_veomni.planner import Plans, plan_layouts
 from hf_veomni.planner.report import accelerate_config
+
+DRY_RUNS = Path(__file__).with_name("dry_runs.json")
 
 _LONG: dict[str, Any] = {"max_position_embeddings": 1 << 18, "tie_word_embeddings": False, "head_dim": 128}
 _QWEN: dict[str, Any] = {**_LONG, "vocab_size": 151936}
@@ -78,21 +84,58 @@ JOBS = [
 ]
 
 
+def plans_of(job: Job) -> Plans:
+    return plan_layouts(
+        MODELS[job.model], job.ranks, job.device, context=job.context, document=job.document, lora=job.lora,
+        mixed_precision=True, without=("pp", "pairs"),  # which an Accelerate loop has to be written for
+    )  # fmt: skip
+
+
+def known_dry_runs() -> dict[str, Any]:
+    """By job, what `dry_run_of` has found; of the others the header has the formulas' figures."""
+    return json.loads(DRY_RUNS.read_text()) if DRY_RUNS.exists() else {}
+
+
+def dry_run_of(job: Job) -> dict[str, Any]:
+    """What the step of a job's layout holds at its peak, by the real code."""
+    layout = plans_of(job).best.layout
+    run = dry_run(
+        MODELS[job.model], layout.plan, job.ranks, tokens=[job.document] * (job.context // job.document),
+        mixed_precision=True, checkpointing=layout.checkpointing, lora=job.lora,
+    )  # fmt: skip
+    return {"layout": str(layout), "peak_bytes": run.peak.total, "peak": run.peak.categories}
+
+
 def texts() -> Iterator[tuple[str, str]]:
     """(name of the file, its text)"""
+    known = known_dry_runs()
     for job in JOBS:
-        plans = plan_layouts(
-            MODELS[job.model], job.ranks, job.device, context=job.context, document=job.document, lora=job.lora,
-            mixed_precision=True,
-        )  # fmt: skip
+        plans = plans_of(job)
+        found = known.get(job.name, {})
+        if found and found["layout"] != str(plans.best.layout):
+            raise SystemExit(f"{job.name} is another layout than in {DRY_RUNS.name}: --dry-run {job.name}")
         trained = "full fine-tuning" if job.lora is None else f"LoRA of rank {job.lora}"
         name = f"{job.name}.yaml"
-        yield name, accelerate_config(plans, plans.best, f"accelerate_configs/{name}", f"{trained} of {job.model}")
+        purpose = f"{trained} of {job.model}"
+        yield name, accelerate_config(plans, plans.best, f"accelerate_configs/{name}", purpose, found.get("peak"))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", nargs="+", default=[], metavar="NAME")
+    wanted = parser.parse_args().dry_run
+    known = known_dry_runs()
+    for job in JOBS:
+        if job.name in wanted or wanted == ["all"]:
+            known[job.name] = dry_run_of(job)
+            print(job.name, known[job.name]["layout"], f"{known[job.name]['peak_bytes'] / 2**30:.1f} GiB", flush=True)
+            DRY_RUNS.write_text(json.dumps({key: known[key] for key in sorted(known)}, indent=1) + "\n")
     for name, text in texts():
         (Path(__file__).parent / name).write_text(text)
         plan = text.rpartition("veomni:")[2].partition('"')[0]
         processes = text.partition("num_processes: ")[2].partition("\n")[0]
         print(f"| `{name}` | {processes} | `{plan}` |")  # for the table in docs/configs.md
+
+
+if __name__ == "__main__":
+    main()
