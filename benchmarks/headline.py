@@ -13,7 +13,7 @@ import resource
 from dataclasses import replace
 from typing import Any
 
-from transformers import Qwen3MoeConfig
+from transformers import DeepseekV3Config, Qwen3MoeConfig
 
 from benchmarks._record import record
 from hf_veomni.dryrun import dry_run
@@ -36,12 +36,8 @@ MODELS = {
         **_QWEN, hidden_size=4096, num_hidden_layers=94, num_attention_heads=64, num_key_value_heads=4,
         moe_intermediate_size=1536,
     ),
-    # DeepSeek-V3's sizes in layers of Qwen3's kind: 61 layers, 256 experts of which a token goes to 8, and plain
-    # attention with 8 key/value heads in place of latent attention, first dense layers and shared experts.
-    "671B": Qwen3MoeConfig(
-        **{**_COMMON, "vocab_size": 129280}, num_experts=256, num_experts_per_tok=8, hidden_size=7168,
-        num_hidden_layers=61, num_attention_heads=128, num_key_value_heads=8, moe_intermediate_size=2048,
-    ),
+    # DeepSeek-V3 with latent attention, shared experts and dense first layers, without its second prediction.
+    "671B": DeepseekV3Config(max_position_embeddings=1 << 18),
 }  # fmt: skip
 
 
