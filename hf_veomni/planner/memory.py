@@ -129,7 +129,7 @@ class _Step:
         # Until the end there are the last norm's output, of the head's call, tied embeddings with their gradient, and
         # frozen embeddings of the full sequence, which checkpointing has been given.
         tables = 2 * self.flights * self.tokens * shape.attention.rotated * B16  # of the rotary embeddings
-        self.tied = self.head if not shape.root and layout.pp == 1 else 0
+        self.tied = self.head if shape.tied and layout.pp == 1 else 0
         self.embedded = layout.sp * self.stream if layout.sp > 1 and shape.embeds else 0
         frozen = layout.checkpointing and not self.trained
         self.tables = tables
@@ -259,7 +259,7 @@ class _Step:
 
     def _embedding(self) -> dict[str, int]:
         """The gradient of the hidden states of all tokens of the sequence, and that of the embeddings."""
-        root = self.root or self.head
+        root = self.tied or self.root
         first = self._reduced(self.units[self.order[0]].trained)
         return {
             "activations": self.layout.sp * self.stream + self.held + self.waiting,

@@ -44,7 +44,7 @@ def read_shape(config: Any) -> Shape:
     kinds, attentions = zip(*found.values(), strict=True)
     if any(other != attentions[0] for other in attentions):
         _refuse(model, "layers with attention of different sizes")
-    head, root = _read_outer(model, points.layers)
+    head, root, tied = _read_outer(model, points.layers)
     return Shape(
         name=type(model).__name__,
         width=int(text.hidden_size),
@@ -64,6 +64,7 @@ def read_shape(config: Any) -> Shape:
 def _can_be_cut(model: nn.Module) -> bool:
     try:
         find_chain(model)
+        tied=tied,
     except UnsupportedError:
         return False
     return True
@@ -196,13 +197,20 @@ class _Reader:
         _refuse(self.model, "a router that does not say how many experts a token goes to")
 
 
-def _read_outer(model: Any, layers: Iterable[nn.Module]) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
-    """Parameters of the unit that keeps its weights, and of the root, as FSDP2 groups them."""
+def _read_outer(model: Any, layers: Iterable[nn.Module]) -> tuple[tuple[Weight, ...], tuple[Weight, ...], bool]:
+    """Parameters of the unit that keeps its weights, and of the root, as FSDP2 groups them, and whether the embeddings
+    are in the former. A root whose embeddings are the head's is like it: it is gathered from the loss to the end."""
     inside = {p for layer in layers for p in layer.parameters()}
     groups = [modules for modules, keep in plan_units(model, {}) if keep]
-    kept = {p for modules in groups for module in modules for p in module.parameters()} - inside
-    others = (p for p in model.parameters() if p not in inside and p not in kept)
-    return tuple(map(Weight.of, kept)), tuple(map(Weight.of, others))
+    kept = dict.fromkeys(p for modules in groups for module in modules for p in module.parameters() if p not in inside)
+    embedding, head = (
+        getattr(module, "weight", None) for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    tied = embedding is not None and embedding is head
+    others = [p for p in model.parameters() if p not in inside and p not in kept]
+    if tied and embedding not in kept:
+        kept, others = {**kept, **dict.fromkeys(others)}, []
+    return tuple(map(Weight.of, kept)), tuple(map(Weight.of, others)), tied
 
 
 def _windows(text: Any, layers: int) -> tuple[int, ...]:

@@ -146,6 +146,7 @@ class Shape:
         windows: of each layer, tokens that its attention looks back; 0 for all.
         encoders: parameters of encoders of images, videos and audio.
         cuts: whether a pipeline can cut it into stages.
+        tied: whether the embeddings are the head's, and in its unit.
         embeds, ends: of a stage: whether the embeddings, and the head, are in it.
     """
 
@@ -161,6 +162,7 @@ class Shape:
     windows: tuple[int, ...] = ()
     encoders: int = 0
     cuts: bool = False
+    tied: bool = False
     embeds: bool = True
     ends: bool = True
 

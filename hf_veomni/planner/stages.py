@@ -23,7 +23,7 @@ def cut_shape(shape: Shape, stages: int) -> tuple[Shape, ...]:
                 shape,
                 order=shape.order[own.start : own.stop],
                 windows=shape.windows[own.start : own.stop],
-                root=(shape.root or shape.head) if first else (),
+                root=(shape.head if shape.tied else shape.root) if first else (),
                 head=shape.head if last else (),
                 embeds=first,
                 ends=last,

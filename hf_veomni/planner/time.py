@@ -68,10 +68,11 @@ def time_of(shape: Shape, layout: Layout, job: Job, device: Device) -> Time:
     parts = {name: steps * value for name, value in slowest.parts.items()}
     if layout.pp > 1:
         parts["bubble"] = sum(stage.seconds for stage in found) - slowest.seconds
-        across = Exchange("send", "pp", layout.pp, 1, layout.tokens(job) * shape.width * BYTES, layout.stage)
+        size = layout.tokens(job) * shape.width * BYTES
+        across = Exchange("send", "pp", layout.pp, 1, size, layout.stage, layout.world)
         parts["pp"] = _ways_between(layout.pp, steps) * across.seconds(device)
     trained = max(_trained(stage, layout, job) for stage in stages)
-    parts["optimizer"] = _OPTIMIZER * (2 if job.mixed else 1) * trained / (device.memory_gbs * 1e9)
+    parts["optimizer"] = _OPTIMIZER * job.trained * trained / (device.memory_gbs * 1e9)
     flops = steps * sum(stage.flops for stage in found) / layout.pp
     return Time(parts, steps * slowest.hidden, flops)
 
@@ -101,6 +102,7 @@ def _micro_batch(shape: Shape, layout: Layout, job: Job, device: Device) -> Time
     times = 2 if job.lora else 3  # frozen weights have no gradient
     rate, moved = device.matmul_tflops * 1e12, device.memory_gbs * 1e9
     heads, layers = shape.attention, len(shape.order)
+    fullest = max(last - first for first, last in head_layout(heads.heads, heads.key_value_heads, layout.sp).query)
     dense = routed = bytes_ = 0.0
     for kind, layer in enumerate(shape.kinds):
         count = shape.order.count(kind)
@@ -111,10 +113,10 @@ def _micro_batch(shape: Shape, layout: Layout, job: Job, device: Device) -> Time
     matmul = 2 * t * (times + again) * dense / (rate * _MATMUL_SHARE)
     experts = 2 * t * (times + again) * routed / (device.grouped_tflops * 1e12)
     # The kernel has values as wide as keys; what counts as work are their own columns.
-    seen = 2 * sum(_pairs(job, window) for window in shape.windows) / layout.sp
+    seen = 2 * sum(_pairs(job, window) for window in shape.windows)
     speed = device.whole_tflops if job.document >= job.context else device.attention_tflops
-    attention = 2 * heads.queries * seen * (3.5 + again) / (speed * 1e12)
-    forward = (heads.queries + heads.out) * seen
+    attention = 2 * fullest * heads.width * seen * (3.5 + again) / (speed * 1e12)
+    forward = (heads.queries + heads.out) * seen / layout.sp
     rest = t * bytes_ * (_RECOMPUTED if again else 1) / moved
     head = 2 * t * shape.embedding if shape.ends else 0
     loss = times * head / (rate * _LOSS_SHARE)

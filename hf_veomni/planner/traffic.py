@@ -5,9 +5,11 @@ Shapes: t tokens of this rank; H, K query and key/value heads; D head width; C h
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import ceil
+from functools import lru_cache
+from math import ceil, lcm
 
 from hf_veomni.expert.dispatch import chunk_sizes, rows_per_token, saves_bytes
 from hf_veomni.expert.forward import CHUNKS
@@ -29,6 +31,7 @@ class Exchange:
         calls: how many.
         payload: bytes of the full tensors of all calls.
         stride: between neighbours of the group, in ranks: how far the group reaches over the nodes.
+        world: ranks of all groups, of which the slowest one counts.
     """
 
     kind: str
@@ -37,6 +40,7 @@ class Exchange:
     calls: int
     payload: int
     stride: int
+    world: int
 
     @property
     def sent(self) -> int:
@@ -53,7 +57,7 @@ class Exchange:
             inside = self.stride < device.node
             rate, latency = (device.intra_gbs, device.intra_us) if inside else (device.inter_gbs, device.inter_us)
             return self.sent / (rate * 1e9) + self.calls * latency * 1e-6
-        inside = max(1, min(self.ranks, device.node // self.stride))  # ranks of the group in one node
+        inside = _fewest(self.ranks, self.stride, self.world, device.node)
         if inside >= self.ranks:
             return self.sent / (device.intra_gbs * 1e9) + self.calls * device.intra_us * 1e-6
         if self.kind == "all-to-all":
@@ -63,6 +67,17 @@ class Exchange:
         else:
             moved = self.sent / (min(device.intra_gbs, inside * device.inter_gbs) * 1e9)
         return moved + self.calls * device.inter_us * 1e-6
+
+
+@lru_cache(maxsize=4096)
+def _fewest(ranks: int, stride: int, world: int, node: int) -> int:
+    """Ranks of a group that share a node, where they are fewest: groups may begin in the midst of a node."""
+    size, fewest = ranks * stride, ranks
+    for begin in range(0, min(world, lcm(size, node)), size):
+        for first in range(begin, begin + min(stride, node)):
+            nodes = Counter(rank // node for rank in range(first, first + size, stride))
+            fewest = min(fewest, *nodes.values())
+    return fewest
 
 
 def _whole(weights: Iterable[Weight], ranks: int) -> int:
@@ -91,7 +106,9 @@ def exchanges(shape: Shape, layout: Layout, job: Job) -> list[Exchange]:
     if layout.pp > 1:
         t = layout.tokens(job)
         sides = (not shape.embeds) + (not shape.ends)  # hidden states to the next one, gradients to the one before
-        found.append(Exchange("send", "pp", layout.pp, sides, sides * t * shape.width * BYTES, layout.stage))
+        found.append(
+            Exchange("send", "pp", layout.pp, sides, sides * t * shape.width * BYTES, layout.stage, layout.world)
+        )
     return [exchange for exchange in found if exchange.ranks > 1 and exchange.payload]
 
 
@@ -119,18 +136,18 @@ def _of_units(shape: Shape, layout: Layout, job: Job) -> Iterator[Exchange]:
     reduced = round(reduced * shared)
     yield Exchange(
         "all-gather", "fsdp", n, round((2 * layers + units + (root > 0)) * shared),
-        round(2 * gathered * shared) + outer, 1,
+        round(2 * gathered * shared) + outer, 1, layout.world,
     )  # fmt: skip
-    yield Exchange("reduce-scatter", "fsdp", n, layers + units, round(trained * shared) + reduced, 1)
+    yield Exchange("reduce-scatter", "fsdp", n, layers + units, round(trained * shared) + reduced, 1, layout.world)
     if experts:
         moved = layout.efsdp, round(2 * routed_layers * shared), round(2 * experts * shared)
-        yield Exchange("all-gather", "efsdp", *moved, layout.ep)
+        yield Exchange("all-gather", "efsdp", *moved, layout.ep, layout.world)
         moved = layout.efsdp, routed_layers, round(experts_trained * shared)
-        yield Exchange("reduce-scatter", "efsdp", *moved, layout.ep)
+        yield Exchange("reduce-scatter", "efsdp", *moved, layout.ep, layout.world)
     if layout.replicate > 1:
         shards = (trained + reduced) // n + experts_trained // layout.efsdp
         calls = layers + (routed_layers if experts_trained else 0) + units
-        yield Exchange("all-reduce", "dp_replicate", layout.replicate, calls, shards, n)
+        yield Exchange("all-reduce", "dp_replicate", layout.replicate, calls, shards, n, layout.world)
 
 
 def _sharing(layout: Layout, job: Job) -> float:
@@ -149,7 +166,9 @@ def _of_sequences(shape: Shape, layout: Layout, job: Job) -> Exchange:
     calls = passes * layers * (3 if heads.values != heads.width else 2)
     if layout.overlap == "chunks":
         calls *= len(chunk_layouts(head_layout(heads.heads, heads.key_value_heads, layout.sp)))
-    return Exchange("all-to-all", "sp", layout.sp, calls, passes * layers * (sent + heads.out) * t * BYTES, 1)
+    return Exchange(
+        "all-to-all", "sp", layout.sp, calls, passes * layers * (sent + heads.out) * t * BYTES, 1, layout.world
+    )
 
 
 def _of_experts(shape: Shape, layout: Layout, job: Job) -> Exchange:
@@ -169,7 +188,7 @@ def _of_experts(shape: Shape, layout: Layout, job: Job) -> Exchange:
         once = sizes[-1] / t if layout.checkpointing and not layer.shared else 0
         payload += layers * (int((2 * passes - once) * rows) + passes * weights + 8 * layer.experts)
         payload += layers * bundled * ((passes - 1) * pairs * 4 + 8 * layout.ep)
-    return Exchange("all-to-all", "ep", layout.ep, calls, payload, 1)
+    return Exchange("all-to-all", "ep", layout.ep, calls, payload, 1, layout.world)
 
 
 def _passes(layout: Layout) -> int:

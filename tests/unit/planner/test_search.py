@@ -21,7 +21,9 @@ from transformers import (
     MptConfig,
     PreTrainedConfig,
     Qwen2MoeConfig,
+    Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3VLConfig,
 )
 from typer.testing import CliRunner
 
@@ -33,6 +35,7 @@ from hf_veomni.planner.layout import Job, Layout
 from hf_veomni.planner.memory import memory_of
 from hf_veomni.planner.shape import Shape
 from hf_veomni.planner.time import time_of
+from hf_veomni.planner.traffic import exchanges
 
 SIZES: dict[str, Any] = {"vocab_size": 151936, "max_position_embeddings": 1 << 18, "tie_word_embeddings": False}
 EXPERTS: dict[str, Any] = {
@@ -93,18 +96,53 @@ def test_says_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "tokens", "document", "measured"),
+    ("config", "tokens", "document", "measured", "optimizer"),
     [
         # benchmarks/results/on_gpu_nvidia-h100-80gb-hbm3.json: parts dense and experts
-        (measured_dense(12), 8192, 1200, 0.358),
-        (measured_dense(12), 8192, 8192, 0.389),
-        (measured_dense(3), 65536, 2000, 1.06),
-        (MEASURED_MOE, 8192, 1200, 0.378),
+        (measured_dense(12), 8192, 1200, 0.358, 0.02786),
+        (measured_dense(12), 8192, 8192, 0.389, 0.02785),
+        (measured_dense(3), 65536, 2000, 1.06, 0.0129),
+        (MEASURED_MOE, 8192, 1200, 0.378, 0.01859),
     ],
 )
-def test_time_of_the_measured_steps(config: PreTrainedConfig, tokens: int, document: int, measured: float) -> None:
+def test_time_of_the_measured_steps(
+    config: PreTrainedConfig, tokens: int, document: int, measured: float, optimizer: float
+) -> None:
     found = time_of(Shape.of(config), Layout(1, 1, 1, 1, False), Job(tokens, document), find_device("h100-80gb"))
     assert found.seconds == pytest.approx(measured, rel=0.15)
+    assert found.parts["optimizer"] == pytest.approx(optimizer, rel=0.07)
+
+
+def test_the_fullest_rank_has_the_time_of_its_heads() -> None:
+    """Of 16 heads over 3 ranks the first has 6."""
+    shape, job, device = Shape.of(DENSE), Job(3 * 8192, 3 * 8192), find_device("h100-80gb")
+    heads = shape.attention.heads
+    alone, three = (time_of(shape, Layout(1, 1, sp, 1, True), job, device).parts["attention"] for sp in (1, 3))
+    assert three == pytest.approx(alone * -(-heads // 3) / heads)
+
+
+def test_groups_that_straddle_nodes_are_slow() -> None:
+    """sp=3 on nodes of 8: ranks 6 and 7 are in another node than rank 8. On 6 ranks no group is."""
+    device = find_device("h100-80gb")
+
+    def seconds(layout: Layout) -> float:
+        found = exchanges(Shape.of(DENSE), layout, Job(3 * 8192, 8192))
+        return next(exchange.seconds(device) for exchange in found if exchange.axis == "sp")
+
+    assert seconds(Layout(1, 8, 3, 1, True)) > 3 * seconds(Layout(1, 2, 3, 1, True))
+
+
+def test_tied_embeddings_beside_an_encoder() -> None:
+    """A model that sees has its encoder in one unit with what is tied; that counts as in its text model."""
+    text = {"num_hidden_layers": 2, "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8}
+    text |= {"num_key_value_heads": 4, "head_dim": 128, "tie_word_embeddings": True}
+    vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 1, "out_hidden_size": 1024}
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    sees = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    shapes = [Shape.of(config) for config in (Qwen3Config(**text, vocab_size=sees.text_config.vocab_size), sees)]
+    assert all(shape.tied for shape in shapes)
+    alone, beside = (memory_of(shape, Layout(1, 8, 1, 1, True), Job(4096, 4096)).total for shape in shapes)
+    assert alone < beside < alone + 20 * shapes[1].encoders
 
 
 @pytest.mark.parametrize(
