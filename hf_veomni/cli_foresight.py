@@ -18,6 +18,8 @@ def _check_file(path: Path | None, endings: tuple[str, ...] = ()) -> None:
         return
     if not path.parent.is_dir():
         raise typer.BadParameter(f"'{path}' is in no folder that there is: make '{path.parent}' first.")
+    if path.is_dir():
+        raise typer.BadParameter(f"'{path}' is a folder: name a file in it.")
     if endings and path.suffix not in endings:
         raise typer.BadParameter(f"'{path}' must end in one of {', '.join(endings)}.")
 
@@ -91,12 +93,14 @@ def plan(
     write: Annotated[Path | None, typer.Option(help="Write accelerate's configuration of the fastest.")] = None,
 ) -> None:
     """Memory and speed of every layout of a world, by formulas: which one to take."""
-    from hf_veomni.planner import plan_layouts, report
+    from hf_veomni.planner import find_device, plan_layouts, report
 
     for path in (json_path, write):
         _check_file(path)
     _check_file(picture, (".png", ".svg", ".pdf"))
     try:
+        if write is not None:
+            report.count_nodes(world_size, find_device(device))
         found = plan_layouts(
             model,
             world_size,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from math import inf
 from pathlib import Path
 
 from hf_veomni.errors import UnsupportedError
@@ -45,8 +46,11 @@ class Device:
             value = getattr(self, field.name)
             if field.name in _TEXTS:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value < inf:
                 raise ValueError(f"`{field.name}` ({value!r}) of device '{self.name}' must be a number above 0.")
+        if not isinstance(self.node, int):
+            raise ValueError(f"`node` ({self.node!r}) of device '{self.name}' must be a whole number of devices.")
 
 
 @lru_cache
@@ -100,9 +104,15 @@ def _device(key: str, entry: object) -> Device:
     if not isinstance(entry, Mapping):
         raise ValueError(f"Device '{key}' ({entry!r}) must be a mapping such as 'memory_gib: 80'.")
     names = {field.name for field in fields(Device)}
-    for wrong in sorted(entry.keys() - names):
+    for wrong in sorted(map(str, entry.keys() - names)):
         raise ValueError(f"Device '{key}' has the unknown key '{wrong}': {nearest(wrong, names)}.")
     if missing := sorted(names - set(_TEXTS) - entry.keys()):
         raise ValueError(f"Device '{key}' lacks {', '.join(missing)}: give all of them, see devices.yaml.")
-    values = {"name": key, **entry}
-    return Device(**{**values, "measured": tuple(values.get("measured", ()))})
+    values = {"name": key, "measured": [], **entry}
+    for name in _TEXTS:
+        value = values.get(name, "")
+        texts = value if name == "measured" else [value]
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            kind = "a list of names" if name == "measured" else "a text"
+            raise ValueError(f"`{name}` ({value!r}) of device '{key}' must be {kind}.")
+    return Device(**{**values, "measured": tuple(values["measured"])})

@@ -27,6 +27,12 @@ _GATED, _FUSED_GATED = {"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "
 
 def read_shape(config: Any) -> Shape:
     """See `Shape.of`."""
+    if given := getattr(config, "quantization_config", None):
+        method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+        raise UnsupportedError(
+            f"The config has a `quantization_config` ({method or type(given).__name__}), and the formulas are for "
+            "weights in bf16 or fp32: delete it from the config to plan for these."
+        )
     with torch.device("meta"):
         model: Any = builder(config, torch.bfloat16)()
     points = find_shard_points(model)
@@ -58,13 +64,13 @@ def read_shape(config: Any) -> Shape:
         windows=_windows(text, len(points.layers)),
         encoders=sum(p.numel() for tower in hf.towers(model) for p in tower.parameters()),
         cuts=not hf.towers(model) and _can_be_cut(model),
+        tied=tied,
     )
 
 
 def _can_be_cut(model: nn.Module) -> bool:
     try:
         find_chain(model)
-        tied=tied,
     except UnsupportedError:
         return False
     return True

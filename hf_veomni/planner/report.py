@@ -9,6 +9,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from hf_veomni.plan import ACCELERATE_PREFIX
+from hf_veomni.planner.devices import Device
 from hf_veomni.planner.memory import CATEGORIES
 from hf_veomni.planner.search import GIB, Entry, Plans
 
@@ -154,6 +155,22 @@ def _draw_all(plans: Plans, axis: Any) -> None:
     axis.legend(fontsize=8)
 
 
+def count_nodes(world_size: int, device: Device) -> int:
+    """Machines of a file for `accelerate launch`, which starts as many ranks on each.
+
+    Raises:
+        ValueError: the world is no multiple of a node's devices.
+    """
+    if world_size > device.node and world_size % device.node:
+        near = world_size - world_size % device.node
+        raise ValueError(
+            f"`world_size` ({world_size}) must be a multiple of the {device.node} devices in a node of {device.name} "
+            f"for a file that accelerate starts, with as many ranks on every node: take {near} or "
+            f"{near + device.node}, or a device file with another `node`."
+        )
+    return max(1, world_size // device.node)
+
+
 def accelerate_config(
     plans: Plans, entry: Entry, path: str, purpose: str = "", dry_run: Mapping[str, int] | None = None
 ) -> str:
@@ -164,9 +181,12 @@ def accelerate_config(
         purpose: for the header; by default what was planned for.
         dry_run: bytes at the peak by category that a dry run of the entry found, for the header in place of those by
             formulas.
+
+    Raises:
+        ValueError: nodes would have different numbers of ranks.
     """
     job, device, world = plans.job, plans.device, plans.world_size
-    machines = -(-world // device.node)
+    machines = count_nodes(world, device)
     trained = "full fine-tuning" if job.lora is None else f"LoRA of rank {job.lora}"
     about = purpose or f"{trained} of {plans.shape.name} with {plans.shape.total / 1e9:.0f}B parameters"
     about += f", on packed sequences of {job.context:,} tokens"
@@ -199,7 +219,7 @@ def accelerate_config(
     head = "\n".join(f"# {line}".rstrip() for line in lines)
     return f"""{head}
 distributed_type: FSDP
-mixed_precision: bf16
+mixed_precision: {"bf16" if job.mixed else "'no'"}
 num_machines: {machines}
 num_processes: {world}
 fsdp_config:

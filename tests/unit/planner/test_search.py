@@ -198,8 +198,18 @@ def test_own_device(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({"memory_gib": 40}))
     with pytest.raises(ValueError, match="lacks .*matmul_tflops"):
         find_device(path)
-    path.write_text(yaml.safe_dump({**values, "node": 0}))
-    with pytest.raises(ValueError, match="`node` .0. .* must be a number above 0"):
+    wrong = {
+        "node": [(0, "a number above 0"), (2.5, "a whole number")],
+        "memory_gib": [(float("nan"), "a number above 0"), (float("inf"), "a number above 0"), ("80", "a number")],
+        "name": [(7, "a text")],
+        "measured": [(3, "a list of names"), ([3], "a list of names")],
+    }
+    for key, value, message in ((key, *each) for key, cases in wrong.items() for each in cases):
+        path.write_text(yaml.safe_dump({**values, key: value}))
+        with pytest.raises(ValueError, match=f"`{key}` .* of device .* must be {message}"):
+            find_device(path)
+    path.write_text(yaml.safe_dump({**values, 5: 3}))
+    with pytest.raises(ValueError, match="unknown key '5'"):
         find_device(path)
     assert all(device.source for device in known_devices().values())
 
@@ -217,6 +227,11 @@ def test_own_device(tmp_path: Path) -> None:
         ({"model": Qwen2MoeConfig(num_hidden_layers=2)}, UnsupportedError, "an MLP of .*shared_expert_gate"),
         ({"without": ["pipeline"]}, ValueError, "'pipeline', which is unknown: .*Valid: chunks, pairs, pp"),
         ({"model": FNetConfig()}, UnsupportedError, "has no shard points"),
+        (
+            {"model": LlamaConfig(quantization_config={"quant_method": "fp8"})},
+            UnsupportedError,
+            "_config` .fp8.*delete",
+        ),
         ({"model": GptOssConfig(num_hidden_layers=2)}, UnsupportedError, "self_attn.sinks. .GptOssAttention.*dry-run"),
         ({"model": Gemma2Config(num_hidden_layers=2)}, UnsupportedError, "RMS norms in a layer"),
         ({"model": "./nowhere"}, ValueError, "has no config"),
@@ -244,6 +259,29 @@ def test_command_writes_what_accelerate_reads(tmp_path: Path) -> None:
     assert (tmp_path / "plans.png").stat().st_size > 10_000
     result = CliRunner().invoke(app, ["plan", str(tmp_path), "--world-size", "1", "--device", "rtx4090-24gb"])
     assert result.exit_code == 1 and "comes nearest" in result.output.replace("\n", " ")
+
+
+def test_files_that_could_not_start_or_be_written(tmp_path: Path) -> None:
+    DENSE.save_pretrained(tmp_path)
+    common = ["plan", str(tmp_path), "--device", "h100-80gb"]
+    for options, message in (
+        (
+            ["--world-size", "12", "--write", str(tmp_path / "plan.yaml")],
+            "`world_size` (12) must be a multiple of the 8",
+        ),
+        (["--world-size", "8", "--write", str(tmp_path)], "is a folder"),
+        (["--world-size", "8", "--json", str(tmp_path / "no/plans.json")], "is in no folder"),
+        (["--world-size", "8", "--picture", str(tmp_path / "x.foo")], "must end in one of"),
+    ):
+        result = CliRunner().invoke(app, [*common, *options], terminal_width=200)
+        assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split()), result.output
+
+
+@pytest.mark.parametrize(("mixed", "said"), [(True, "bf16"), (False, "no")])
+def test_precision_in_a_file_is_that_of_its_estimate(mixed: bool, said: str) -> None:
+    plans = plan_layouts(LlamaConfig(num_hidden_layers=2), 1, "h100-80gb", context=2048, mixed_precision=mixed)
+    written = yaml.safe_load(report.accelerate_config(plans, plans.best, "one.yaml"))
+    assert written["mixed_precision"] == said
 
 
 def test_a_device_by_its_name() -> None:
