@@ -23,12 +23,14 @@ from typing import Any
 from hf_veomni.errors import UnsupportedError
 
 RECORD, PAGE = "step_report.json", "step_report.html"
+FAILED = "step_report.error.{}.json"  # of a rank, where its training failed: all that it knows, like RECORD
 PARTS = ("data", "forward", "exchange", "backward", "optimizer", "other")
 # Shares of a step, and ratios, from which on something is said.
 SLOW_DATA, EXPOSED, SLOW_RANK, UNEVEN, FEW_ROWS, LOW_MFU = 0.15, 0.2, 1.2, 1.5, 256, 0.2
 # Of a record beside its rows; what `hf_veomni/trainer/step_report.py` writes.
 _KEYS = {"model", "config", "plan", "world_size", "sp_size", "ep_size", "device", "checkpointing", "accumulation"}
 _KEYS |= {"lora", "mixed", "fp32", "context", "document", "error"}
+OUT_OF_MEMORY = "out of memory"
 _FEATURES = re.compile(r"features?\b.*\btokens?\b.*(do not|does not|mismatch)|tokens: \d+, features:?", re.I | re.S)
 
 
@@ -119,17 +121,26 @@ class Finding:
 
 
 def read_record(run: str | os.PathLike[str]) -> dict[str, Any]:
-    """The step report of a run.
+    """The step report of a run, with the error that the ranks' others follow from: out of memory, or the first one.
 
     Raises:
         ValueError: there is none.
     """
-    path = Path(run) / RECORD
+    others = sorted(Path(run).glob(FAILED.format("*")))
+    paths = [path for path in (Path(run) / RECORD, *others) if path.is_file()]
+    path = paths[0] if paths else Path(run) / RECORD
     wanted = "it must be the `output_dir` of a run with `step_report=True` in its OmniTrainingArguments."
     if not Path(run).exists():
         raise ValueError(f"'{run}' does not exist: {wanted}")
     if not path.is_file():
         raise ValueError(f"'{run}' has no {RECORD}: {wanted}")
+    records = [_read(path, wanted) for path in paths]
+    errors = [record["error"] for record in records if record["error"]]
+    first = min(errors, key=lambda e: (e["kind"] != OUT_OF_MEMORY, e.get("time", 0.0)), default=None)
+    return {**records[0], "error": first}
+
+
+def _read(path: Path, wanted: str) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
         rows = [Row(**{**row, "slowest": tuple(row["slowest"])}) for row in record["rows"]]
@@ -157,20 +168,30 @@ def diagnose(run: str | os.PathLike[str]) -> list[Finding]:
 
 
 def _failures(record: Mapping[str, Any]) -> Iterator[Finding]:
-    error = record.get("error") or {}
-    message = str(error.get("message", "")).strip()
-    if error.get("kind") == "out of memory":
-        yield Finding("out of memory", message.splitlines()[0], _fitting_plan(record))
+    error = record["error"]
+    if not error:
+        if not record["rows"]:
+            yield Finding(
+                "nothing measured",
+                "the run has no row: it is in its first steps, or was killed there",
+                "Look again after its first log, or set a smaller `logging_steps`; its output says what killed it.",
+            )
+        return
+    message = str(error["message"]).strip()
+    where = f"on rank {error['rank']}: " if error.get("rank") else ""
+    said = where + (message.splitlines()[0] if message else f"{error['kind']} without a message")
+    if error["kind"] == OUT_OF_MEMORY:
+        yield Finding("out of memory", said, _fitting_plan(record))
     elif _FEATURES.search(message):
         yield Finding(
             "features not aligned",
-            message.splitlines()[0],
+            said,
             "A sample has more or fewer placeholder tokens than its images, videos or audio clips make features: let "
             "the model's own processor write the text, do not cut samples after it, and pack whole samples "
             "(`pack_dataset(..., processor=...)`).",
         )
-    elif message:
-        yield Finding("failed", f"{error['kind']}: {message.splitlines()[0]}", "See the traceback of the run.")
+    else:
+        yield Finding("failed", f"{error['kind']}: {said}", "See the traceback of the run.")
 
 
 def _fitting_plan(record: Mapping[str, Any]) -> str:
@@ -189,12 +210,14 @@ def _fitting_plan(record: Mapping[str, Any]) -> str:
             return "The device does not tell its memory: `hf-veomni plan` says what fits on the one that you mean."
         nearest = min(known_devices().values(), key=lambda d: abs(d.memory_gib - device["memory_gib"]))
         like = type(nearest)(**{**vars(nearest), "memory_gib": device["memory_gib"], "name": device["name"]})
+    if not record["context"]:
+        return "It failed before its first batch, so there is no context to plan for: see `hf-veomni plan`."
     try:
         plans = plan_layouts(
             AutoConfig.for_model(config.pop("model_type"), **config),
             record["world_size"],
             like,
-            context=max(record["context"], 1),
+            context=record["context"],
             document=max(record["document"], 1),
             accumulation=record["accumulation"],
             lora=record["lora"],

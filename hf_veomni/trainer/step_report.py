@@ -2,14 +2,16 @@
 
 Every log asks all ranks for their sums since the last one, and adds a row to `step_report.json` in the output
 directory, which `hf-veomni doctor` reads. At the end, or where training fails, the page `step_report.html` is written
-beside it.
+beside it. A rank other than the first writes its failure to a file of its own: others may not be there any more.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -22,7 +24,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_veomni import hf
 from hf_veomni.comm import all_gather
-from hf_veomni.doctor import RECORD, Row
+from hf_veomni.doctor import FAILED, OUT_OF_MEMORY, RECORD, Row
 from hf_veomni.flops import device_peak, token_places
 from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.mesh import ParallelState, get_parallel_state
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from hf_veomni.trainer.loop import BatchingMixin as _Trainer
 else:
     _Trainer = object
+
+logger = logging.getLogger(__name__)
 
 _FACTS: tuple[str, ...] = (*PHASES, "exchange", "work", "tokens", "flops", "memory", "compiled")
 _EXPERTS = re.compile(r"^expert_load")
@@ -63,15 +67,19 @@ class StepReportCallback(TrainerCallback):
         layers = find_layers(hf.find_backbone(base))
         self._handles = self.clock.watch(list(layers[1]) if layers is not None else [])
         self._count = BatchCount(model, "the step report")
-        self._longest = [0, 0]
+        self._context = 0
+        self._document: Tensor | int = 0
         self._steps = self._seen = 0
+
+    def note_lengths(self, batch: Mapping[str, Any]) -> None:
+        """Note how long a batch is that is about to run. No wait for the device."""
+        lengths = token_places(batch)[1]
+        self._context = max(self._context, lengths.numel())
+        self._document = torch.as_tensor(self._document, device=lengths.device).maximum(lengths.max())
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Count one batch of this data rank."""
         self._count.add(batch)
-        if self._longest == [0, 0]:
-            lengths = token_places(batch)[1]
-            self._longest = [lengths.numel(), int(lengths.max())]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.clock.mark("other")
@@ -81,6 +89,9 @@ class StepReportCallback(TrainerCallback):
         self.clock.mark("other")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Collective: `take`, where steps came after the last log."""
+        if self._steps:
+            self.take(state.global_step, {})
         for handle in self._handles:
             handle.remove()
         self._write()
@@ -110,24 +121,38 @@ class StepReportCallback(TrainerCallback):
     @contextmanager
     def noting_failures(self) -> Iterator[None]:
         """Around training: an error goes into the report before it goes on."""
+        folder, mine = Path(self.args.output_dir), FAILED.format(_rank())
+        for path in folder.glob(
+            FAILED.format("*")
+        ):  # of a run before; this rank's, and those of ranks that are no more
+            if path.name == mine or path.name not in map(FAILED.format, range(self.state.world_size)):
+                path.unlink(missing_ok=True)
         try:
             yield
         except Exception as error:
             memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-            self._write({"kind": "out of memory" if memory else type(error).__name__, "message": str(error)})
+            kind = OUT_OF_MEMORY if memory else type(error).__name__
+            try:
+                self._write({"kind": kind, "message": str(error), "rank": _rank(), "time": time.time()})
+            except Exception:  # which is not to take the place of what went wrong
+                logger.exception("The step report of rank %d could not be written.", _rank())
             raise
 
-    def _write(self, error: dict[str, str] | None = None, page: bool = True) -> None:
-        if torch.distributed.is_initialized() and torch.distributed.get_rank():
+    def _write(self, error: dict[str, Any] | None = None, page: bool = True) -> None:
+        if _rank() and not error:
             return
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        context, document = self._longest
-        about = {**self._about, "context": context, "document": document, "error": error}
+        about = {**self._about, "context": self._context, "document": int(self._document), "error": error}
         record = {**about, "rows": [row.to_dict() for row in self.rows]}
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        if page:
+        name = FAILED.format(_rank()) if _rank() else RECORD
+        (folder / name).write_text(json.dumps(record, indent=1) + "\n")
+        if page and not _rank():
             write_page(folder)
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 class StepReportMixin(_Trainer):
@@ -169,11 +194,14 @@ class StepReportMixin(_Trainer):
         report = self._step_report
         if report is None:
             return super().training_step(model, inputs, *args, **kwargs)
+        counts = not isinstance(inputs, DummyBatch)
+        if counts:
+            report.note_lengths(inputs)
         report.clock.mark("forward")
         with report.clock.watching_exchanges():
             loss = super().training_step(model, inputs, *args, **kwargs)
         report.clock.mark("optimizer")
-        if not isinstance(inputs, DummyBatch):
+        if counts:
             report.add(inputs)
         return loss
 

@@ -48,6 +48,37 @@ def test_smallest_change_that_fits(tmp_path: Path) -> None:
     assert "of dp_shard=8 is" in found.advice and "The smallest change that fits: dp_shard=4,sp=2 (" in found.advice
 
 
+def test_failures_without_words(tmp_path: Path) -> None:
+    (found,) = diagnose(write(tmp_path, [], error={"kind": "out of memory", "message": ""}))
+    assert found.name == "out of memory" and "without a message" in found.measured
+    (found,) = diagnose(write(tmp_path, [], error={"kind": "AssertionError", "message": ""}))
+    assert found.name == "failed" and "AssertionError" in found.measured
+    error = {"kind": "out of memory", "message": "CUDA out of memory."}
+    (found,) = diagnose(write(tmp_path, [], error=error, context=0, document=0))
+    assert "before its first batch" in found.advice
+
+
+def test_nothing_was_measured(tmp_path: Path) -> None:
+    (found,) = diagnose(write(tmp_path, []))
+    assert found.name == "nothing measured"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_failures_of_other_ranks(tmp_path: Path, whole: bool) -> None:
+    """What the others report of a rank that is gone is not the cause; the first one may have written nothing."""
+    row = Row.of(1, 1, [RANK], 1, None, {})
+    write(
+        tmp_path, [row], error={"kind": "RuntimeError", "message": "Connection closed by peer", "rank": 2, "time": 1}
+    )
+    (tmp_path / "step_report.json").rename(tmp_path / "step_report.error.2.json")
+    write(tmp_path, [row], error={"kind": "out of memory", "message": "CUDA out of memory.", "rank": 3, "time": 2})
+    (tmp_path / "step_report.json").rename(tmp_path / "step_report.error.3.json")
+    if whole:
+        write(tmp_path, [row])
+    (found,) = diagnose(tmp_path)
+    assert found.name == "out of memory" and found.measured == "on rank 3: CUDA out of memory."
+
+
 def test_few_rows_for_an_expert(tmp_path: Path) -> None:
     config = Qwen3MoeConfig(num_experts=128, num_experts_per_tok=8).to_dict()
     row = Row.of(1, 1, [RANK] * 8, 1, None, {})
