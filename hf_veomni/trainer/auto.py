@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers.trainer_utils import has_length
 
@@ -19,6 +19,8 @@ from hf_veomni.mesh import is_prepared
 from hf_veomni.planner import Device, Entry, Plans, find_device, identify_device, plan_layouts
 from hf_veomni.trainer.loaders import sample_sizes
 
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
+
 
 def choose_plan(args: Any, model: object, dataset: object, peft_config: object = None) -> Entry:
     """The planner's first for a Trainer's arguments, model and training set; the same on all ranks.
@@ -27,14 +29,15 @@ def choose_plan(args: Any, model: object, dataset: object, peft_config: object =
         args: `OmniTrainingArguments` whose plan is "auto", or "auto:DEVICE" with a name of the table of devices or a
             yaml file. `activation_checkpointing` leaves the layouts that have it.
         model: a transformers model, a `PeftModel`, or what names one.
-        peft_config: adapters that are still to be added; their rank is taken to be on all linear layers.
+        peft_config: adapters that are still to be added; their rank is taken to be on all linear layers, the most
+            that `target_modules` could have.
 
     Collectives: an all-gather of what went wrong, and one of the choice.
 
     Raises:
         ValueError: no training set whose samples have lengths, ranks that see different devices.
-        UnsupportedError: a device that is not in the table, a model that the formulas do not describe, nothing that
-            fits.
+        UnsupportedError: a device that is not in the table, a model that the formulas do not describe, another
+            optimizer than AdamW, parameters that are frozen or trained beside LoRA, nothing that fits.
     """
     with together("Choosing a plan"):
         plans = _plan(args, model, dataset, peft_config)
@@ -63,6 +66,7 @@ def _plan(args: Any, model: Any, dataset: object, peft_config: object) -> Plans:
             f"`plan` ('{args.plan}') has formulas for a computation in bf16, not in {dtype}: set `bf16=True`, load "
             "the model in bfloat16, or name a plan."
         )
+    _check_trained(args, model, adapters)
     context, document = _lengths(args, dataset)
     return plan_layouts(
         config,
@@ -76,6 +80,22 @@ def _plan(args: Any, model: Any, dataset: object, peft_config: object) -> Plans:
         fp32=dtype != torch.bfloat16,
         without=("pp", "pairs"),  # which not every training takes: name them
     )
+
+
+def _check_trained(args: Any, model: Any, adapters: Any) -> None:
+    """Raise UnsupportedError where other things are trained, or otherwise, than the formulas have."""
+    found = None
+    if str(getattr(args.optim, "value", args.optim)) not in _ADAMW:
+        found = f"`optim` ('{getattr(args.optim, 'value', args.optim)}'), and its formulas are for torch's AdamW"
+    elif adapters is None and isinstance(model, nn.Module) and not all(p.requires_grad for p in model.parameters()):
+        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        found = f"{frozen:,} frozen parameters, and its formulas train all or LoRA"
+    elif adapters is not None and not isinstance(adapters, LoraConfig):
+        found = f"adapters of a {type(adapters).__name__}, and its formulas have LoRA"
+    elif adapters is not None and (adapters.modules_to_save or getattr(adapters, "trainable_token_indices", None)):
+        found = "modules trained in full beside LoRA (`modules_to_save`), and its formulas have LoRA alone"
+    if found is not None:
+        raise UnsupportedError(f"`plan` ('{args.plan}') is given {found}: name a plan; `hf-veomni dry-run` checks it.")
 
 
 def _device(args: Any) -> Device:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 
 from hf_veomni.planner import find_device
 from tests.ranks.training import PackedRows, tiny_model
@@ -54,6 +55,16 @@ def test_checkpointing_that_is_asked_for_stays(ranks, tmp_path: Path) -> None:
     assert found[:3] == ("single", True, 2)
 
 
+def half_frozen() -> Any:
+    model = tiny_model().to(torch.bfloat16)
+    model.get_input_embeddings().requires_grad_(False)
+    return model
+
+
+def with_adapters(**options: Any) -> Any:
+    return get_peft_model(tiny_model().to(torch.bfloat16), LoraConfig(target_modules="all-linear", **options))
+
+
 @pytest.mark.parametrize(
     ("plan", "options", "message"),
     [
@@ -61,6 +72,9 @@ def test_checkpointing_that_is_asked_for_stays(ranks, tmp_path: Path) -> None:
         ("auto:h100", {}, "'h100'. is not in the table: did you mean 'h100-80gb'"),
         ("auto:h100-80gb", {"model": tiny_model()}, "in bf16, not in torch.float32"),
         ("auto:h100-80gb", {"train_dataset": iter(())}, "lengths of the samples"),
+        ("auto:h100-80gb", {"optim": "sgd"}, "`optim` .'sgd'.*torch's AdamW.*name a plan"),
+        ("auto:h100-80gb", {"model": half_frozen()}, r"[\d,]+ frozen parameters.*name a plan"),
+        ("auto:h100-80gb", {"model": with_adapters(modules_to_save=["lm_head"])}, "beside LoRA .`modules_to_save`"),
     ],
 )
 def test_refuses(tmp_path: Path, plan: str, options: dict[str, Any], message: str) -> None:
