@@ -10,10 +10,10 @@
 on one and on two gloo ranks of one thread each, in rounds in which each comes once. `of_stock` is the median over the
 rounds of what a save takes against stock in the same round, in seconds; `cpu_of_stock` is the same in processor
 seconds of rank 0, which a busy machine changes less; no wait for a disk is in them. Between two saves training pauses
-until what is written beside it has ended: `waits` is the part of the stop in which the last save was waited for. The
-first save of a run is told apart, since it takes the memory for the copy. A line is printed when a case ends: the
-median of the rounds so far; those of the last round are recorded. Exit status 1 if a checkpoint is not whole, if its
-weights differ from the stock Trainer's, or if asynchronous saves stop training for more than 0.1 of stock.
+until what is written beside it has ended. The first save of a run is told apart, since it takes the memory for the
+copy. A line is printed when a case ends: the median of the rounds so far; those of the last round are recorded. Exit
+status 1 if a checkpoint is not whole, if its weights differ from the stock Trainer's, or if asynchronous saves stop
+training for more than 0.1 of stock.
 """
 
 from __future__ import annotations
@@ -77,16 +77,10 @@ class Pause(TrainerCallback):
 
 
 class Timed:
-    """Notes how long each `_save_checkpoint` takes, and how much of it waits for the last save."""
+    """Notes how long each `_save_checkpoint` takes."""
 
     stops: list[float]
     cpu: list[float]
-    waits: list[float]
-
-    def _finish_save(self) -> None:
-        begin = time.perf_counter()
-        super()._finish_save()  # type: ignore[misc]
-        self.waits.append(time.perf_counter() - begin)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if dist.is_initialized():
@@ -138,11 +132,11 @@ def work(rank: int, case: tuple[str, int], folder: str, options: argparse.Namesp
     arguments = (TrainingArguments if stock else OmniTrainingArguments)(**shared, **CONTENDERS[name])
     kind: Any = StockTimed if stock else OmniTimed
     trainer = kind(model=build(options), args=arguments, train_dataset=Rows(), callbacks=[Pause(options.pause)])
-    trainer.stops, trainer.cpu, trainer.waits = [], [], []
+    trainer.stops, trainer.cpu = [], []
     trainer.train()
     if rank == 0:
         row = {"contender": name, "ranks": world, "first": trainer.stops[0], "stops": trainer.stops[1:]}
-        row |= {"cpu": trainer.cpu[1:], "waits": trainer.waits[1 : options.saves]}
+        row["cpu"] = trainer.cpu[1:]
         Path(folder, "row.json").write_text(json.dumps(row))
 
 
@@ -190,7 +184,6 @@ def summarise(runs: list[dict[str, Any]], stock: list[dict[str, Any]]) -> dict[s
         "first": statistics.median(run["first"] for run in runs),
         "stop": quantiles([stop for run in runs for stop in run["stops"]]),
         "cpu": quantiles([seconds for run in runs for seconds in run["cpu"]]),
-        "waits": quantiles([wait for run in runs for wait in run["waits"]] or [0.0]),
         "of_stock": of_stock("stops"),
         "cpu_of_stock": of_stock("cpu"),
         "difference": max(run["difference"] for run in runs),

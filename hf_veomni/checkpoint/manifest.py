@@ -22,6 +22,7 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 STAGING = ".incomplete"
+REMOVED = ".removed-"  # and something random: checkpoints whose disk is to be freed
 _THREADS = 8  # hashing leaves the interpreter free; large models lie in several files
 Digest = tuple[int, str]  # bytes and SHA-256 of a file
 
@@ -150,7 +151,7 @@ def publish(staging: Path, directory: Path) -> None:
 
 def recover(root: Path) -> list[Path]:
     """Clean up after a save that was killed: complete checkpoints in `STAGING` go to their places, the rest is
-    removed.
+    removed, and what was on its way out.
 
     Returns:
         The checkpoints that were brought back.
@@ -160,7 +161,14 @@ def recover(root: Path) -> list[Path]:
     if staging.is_dir():
         os.rename(staging, old)  # out of reach of a writer of the killed run, which knows it by its name
         found += _bring_back(old, root)
+    remove_aside(root)
     return found
+
+
+def remove_aside(root: Path) -> None:
+    """Remove what has been put aside below names that begin with `REMOVED`."""
+    for removed in root.glob(f"{REMOVED}*"):
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def _bring_back(folder: Path, root: Path) -> list[Path]:

@@ -41,6 +41,7 @@ from hf_veomni.mesh import is_prepared
 from hf_veomni.trainer.folders import (
     OPTIMIZER_DIRECTORY,
     check_checkpoint,
+    free_removed,
     last_complete_checkpoint,
     later_checkpoints,
     rotate,
@@ -131,10 +132,12 @@ class CheckpointingMixin(_Trainer):
         if self._saver is None:
             self._saver = CheckpointSaver(self.args.async_save)
             self._beside = self._saver.poll if self.args.async_save else None
-        self._finish_save()
+        written = self._saver.finish()
         with together(f"Cleaning up '{root}'"):
             if self.args.should_save:
                 recover(root)
+        if written is not None:
+            self._rotate(written, beside=True)
         self._saver.begin()
         error: Exception | None = None
         with self._staged(root / STAGING):
@@ -173,10 +176,12 @@ class CheckpointingMixin(_Trainer):
             del self._push_from_checkpoint
             vars(self).update({} if own is None else {"_push_from_checkpoint": own})
 
-    def _rotate(self, written: Path) -> None:
+    def _rotate(self, written: Path, beside: bool = False) -> None:
         with together(f"Removing checkpoints of '{written.parent}'"):
             if self.args.should_save:
-                rotate(written.parent, self.args.save_total_limit, written, self.state.best_model_checkpoint)
+                best = self.state.best_model_checkpoint
+                if rotate(written.parent, self.args.save_total_limit, written, best, beside) and beside:
+                    free_removed(written.parent)
 
     def _finish_save(self) -> None:
         """Wait for what is written beside training. Collective, if something is."""

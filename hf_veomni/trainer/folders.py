@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import socket
+import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from transformers.utils import logging
 
 from hf_veomni.checkpoint import together
 from hf_veomni.checkpoint.foreign import foreign_training
-from hf_veomni.checkpoint.manifest import MANIFEST, find_damage
+from hf_veomni.checkpoint.manifest import MANIFEST, REMOVED, find_damage, remove_aside
 from hf_veomni.errors import UnsupportedError
 
 logger = logging.get_logger(__name__)
@@ -166,7 +168,9 @@ def later_checkpoints(checkpoint: Path) -> list[Path]:
     return [found for found in later if _damage(found) is None]
 
 
-def rotate(root: Path, limit: int | None, written: Path, best: str | os.PathLike[str] | None) -> list[Path]:
+def rotate(
+    root: Path, limit: int | None, written: Path, best: str | os.PathLike[str] | None, beside: bool = False
+) -> list[Path]:
     """Remove checkpoints until `limit` are left: damaged ones first, then those of later steps, the last one first,
     which a run that went back to an earlier one has left behind, then the earliest steps.
 
@@ -174,6 +178,7 @@ def rotate(root: Path, limit: int | None, written: Path, best: str | os.PathLike
         limit: `save_total_limit`; None or 0 keeps all.
         written: the one just written, which stays whatever its step is.
         best: the best one, which stays too.
+        beside: only put them aside, for `free_removed`; a kill leaves no half of one.
 
     Returns:
         What was removed.
@@ -188,6 +193,18 @@ def rotate(root: Path, limit: int | None, written: Path, best: str | os.PathLike
 
     removable = sorted((c for c in found if c.name not in kept), key=order)
     surplus = removable[: max(0, len(found) - limit)] if limit and limit > 0 else []
-    for checkpoint in surplus:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    if not beside:
+        for checkpoint in surplus:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    elif surplus:
+        removed = Path(tempfile.mkdtemp(prefix=REMOVED, dir=root))
+        for checkpoint in surplus:
+            checkpoint.rename(removed / checkpoint.name)
     return surplus
+
+
+def free_removed(root: Path) -> threading.Thread:
+    """Free the disk of what `rotate` has put aside, in a thread: it takes as long as a copy of it in memory."""
+    thread = threading.Thread(target=remove_aside, args=(root,))
+    thread.start()  # not a daemon: the interpreter waits for it at its end
+    return thread

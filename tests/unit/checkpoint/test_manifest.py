@@ -16,7 +16,13 @@ from transformers import TrainerControl, TrainerState
 
 from hf_veomni.checkpoint import manifest
 from hf_veomni.checkpoint.manifest import MANIFEST, STAGING, find_damage, publish, recover, write_manifest
-from hf_veomni.trainer.folders import check_checkpoint, last_complete_checkpoint, later_checkpoints, rotate
+from hf_veomni.trainer.folders import (
+    check_checkpoint,
+    free_removed,
+    last_complete_checkpoint,
+    later_checkpoints,
+    rotate,
+)
 
 # Calls that change what is on the disk, or order it.
 _CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")
@@ -133,6 +139,22 @@ def test_rotation_keeps_what_is_whole_and_the_best(
     removed = rotate(tmp_path, limit, tmp_path / f"checkpoint-{written}", kept)
     assert names(tmp_path) == left
     assert {entry.name.removeprefix("checkpoint-") for entry in removed} == before - left
+
+
+def test_disk_is_freed_beside_training(tmp_path: Path) -> None:
+    """A checkpoint goes in one rename, so that a kill while its files are deleted leaves no half of it."""
+    for step in (2, 4, 6, 8):
+        save(tmp_path, step, "a")
+    for limit, left in ((3, {"4", "6", "8"}), (1, {"8"})):
+        rotate(tmp_path, limit, tmp_path / "checkpoint-8", None, beside=True)
+        assert names(tmp_path) == left
+        aside = [path for entry in tmp_path.iterdir() if entry.name not in left for path in entry.iterdir()]
+        assert {path.name for path in aside} >= ({"checkpoint-2"} if limit == 3 else {"checkpoint-4", "checkpoint-6"})
+        if limit == 3:
+            free_removed(tmp_path).join()
+            assert len(list(tmp_path.iterdir())) == 3
+    assert not recover(tmp_path)  # of a run that was killed before it had freed them
+    assert {entry.name for entry in tmp_path.iterdir()} == {"checkpoint-8"}
 
 
 def test_later_checkpoints_are_whole_ones_beside_it(tmp_path: Path) -> None:
