@@ -71,8 +71,8 @@ TEXT = {
 }
 
 
-def record(folder: Path, voices: list[str], *, first: bool) -> list[tuple[Path, str]]:
-    """Speak all words with all voices, accents, speeds and pitches into wav files; (file, word).
+def record(folder: Path, voices: list[str], words: tuple[str, ...] = WORDS, *, first: bool) -> list[tuple[Path, str]]:
+    """Speak the words with all voices, accents, speeds and pitches into wav files; (file, word).
 
     The first process speaks; the others only learn the names.
     """
@@ -81,7 +81,7 @@ def record(folder: Path, voices: list[str], *, first: bool) -> list[tuple[Path, 
     folder.mkdir(parents=True, exist_ok=True)
     settings = [(a, v, s, p) for a in ACCENTS for v in voices for s in SPEEDS for p in PITCHES]
     for accent, voice, speed, pitch in tqdm(settings, desc=f"voices of {folder.name}", disable=not first):
-        for word in WORDS:
+        for word in words:
             path = folder / f"{word}-{accent}-{voice}-{speed}-{pitch}.wav"
             found.append((path, word))
             if speaker is not None:
@@ -98,12 +98,16 @@ def encode(word: str, spectrogram: Tensor, tokenizer: Any) -> dict[str, Any]:
     return {"input_ids": marks + letters, "labels": labels, "input_features": spectrogram[None]}
 
 
-def hear(files: list[tuple[Path, str]], tokenizer: Any) -> list[dict[str, Any]]:
-    """Log-mel spectrograms of one second, as Whisper's processor makes them, and the words."""
+def spectrograms(files: list[tuple[Path, str]]) -> Tensor:
+    """Log-mel spectrograms [N, mel bands, frames] of one second, as Whisper's processor makes them."""
     extractor = WhisperFeatureExtractor(feature_size=MELS, chunk_length=1)
     sounds = [read_wav(path, RATE) for path, _ in files]
-    features = extractor(sounds, sampling_rate=RATE, return_tensors="pt").input_features
-    return [encode(word, heard, tokenizer) for (_, word), heard in zip(files, features, strict=True)]
+    return extractor(sounds, sampling_rate=RATE, return_tensors="pt").input_features
+
+
+def hear(files: list[tuple[Path, str]], tokenizer: Any) -> list[dict[str, Any]]:
+    """The sounds and the letters of their words."""
+    return [encode(word, heard, tokenizer) for (_, word), heard in zip(files, spectrograms(files), strict=True)]
 
 
 def build(tokenizer: Any) -> Any:
