@@ -21,7 +21,7 @@ def assert_clean(notebook: nbformat.NotebookNode) -> None:
     assert [line for line in lines if not line.startswith("hf_veomni: MixtralForCausalLM under the plan")] == []
     assert {output.output_type for output in outputs(notebook)} == {"stream", "display_data"}
     assert len(picture_sizes(notebook)) == 3
-    assert "process 1: part 1 of 2 of the tokens, experts [2, 3]" in printed(notebook)
+    assert "process 1: part 2 of 2 of the tokens, experts [2, 3]" in printed(notebook)
     assert "tokens that were routed and not computed: 0" in printed(notebook)
 
 
