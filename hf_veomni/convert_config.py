@@ -1,14 +1,15 @@
 """A training file of VeOmni as a recipe of ours: `hf-veomni convert-config theirs.yaml ours.yaml`.
 
-Every key is converted, or left out because it says how VeOmni goes about it and changes no result, or an error. Both
-layouts are read: the flat one (`train.ulysses_parallel_size`) and the nested one (`train.accelerator.ulysses_size`).
+Every key is converted, or left out because it says how VeOmni goes about it and changes no result, or an error. Three
+layouts are read: the flat one (`train.ulysses_parallel_size`), the nested one (`train.accelerator.ulysses_size`), and
+the one in which optimizer and accelerator belong to the model (`model.accelerator.ulysses_size`).
 VeOmni 0.1, https://github.com/ByteDance-Seed/VeOmni.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ _MOVED = {
     "train.max_steps": "arguments.max_steps",
     "train.micro_batch_size": "arguments.per_device_train_batch_size",
     "train.seed": "arguments.seed",
+    "train.enable_full_determinism": "arguments.full_determinism",
     "train.enable_gradient_checkpointing": "arguments.gradient_checkpointing",
     "train.gradient_checkpointing.enable": "arguments.gradient_checkpointing",
     "train.ulysses_parallel_size": "plan.sp",
@@ -58,6 +60,15 @@ _MOVED = {
     "train.wandb.name": "arguments.run_name",
 }
 
+# Sections that the latest layout has moved, and where they are looked up.
+_ALIASES = {
+    "model.optimizer": "train.optimizer",
+    "model.accelerator.gradient_checkpointing": "train.gradient_checkpointing",
+    "model.accelerator.init_device": "train.init_device",
+    "model.accelerator": "train.accelerator",
+    "data.dyn_bsz_buffer_size": "train.dyn_bsz_buffer_size",
+}
+
 # Keys, and beginnings of keys, of how VeOmni goes about it. What is done here in their place is in docs/migration.md.
 _LEFT_OUT = (
     "model.attn_implementation",
@@ -66,6 +77,7 @@ _LEFT_OUT = (
     "model.tokenizer_path",
     "data.chat_template",
     "data.dataloader_type",
+    "data.datasets_type",
     "data.drop_last",
     "data.train_size",
     "data.train_sample",
@@ -74,6 +86,7 @@ _LEFT_OUT = (
     "train.data_parallel_mode",
     "train.accelerator.fsdp_config",
     "train.checkpoint.manager",
+    "train.checkpoint.save_hf_weights",
     "train.ckpt_manager",
     "train.init_device",
     "train.gradient_checkpointing.enable_reentrant",
@@ -82,6 +95,9 @@ _LEFT_OUT = (
     "train.rmpad_with_pos_ids",
     "train.dyn_bsz",
     "train.dyn_bsz_buffer_size",
+    "train.dyn_bsz_margin",
+    "train.empty_cache_steps",
+    "train.save_hf_weights",
     "train.wandb_project",
     "train.wandb.project",
     "train.profile",
@@ -90,7 +106,16 @@ _LEFT_OUT = (
 # Keys with an equal in one value alone, and the way out from the others.
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "data.data_type": (("conversation", "plaintext"), "pack_dataset in a script of your own reads other samples"),
+    "data.text_keys": (("messages", "conversations", "text"), "rename the column of the data set to one of these"),
     "model.lora_config.share_expert_lora": ((False,), "each expert has a low-rank pair of its own here: leave it out"),
+    "train.accelerator.offload.enable_activation": ((False,), "nothing is offloaded here: use more ranks, or LoRA"),
+    "train.enable_activation_offload": ((False,), "nothing is offloaded here: use more ranks, or LoRA"),
+    "train.enable_fsdp_offload": ((False,), "nothing is offloaded here: use more ranks, or LoRA"),
+    "train.accelerator.fsdp_config.offload": ((False,), "nothing is offloaded here: use more ranks, or LoRA"),
+    "train.checkpoint.save_epochs": ((0, 1), "a recipe saves every `save_steps`, or without them after each epoch"),
+    "train.load_checkpoint_path": (("",), "`train(resume_from_checkpoint=...)` in a script goes on from checkpoints"),
+    "train.lr_decay_ratio": ((1.0,), "the schedule of a recipe decays until the end"),
+    "train.optimizer.lr_decay_ratio": ((1.0,), "the schedule of a recipe decays until the end"),
     "train.accelerator.pp_size": ((1,), "use `sp` and `dp_shard` of the plan"),
     "train.pipeline_parallel_size": ((1,), "use `sp` and `dp_shard` of the plan"),
     "train.accelerator.tp_size": ((1,), "use `sp` and `dp_shard` of the plan"),
@@ -123,6 +148,12 @@ def _flatten(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return flat
 
 
+def _in_place(key: str) -> str:
+    """The name under which a key of any layout is looked up."""
+    moved = next((old for old in _ALIASES if _starts(key, (old,))), None)
+    return key if moved is None else _ALIASES[moved] + key.removeprefix(moved)
+
+
 def _starts(key: str, names: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
@@ -137,8 +168,8 @@ def _put(recipe: dict[str, Any], place: str, value: Any, key: str) -> None:
     target[name] = value
 
 
-def _only(key: str, value: Any) -> None:
-    allowed, way_out = _ONLY[key]
+def _only(key: str, place: str, value: Any) -> None:
+    allowed, way_out = _ONLY[place]
     if value not in allowed:
         raise UnsupportedError(
             f"`{key}` ({value!r}) has no equivalent in a recipe, which knows {' or '.join(map(repr, allowed))}: "
@@ -198,20 +229,16 @@ def convert(values: Mapping[str, Any], processes: int) -> dict[str, Any]:
         ValueError: a section or a key that must be there is missing, or the batch does not divide.
     """
     recipe: dict[str, Any] = {}
+    without: list[str] = []  # messages: a file tends to have several such keys
     for key, value in _flatten(values).items():
-        if value is None:
-            continue
-        if key in _SPECIAL:
-            _SPECIAL[key](recipe, key, value)
-        elif key in _MOVED:
-            _put(recipe, _MOVED[key], value, key)
-        elif key in _ONLY:
-            _only(key, value)
-        elif not _starts(key, _LEFT_OUT):
-            raise UnsupportedError(
-                f"`{key}` ({value!r}) has no equivalent in a recipe: remove it from a copy of the file, and see "
-                "docs/migration.md for where its job is done here."
-            )
+        if value is not None:
+            try:
+                _convert_key(recipe, key, _in_place(key), value)
+            except UnsupportedError as error:
+                without.append(str(error))
+    without += _experts_by_module_name(values)
+    if without:
+        raise UnsupportedError("\n".join(without))
     for name in ("model", "data.path", "data.max_tokens", "arguments.output_dir"):
         section, _, last = name.rpartition(".")
         if last not in (recipe.get(section, {}) if section else recipe):
@@ -231,6 +258,37 @@ def convert(values: Mapping[str, Any], processes: int) -> dict[str, Any]:
         arguments["max_steps"] *= arguments["num_train_epochs"]
     recipe["dtype"] = "float32" if arguments["bf16"] else "bfloat16"  # VeOmni's, of the weights that are trained
     return {name: recipe[name] for name in _ORDER if name in recipe}
+
+
+def _convert_key(recipe: dict[str, Any], key: str, place: str, value: Any) -> None:
+    """Put one key into the recipe.
+
+    Args:
+        key: as it is called in the file.
+        place: as it is called in the tables above.
+    """
+    if place in _SPECIAL:
+        _SPECIAL[place](recipe, key, value)
+    elif place in _MOVED:
+        _put(recipe, _MOVED[place], value, key)
+    elif place in _ONLY:
+        _only(key, place, value)
+    elif not _starts(place, _LEFT_OUT):
+        raise UnsupportedError(
+            f"`{key}` ({value!r}) has no equivalent in a recipe: remove it from a copy of the file, and see "
+            "docs/migration.md for what to use instead."
+        )
+
+
+def _experts_by_module_name(values: Mapping[str, Any]) -> Iterator[str]:
+    """Errors for modules of an MLP, by which VeOmni means stacked experts; PEFT finds none, and says nothing."""
+    lora = values.get("model", {}).get("lora_config") or {}
+    named = [name for name in lora.get("lora_modules") or () if name in ("gate_proj", "up_proj", "down_proj")]
+    if named and "share_expert_lora" in lora and not lora.get("target_parameters"):
+        yield (
+            f"`model.lora_config.lora_modules` ({', '.join(named)}) means the experts' parameters in VeOmni: name "
+            "them in `target_parameters: [experts.gate_up_proj, experts.down_proj]` instead."
+        )
 
 
 def _check_encoder(recipe: dict[str, Any]) -> None:

@@ -119,6 +119,64 @@ def test_what_has_no_equivalent_is_named(change: dict, kind: type[Exception], ma
         convert(values, processes=16)
 
 
+def test_all_that_has_no_equivalent_is_named_at_once() -> None:
+    values = yaml.safe_load(FLAT)
+    values["data"]["mm_configs"] = {"fps": 2.0}
+    values["train"] |= {"enable_fsdp_offload": True, "lr_decay_style": "wsd"}
+    with pytest.raises(UnsupportedError) as caught:
+        convert(values, processes=16)
+    first, second, third = str(caught.value).splitlines()
+    assert "mm_configs.fps" in first and "'wsd'" in second and "enable_fsdp_offload" in third
+
+
+# Keys and values as in the files that VeOmni ships, configs/text/qwen3.yaml and qwen3_moe_lora.yaml.
+SHIPPED = """
+model: {model_path: Qwen3-8B-Base, ops_implementation: {attn_implementation: flash_attention_2}}
+data:
+  {train_path: chats.jsonl, data_type: conversation, chat_template: chatml, max_seq_len: 2048, train_size: 750000,
+   text_keys: messages}
+train:
+  accelerator:
+    ulysses_size: 1
+    fsdp_config: {fsdp_mode: fsdp1, full_shard: true, offload: false}
+    offload: {enable_activation: false}
+  gradient_checkpointing: {enable: true}
+  global_batch_size: 8
+  micro_batch_size: 1
+  bsz_warmup_ratio: 0.007
+  dyn_bsz_buffer_size: 200
+  optimizer: {type: adamw, lr: 1.0e-4, lr_decay_style: cosine, max_grad_norm: 1.0}
+  num_train_epochs: 3
+  enable_mixed_precision: true
+  init_device: meta
+  enable_full_determinism: false
+  empty_cache_steps: 500
+  checkpoint: {output_dir: out, manager: dcp, save_steps: 100, save_epochs: 1, save_hf_weights: true}
+  wandb: {project: VeOmni, name: first}
+"""
+
+
+def test_files_that_veomni_ships() -> None:
+    values = yaml.safe_load(SHIPPED)
+    recipe = convert(values, processes=8)
+    assert recipe["arguments"]["learning_rate"] == 1e-4 and recipe["arguments"]["save_steps"] == 100
+    moved = {name: values["train"].pop(name) for name in ("optimizer", "accelerator")}
+    moved["accelerator"] |= {name: values["train"].pop(name) for name in ("gradient_checkpointing", "init_device")}
+    values["data"]["dyn_bsz_buffer_size"] = values["train"].pop("dyn_bsz_buffer_size")
+    values["model"] |= moved
+    assert convert(values, processes=8) == recipe  # the latest layout, where these belong to the model
+
+
+def test_experts_that_are_named_as_modules_are_an_error() -> None:
+    values = yaml.safe_load(NESTED)
+    lora = {"rank": 8, "lora_modules": ["q_proj", "up_proj"], "share_expert_lora": False}
+    values["model"]["lora_config"] = lora
+    with pytest.raises(UnsupportedError, match=r"\(up_proj\) means the experts' parameters.*target_parameters"):
+        convert(values, processes=8)
+    lora |= {"lora_modules": ["q_proj"], "target_parameters": ["mlp.experts.up_proj"]}
+    assert convert(values, processes=8)["lora"]["target_modules"] == ["q_proj"]
+
+
 def test_the_command_writes_a_recipe_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_veomni.recipe import Recipe
 
