@@ -1,4 +1,4 @@
-"""`hf-veomni`: what works, what a job takes, what is installed, and checkpoints made plain."""
+"""Train stock models of transformers under a plan, plan jobs before there is a cluster, convert checkpoints."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def options(
 def support(
     model: Annotated[str | None, typer.Option(help="Model type, folder with a config.json, or Hub id.")] = None,
 ) -> None:
-    """What works under sequence parallelism: of all families, or of one model."""
+    """Say what works under sequence parallelism: of all model types, or of one model."""
     from hf_veomni.support import load_matrix
 
     matrix = load_matrix()
@@ -116,9 +116,12 @@ def _live(model: str) -> None:
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        near = difflib.get_close_matches(model.lower(), list(load_matrix().families), n=1, cutoff=0.0)
+        known = list(load_matrix().families)
+        near = difflib.get_close_matches(_normalised(model.rpartition("/")[2]), known, n=1, cutoff=0.5)
+        hint = f"; the model type nearest to it is '{near[0]}'" if near else ""
         raise typer.BadParameter(
-            f"'{model}' is no model type of transformers (the nearest is '{near[0]}'), and has no config: {error}"
+            f"'{model}' is no model type of transformers{hint}. As a folder or Hub id it has no config.json that can "
+            f"be read: {str(error).splitlines()[0]}"
         ) from error
     family = load_matrix().families.get(config.model_type)
     console.print(f"family       {config.model_type}: {family.outcome if family else 'not in the matrix'}")
@@ -144,7 +147,16 @@ def train(
         bool, typer.Option("--print-script", help="Print the script that the recipe stands for, and do not run it.")
     ] = False,
 ) -> None:
-    """Train from one yaml file; `hf-veomni init` writes one."""
+    """Train from one yaml file; `hf-veomni init` writes one. An example:
+
+    \b
+    model: HuggingFaceTB/SmolLM2-135M-Instruct
+    data: {path: chats.jsonl, max_tokens: 4096}
+    plan: sp=2
+    lora: {r: 16, lora_alpha: 32}
+    processes: 2
+    arguments: {output_dir: outputs/run, learning_rate: 2.0e-4}
+    """
     from hf_veomni.recipe import Recipe
 
     try:
@@ -175,12 +187,13 @@ def init(
         raise typer.Exit(1)
     model = typer.prompt("Model (folder or Hub id)", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     data = typer.prompt("Data (jsonl, parquet, saved folder or Hub id)", default="chats.jsonl")
-    tokens = typer.prompt("Tokens of a packed sequence", default=4096, type=int)
+    tokens = typer.prompt("Tokens of a packed sequence", default=4096, value_proc=_positive)
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
-    processes = typer.prompt("Processes on this machine", default=devices, type=int)
+    processes = typer.prompt("Processes on this machine", default=max(devices, 1), value_proc=_positive)
     longest = 16384  # tokens of a rank
     sp = next((n for n in range(1, processes + 1) if processes % n == 0 and tokens <= n * longest), processes)
-    plan = typer.prompt("Plan", default=f"sp={sp}" if sp > 1 else (f"dp_shard={processes}" if processes > 1 else ""))
+    suggested = f"sp={sp}" if sp > 1 else (f"dp_shard={processes}" if processes > 1 else "")
+    plan = typer.prompt("Plan", default=suggested, value_proc=lambda text: _fitting_plan(text, processes))
     lora = typer.confirm("Train an adapter (LoRA)? Otherwise all parameters are trained", default=True)
     output = typer.prompt("Output folder", default="outputs/run")
     lines = [
@@ -204,13 +217,32 @@ def init(
     console.print(f"Wrote {path}. Next: hf-veomni train {path}", highlight=False, soft_wrap=True)
 
 
+def _positive(text: str) -> int:
+    """The number, or an error after which it is asked for again."""
+    if not str(text).isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"'{text}' must be a positive integer.")
+    return int(text)
+
+
+def _fitting_plan(text: str, processes: int) -> str:
+    """The plan as it was given, or an error after which it is asked for again."""
+    from hf_veomni.plan import ParallelPlan, asks_auto
+
+    try:
+        if not asks_auto(text):
+            ParallelPlan.parse(text).resolve(processes)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return text
+
+
 @app.command("convert-config")
 def convert_config(
     source: Annotated[Path, typer.Argument(help="A training file of VeOmni.")],
     target: Annotated[Path, typer.Argument(help="The recipe to write.")],
-    processes: Annotated[int, typer.Option(help="Of the run, over all machines; VeOmni's files do not say it.")] = 1,
+    processes: Annotated[int, typer.Option(help="Processes on all machines; VeOmni's files do not say it.")] = 1,
 ) -> None:
-    """A training file of VeOmni as a recipe for `hf-veomni train`; an error for what has no equivalent."""
+    """Convert a training file of VeOmni to a recipe for `hf-veomni train`; what has no equivalent is an error."""
     from hf_veomni.convert_config import convert_file
 
     try:
@@ -231,7 +263,7 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(help="The directory to write.")],
 ) -> None:
-    """A checkpoint's sharded weights as plain files that transformers or PEFT opens, with config and tokenizer."""
+    """Convert sharded weights of a checkpoint to plain files that transformers or PEFT opens, with the tokenizer."""
     from hf_veomni.checkpoint.convert import convert as convert_checkpoint
     from hf_veomni.omni import OmniModel
 
@@ -251,7 +283,7 @@ app.command()(foresight.doctor)
 
 @app.command()
 def env() -> None:
-    """Versions, devices and kernels."""
+    """Show versions, devices and kernels."""
     import torch
 
     from hf_veomni.attention.varlen import has_kernel
@@ -265,7 +297,7 @@ def env() -> None:
     backends = [name for name in ("gloo", "nccl") if getattr(torch.distributed, f"is_{name}_available")()]
     console.print(f"{'collectives':14} {', '.join(backends)}")
     kernel = cuda and has_kernel(torch.device("cuda"))
-    console.print(f"{'varlen':14} {'torch.nn.attention.varlen' if kernel else 'one fused call a document'}")
+    console.print(f"{'varlen':14} {'torch.nn.attention.varlen' if kernel else 'one fused call per document'}")
     for name in ("flash-attn", "flash-linear-attention", "causal-conv1d", "kernels"):
         console.print(f"{name:14} {_version(name)}")
 

@@ -40,7 +40,7 @@ def dry_run(
     skew: Annotated[float, typer.Option(help="What this rank's experts get, over their share.")] = 1.0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the result to this file, too.")] = None,
 ) -> None:
-    """Memory and traffic of a training step on ranks that are not there: the real code, without a GPU."""
+    """Report memory and traffic of one rank's training step, without GPUs: the real code on fake tensors."""
     import torch
 
     from hf_veomni import dryrun
@@ -92,7 +92,7 @@ def plan(
     picture: Annotated[Path | None, typer.Option(help="Draw memory and speed into this file.")] = None,
     write: Annotated[Path | None, typer.Option(help="Write accelerate's configuration of the fastest.")] = None,
 ) -> None:
-    """Memory and speed of every layout of a world, by formulas: which one to take."""
+    """Predict memory and speed of every layout of some devices, by formulas, and name the fastest that fits."""
     from hf_veomni.planner import find_device, plan_layouts, report
 
     for path in (json_path, write):
@@ -135,7 +135,7 @@ def plan(
 def doctor(
     run: Annotated[Path, typer.Argument(help="The output directory of a run with `step_report=True`.")],
 ) -> None:
-    """What was wrong with a run, by its step report, and what to do."""
+    """Say what slowed a run down or ended it, by its step report, and what to do."""
     from hf_veomni.doctor import diagnose
 
     try:

@@ -30,6 +30,17 @@ from hf_veomni.yaml_files import read_mapping
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _ENCODERS = r".*(vision|visual|audio|image).*"  # modules that LoRA leaves out unless the recipe names its own
 
+# As LoRA's options are called elsewhere, and by PEFT.
+_LORA_NAMES = {
+    "rank": "r",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
+}
+
 _DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 _OVERLONG = ("error", "split", "truncate", "drop")  # of `pack_dataset`
@@ -345,5 +356,7 @@ class Recipe:
 
         known = [f.name for f in fields(LoraConfig) if f.init]
         for name in self.lora or {}:
+            if name in _LORA_NAMES:
+                raise ValueError(f"Unknown key '{name}' in the recipe's `lora`: PEFT calls it `{_LORA_NAMES[name]}`.")
             if name not in known:
                 raise ValueError(f"Unknown key '{name}' in the recipe's `lora`: {nearest(name, known)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,12 @@ def read_mapping(path: str | os.PathLike[str], what: str, example: str) -> Mappi
                     raise _Twice(f"{what} '{path}' has the key '{key}' twice (line {line}): give it once.")
             return super().construct_mapping(node, deep)
 
+    # As in YAML 1.2, and as everybody writes a learning rate: to PyYAML `2e-4`, without a dot, is a text.
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
     if not Path(path).is_file():
-        raise ValueError(f"{what} '{path}' does not exist.")
+        raise ValueError(f"{what} '{path}' {'is no file' if Path(path).exists() else 'does not exist'}.")
     try:
         documents = list(yaml.load_all(Path(path).read_text(), Loader))  # noqa: S506 (a safe loader)
     except _Twice as error:

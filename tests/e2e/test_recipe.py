@@ -80,6 +80,7 @@ def _numbers(text: str, name: str) -> list[float]:
         ({"data": {"path": "none.jsonl", "max_tokens": 8}}, r"`data.path` \(none.jsonl\) does not exist"),
         ({"data": {"path": "chats.jsonl", "max_tokens": 8, "train_on": "user"}}, "must be 'assistant', 'last' or"),
         ({"plan": "tp=2"}, "there is no tensor parallelism"),
+        ({"lora": {"rank": 8}}, "Unknown key 'rank' in the recipe's `lora`: PEFT calls it `r`"),
         ({"lora": True}, r"`lora` \(True\) must be a mapping"),
         ({"processes": 3}, r"must divide the number of ranks \(3\)"),
         ({"arguments": {"output_dir": "out", "learning_rat": 1}}, "Unknown key 'learning_rat'.*learning_rate"),
@@ -95,6 +96,27 @@ def test_what_is_wrong_is_named(home: Path, change: dict, match: str) -> None:
         recipe.script()
     result = CliRunner().invoke(app, ["train", "wrong.yaml"], env={"COLUMNS": "400"})
     assert result.exit_code == 2 and "Traceback" not in result.output
+
+
+def test_a_learning_rate_may_be_written_without_a_dot(home: Path) -> None:
+    text = Path("recipe.yaml").read_text().replace("learning_rate: 0.001", "learning_rate: 2e-4\n  run_name: '1e5'")
+    Path("recipe.yaml").write_text(text)
+    arguments = Recipe.from_yaml("recipe.yaml").arguments
+    assert arguments["learning_rate"] == 2e-4 and arguments["run_name"] == "1e5"
+
+
+def test_the_help_shows_a_recipe(home: Path) -> None:
+    shown = CliRunner().invoke(app, ["train", "--help"]).output.split("An example:")[1].split("╭")[0]
+    Path("shown.yaml").write_text("\n".join(line.strip() for line in shown.splitlines()))
+    assert Recipe.from_yaml("shown.yaml").plan == "sp=2"
+
+
+def test_init_asks_again_for_what_does_not_fit(home: Path) -> None:
+    answers = ["model", "chats.jsonl", "many", "512", "0", "4", "sp=3", "sp=2", "", ""]
+    result = CliRunner().invoke(app, ["init", "made.yaml"], input="\n".join(answers) + "\n")
+    assert result.exit_code == 0 and "must divide the number of ranks (4)" in result.output
+    recipe = Recipe.from_yaml("made.yaml")
+    assert (recipe.plan, recipe.processes, recipe.data.max_tokens) == ("sp=2", 4, 512)
 
 
 def test_init_writes_a_recipe_that_is_read(home: Path, tiny_checkpoint: Path) -> None:
