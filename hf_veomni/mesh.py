@@ -82,10 +82,12 @@ class ParallelState:
 
     @cached_property
     def sp_size(self) -> int:
+        """Ranks that share a sequence."""
         return self.plan.sp_size
 
     @property
     def ep_size(self) -> int:
+        """Ranks that share the experts of a layer."""
         return self.plan.ep_size
 
     @property
@@ -104,10 +106,12 @@ class ParallelState:
 
     @cached_property
     def dp_size(self) -> int:
+        """Data ranks: groups of ranks that read batches of their own."""
         return self.plan.dp_size
 
     @cached_property
     def world_size(self) -> int:
+        """All ranks of the mesh."""
         return self.plan.world_size
 
 

@@ -73,11 +73,13 @@ class HostMemory:
             self._pinned = True
 
     def release(self) -> None:
+        """Give the memory back; `reserve` takes some again."""
         if self._pinned and self._bytes is not None:
             _cuda().cudaHostUnregister(self._bytes.data_ptr())
         self._bytes, self._pinned, self.size = None, False, 0
 
     def close(self) -> None:
+        """Give it back for good."""
         self.release()
         os.close(self.descriptor)
 
@@ -109,6 +111,7 @@ class BackgroundWriter:
 
     @property
     def pid(self) -> int | None:
+        """Of the process that writes, if it runs."""
         return None if self._process is None else self._process.pid
 
     def start(self, shards: Sequence[Shard], staging: Path, target: Path, rank: int, world: int) -> None:
@@ -172,6 +175,7 @@ class BackgroundWriter:
 
     @property
     def busy(self) -> bool:
+        """Whether a save is under way."""
         return self._job is not None
 
     def _receive(self, seconds: float | None) -> Exception | None:

@@ -43,6 +43,7 @@ def checksum(path: Path) -> str:
 
 
 def checksums(paths: list[Path]) -> list[str]:
+    """SHA-256 of files, several at a time."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(checksum, paths))
 

@@ -44,6 +44,7 @@ _PLAIN = (type(None), bool, int, float, str)  # what json gives back as it was
 
 
 def shard_name(rank: int) -> str:
+    """Of the file that a rank writes."""
     return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
 
 

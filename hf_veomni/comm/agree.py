@@ -13,6 +13,7 @@ from hf_veomni.errors import public_kind
 
 
 def name_ranks(ranks: list[int]) -> str:
+    """As a message names them: "rank 1", "ranks 0, 2"."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 

@@ -88,10 +88,12 @@ class Flight:
         self.link: Tensor | None = None  # empty; its autograd edge leads from `land` to `launch`
 
     def start(self, x: Tensor, back: bool = False) -> None:
+        """Begin the exchange of x, or its reverse."""
         send, receive = (self.receive, self.send) if back else (self.send, self.receive)
         self.ticket = self.transport.start(x, self.group, send, receive)
 
     def wait(self) -> Tensor:
+        """What arrived. To be called once."""
         ticket, self.ticket = self.ticket, None
         return self.transport.wait(ticket)
 

@@ -34,6 +34,7 @@ def _is_file(feature: object) -> bool:
 
 
 def holds_json(feature: object) -> bool:
+    """Whether a part of this feature is JSON, at any depth."""
     return any(isinstance(part, Json) for part in parts(feature))
 
 

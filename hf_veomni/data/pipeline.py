@@ -117,7 +117,8 @@ class Packing(ABC):
         """The columns of a dataset that rows are made of."""
 
     @abstractmethod
-    def measure(self, source: Dataset, num_proc: int | None) -> Measured: ...
+    def measure(self, source: Dataset, num_proc: int | None) -> Measured:
+        """Tokens and cost of each document of a dataset, and why documents are left out."""
 
     @abstractmethod
     def write(
@@ -134,10 +135,12 @@ class Packing(ABC):
         """A buffer of documents, as the next two take it."""
 
     @abstractmethod
-    def measure_buffer(self, read: object, indices: list[int]) -> Measured: ...
+    def measure_buffer(self, read: object, indices: list[int]) -> Measured:
+        """The same for a buffer of a stream; `indices` name its documents in messages."""
 
     @abstractmethod
-    def write_buffer(self, read: object, measured: Measured, pieces: Pieces) -> dict[str, list[Any]]: ...
+    def write_buffer(self, read: object, measured: Measured, pieces: Pieces) -> dict[str, list[Any]]:
+        """The rows of a buffer, as columns."""
 
 
 def plan_rows(measured: Measured, rules: Rules, names: Sequence[int] | None = None) -> Pieces:

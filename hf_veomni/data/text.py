@@ -38,6 +38,7 @@ class Columns:
 
 
 def modality_error(name: str) -> ValueError:
+    """For a column that text rows cannot carry."""
     return ValueError(
         f"`{name}` belongs to images, audio or video, and cannot be packed beside `input_ids`: give samples of "
         "`messages` or `text` and a `processor`, or what the processor makes of them, or remove it."

@@ -40,6 +40,7 @@ class Bags(NamedTuple):
 
     @classmethod
     def of(cls, bag: Tensor, number: int) -> Bags:
+        """From the bag of each item, [items], and how many bags there are."""
         items = torch.argsort(bag, stable=True)
         return cls(bag, items, torch.searchsorted(bag[items], torch.arange(number, device=bag.device)))
 

@@ -112,6 +112,7 @@ class ExpertCounter:
         self._handles += [router.register_forward_hook(_NoteEntropy(self, index)) for router, index in routers]
 
     def detach(self) -> None:
+        """Remove its hooks."""
         for handle in self._handles:
             handle.remove()
         for module in self.modules:
@@ -119,9 +120,11 @@ class ExpertCounter:
 
     @property
     def counts(self) -> bool:
+        """Whether the running forward is one that trains."""
         return is_training_forward(self._model)
 
     def add(self, layer: int, top_k_index: Tensor) -> None:
+        """Count the pairs of (token, expert) of a layer; `top_k_index` [tokens, K], local."""
         if not counts_tokens():
             self._uncounted += top_k_index.numel()
             return
@@ -131,6 +134,7 @@ class ExpertCounter:
         self._tokens[layer] += count_pairs(top_k_index.reshape(-1), self.num_experts)
 
     def note_entropy(self, logits: Tensor) -> None:
+        """Add the mean entropy of a router's choice, 1 for all experts alike; `logits` [tokens, E]."""
         if not counts_tokens():
             return
         scores = logits.detach().float().log_softmax(-1)

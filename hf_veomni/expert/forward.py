@@ -55,6 +55,7 @@ def counting_no_tokens() -> AbstractContextManager[None]:
 
 
 def counts_tokens() -> bool:
+    """Whether the tokens of the running forward count: those of a dummy batch do not."""
     return not current().idle
 
 
@@ -66,6 +67,7 @@ def start_rows(experts: nn.Module) -> int:
 
 
 def stop_rows(experts: nn.Module) -> None:
+    """End what `start_rows` began."""
     vars(experts).pop(_ROWS, None)
 
 

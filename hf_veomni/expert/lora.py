@@ -60,6 +60,7 @@ class AdapterLayout:
 
 
 def has_adapters(module: ExpertsModule) -> bool:
+    """Whether LoRA is on these experts."""
     return module.outer is not module.experts
 
 

@@ -52,6 +52,7 @@ class CausalLMLoss:
 
     @property
     def label_smoothing(self) -> float:
+        """Share of the loss that is the mean over all tokens of the vocabulary, 0 to 1."""
         return self._state.label_smoothing
 
     @label_smoothing.setter

@@ -38,11 +38,13 @@ class IdsWatch:
         ]
 
     def enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Pre-hook of the model: note its token ids, unless it generates with a cache."""
         inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         full = hf.uses_cache(inputs)
         enter(self, ids=None if full else inputs.get("input_ids"))
 
     def leave(self, model: nn.Module, args: tuple, output: object) -> None:
+        """Forget them."""
         leave(self)
 
     def remove(self) -> None:

@@ -77,6 +77,7 @@ class OwnAttention:
                 )
 
     def remove(self) -> None:
+        """Give the attention modules the config of the model again."""
         for module in self.modules:
             view = vars(module)["config"]
             if isinstance(view, hf.AttentionConfig):
@@ -143,6 +144,7 @@ def watch_cross(module: nn.Module) -> Any:
 
 
 def is_cross(module: nn.Module) -> bool:
+    """Whether this attention looks at another sequence than its own."""
     return module.__dict__.get(_FLAG, False)
 
 

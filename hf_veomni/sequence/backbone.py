@@ -118,6 +118,7 @@ def views_as_row(backbone: nn.Module) -> bool:
 
 
 def notes_shape(backbone: nn.Module) -> bool:
+    """Whether the backbone's forward remembers the shape of its output before its layers run."""
     return "output_shape" in inspect.unwrap(type(backbone).forward).__code__.co_varnames
 
 

@@ -48,6 +48,7 @@ class Outputs:
 
     @property
     def is_empty(self) -> bool:
+        """Whether no forward has been noted."""
         return not self._lengths
 
     def add(self, length: int) -> None:
@@ -79,6 +80,7 @@ class Outputs:
         self._outputs[tensor] = (tensor.shape[1], True)
 
     def is_full(self, tensor: Tensor) -> bool:
+        """Whether a noted output already has the full sequence."""
         return tensor in self._outputs and self._outputs[tensor][1]
 
     def is_noted(self, tensor: Tensor) -> bool:

@@ -68,6 +68,7 @@ class Matrix:
     again: tuple[str, ...] = ()  # model types swept later than the rest, by a later version of the package
 
     def counts(self) -> Counter[str]:
+        """Model types by outcome."""
         return Counter(family.outcome for family in self.families.values())
 
     def folders(self, outcome: str) -> int:

@@ -89,6 +89,7 @@ def _staged(matrix: Matrix) -> str:
 
 
 def render_markdown(matrix: Matrix) -> str:
+    """The page docs/support.md."""
     counts = matrix.counts()
     lines = [f"| {name} | {counts[name]} | {matrix.folders(name)} | {text} |" for name, text in OUTCOMES.items()]
     gathered = [f for f in matrix.families.values() if f.rule and f.outcome == "works"]

@@ -65,6 +65,7 @@ class BatchingMixin(StagesMixin):
 
     @property
     def parallel_state(self) -> ParallelState:
+        """That of the model being trained."""
         if self._known_state is not None and self._known_state[0] is self.model:
             return self._known_state[1]
         if not is_prepared(self.model):  # a model that one rank trains as it is

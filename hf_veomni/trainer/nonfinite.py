@@ -70,6 +70,7 @@ class Finder:
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
+        """Look at the outputs of all modules within the block."""
         handles = [
             module.register_forward_hook(partial(self._look, name)) for name, module in model.named_modules() if name
         ]
@@ -86,11 +87,13 @@ class Finder:
             self.found = Finding(phase, self._count, self.rank, text.format(what))
 
     def look_at_inputs(self, inputs: Any) -> None:
+        """Note what is not finite in a batch."""
         if isinstance(inputs, Mapping):
             for name, value in inputs.items():
                 self.note(_INPUT, kind(value), f"{{}} in the batch's `{name}`")
 
     def look_at_loss(self, loss: Tensor) -> None:
+        """Note a loss that is not finite."""
         self.note(_LOSS, kind(loss), "{} in the loss")
 
     def look_at_gradients(self, model: nn.Module) -> None:

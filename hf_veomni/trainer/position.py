@@ -36,6 +36,7 @@ class Reading:
 
     @property
     def rows_per_step(self) -> int:
+        """Of one data rank, in one optimizer step."""
         return self.rows * self.accumulation
 
     @classmethod
@@ -104,6 +105,7 @@ class Position:
         return cls(step, epochs, batches * reading.rows, reading.rows_per_step, reading.order)
 
     def write(self, checkpoint: Path) -> None:
+        """Write it into the folder of a checkpoint."""
         (checkpoint / POSITION_NAME).write_text(json.dumps({"version": 1, **asdict(self)}, indent=1) + "\n")
 
     @classmethod

@@ -70,6 +70,7 @@ class StepClock:
 
     @contextmanager
     def watching_exchanges(self) -> Iterator[None]:
+        """Time the exchanges that begin within the block."""
         with within(transport=_TimedTransport(self)):
             yield
 

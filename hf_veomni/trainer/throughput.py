@@ -41,10 +41,12 @@ class BatchCount:
         self.restart()
 
     def restart(self) -> None:
+        """Count from zero again."""
         self.tokens: Tensor | float = 0.0
         self.total: Tensor | float = 0.0
 
     def add(self, batch: Mapping[str, Any]) -> None:
+        """Count the tokens of a batch, and its FLOPs as far as they are known."""
         if self.flops is not None:
             try:
                 tokens, flops = self.flops.of_batch(batch)

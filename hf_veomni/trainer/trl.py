@@ -44,6 +44,7 @@ def _bases(trainer: object) -> list[str]:
 
 
 def is_trl(trainer: object) -> bool:
+    """Whether this trainer is one of TRL's."""
     return bool(_bases(trainer))
 
 

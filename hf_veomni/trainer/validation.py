@@ -44,6 +44,7 @@ class Refusal:
     reason: str
 
     def check(self, arguments: object, owner: str = "a plan") -> None:
+        """Raise UnsupportedError if these arguments hold what is refused."""
         value = getattr(arguments, self.name, None)
         if self.refused(value):
             shown = getattr(value, "value", value)

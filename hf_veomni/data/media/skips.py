@@ -14,6 +14,7 @@ ON_ERROR = ("raise", "skip")
 
 
 def check_on_error(value: object) -> None:
+    """Raise ValueError for an unknown `on_error`."""
     if value not in ON_ERROR:
         raise ValueError(f"`on_error` ({value!r}) must be one of {', '.join(map(repr, ON_ERROR))}.")
 
