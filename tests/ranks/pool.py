@@ -19,13 +19,12 @@ from typing import Any
 
 from tests.ranks.worker import Case, Reply, serve
 
-DEFAULT_TIMEOUT = 60.0  # seconds a case may take
+DEFAULT_TIMEOUT = 60.0  # seconds a case may take, of a worker of pytest that has the cores for itself
+SHARED_BY = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # workers that share the cores
 START_TIMEOUT = 180.0  # seconds until the ranks answer for the first time (they import transformers)
 GRACE = 3.0  # seconds that the other ranks get to answer once one has failed
 MAX_LIVE_RANKS = 7  # over all pools; an idle rank takes about 0.3 GB
 MAX_THREADS = 60  # of a rank; the threads of a group that torch's caches still hold go on polling (2.11 holds many)
-
-
 REPEATS = 2  # of a session, of cases in which a rank crashed in native code
 
 
@@ -68,7 +67,7 @@ class RankPool:
 
         Args:
             function: a function at the top level of a module; it, its arguments and results are pickled.
-            timeout: seconds for the whole case.
+            timeout: seconds for the whole case, so many times as workers of pytest share the cores.
 
         Raises:
             RanksFailed: an exception on some rank, a rank that died, or time is up. The ranks that did not answer are
@@ -142,6 +141,7 @@ class RankPool:
 
         CI has seen one such crash in 4,500 cases, cause unknown, that did not come back. What crashes again fails.
         """
+        timeout *= SHARED_BY
         try:
             return self._attempt(function, args, kwargs, timeout)
         except RanksFailed as failure:
