@@ -31,7 +31,7 @@ import torch
 from benchmarks._exchange import even_routing
 from benchmarks._link import Link, linked
 from benchmarks._record import known_rows, quantiles, record
-from benchmarks._schedules import RANKS, SHAPES, Bench, dense, mixture, ratio_of
+from benchmarks._schedules import RANKS, SCHEDULES, SHAPES, Bench, dense, mixture, ratio_of
 from benchmarks._timing import matmul_rate
 from benchmarks.overlap import sweep
 
@@ -219,13 +219,13 @@ UNITS = {
     "peak": ("activations at the peak, MiB", 2.0**20),
     "sent": ("sent by a rank, MiB", 2.0**20),
     "longest": ("longest sequence, tokens", 1.0),
-    "over_equal": ("step, of that of equal ranks", 1.0),
+    "over_equal": ("time of a step, relative to equal ranks", 1.0),
 }
 PLACES = {
     "stands_for": "tokens that the sequence stands for",
-    "slow": "one rank slower by",
+    "slow": "one rank slower by a factor of",
     "link_over_compute": "link / compute",
-    "sp_size": "sp_size",
+    "sp_size": "ranks that share a sequence (sp)",
 }
 
 
@@ -242,7 +242,8 @@ def draw(experiment: Experiment, rows: Rows, path: Path) -> None:
             line = [row for row in here if row["contender"] == name]
             heights = [row[value]["p50"] if isinstance(row[value], dict) else row[value] for row in line]
             places = [str(row[experiment.places]) for row in line]
-            axis.plot(places, [height / unit for height in heights], "o-", label=name)
+            color = f"C{SCHEDULES.index(name)}" if name in SCHEDULES else "C0"  # a schedule's is always the same
+            axis.plot(places, [height / unit for height in heights], "o-", color=color, label=name)
         for bound in ("bound", "even_speeds"):
             if bound in here[0] and value in ("exposed", "over_equal"):
                 places = dict.fromkeys((str(row[experiment.places]), row[bound] / unit) for row in here)
@@ -250,11 +251,13 @@ def draw(experiment: Experiment, rows: Rows, path: Path) -> None:
                     axis.plot(*zip(*places, strict=True), "k:", label="bound")
         axis.set_title(": ".join(filter(None, (split, label))), fontsize=8)
         axis.set_xlabel(PLACES.get(experiment.places, ""), fontsize=8)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.08 * max(top for line in axis.lines for top in line.get_ydata()))
         axis.tick_params(labelsize=7)
         if experiment.places == "plan":
-            axis.tick_params("x", labelrotation=40)
-        axis.legend(fontsize=7)
+            for tick in axis.get_xticklabels():
+                tick.set(rotation=40, ha="right", rotation_mode="anchor")
+        if len(axis.lines) > 1:
+            axis.legend(fontsize=7)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
 

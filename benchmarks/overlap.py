@@ -158,30 +158,36 @@ def check(rows: list[dict[str, Any]], tolerance: float, slower: float) -> list[s
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Exposed share over link / compute, a panel for each model and way."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    panels = list(dict.fromkeys(_panel(row) for row in rows if row["link_over_compute"]))
+    panels = sorted({_panel(row) for row in rows if row["link_over_compute"]})
+    names = list(dict.fromkeys(row["schedule"] for row in rows))
+    colors = {name: f"C{number}" for number, name in enumerate(names)}  # the same in every panel
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.7 * lines), layout="constrained")
+    figure = Figure(figsize=(3.6 * columns, 2.7 * lines + 0.3), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     for axis, panel in zip(axes, panels, strict=False):
         here = [r for r in rows if _panel(r) == panel and r["link_over_compute"]]
-        for name in dict.fromkeys(r["schedule"] for r in here):
+        for name in names:
             line = [r for r in here if r["schedule"] == name]
-            axis.plot(
-                [r["link_over_compute"] for r in line], [100 * r["exposed"]["p50"] for r in line], "o-", label=name
-            )
+            shares = [100 * r["exposed"]["p50"] for r in line]
+            axis.plot([r["link_over_compute"] for r in line], shares, "o-", color=colors[name])
         ratios = [r["link_over_compute"] for r in here]
         steps = [min(ratios) + (max(ratios) - min(ratios)) * i / 50 for i in range(51)]
-        axis.plot(steps, [100 * max(0.0, 1 - 1 / x) for x in steps], "k:", label="bound")
+        axis.plot(steps, [100 * max(0.0, 1 - 1 / x) for x in steps], "k:")
         axis.set_ylim(-3, 105)
-        axis.set_title(f"{panel[0]} {panel[1]}, {panel[2]}{', checkpointing' * panel[3]}", fontsize=8)
+        routing = "" if panel[2] == "none" else f", {panel[2]}"
+        axis.set_title(f"{panel[0]} {panel[1]}{routing}{', checkpointing' * panel[3]}", fontsize=8)
         axis.set_xlabel("link / compute", fontsize=8)
         axis.set_ylabel("exposed, % of the link's time", fontsize=8)
         axis.tick_params(labelsize=7)
-    axes[0].legend(fontsize=7)
+    handles = [Line2D([], [], marker="o", color=color) for color in colors.values()]
+    bound = Line2D([], [], linestyle=":", color="black")
+    names.append("bound")
+    figure.legend([*handles, bound], names, loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
 
