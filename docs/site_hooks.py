@@ -77,6 +77,12 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def _keep_together(line: str) -> str:
+    """A row of a table in which no line breaks between a number and its sign: "99.4 %", "x 1.08"."""
+    return re.sub(r"(?<=\d) (?=%)|(?<=\bx) (?=\d)", "\u00a0", line) if line.startswith("|") else line
+
+
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     source = page.file.src_uri
+    markdown = "\n".join(map(_keep_together, markdown.split("\n")))
     return markdown if source in PAGES.values() or source.startswith("notebooks/") else _rewrite(markdown, "docs")
