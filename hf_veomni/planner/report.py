@@ -66,6 +66,11 @@ def _entry(plans: Plans, entry: Entry) -> dict[str, Any]:
     }
 
 
+def _column(name: str) -> dict[str, Any]:
+    """How a column of a table is set: plans are kept whole, on several lines where the terminal is narrow."""
+    return {"min_width": 24, "overflow": "fold"} if name == "plan" else {"justify": "right"}
+
+
 def render(plans: Plans, count: int = 10) -> Iterable[RenderableType]:
     """Tables for a terminal: the fastest that fit, and the nearest that do not."""
     from rich.table import Table
@@ -76,7 +81,7 @@ def render(plans: Plans, count: int = 10) -> Iterable[RenderableType]:
     table = Table(title=f"{title}\n{len(fitting)} of {len(plans.entries)} layouts fit")
     axes = ("sp", "ep", "fsdp", *(["pp", "bubble"] if any(e.layout.pp > 1 for e in fitting[:count]) else []))
     for column in ("plan", "ckpt", "GiB", "tokens/s/device", "MFU %", "step s", f"exposed s: {axes[0]}", *axes[1:]):
-        table.add_column(column, justify="left" if column == "plan" else "right", overflow="fold")
+        table.add_column(column, **_column(column))
     for entry in fitting[:count]:
         parts = entry.time.parts
         table.add_row(
@@ -93,7 +98,7 @@ def render(plans: Plans, count: int = 10) -> Iterable[RenderableType]:
     if others:
         left = Table(title="What does not fit, the nearest first")
         for column in ("plan", "ckpt", "over by GiB", *CATEGORIES):
-            left.add_column(column, justify="left" if column == "plan" else "right", overflow="fold")
+            left.add_column(column, **_column(column))
         for entry in others[:count]:
             sizes = [f"{entry.memory.categories[c] / GIB:.1f}" for c in CATEGORIES]
             ckpt = "yes" if entry.layout.checkpointing else ""

@@ -150,8 +150,8 @@ def plan_layouts(
     job = Job(context, min(document or context, context), batch, accumulation, lora, mixed_precision, fp32)
     if shape.context and job.document > shape.context:
         raise ValueError(
-            f"`document` ({job.document}) is longer than the model's context ({shape.context}): give the length of the "
-            "longest document in a sequence, or change `max_position_embeddings` in the config."
+            f"`document` ({job.document}) is longer than the model's context ({shape.context}): give the length of "
+            "the longest document in a sequence, or change `max_position_embeddings` in the config."
         )
     wanted = [layout for layout in layouts(shape, world_size) if layout.runs(job) and not layout.has(without)]
     entries = [_entry(shape, layout, job, found) for layout in wanted]
