@@ -52,6 +52,7 @@ class ScriptArguments:
     dtype: str = field(default="bfloat16", metadata={"help": "Type that the weights are loaded in."})
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
     train_encoder: bool = field(default=False, metadata={"help": "Train encoder and projector in full."})
+    train_projector: bool = field(default=False, metadata={"help": "Train the projector in full, a new one say."})
 
 
 DEFAULTS = {
@@ -164,6 +165,26 @@ def show(script: ScriptArguments, args: OmniTrainingArguments, processor: Any, t
     return sum(text == wanted(sample) for text, sample in zip(said, samples, strict=True)), len(samples)
 
 
+def trained_parts(model: torch.nn.Module, script: ScriptArguments) -> list[str]:
+    """Names of the modules that are trained in full beside the adapter.
+
+    Raises:
+        ValueError: the projector alone is asked for, and is a part of the encoder.
+    """
+    if script.train_encoder:
+        return encoder_parts(model)
+    if not script.train_projector:
+        return []
+    parts = encoder_parts(model)
+    projectors = [name for name in parts if name.endswith(("projector", "connector"))]
+    if not projectors:
+        raise ValueError(
+            f"`train_projector` finds no projector beside {', '.join(parts)} in {type(model).__name__}: use "
+            "`train_encoder`, or neither."
+        )
+    return projectors
+
+
 def main() -> None:
     script, args = parse_arguments()
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -173,9 +194,9 @@ def main() -> None:
     set_seed(args.seed)
     processor = load_processor(script)
     model = AutoModelForImageTextToText.from_pretrained(script.model, dtype=script.dtype)
-    if script.train_encoder:
-        for name in encoder_parts(model):
-            model.get_submodule(name).float()  # bf16 is too coarse for what AdamW adds to weights that are trained
+    in_full = trained_parts(model, script)
+    for name in encoder_parts(model) if in_full else []:  # the encoder, too: what goes into a projector has its type
+        model.get_submodule(name).float()  # bf16 is too coarse for what AdamW adds to weights that are trained
     cost = CostModel.from_config(model.config).costs
     train, test = (read_chats(script.data, name) for name in ("train", "test"))
     packed = [
@@ -194,7 +215,7 @@ def main() -> None:
             r=script.lora_r,
             lora_alpha=2 * script.lora_r,
             target_modules=LANGUAGE_ATTENTION,
-            modules_to_save=encoder_parts(model) if script.train_encoder else None,
+            modules_to_save=in_full or None,
             task_type="CAUSAL_LM",
         ),
     )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from digit_chats import make_digit_chats
-from finetune_vlm import ScriptArguments, encoder_parts, load_processor
+from finetune_vlm import ScriptArguments, encoder_parts, load_processor, trained_parts
 from make_vlm_checkpoint import make_vlm_checkpoint
 from tests.e2e.launching import ROOT, launch, python
 
@@ -62,6 +62,15 @@ def test_options_without_effect_are_refused(inputs: list[str]) -> None:
         load_processor(ScriptArguments(model=inputs[1], max_pixels=784))
     with pytest.raises(ValueError, match="`train_encoder` finds no encoder in Linear"):
         encoder_parts(nn.Linear(1, 1))
+
+
+def test_the_projector_may_be_trained_without_the_encoder() -> None:
+    model = nn.ModuleDict({"model": nn.ModuleDict({"vision_tower": nn.Linear(1, 1), "connector": nn.Linear(1, 1)})})
+    assert trained_parts(model, ScriptArguments()) == []
+    assert trained_parts(model, ScriptArguments(train_projector=True)) == ["model.connector"]
+    assert trained_parts(model, ScriptArguments(train_encoder=True)) == ["model.vision_tower", "model.connector"]
+    with pytest.raises(ValueError, match="finds no projector beside visual in ModuleDict: use `train_encoder`"):
+        trained_parts(nn.ModuleDict({"visual": nn.Linear(1, 1)}), ScriptArguments(train_projector=True))
 
 
 def test_the_page_runs(inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
