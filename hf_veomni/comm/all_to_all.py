@@ -76,16 +76,19 @@ def running_transport() -> Transport:
     return current().transport or _GROUPS
 
 
-class Flight:
-    """One exchange from its launch to its landing, and that of its gradient."""
+class _Phases:
+    """One exchange and that of its gradient: what both nodes of the graph know of it."""
 
     def __init__(
-        self, transport: Transport, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]
+        self,
+        group: dist.ProcessGroup,
+        send: Sequence[int],
+        receive: Sequence[int],
+        meanwhile: Callable[[], Any] | None = None,
     ) -> None:
-        self.transport, self.group, self.send, self.receive = transport, group, tuple(send), tuple(receive)
+        self.transport, self.group, self.send, self.receive = running_transport(), group, tuple(send), tuple(receive)
         self.ticket: Any = None  # of the phase that is open, in the forward or in the backward
-        self.meanwhile: Callable[[], Any] | None = None
-        self.link: Tensor | None = None  # empty; its autograd edge leads from `land` to `launch`
+        self.meanwhile = meanwhile
 
     def start(self, x: Tensor, back: bool = False) -> None:
         """Begin the exchange of x, or its reverse."""
@@ -98,29 +101,44 @@ class Flight:
         return self.transport.wait(ticket)
 
 
+class Flight:
+    """An exchange from its launch to its landing.
+
+    The nodes of the graph know its phases and not itself, which knows the graph: one that is never landed, as where a
+    recomputation ends before, is freed with the graph behind it and needs no collector of cycles.
+    """
+
+    def __init__(self, phases: _Phases, link: Tensor | None = None) -> None:
+        """`link`: empty; its autograd edge leads from `land` to `launch`. None where there is no gradient."""
+        self.phases, self.link = phases, link
+
+    def wait(self) -> Tensor:
+        return self.phases.wait()
+
+
 class _Launch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        flight.start(x)
+    def forward(ctx: Any, x: Tensor, phases: _Phases) -> Tensor:
+        ctx.phases = phases
+        phases.start(x)
         return x.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        if ctx.flight.meanwhile is not None:
-            ctx.flight.meanwhile()
-        return ctx.flight.wait(), None
+        if ctx.phases.meanwhile is not None:
+            ctx.phases.meanwhile()
+        return ctx.phases.wait(), None
 
 
 class _Land(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, link: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.wait()
+    def forward(ctx: Any, link: Tensor, phases: _Phases) -> Tensor:
+        ctx.phases = phases
+        return phases.wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.start(grads[0], back=True)
+        ctx.phases.start(grads[0], back=True)
         return grads[0].new_empty(0), None
 
 
@@ -142,9 +160,8 @@ def launch(
     Collective: one all-to-all over `group`, which all ranks launch in the same order among their collectives. The
     backward waits for the reverse all-to-all, which that of `land` has started.
     """
-    flight = Flight(running_transport(), group, send, receive)
-    flight.meanwhile, flight.link = meanwhile, _Launch.apply(x, flight)
-    return flight
+    phases = _Phases(group, send, receive, meanwhile)
+    return Flight(phases, _Launch.apply(x, phases))
 
 
 @_uncompiled
@@ -155,7 +172,7 @@ def land(flight: Flight) -> Tensor:
     """
     link, flight.link = flight.link, None
     assert link is not None, "landed twice"
-    return _Land.apply(link, flight)
+    return _Land.apply(link, flight.phases)
 
 
 @_uncompiled
@@ -164,9 +181,9 @@ def launch_data(x: Tensor, group: dist.ProcessGroup, send: Sequence[int], receiv
 
     Collective: one all-to-all over `group`.
     """
-    flight = Flight(running_transport(), group, send, receive)
-    flight.start(x)
-    return flight
+    phases = _Phases(group, send, receive)
+    phases.start(x)
+    return Flight(phases)
 
 
 def is_backward() -> bool:

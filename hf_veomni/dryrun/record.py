@@ -60,8 +60,9 @@ class StepRecorder(TorchDispatchMode):
 
     def __enter__(self) -> StepRecorder:
         self._exits.enter_context(self.memory.watch_resizes())
-        gc.freeze()  # what there is so far: each collection below walks the step's own objects
-        self._exits.callback(gc.unfreeze)
+        if gc.isenabled():  # when it next collects depends on what else is in the process: the peak is to be the same
+            gc.disable()
+            self._exits.callback(gc.enable)
         for handle in (
             register_module_forward_pre_hook(self._begin),
             register_module_forward_hook(self._end, always_call=True),
@@ -98,9 +99,6 @@ class StepRecorder(TorchDispatchMode):
         if new:
             self._note(name, new)
         if name.startswith(("c10d::", "_c10d_functional::")):
-            # Tensors that a cycle of references holds go when Python next collects, which depends on what else is in
-            # the process: here, so that the same step has the same peak.
-            gc.collect()
             self._note(name, [x for x in tree_leaves(args) if memory.counts(x)])
             self.traffic.see(name, args, made)
             if name in WRITES and memory.category(args[0]) == "activations":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from hf_veomni import UnsupportedError
 from hf_veomni.cli import app
 from hf_veomni.dryrun import DryRun, dry_run, image_batch
+from hf_veomni.dryrun.record import StepRecorder
 from hf_veomni.dryrun.world import balanced_routes, even_split
 
 SIZES: dict[str, Any] = {
@@ -103,6 +105,22 @@ def test_skew_fills_a_rank() -> None:
 
 
 def test_accumulated_gradients_are_there_in_the_next_forward() -> None:
+def test_no_tensor_of_a_step_waits_for_the_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recomputation ends before what it has launched is landed; a cycle of references would hold all of it."""
+    held: list[int] = []
+    stock = StepRecorder.__exit__
+
+    def leave(self: StepRecorder, *error: object) -> None:
+        live = sum(self.memory.live().values())
+        gc.collect()
+        held.append(live - sum(self.memory.live().values()))
+        stock(self, *error)
+
+    monkeypatch.setattr(StepRecorder, "__exit__", leave)
+    dry_run(MOE, "sp=2,ep=4,overlap=chunks", 8, tokens=2048, checkpointing=True)
+    assert held == [0]
+
+
     once, twice = (dry_run(DENSE, "", 2, tokens=64, accumulation=n) for n in (1, 2))
     assert once.kept["gradients"] == 0 and twice.kept["gradients"] == pytest.approx(
         once.before["parameters"], rel=0.01
