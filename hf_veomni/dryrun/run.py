@@ -28,6 +28,7 @@ from hf_veomni.prepare import detach_omni, prepare_omni
 
 Model = str | os.PathLike[str] | PreTrainedConfig | Callable[[], nn.Module]
 KERNELS = ("cuda", "cpu")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def dry_run(
@@ -69,14 +70,16 @@ def dry_run(
 
     Raises:
         ValueError: an unknown device, or a plan, rank or batch that does not fit.
-        UnsupportedError: an encoder that asks for values; what `prepare_omni` and the forward refuse.
+        UnsupportedError: an encoder that asks for values; a quantized config; what `prepare_omni` and the forward
+            refuse.
         RuntimeError: `torch.distributed` is initialised.
     """
     began = time.perf_counter()
-    _check(kernels, rank, world_size, accumulation, skew)
+    _check(kernels, rank, world_size, accumulation, dtype, lora)
     resolved = _resolve(plan, world_size)
+    _check_skew(skew, resolved)
     given = text_batch(tokens) if batch is None else batch
-    build = model if callable(model) else builder(load_config(model), dtype)
+    build = model if callable(model) else _builder(load_config(model), dtype)
     with fake_world(world_size, rank, kernels=kernels, skew=skew):
         built = add_adapters(build(), lora)
         found = _record(built, resolved, given, accumulation, mixed_precision, checkpointing)
@@ -133,7 +136,26 @@ def _resolve(plan: ParallelPlan | str | None, world_size: int) -> ParallelPlan:
     return resolved
 
 
-def _check(kernels: str, rank: int, world_size: int, accumulation: int, skew: float) -> None:
+def _builder(config: PreTrainedConfig, dtype: torch.dtype) -> Callable[[], nn.Module]:
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedError(
+            "The config has a `quantization_config`, and a dry run has weights in `dtype`: delete it from the config "
+            "to run these, or pass a function that builds the quantized model."
+        )
+    return builder(config, dtype)
+
+
+def _check_skew(skew: float, plan: ParallelPlan) -> None:
+    if not 0 < skew < float("inf"):
+        raise ValueError(f"`skew` ({skew}) must be above 0; 1 is balanced.")
+    if skew != 1 and plan.ep_size == 1:
+        raise ValueError(
+            f"`skew` ({skew}) is what one rank's experts get over their share, and under the plan '{plan}' every rank "
+            "has all experts: set `ep` in the plan, or leave `skew` out."
+        )
+
+
+def _check(kernels: str, rank: int, world_size: int, accumulation: int, dtype: torch.dtype, lora: Any) -> None:
     if kernels not in KERNELS:
         raise ValueError(f"`kernels` ({kernels!r}) must be one of {', '.join(KERNELS)}.")
     if world_size < 1:
@@ -142,8 +164,10 @@ def _check(kernels: str, rank: int, world_size: int, accumulation: int, skew: fl
         raise ValueError(f"`rank` ({rank}) must be one of the {world_size} ranks: 0 to {world_size - 1}.")
     if accumulation < 1:
         raise ValueError(f"`accumulation` ({accumulation}) must be 1 or more micro-batches.")
-    if skew <= 0:
-        raise ValueError(f"`skew` ({skew}) must be above 0; 1 is balanced.")
+    if dtype not in _DTYPES:
+        raise ValueError(f"`dtype` ({dtype}) must be what parameters are trained in: {', '.join(map(str, _DTYPES))}.")
+    if isinstance(lora, int) and lora < 1:
+        raise ValueError(f"`lora` ({lora}) must be a rank of 1 or more, or None to train all parameters.")
 
 
 def _fake(value: object, device: torch.device, keep: bool) -> Any:

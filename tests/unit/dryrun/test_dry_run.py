@@ -33,6 +33,7 @@ SIZES: dict[str, Any] = {
 EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
 LAYERS, WIDTH, HEADS, KEYS, HEAD = 2, 64, 8, 4, 16
 DENSE, MOE = LlamaConfig(**SIZES), Qwen3MoeConfig(**SIZES, **EXPERTS)
+QUANTIZED = LlamaConfig(**SIZES, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
 
 
 def bytes_of(run: DryRun, kind: str, axis: str) -> tuple[int, int]:
@@ -104,7 +105,6 @@ def test_skew_fills_a_rank() -> None:
     assert bytes_of(even, "all-to-all", "ep")[1] < bytes_of(full, "all-to-all", "ep")[1]
 
 
-def test_accumulated_gradients_are_there_in_the_next_forward() -> None:
 def test_no_tensor_of_a_step_waits_for_the_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     """A recomputation ends before what it has launched is landed; a cycle of references would hold all of it."""
     held: list[int] = []
@@ -121,6 +121,7 @@ def test_no_tensor_of_a_step_waits_for_the_collector(monkeypatch: pytest.MonkeyP
     assert held == [0]
 
 
+def test_accumulated_gradients_are_there_in_the_next_forward() -> None:
     once, twice = (dry_run(DENSE, "", 2, tokens=64, accumulation=n) for n in (1, 2))
     assert once.kept["gradients"] == 0 and twice.kept["gradients"] == pytest.approx(
         once.before["parameters"], rel=0.01
@@ -150,12 +151,16 @@ def test_model_of_ones_own() -> None:
         ({"plan": "ep=2"}, UnsupportedError, "ep_size"),
         ({"tokens": 1}, ValueError, "2 tokens or more"),
         ({"skew": 0}, ValueError, "`skew`"),
+        ({"skew": 2.0}, ValueError, "`skew` .2.0. is what one rank's experts get"),
+        ({"dtype": torch.int8}, ValueError, "`dtype` .torch.int8. must be what parameters are trained in"),
+        ({"lora": 0}, ValueError, "`lora` .0. must be a rank"),
+        ({"model": QUANTIZED}, UnsupportedError, "has a `quantization_config`"),
         ({"accumulation": 0}, ValueError, "`accumulation`"),
     ],
 )
 def test_refuses(options: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
-        dry_run(DENSE, world_size=4, **{"plan": "", "tokens": 64, **options})
+        dry_run(**{"model": DENSE, "world_size": 4, "plan": "", "tokens": 64, **options})
     assert not dist.is_initialized()
 
 
