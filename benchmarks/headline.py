@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import resource
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import DeepseekV3Config, Qwen3MoeConfig
@@ -82,6 +84,19 @@ def growth() -> list[dict[str, Any]]:
     return rows
 
 
+def even_split(fast: Callable[[int], float], slow: Callable[[int], float], total: int) -> int:
+    """Tokens of a slow rank, where it and a fast one have `total` together and take equally long, up to one token.
+
+    Args:
+        fast, slow: seconds of a number of tokens, which grow with it.
+    """
+    low, high = 0, total
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if slow(middle) <= fast(total - middle) else (low, middle)
+    return low
+
+
 def mixed() -> dict[str, Any]:
     """Half A100, half H100: the slow ranks' price with equal sequences, and sequences that take equally long."""
     plans = plan_layouts(MODELS["30B-A3B"], RANKS, "h100-80gb", context=CONTEXT)
@@ -93,10 +108,7 @@ def mixed() -> dict[str, Any]:
         return time_of(shape, PAPER, Job(tokens, tokens), device).seconds
 
     alone, waits = seconds(fast, CONTEXT), seconds(slow, CONTEXT)
-    low, high = 1, CONTEXT
-    while high - low > 64:
-        middle = (low + high) // 2
-        low, high = (middle, high) if seconds(slow, middle) < seconds(fast, 2 * CONTEXT - middle) else (low, middle)
+    low = even_split(partial(seconds, fast), partial(seconds, slow), 2 * CONTEXT)
     even = seconds(slow, low)
     pace = 2 * CONTEXT / PAPER.sp / 2  # tokens of a rank on average
     return {

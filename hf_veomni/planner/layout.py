@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isqrt
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.planner.shape import Shape
 
@@ -72,9 +73,18 @@ class Layout:
 
     @classmethod
     def of(cls, plan: ParallelPlan | str, world_size: int, checkpointing: bool) -> Layout:
-        """That of a plan: its sizes and its overlap, without rules for modules."""
+        """That of a plan: its sizes and its overlap, without rules for modules.
+
+        Raises:
+            UnsupportedError: stages that the plan cuts by itself, or several of a rank.
+        """
         given = ParallelPlan() if plan == "single" else ParallelPlan.parse(plan)
         plan = given.resolve(world_size)
+        if plan.pp_layers is not None or plan.pp_stages > 1:
+            raise UnsupportedError(
+                f"The plan '{plan}' has `pp_layers` or `pp_stages`, and the planner's formulas are for one stage of "
+                "each rank, with the layers shared out by cost: leave both out to have it estimated."
+            )
         shard = plan.dp_size // plan.dp_replicate_size
         sizes = plan.dp_replicate_size, shard, plan.sp_size, plan.ep_size
         return cls(*sizes, checkpointing, plan.overlap, plan.pp_size)
@@ -136,7 +146,8 @@ class Layout:
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    low = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return sorted({*low, *(number // d for d in low)})
 
 
 def layouts(shape: Shape, world_size: int) -> Iterator[Layout]:

@@ -60,7 +60,7 @@ def read_shape(config: Any) -> Shape:
         order=tuple(order),
         head=head,
         root=root,
-        context=int(getattr(text, "max_position_embeddings", 0) or 0),
+        context=_context(text),
         windows=_windows(text, len(points.layers)),
         encoders=sum(p.numel() for tower in hf.towers(model) for p in tower.parameters()),
         cuts=not hf.towers(model) and _can_be_cut(model),
@@ -217,6 +217,22 @@ def _read_outer(model: Any, layers: Iterable[nn.Module]) -> tuple[tuple[Weight, 
     if tied and embedding not in kept:
         kept, others = {**kept, **dict.fromkeys(others)}, []
     return tuple(map(Weight.of, kept)), tuple(map(Weight.of, others)), tied
+
+
+def _context(text: Any) -> int:
+    """Tokens that it was made for, and that a scaled rotary embedding (YaRN) makes of these; 0 where it has no limit.
+
+    Configs state either in `max_position_embeddings`: Qwen's have the length before scaling.
+    """
+    stated = int(getattr(text, "max_position_embeddings", 0) or 0)
+    rope: Any = getattr(text, "rope_parameters", None) or {}
+    each = [rope, *rope.values()] if isinstance(rope, dict) else []
+    scaled = [
+        int(one["factor"] * (one.get("original_max_position_embeddings") or stated))
+        for one in each
+        if isinstance(one, dict) and isinstance(one.get("factor"), (int, float))
+    ]
+    return max([stated, *scaled]) if stated else 0
 
 
 def _windows(text: Any, layers: int) -> tuple[int, ...]:

@@ -130,7 +130,7 @@ def plan_layouts(
         without: what layouts are not to have: "pp" (pipeline stages), "pairs", "chunks" (overlap).
 
     Raises:
-        ValueError: a size that is no positive integer, an unknown device, a context beyond the model's.
+        ValueError: a size that is no positive integer, an unknown device, documents beyond the context or the model's.
         UnsupportedError: a model without shard points, or with layers that the formulas do not describe.
     """
     sizes = {"world_size": world_size, "context": context, "document": document, "batch": batch}
@@ -145,9 +145,14 @@ def plan_layouts(
     for name in without:
         if name not in _LEFT_OUT:
             raise ValueError(f"`without` has '{name}', which is unknown: {nearest(name, _LEFT_OUT)}.")
+    if document is not None and document > context:
+        raise ValueError(
+            f"`document` ({document}) must not be longer than `context` ({context}), the packed sequence that it is "
+            "in: take a longer context, or shorter documents."
+        )
     found = find_device(device)
     shape = Shape.of(load_config(model))
-    job = Job(context, min(document or context, context), batch, accumulation, lora, mixed_precision, fp32)
+    job = Job(context, document or context, batch, accumulation, lora, mixed_precision, fp32)
     if shape.context and job.document > shape.context:
         raise ValueError(
             f"`document` ({job.document}) is longer than the model's context ({shape.context}): give the length of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from benchmarks.headline import even_split
 from hf_veomni import ParallelPlan, UnsupportedError
 from hf_veomni.cli import app
 from hf_veomni.flops import StepFlops
@@ -220,6 +222,7 @@ def test_own_device(tmp_path: Path) -> None:
         ({"device": "h100"}, ValueError, "'h100'. is not in the table: did you mean 'h100-80gb'"),
         ({"world_size": 0}, ValueError, "`world_size` .0. must be a positive integer"),
         ({"context": 1 << 20}, ValueError, "longer than the model's context"),
+        ({"document": 8192}, ValueError, "`document` .8192. must not be longer than `context` .4096."),
         ({"lora": 0}, ValueError, "`lora` .0."),
         ({"fp32": True}, ValueError, "`fp32` .True. needs `mixed_precision`"),
         ({"model": MptConfig()}, UnsupportedError, "an attention of Wqkv, out_proj.*dry-run"),
@@ -240,6 +243,59 @@ def test_own_device(tmp_path: Path) -> None:
 def test_refuses(options: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         plan_layouts(**{"model": MOE, "world_size": 8, "device": "h100-80gb", "context": 4096, **options})
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{"factor": 4.0, "original_max_position_embeddings": 32768}, {"factor": 4.0}],
+)
+def test_context_of_a_scaled_rotary_embedding(rope: dict[str, Any]) -> None:
+    """Qwen's configs state 32,768 tokens, and YaRN makes 131,072 of them."""
+    scaled = {"rope_type": "yarn", "rope_theta": 1e6, **rope}
+    config = Qwen3Config(num_hidden_layers=2, max_position_embeddings=32768, rope_parameters=scaled)
+    assert plan_layouts(config, 8, "h100-80gb", context=131072).entries
+    with pytest.raises(ValueError, match=r"longer than the model's context .131072"):
+        plan_layouts(config, 8, "h100-80gb", context=131073)
+
+
+@pytest.mark.parametrize("plan", ["pp=2,pp_layers=1+3", "pp=2,pp_stages=2"])
+def test_stages_that_a_plan_cuts_by_itself_are_not_estimated(plan: str) -> None:
+    with pytest.raises(UnsupportedError, match="`pp_layers` or `pp_stages`"):
+        Layout.of(plan, 4, False)
+
+
+def test_json_has_what_the_table_has() -> None:
+    plans = plan_layouts(DENSE, 8, "h100-80gb", context=4096, accumulation=2, mixed_precision=True)
+    found = report.to_dict(plans, 1)
+    assert (found["accumulation"], found["mixed_precision"], found["fp32"]) == (2, True, False)
+    (entry,) = found["entries"]
+    best = plans.entries[0]
+    assert entry["device_bytes"] == best.memory.total + best.reserved <= found["device_gib"] * 2**30
+
+
+def test_split_over_mixed_hardware_by_hand() -> None:
+    """A fast rank takes n s (matmuls) or n^2 s (attention) for n tokens; a slow one twice, or 4 times, as long."""
+    assert even_split(lambda n: 1.0 * n, lambda n: 2.0 * n, 300) == 100  # 200 s each, where equal ones take 300
+    assert even_split(lambda n: 1.0 * n * n, lambda n: 4.0 * n * n, 300) == 100
+    # 3 n + n^2 = 2 (300 - n) + (300 - n)^2 / 4 between 100 and 101
+    assert even_split(lambda n: 2 * n + n * n / 4, lambda n: 3.0 * n + n * n, 300) == 100
+
+
+def test_slow_ranks_and_the_split_that_evens_them_out() -> None:
+    """Of rates one half of the others' in everything, all seconds are twice as many."""
+    shape, layout = Shape.of(DENSE), Layout(1, 8, 1, 1, True)
+    fast = find_device("h100-80gb")
+    names = [name for name in vars(fast) if name.endswith(("_tflops", "_gbs"))]
+    slow = replace(fast, **{name: getattr(fast, name) / 2 for name in names})
+
+    def seconds(device: Any, tokens: int) -> float:
+        return time_of(shape, layout, Job(tokens, 2048), device).seconds
+
+    assert seconds(slow, 65536) == pytest.approx(2 * seconds(fast, 65536), rel=0.01)
+    share = even_split(partial(seconds, fast), partial(seconds, slow), 131072)
+    assert seconds(slow, share) == pytest.approx(seconds(fast, 131072 - share), rel=0.01)
+    # Work grows with the tokens beside what the optimizer takes: a third of them, up to that.
+    assert share == pytest.approx(131072 / 3, rel=0.02)
 
 
 def test_command_writes_what_accelerate_reads(tmp_path: Path) -> None:
