@@ -6,6 +6,7 @@ slow data            ranks wait for batches
 slow rank            one rank's layers take longer than the others' for the same work
 exchanges            all-to-alls of sp and ep that nothing hides
 experts              uneven load, or too few tokens an expert for large matmuls
+low MFU              with experts on several ranks, and which of these it comes from
 recompiles           torch.compile makes graphs after the first steps
 """
 
@@ -164,6 +165,7 @@ def diagnose(run: str | os.PathLike[str]) -> list[Finding]:
     found = list(_failures(record))
     if rows:
         found += [*_of_time(rows), *_of_experts(record, rows)]
+        found += _of_speed(record, rows, [one.name for one in found])
     return found
 
 
@@ -218,7 +220,7 @@ def _fitting_plan(record: Mapping[str, Any]) -> str:
             record["world_size"],
             like,
             context=record["context"],
-            document=max(record["document"], 1),
+            document=min(max(record["document"], 1), record["context"]),
             accumulation=record["accumulation"],
             lora=record["lora"],
             mixed_precision=record["mixed"],
@@ -281,6 +283,28 @@ def _of_time(rows: Sequence[Row]) -> Iterator[Finding]:
             "Shapes or flags change from step to step: pack to one length, or `compile_layers(..., dynamic=True)`. "
             "TORCH_LOGS=recompiles names the guards.",
         )
+
+
+_SLOWS = ("uneven experts", "exposed exchange", "small matmuls", "uneven batches", "slow data", "slow rank")
+
+
+def _of_speed(record: Mapping[str, Any], rows: Sequence[Row], found: Sequence[str]) -> Iterator[Finding]:
+    """Low MFU with experts on several ranks, and what of all that was measured it comes from."""
+    known = [row.mfu for row in rows if row.mfu is not None]
+    ep = record["ep_size"]
+    if ep == 1 or not known or median(known) >= LOW_MFU:
+        return
+    causes = [name for name in _SLOWS if name in found]
+    parts = sorted(((median(row.share(part) for row in rows), part) for part in PARTS), reverse=True)
+    largest = ", ".join(f"{part} {share:.0%}" for share, part in parts[:3])
+    yield Finding(
+        "low MFU",
+        f"{median(known):.0%} of what the device could do, with ep={ep}; most of a step is {largest}",
+        f"It comes from {' and '.join(causes)}: see there."
+        if causes
+        else "Neither imbalance, nor exchanges, nor few rows for an expert explain it: compare a smaller ep, and "
+        "`log_expert_load=True`, without which the load of experts is not measured.",
+    )
 
 
 def _of_experts(record: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[Finding]:

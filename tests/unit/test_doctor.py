@@ -87,6 +87,27 @@ def test_few_rows_for_an_expert(tmp_path: Path) -> None:
     assert not diagnose(write(tmp_path, [row], config=config, ep_size=8, context=1024))
 
 
+@pytest.mark.parametrize(
+    ("context", "load", "words"),
+    [
+        (8192, 1.0, "Neither imbalance, nor exchanges"),
+        (8192, 3.0, "It comes from uneven experts and exposed exchange: see there."),
+        (1024, 1.0, "It comes from exposed exchange and small matmuls"),
+    ],
+)
+def test_low_mfu_at_high_ep(tmp_path: Path, context: int, load: float, words: str) -> None:
+    config = Qwen3MoeConfig(num_experts=128, num_experts_per_tok=8).to_dict()
+    exchange = 0.1 if "Neither" in words else 0.5
+    rank = {**RANK, "exchange": exchange}
+    found = []
+    for peak in (1e15, 3e14):  # of a device: 9 % and 30 % of it
+        row = Row.of(1, 1, [rank] * 8, 1, peak, {"expert_load_max": load})
+        found.append(diagnose(write(tmp_path, [row], config=config, ep_size=2, context=context)))
+    low = next(one for one in found[0] if one.name == "low MFU")
+    assert low.measured.startswith("10% of what the device could do, with ep=2") and words in low.advice
+    assert "low MFU" not in [one.name for one in found[1]]
+
+
 def test_uneven_batches(tmp_path: Path) -> None:
     ranks = [{**RANK, "flops": 4e14, "work": 0.8}, *[RANK] * 3]
     assert [f.name for f in diagnose(write(tmp_path, [Row.of(1, 1, ranks, 1, None, {})]))] == ["uneven batches"]
