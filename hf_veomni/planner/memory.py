@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hf_veomni.loss.head import default_chunk_tokens
 from hf_veomni.planner.layout import Job, Layout
@@ -87,6 +88,13 @@ class _Unit:
     @property
     def both(self) -> int:
         return self.whole + self.experts
+
+
+class _Held(NamedTuple):
+    """Bytes of FSDP2 for a layer: its gathered parameters, and the reduction that was the last one."""
+
+    whole: int
+    reduced: int
 
 
 class _Step:
@@ -235,27 +243,41 @@ class _Step:
         def moment(live: Live, gathered: int, sent: int, name: str = "layer") -> tuple[str, dict[str, int]]:
             again = self.stream if self.layout.checkpointing else 0
             return name, {
-                "activations": below + flights * live.activations + again,
-                "communication": flights * live.communication + (sent if sharded else 0),
+                "activations": below + live.activations + again,
+                "communication": live.communication + (sent if sharded else 0),
                 "gathered": gathered + self.tied if sharded else 0,
                 "gradients": gradients + live.gradients + flights * (self.tied if self.trained else 0),
             }
 
-        def during(live: Live) -> Live:  # each sequence has gradients of its own until both are added up
-            return live._replace(gradients=flights * live.gradients)
-
-        if self.layout.checkpointing:
+        if self.layout.checkpointing and flights == 1:
             yield moment(walk.again, unit.both, ahead + behind)
-        yield from (moment(during(live), unit.both, ahead + behind) for live in walk.first)
+        if flights == 2:
+            left, held = self._behind(index)
+            waits = Live(walk.again.activations + walk.saved, walk.again.communication)
+            for live in (*walk.opening, *([waits] if self.layout.checkpointing else [])):
+                both = left._replace(gradients=live.gradients + left.gradients)
+                yield moment(both.beside(live), unit.both + held.whole, ahead + held.reduced)
+        yield from (moment(live, unit.both, ahead + behind) for live in walk.first)
         if unit.experts:
             experts = self._reduced(unit.experts_trained)
             left = min(walk.first, key=lambda live: live.activations)
             full = Live(left.activations, 0, unit.experts_trained)
             yield moment(full, unit.whole, ahead + experts, "reduction")
             behind = experts or behind
-        yield from (moment(during(live), unit.whole, ahead + behind) for live in walk.second)
+        yield from (moment(live, unit.whole, ahead + behind) for live in walk.second)
         full = Live(self.stream // flights, 0, unit.trained)
         yield moment(full, 0, ahead + self._reduced(unit.trained), "reduction")
+
+    def _behind(self, index: int) -> tuple[Live, _Held]:
+        """What the first of two sequences still has of the layer behind, when the second one is through it, and what
+        FSDP2 holds for it."""
+        if index + 1 == len(self.order):
+            head = self._reduced(self.head) if self.trained and not self.tied else 0
+            return Live(self.stream // 2), _Held(0, head)
+        unit, rest = self.units[self.order[index + 1]], self.walks[self.order[index + 1]].rest
+        after = self.units[self.order[index + 2]].trained if index + 2 < len(self.order) else self.head * self.trained
+        sent = self._reduced(unit.experts_trained or after)
+        return rest._replace(gradients=unit.trained), _Held(unit.whole, sent)
 
     def _embedding(self) -> dict[str, int]:
         """The gradient of the hidden states of all tokens of the sequence, and that of the embeddings."""

@@ -275,7 +275,8 @@ class Walk:
         saved: bytes for its backward.
         forward: the highest moment of the forward, its input included.
         again: that of a recomputation, with the gradients that wait, and without the input.
-        first, second: moments of the backward, see `Program.backward`.
+        first, second: moments of the backward, see `Program.backward`; under pairs of two sequences.
+        opening, rest: see `Both`.
     """
 
     saved: int
@@ -283,19 +284,27 @@ class Walk:
     again: Live
     first: tuple[Live, ...]
     second: tuple[Live, ...]
+    opening: tuple[Live, ...] = ()
+    rest: Live = Live(0)
 
 
 @lru_cache(maxsize=8192)
-def _walk(layer: Layer, attention: Attention, t: int, sp: int, ep: int, lora: int | None, wide: int, ch: bool) -> Walk:
-    program = _Maker(layer, attention, t, sp, ep, lora, wide, ch).make()
-    first, second = program.backward(apart=ep > 1 and layer.experts > 0)
+def _walk(
+    layer: Layer, attention: Attention, t: int, sp: int, ep: int, lora: int | None, wide: int, overlap: str
+) -> Walk:
+    program = _Maker(layer, attention, t, sp, ep, lora, wide, overlap == "chunks").make()
+    apart = ep > 1 and layer.experts > 0
     again = program.forward(until_saved=True)
     again = again._replace(activations=again.activations - program.sizes[INPUT] + program.waiting())
-    return Walk(program.saved().total, program.forward(), again, tuple(first), tuple(second))
+    saved, forward = program.saved().total, program.forward()
+    if overlap == "pairs":
+        both = program.backward_of_two(apart)
+        return Walk(saved, forward, again, both.first, both.second, both.opening, both.rest)
+    first, second = program.backward(apart)
+    return Walk(saved, forward, again, tuple(first), tuple(second))
 
 
 def walk_layer(layer: Layer, attention: Attention, layout: Layout, job: Job, tokens: int) -> Walk:
     """One decoder layer on one rank, with so many tokens there."""
-    chunks = layout.overlap == "chunks"
     ep = layout.ep if layer.experts else 1
-    return _walk(layer, attention, tokens, layout.sp, ep, job.lora, job.adapter, chunks)
+    return _walk(layer, attention, tokens, layout.sp, ep, job.lora, job.adapter, layout.overlap)

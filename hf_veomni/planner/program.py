@@ -9,7 +9,7 @@ are no operations, and what is a view in the backward alone hands its gradient o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +26,40 @@ class Live(NamedTuple):
     @property
     def total(self) -> int:
         return sum(self)
+
+    def beside(self, other: Live) -> Live:
+        """With another sequence, which adds its gradients of weights to the same ones."""
+        return Live(self.activations + other.activations, self.communication + other.communication, self.gradients)
+
+
+class Moment(NamedTuple):
+    """One operation of a backward.
+
+    Attributes:
+        segment: how many gradients of exchanges have been launched before.
+        early: before the experts' last gradient, where experts are apart.
+        now, after: what is live while it runs, and when it has.
+    """
+
+    segment: int
+    early: bool
+    now: Live
+    after: Live
+
+
+class Both(NamedTuple):
+    """Moments of the backward of two sequences.
+
+    Attributes:
+        opening: the second one in its first turn, without what the first one has of the layer behind.
+        first, second: all others, as `Program.backward` has them.
+        rest: of one sequence before its last turn.
+    """
+
+    opening: tuple[Live, ...]
+    first: tuple[Live, ...]
+    second: tuple[Live, ...]
+    rest: Live
 
 
 @dataclass(frozen=True)
@@ -124,32 +158,22 @@ class Program:
         """What is kept for the backward."""
         return self._live({x for op in self.operations for x in op.saves}, sum(op.keeps for op in self.operations))
 
-    def backward(self, apart: bool) -> tuple[list[Live], list[Live]]:
-        """Moments of the backward: until the experts' last gradient, and after it.
-
-        Args:
-            apart: experts are a unit of FSDP2 of their own, whose gradients leave with their last one; otherwise all
-                moments are in the second list.
-        """
+    def _back(self, apart: bool) -> Iterator[Moment]:
+        """The backward, operation by operation; see `backward`."""
         counts: dict[int, int] = {}
         for op in self.operations:
             for x in op.saves:
                 counts[x] = counts.get(x, 0) + 1
         held, kept = set(counts), sum(op.keeps for op in self.operations)
         grads = {self.operations[-1].output: _Buffer(self.sizes[self.operations[-1].output], False)}
-        weights = 0
-        moments: tuple[list[Live], list[Live]] = ([], [])
+        weights, segment = 0, 0
         left = sum(op.experts for op in self.operations) if apart else 0
         for op in reversed(self.operations):
             given = grads.pop(op.output)
             made = self._made(op)
             weights += op.weight
-            buffers = [*{id(b): b for b in (*grads.values(), given, *made.values())}.values()]
-            tensors = self._live(held, kept + op.back + self._in_the_air(grads))
-            sent = sum(b.size for b in buffers if b.sent)
-            size = sum(b.size for b in buffers) - sent
-            now = Live(tensors.activations + size, tensors.communication + sent, weights)
-            moments[0 if left else 1].append(now)
+            now = self._with(held, kept + op.back, grads, [given, *made.values()], weights)
+            early = left > 0
             if op.experts and left:
                 left -= 1
                 weights = weights if left else 0
@@ -159,7 +183,53 @@ class Program:
             kept -= op.keeps
             for x in (*made, *op.passes):
                 grads.setdefault(x, made.get(x, given))  # a second gradient is added in place
-        return moments
+            after = self._with(held, kept, grads, [given] if op.sends else [], weights)
+            yield Moment(segment, early, now, after)
+            segment += op.sends or any(self.flying[x] for x in op.inputs)  # a gradient has been launched
+
+    def _with(
+        self, held: set[int], rest: int, grads: Mapping[int, _Buffer], more: Sequence[_Buffer], weights: int
+    ) -> Live:
+        """What is saved, with gradients."""
+        buffers = {id(buffer): buffer for buffer in (*grads.values(), *more)}.values()
+        tensors = self._live(held, rest + self._in_the_air(grads))
+        sent = sum(b.size for b in buffers if b.sent)
+        size = sum(b.size for b in buffers) - sent
+        return Live(tensors.activations + size, tensors.communication + sent, weights)
+
+    def backward(self, apart: bool) -> tuple[list[Live], list[Live]]:
+        """Moments of the backward: until the experts' last gradient, and after it.
+
+        Args:
+            apart: experts are a unit of FSDP2 of their own, whose gradients leave with their last one; otherwise all
+                moments are in the second list.
+        """
+        moments = list(self._back(apart))
+        return [m.now for m in moments if m.early], [m.now for m in moments if not m.early]
+
+    def backward_of_two(self, apart: bool) -> Both:
+        """The same of two sequences, which take turns where a gradient's exchange is launched; the second begins.
+
+        It begins this layer's backward in the turn in which it has ended that of the layer behind it, where the first
+        one still has its last turn to go.
+        """
+        moments, saved = list(self._back(apart)), self.saved()
+        whole = saved._replace(activations=saved.activations + self.sizes[self.operations[-1].output])
+        turns = [[m for m in moments if m.segment == number] for number in range(moments[-1].segment + 1)]
+        before, opening = whole, [m.now.beside(saved) for m in turns[0]]
+        both: tuple[list[Live], list[Live]] = ([], [])
+        for number, turn in enumerate(turns):
+            after = turn[-1].after
+            if number:
+                both[0 if turns[number - 1][-1].early or turn[0].early else 1].extend(
+                    m.now.beside(before) for m in turn
+                )
+            for m in turn:
+                live = m.now.beside(after)
+                made = after.gradients if after.gradients >= m.now.gradients else m.now.gradients
+                both[0 if m.early else 1].append(live._replace(gradients=made))
+            last, before = before, after
+        return Both(tuple(opening), tuple(both[0]), tuple(both[1]), last if len(turns) > 1 else Live(0))
 
 
 @dataclass(eq=False)
