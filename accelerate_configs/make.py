@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +85,7 @@ JOBS = [
 ]
 
 
+@cache
 def plans_of(job: Job) -> Plans:
     return plan_layouts(
         MODELS[job.model], job.ranks, job.device, context=job.context, document=job.document, lora=job.lora,
