@@ -2,6 +2,7 @@
 
 python -m benchmarks foresight                 both; draws docs/images/foresight.svg
 python -m benchmarks foresight --parts time    one of them, and what the result has of the other
+python -m benchmarks foresight --parts         neither: the picture of the result
 
 memory   peak of a rank, and bytes that it sends, by formulas and by dry run of the real code, 5 % apart at most
 time     seconds of a step of one of 8 ranks behind a link (`_link.py`), by formulas and as simulated, 5 % apart at
@@ -197,19 +198,21 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     memory = [row for row in rows if row["part"] == "memory"]
     times = [row for row in rows if row["part"] == "time"]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(11 if times else 5.5, 4), layout="constrained")
+    left, *others = figure.subplots(1, 1 + bool(times), squeeze=False)[0]
     gib = 2**30
     sizes = [row["dry_run_bytes"] / gib for row in memory], [row["formula_bytes"] / gib for row in memory]
     left.scatter(*sizes, s=18, color="#4c78a8", zorder=3)
     left.set(xlabel="peak of a rank by dry run, GiB", ylabel="by formulas, GiB", title=f"Memory: {len(memory)} cases")
-    for name, color in (("plain", "#e45756"), ("chunks", "#f58518"), ("pairs", "#54a24b")):
-        some = [row for row in times if row["schedule"] == name]
-        at = [row["simulated_seconds"] for row in some], [row["foreseen_seconds"] for row in some]
-        right.scatter(*at, s=18, color=color, label=name, zorder=3)
-    right.set(xlabel="step of the simulated cluster, s", ylabel="by formulas, s", title=f"Time: {len(times)} cases")
-    right.legend(fontsize=8)
-    for axis in (left, right):
+    title = f"Time: {len(times)} cases"
+    for right in others:
+        for name, color in (("plain", "#e45756"), ("chunks", "#f58518"), ("pairs", "#54a24b")):
+            some = [row for row in times if row["schedule"] == name]
+            at = [row["simulated_seconds"] for row in some], [row["foreseen_seconds"] for row in some]
+            right.scatter(*at, s=18, color=color, label=name, zorder=3)
+        right.set(xlabel="step of the simulated cluster, s", ylabel="by formulas, s", title=title)
+        right.legend(fontsize=8)
+    for axis in (left, *others):
         low, high = (f(*axis.get_xlim(), *axis.get_ylim()) for f in (min, max))
         line = [max(low, 0), high]
         axis.plot(line, line, color="black", linewidth=0.8)
@@ -221,7 +224,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["memory", "time"], default=["memory", "time"])
+    parser.add_argument("--parts", nargs="*", choices=["memory", "time"], default=["memory", "time"])
     parser.add_argument("--schedules", nargs="+", default=["plain", "chunks", "pairs"], help="plain first")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--tokens", type=int, help="of a rank and sequence")
