@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,9 @@ from hf_veomni.trainer.folders import (
     last_complete_checkpoint,
     later_checkpoints,
     rotate,
+    saves,
 )
+from hf_veomni.trainer.in_use import sole_use
 from hf_veomni.trainer.position import Position, Reading
 from hf_veomni.trainer.saving import CheckpointSaver
 
@@ -242,17 +244,25 @@ class CheckpointingMixin(_Trainer):
         """Trainer's `train`. With `resume_from_checkpoint=True`, from the newest checkpoint that is complete.
 
         Raises:
-            ValueError: no complete checkpoint there, or one from which this run would not go on with the next rows; on
-                every rank.
+            ValueError: another run trains into `output_dir`; no complete checkpoint there, or one from which this run
+                would not go on with the next rows; on every rank.
         """
-        checkpoint = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
-        self._resumed = None if checkpoint is None else self._find_position(Path(checkpoint))
-        try:
-            return super().train(checkpoint, *args, **kwargs)
-        finally:
-            if self._saver is not None:
-                self._saver.close()
-                self._saver = self._beside = None
+        with ExitStack() as held:
+            with together("Looking whether `output_dir` is in use"):
+                if self.args.should_save and self._changes_folder(resume_from_checkpoint):
+                    held.enter_context(sole_use(Path(self.args.output_dir)))
+            checkpoint = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+            self._resumed = None if checkpoint is None else self._find_position(Path(checkpoint))
+            try:
+                return super().train(checkpoint, *args, **kwargs)
+            finally:
+                if self._saver is not None:
+                    self._saver.close()
+                    self._saver = self._beside = None
+
+    def _changes_folder(self, resume: str | bool | None) -> bool:
+        """Whether this `train` writes or cleans up in `output_dir`: a run that saves nothing leaves it to others."""
+        return resume is True or saves(self.args)
 
     @override
     def _init_training_state(
@@ -316,7 +326,7 @@ class CheckpointingMixin(_Trainer):
         """Rank 0 looks, since it reads every file of the checkpoint."""
         found: list[str | None] = [None]
         with together("Looking for the checkpoint"):
-            if self.args.should_save:
+            if self.args.should_save and self._changes_folder(wanted):
                 recover(Path(self.args.output_dir))
             if self.args.process_index == 0:
                 if wanted is True:

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
 from hf_veomni.checkpoint import together
@@ -28,6 +28,11 @@ logger = logging.get_logger(__name__)
 
 OPTIMIZER_DIRECTORY = "optimizer"  # sharded, one file a rank, by parameter name
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+
+def saves(args: Any) -> bool:
+    """Whether a run writes checkpoints."""
+    return args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint
 
 
 def no_place(output_dir: str | os.PathLike[str], error: OSError) -> str:

@@ -24,10 +24,10 @@ import datasets
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers.trainer_utils import SaveStrategy, has_length
+from transformers.trainer_utils import has_length
 
 from hf_veomni.mesh import ParallelState
-from hf_veomni.trainer.folders import no_place
+from hf_veomni.trainer.folders import no_place, saves
 from hf_veomni.trainer.store import Board
 from hf_veomni.trainer.watchdog import name_ranks
 
@@ -71,7 +71,7 @@ def check_before_training(trainer: Any, resume_from_checkpoint: Any) -> None:
         if found["lack"] is not None:
             raise ValueError(found["lack"])
     _compare(everyone)
-    if _saves(trainer.args):
+    if saves(trainer.args):
         _check_shared(trainer.args, board)
     if state.mesh is not None:
         _try_groups(state, board)
@@ -105,7 +105,7 @@ def _describe(trainer: Any, resume: Any) -> dict[str, dict[str, Any]]:
     given = {
         name: _ADDRESS.sub("", repr(value)) for name, value in args.to_dict().items() if name not in _OWN_ARGUMENTS
     }
-    if not _saves(args):
+    if not saves(args):
         del given["output_dir"]  # where nothing of the run is looked for
     versions = {name: _version(name) for name in _PACKAGES}
     # A patch release of Python or a build of torch for another device is the same program.
@@ -157,15 +157,11 @@ def _describe_evaluation(dataset: Any) -> dict[str, dict[str, Any]]:
     return {"Evaluation data": {"sets": sorted(map(str, dataset))}, **every}
 
 
-def _saves(args: Any) -> bool:
-    return args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint
-
-
 def _lack_of_place(trainer: Any) -> str | None:
     """That this rank cannot write there, or that the disk has no room for a checkpoint, in words; None if all is
     well, or nothing is written."""
     args = trainer.args
-    if not _saves(args):
+    if not saves(args):
         return None
     folder = Path(args.output_dir).absolute()
     try:

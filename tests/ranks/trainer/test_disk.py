@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from hf_veomni.trainer.in_use import sole_use
 from tests.ranks.training import Run
 
 _CAP_DAC_OVERRIDE = 1 << 1
@@ -90,6 +91,22 @@ def test_a_folder_that_cannot_be_made_is_named_on_every_rank(ranks, tmp_path):
 def test_a_folder_that_cannot_be_written_is_named_before_the_first_step(ranks, tmp_path):
     match = r"`output_dir` \('.*'\) cannot be written on .*Permission denied"
     ranks(2).raises(_is_read_only_before, tmp_path, match=match, timeout=60)
+
+
+def _begins(folder: Path, arguments: dict[str, Any]) -> None:
+    _trainer(folder, arguments=arguments).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"save_strategy": "no"}], ids=["saves", "resumes"])
+def test_a_folder_of_another_run_is_refused_on_every_rank(ranks, tmp_path, arguments):
+    """Before anything in it is touched: what lies in `.incomplete` is being written."""
+    written = tmp_path / ".incomplete" / "checkpoint-1" / "shard"
+    written.parent.mkdir(parents=True)
+    written.touch()
+    match = rf"`output_dir` \('{tmp_path}'\) is in use by another run \(process {os.getpid()} on "
+    with sole_use(tmp_path):
+        ranks(2).raises(_begins, tmp_path, arguments, match=match, timeout=60)
+    assert written.exists()
 
 
 @pytest.mark.parametrize("arguments", [{}, {"async_save": True}], ids=["plain", "async"])

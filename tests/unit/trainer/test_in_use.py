@@ -1,0 +1,140 @@
+"""Two runs do not train into one folder; whatever ends the first one, the second goes on."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_veomni.trainer import in_use
+from hf_veomni.trainer.in_use import IN_USE, sole_use
+
+
+@pytest.fixture(autouse=True)
+def _waits_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_use, "_WAIT", 0.3)
+
+
+@contextmanager
+def another_process(folder: Path, then: Callable[[], Any] = lambda: None) -> Iterator[int]:
+    """Holds the folder until it is killed, at the latest at the end of the block. `then`: what it does meanwhile."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with sole_use(folder):
+                then()
+                os.write(writing, b"held")
+                time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    try:
+        assert os.read(reading, 4) == b"held"
+        yield child
+    finally:
+        kill(child)
+        os.close(reading)
+
+
+def kill(child: int) -> None:
+    try:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    except (ProcessLookupError, ChildProcessError):
+        pass
+
+
+def taken_by_another(folder: Path) -> bool:
+    """Whether a process of its own gets the folder now."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with sole_use(folder):
+                os._exit(0)
+        except ValueError:
+            os._exit(3)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_the_process_that_has_it_is_named(tmp_path: Path) -> None:
+    with another_process(tmp_path) as other:
+        with pytest.raises(
+            ValueError, match=rf"{tmp_path}'\) is in use by another run \(process {other} on .*, since"
+        ):
+            with sole_use(tmp_path):
+                pass
+        kill(other)
+        assert (tmp_path / IN_USE).exists()  # of the one that was killed: it means nothing
+        with sole_use(tmp_path):
+            assert f'"pid": {os.getpid()}' in (tmp_path / IN_USE).read_text()
+    assert not list(tmp_path.iterdir())
+
+
+def _fork_worker() -> None:
+    if os.fork() == 0:
+        time.sleep(3)
+        os._exit(0)
+
+
+def test_a_worker_that_outlives_a_killed_trainer_does_not_keep_it(tmp_path: Path) -> None:
+    with another_process(tmp_path, _fork_worker) as other:
+        kill(other)
+        with sole_use(tmp_path):
+            pass
+
+
+def test_trainers_of_one_process_share_it(tmp_path: Path) -> None:
+    """Nested in any order; it is free when the last one has left."""
+    with ExitStack() as second:
+        with sole_use(tmp_path):
+            second.enter_context(sole_use(tmp_path / "." / ".." / tmp_path.name))
+        assert not taken_by_another(tmp_path)
+        with sole_use(tmp_path):
+            pass
+        assert not taken_by_another(tmp_path)
+    assert not list(tmp_path.iterdir()) and taken_by_another(tmp_path)
+
+
+def test_a_lock_on_a_file_that_is_gone_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever had it has removed the file between our opening and our lock: the next one would make another."""
+    stock = in_use._try_lock
+
+    def lock_late(descriptor: int) -> bool:
+        monkeypatch.setattr(in_use, "_try_lock", stock)
+        (tmp_path / IN_USE).unlink()
+        return stock(descriptor)
+
+    monkeypatch.setattr(in_use, "_try_lock", lock_late)
+    with sole_use(tmp_path):
+        assert not taken_by_another(tmp_path)
+
+
+def test_the_file_of_another_run_is_left(tmp_path: Path) -> None:
+    """Where somebody has removed ours while this process trains."""
+    with sole_use(tmp_path):
+        (tmp_path / IN_USE).unlink()
+        (tmp_path / IN_USE).touch()
+    assert (tmp_path / IN_USE).exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(in_use.logger, "propagate", True, raising=False)
+    with caplog.at_level("WARNING"), sole_use(tmp_path):
+        pass
+    assert f"cannot be locked ({os.strerror(number)})" in caplog.text
