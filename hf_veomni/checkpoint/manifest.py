@@ -18,6 +18,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -157,9 +158,13 @@ def recover(root: Path) -> list[Path]:
     Returns:
         The checkpoints that were brought back.
     """
-    staging, old = root / STAGING, root / f"{STAGING}.old"
-    found = _bring_back(old, root)  # of a clean-up that was killed itself
+    staging, found = root / STAGING, list[Path]()
+    for old in sorted(root.glob(f"{STAGING}.old*")):  # of clean-ups that were killed themselves
+        found += _bring_back(old, root)
     if staging.is_dir():
+        # On NFS a file that somebody has open cannot be removed, nor what it lies in: such a folder stays for now.
+        names = (root / f"{STAGING}.old{number or ''}" for number in count())
+        old = next(path for path in names if not path.exists())
         os.rename(staging, old)  # out of reach of a writer of the killed run, which knows it by its name
         found += _bring_back(old, root)
     remove_aside(root)

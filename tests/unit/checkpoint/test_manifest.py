@@ -107,6 +107,29 @@ def test_a_clean_up_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     assert number > 3
 
 
+def test_what_cannot_be_removed_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NFS a file that another process has open stays, by the name of `.nfs...`, and so does its folder."""
+    stock = shutil.rmtree
+
+    def rmtree(folder: Path, ignore_errors: bool = False) -> None:
+        for path in [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".nfs")]:
+            path.rename(path.with_name(f".nfs{path.name}"))
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", rmtree)
+        for step in (2, 4, 6):  # each finds what the one before has left, and leaves something itself
+            (tmp_path / STAGING / f"checkpoint-{step + 1}").mkdir(parents=True)
+            (tmp_path / STAGING / f"checkpoint-{step + 1}" / "model.safetensors").write_text("killed")
+            save(tmp_path, step, "a")
+        assert list(tmp_path.rglob(".nfs*"))
+    assert [find_damage(tmp_path / f"checkpoint-{step}", contents=True) for step in (2, 4, 6)] == [None] * 3
+    assert shutil.rmtree is stock
+    recover(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
 def names(root: Path) -> set[str]:
     return {entry.name.removeprefix("checkpoint-") for entry in root.glob("checkpoint-*")}
 
