@@ -3,7 +3,7 @@
 from hf_veomni.checkpoint.background import BackgroundError, BackgroundWriter
 from hf_veomni.checkpoint.files import naming_damage, staged
 from hf_veomni.checkpoint.load import PendingWeights, check_parameters, materialize_weights, retain_weights
-from hf_veomni.checkpoint.plain import gather_full_state, gather_plain_state, load_plain, save_plain
+from hf_veomni.checkpoint.plain import check_adapters, gather_full_state, gather_plain_state, load_plain, save_plain
 from hf_veomni.checkpoint.stages import share_state, writes_whole
 from hf_veomni.checkpoint.state import (
     load_optimizer,
@@ -25,6 +25,7 @@ __all__ = [
     "retain_weights",
     "agree",
     "attach_stock_calls",
+    "check_adapters",
     "check_parameters",
     "gather_full_state",
     "gather_plain_state",

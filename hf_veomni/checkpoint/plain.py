@@ -205,6 +205,44 @@ def _weight_files(directory: Path) -> dict[str, Path]:
     return {key: directory / name for key, name in weight_map.items()}
 
 
+# What an adapter's configuration may say differently when a run goes on: where it came from, how it began, dropout.
+_FREE = re.compile(
+    "auto_mapping|base_model_name_or_path|revision|inference_mode|task_type|peft_version|init_.*|.*dropout"
+)
+
+
+def _as_stored(value: Any) -> Any:
+    """As json has it; names in any order."""
+    value = json.loads(
+        json.dumps(value, default=lambda other: sorted(other) if isinstance(other, set) else str(other))
+    )
+    return sorted(value) if isinstance(value, list) and all(isinstance(name, str) for name in value) else value
+
+
+def check_adapters(model: nn.Module, directory: Path) -> None:
+    """Refuse adapters that mean something else than those of a checkpoint: tensors of the same names and shapes would
+    be read, and scaled in another way. Not a collective.
+
+    Raises:
+        ValueError: a field of an adapter's configuration differs; it is named with both values.
+    """
+    for name, config in model.peft_config.items() if isinstance(model, PeftModel) else ():
+        path = (directory if name == "default" else directory / name) / "adapter_config.json"
+        if not path.is_file():
+            continue  # the weights are looked for, too
+        try:
+            stored = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"'{path}' cannot be read ({error}): it is cut off or damaged.") from error
+        for field, value in config.to_dict().items():
+            here, there = _as_stored(value), _as_stored(stored.get(field, value))
+            if here != there and not _FREE.fullmatch(field):
+                raise ValueError(
+                    f"The adapter '{name}' has `{field}` {here!r}, in the checkpoint '{directory}' it has {there!r}: "
+                    "make the adapters as the run that wrote it did, or begin a new run from its weights."
+                )
+
+
 def _adapter_files(model: PeftModel, directory: Path, state: Mapping[str, Tensor]) -> dict[str, tuple[Path, str]]:
     found: dict[str, tuple[Path, str]] = {}
     for name in model.peft_config:

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from hf_veomni.checkpoint import (
     agree,
+    check_adapters,
     load_optimizer,
     load_plain,
     load_stock_optimizer,
@@ -80,6 +81,8 @@ def fit_groups(scheduler: dict[str, Any], count: int) -> dict[str, Any]:
 
 def _load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Of a prepared model, from either kind of checkpoint."""
+    with together(f"Comparing the adapters with '{checkpoint}'"):
+        check_adapters(model, checkpoint)
     sharded = checkpoint / WEIGHTS_DIRECTORY
     if sharded.is_dir():
         load_weights(model, sharded)
