@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from hf_veomni.checkpoint.manifest import find_damage
 from hf_veomni.trainer.in_use import sole_use
 from tests.ranks.training import Run
 
@@ -166,3 +167,22 @@ def test_a_damaged_file_is_named_on_every_rank(ranks, tmp_path):
     for errors in ranks(2).run(_resume_from_damaged, tmp_path, cases, timeout=90):
         for (name, _, _), error in zip(cases, errors, strict=True):
             assert error.startswith(("ValueError", "OSError")) and name.rstrip("*") in error, (name, errors)
+
+
+def _cannot_remove(folder: Path, arguments: dict[str, Any]) -> None:
+    from hf_veomni.trainer import checkpointing
+
+    def refuse(*args: Any) -> None:
+        raise OSError("Stale file handle")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpointing, "rotate", refuse)
+        _trainer(folder, arguments=arguments).train()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"async_save": True}], ids=["plain", "async"])
+def test_what_rank_0_cannot_remove_ends_training_on_every_rank(ranks, tmp_path, arguments):
+    """It alone removes old checkpoints; the others would wait for it in the next step."""
+    match = "Stale file handle"
+    ranks(2).raises(_cannot_remove, tmp_path, arguments, match=match, kind="OSError", timeout=60)
+    assert find_damage(tmp_path / "checkpoint-1", contents=True) is None

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from tests.ranks.training import Run, assert_same_training, outcome, relative, train_omni, train_stock
+from tests.ranks.training import Run, assert_same_training, collate, outcome, relative, train_omni, train_stock
 
 
 class Counted(IterableDataset):
@@ -109,3 +110,33 @@ def test_the_loss_of_a_run_without_logs(ranks, plan):
     expected = train_stock(run, data_ranks=2 if plan == "dp_shard=2" else 1)
     for found in ranks(2).run(train_omni, plan, run, timeout=90):
         assert relative([found.train_loss], [expected.train_loss]) < 1e-5
+
+
+def _streams(plan: str, folder: str, start: str | None) -> list[list[int]]:
+    """Tokens of the rows that this rank trains on, one a step, of a stream in four shards."""
+    from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
+
+    fed: list[list[int]] = []
+
+    class Noting(OmniTrainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            fed.append(inputs["input_ids"].flatten().tolist())
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    sizes = {"gradient_accumulation_steps": 1, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    arguments = OmniTrainingArguments(**Run().all_arguments(output_dir=folder, plan=plan, **sizes))
+    stream = Dataset.from_list(list(Run().dataset(16, 0))).to_iterable_dataset(num_shards=4)  # type: ignore[arg-type]
+    Noting(model=Run().model(), args=arguments, train_dataset=stream, data_collator=collate).train(start)
+    return fed
+
+
+def test_shards_of_a_stream_go_on_on_as_many_data_ranks_and_no_others(ranks, tmp_path):
+    """accelerate gives each data rank shards of its own; on another number of them it is unknown what is left."""
+    whole = ranks(2).run(_streams, "dp_shard=2", str(tmp_path), None, timeout=60)
+    rows = [row["input_ids"] for row in Run().dataset(16, 0)]  # type: ignore[attr-defined]
+    first, second = ({rows.index(row) // 4 for row in fed} for fed in whole)
+    assert not first & second, "ranks share a shard: the case shows nothing"
+    resumed = ranks(2).run(_streams, "dp_shard=2", str(tmp_path), f"{tmp_path}/checkpoint-2", timeout=60)
+    assert resumed == [fed[2:] for fed in whole]
+    match = "another order of its rows: data ranks was 2 and is 'any' now"
+    ranks(2).raises(_streams, "sp=2", str(tmp_path), f"{tmp_path}/checkpoint-2", match=match, timeout=60)
