@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from transformers import Trainer
 from transformers.trainer_callback import CallbackHandler
 
@@ -48,9 +49,8 @@ _COMPILERS = tuple(
     for path in (("_dynamo", "convert_frame.py"), ("_inductor", "compile_fx.py"), ("_inductor", "async_compile.py"))
 )
 _CALLBACKS = inspect.getsourcefile(CallbackHandler)
-_EXCHANGE = re.compile(
-    "gloo|nccl|(tcp|dist|file|prefix)store|connection (closed|reset|refused)|broken pipe|timed? ?out", re.IGNORECASE
-)
+# Of errors without a class of their own: those of gloo name its source file, those of a store in a file say just this.
+_EXCHANGE = re.compile(r"\[.*\bgloo[/\\].*\]|\bNCCL\b|^Timeout waiting for key: |^Wait timeout$")
 
 
 class RankError(RuntimeError):
@@ -84,6 +84,13 @@ class Report:
 
 def name_ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+def is_of_exchange(error: BaseException) -> bool:
+    """Whether torch's collectives or its store raised it. A user's own error may time out or be reset, too."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and _EXCHANGE.search(str(error)) is not None
+
+
 
 
 def judge(reports: Sequence[Report | None], silences: Sequence[float], broken: bool = False) -> tuple[str, str] | None:
@@ -208,7 +215,7 @@ class Watchdog:
     def explain(self, error: BaseException) -> RankError | None:
         """If `error` says that an exchange broke, what is behind it; waits until it is known, `LOST` and a few seconds
         at most."""
-        if not isinstance(error, RuntimeError) or not _EXCHANGE.search(str(error)):
+        if not is_of_exchange(error):
             return None
         self._broken = True
         end = time.monotonic() + LOST + 5 * _PERIOD

@@ -7,16 +7,18 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from hf_veomni.trainer import watchdog
 from hf_veomni.trainer.guarding import Progress
-from hf_veomni.trainer.watchdog import Report, describe_stack, judge, takes_its_time
+from hf_veomni.trainer.watchdog import Report, describe_stack, is_of_exchange, judge, takes_its_time
 
 FINE = Report(1, 10, "micro-batch 1 of step 3", "model.py:3 in forward", False, 1.0, 60.0)
 WAITS = replace(FINE, waits=True, age=70.0)
@@ -163,7 +165,41 @@ def test_the_stack_names_the_innermost_line_and_whose_it_is() -> None:
     assert not waits
 
 
-@pytest.mark.parametrize("message", ["[gloo/transport/tcp/pair.cc:534] Connection closed by peer", "NCCL error"])
-def test_errors_of_an_exchange_are_known(message: str) -> None:
-    assert watchdog._EXCHANGE.search(message)
-    assert not watchdog._EXCHANGE.search("mat1 and mat2 shapes cannot be multiplied")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9"),
+        RuntimeError("[/a/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation"),
+        dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited"),
+        RuntimeError("NCCL communicator was aborted on rank 1."),
+        dist.DistNetworkError("failed to recv, got 0 bytes"),
+        dist.DistStoreError("wait timeout after 300ms, keys: /x"),
+    ],
+)
+def test_errors_of_an_exchange_are_known(error: Exception) -> None:
+    assert is_of_exchange(error)
+
+
+def test_a_store_in_a_file_says_that_it_has_waited(tmp_path: Path) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), 2)
+    store.set_timeout(timedelta(seconds=0.05))
+    for wait in (lambda: store.wait(["x"], timedelta(seconds=0.05)), lambda: store.get("x")):
+        with pytest.raises(RuntimeError) as caught:
+            wait()
+        assert is_of_exchange(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("the request timed out"),
+        RuntimeError("DataLoader timed out after 5 seconds"),
+        RuntimeError("HTTP: connection reset by peer"),
+        RuntimeError("datastore: broken pipe"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        TimeoutError("[gloo/x] timed out"),
+    ],
+)
+def test_an_error_of_the_user_is_not_waited_for(error: Exception) -> None:
+    """Half a minute, for news of a rank that is lost."""
+    assert not is_of_exchange(error)
