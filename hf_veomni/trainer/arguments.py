@@ -67,8 +67,10 @@ class OmniTrainingArguments(TrainingArguments):
             that names the same; "ignore" makes the update, as Trainer does.
         stall_timeout: seconds that a part of a step (reading its batches, a micro-batch, the update) may take on a
             rank, unless ten times the longest so far is more, before every rank ends with an error that names the rank
-            and the line. The first steps, compilations, saving, evaluation and callbacks have no limit but
-            `ddp_timeout` for ranks that wait for them. 0: no watchdog.
+            and the line. 0: no watchdog.
+        wait_timeout: the same for what has no such limit, loading, the first steps, compilations, evaluation, saving
+            and callbacks: seconds that another rank may wait there for one that does not come. It must be longer than
+            one rank keeps the others waiting, as rank 0 does while it writes. None: `ddp_timeout`.
         enable_jit_checkpoint: Trainer's, for all ranks together and for SIGUSR1 too: a signal to any rank lets all
             save after the next step and exit with code 75 (docs/faults.md).
 
@@ -116,6 +118,10 @@ class OmniTrainingArguments(TrainingArguments):
     )
     stall_timeout: float = field(
         default=60.0, metadata={"help": "Seconds that a rank may stand still before all end. 0: for ever."}
+    )
+    wait_timeout: float | None = field(
+        default=None,
+        metadata={"help": "Seconds to wait for a rank while loading, evaluating or saving. Default: `ddp_timeout`."},
     )
 
     def __init_subclass__(cls, **kwargs: object) -> None:

@@ -118,7 +118,7 @@ class GuardMixin(_Trainer):
             yield
             return
         self._progress = Progress(since=time.monotonic())
-        watchdog = Watchdog(self._progress, self.args.stall_timeout, self.args.ddp_timeout)
+        watchdog = Watchdog(self._progress, self.args.stall_timeout, self.args.wait_timeout or self.args.ddp_timeout)
         watchdog.start()
         ended: BaseException | None = None
         try:
@@ -304,7 +304,7 @@ class GuardMixin(_Trainer):
         Raises:
             Preempted: on every rank, when the checkpoint is in its place.
         """
-        self._at(f"logging, evaluating or saving after step {self.state.global_step}", part=False)
+        self._at(f"logging or evaluating after step {self.state.global_step}", part=False)
         self._hear_alone()
         if not self._asked:
             self._interruptible = True
@@ -321,6 +321,11 @@ class GuardMixin(_Trainer):
         if self._rank == 0:
             logger.warning(f"{say(self._asked)}: '{folder}' is saved, and training ends with exit code {PREEMPTED}.")
         raise Preempted(folder)
+
+    @override
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._at(f"saving after step {self.state.global_step}", part=False)
+        super()._save_checkpoint(model, trial)
 
     @override
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

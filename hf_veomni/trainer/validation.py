@@ -190,14 +190,24 @@ def check_saving(arguments: Any) -> None:
         raise UnsupportedError("`async_save` (True) needs memory that processes share, as Linux has: leave it out.")
 
 
+def _is_time(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
 def check_faults(arguments: Any) -> None:
-    """Refuse what `on_nonfinite`, `stall_timeout` and `enable_jit_checkpoint` cannot be. Raises ValueError."""
+    """Refuse what `on_nonfinite`, the limits and `enable_jit_checkpoint` cannot be. Raises ValueError."""
     if arguments.on_nonfinite not in POLICIES:
         hint = nearest(str(arguments.on_nonfinite), POLICIES)
         raise ValueError(f"`on_nonfinite` ({arguments.on_nonfinite!r}) is unknown: {hint}.")
     limit = arguments.stall_timeout
-    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 <= limit < float("inf"):
+    if not _is_time(limit):
         raise ValueError(f"`stall_timeout` ({limit!r}) must be a number of seconds, or 0 for no limit.")
+    wait, most = arguments.wait_timeout, arguments.ddp_timeout
+    if wait is not None and not (_is_time(wait) and 0 < limit <= wait <= most):
+        raise ValueError(
+            f"`wait_timeout` ({wait!r}) must be a number of seconds from `stall_timeout` ({limit:g}, which is not 0 "
+            f"then) to `ddp_timeout` ({most}), where torch itself waits no longer; or None for that."
+        )
     if arguments.enable_jit_checkpoint:
         reason = "training could not go on from the checkpoint that a signal asks for; leave one of them out"
         Refusal("save_only_model", bool, reason).check(arguments, "`enable_jit_checkpoint`")

@@ -65,6 +65,7 @@ class Report:
         beat: how often it has told something.
         count, place, stack, waits: how far it is, and where its main thread stands.
         age, limit: seconds that it has been there, and that it may be.
+        waited: seconds that it has been seen waiting at one line there.
         patient: whether the limit is how long others may wait for it, and it may be there for ever if none does.
         ended: empty, "done", or the error by which it left.
         broken: whether an exchange with another rank broke off.
@@ -77,13 +78,12 @@ class Report:
     waits: bool
     age: float
     limit: float
+    waited: float = 0.0
     patient: bool = False
     ended: str = ""
     broken: bool = False
 
 
-def name_ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 def is_of_exchange(error: BaseException) -> bool:
     """Whether torch's collectives or its store raised it. A user's own error may time out or be reset, too."""
     if isinstance(error, dist.DistError):
@@ -91,6 +91,8 @@ def is_of_exchange(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _EXCHANGE.search(str(error)) is not None
 
 
+def name_ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def judge(reports: Sequence[Report | None], silences: Sequence[float], broken: bool = False) -> tuple[str, str] | None:
@@ -125,7 +127,7 @@ def judge(reports: Sequence[Report | None], silences: Sequence[float], broken: b
         return None
     least = min(report.count for report in known.values())
     behind = {rank: report for rank, report in known.items() if report.count == least}
-    waited = max((report.age for report in known.values() if report.waits), default=0.0)
+    waited = max(report.waited for report in known.values())
     ages = {rank: min(r.age, waited) if r.patient else r.age for rank, r in behind.items()}
     stuck = {rank: report for rank, report in behind.items() if ages[rank] > report.limit}
     moving = any(not report.waits and rank not in stuck for rank, report in behind.items())
@@ -136,7 +138,11 @@ def judge(reports: Sequence[Report | None], silences: Sequence[float], broken: b
     where = "; ".join(f"rank {rank} for {r.age:.0f} s in {r.place} ({r.stack})" for rank, r in culprits.items())
     waiting = [rank for rank in running if rank not in culprits]
     rest = f" {name_ranks(waiting).capitalize()} wait{'s' * (len(waiting) == 1)}." if waiting else ""
-    return "stalled", f"No progress: {where}.{rest} Longer parts of a step need a higher `stall_timeout`."
+    if any(report.patient for report in culprits.values()):
+        way_out = "If this may take so long, set a higher `wait_timeout`."
+    else:
+        way_out = "Longer parts of a step need a higher `stall_timeout`."
+    return "stalled", f"No progress: {where}.{rest} {way_out}"
 
 
 def describe_stack(frame: Any) -> tuple[str, bool]:
@@ -189,6 +195,7 @@ class Watchdog:
         self._main, self._stopped = threading.get_ident(), threading.Event()
         self._lock = threading.Lock()
         self._ended, self._broken, self._beats = "", False, 0
+        self._waits_at, self._waits_since = (0, ""), 0.0  # place and stack
         world, now = self._board.world, time.monotonic()
         self._reports: list[Report | None] = [None] * world
         self._heard, self._talked = [now] * world, now
@@ -231,11 +238,15 @@ class Watchdog:
         stack, waits = describe_stack(main)
         patient = not place.limited or takes_its_time(main, frames.values())
         limit = self._patience if patient else min(max(self._limit, place.usual), self._patience)
-        age = 0.0 if is_debugged(main) else time.monotonic() - place.since
+        now = time.monotonic()
+        age = 0.0 if is_debugged(main) else now - place.since
+        if not waits or self._waits_at != (place.count, stack):
+            self._waits_at, self._waits_since = (place.count, stack), now
         self._beats += 1
         return Report(
-            self._beats, place.count, place.place, stack, waits, age, limit, patient, self._ended, self._broken
-        )
+            self._beats, place.count, place.place, stack, waits, age, limit, now - self._waits_since, patient,
+            self._ended, self._broken,
+        )  # fmt: skip
 
     def _exchange(self) -> None:
         """Tell what this rank is at, and read what the others tell, or rank 0 alone."""
@@ -281,7 +292,7 @@ class Watchdog:
                 self._end(self.verdict[1])
 
     def _forgive(self, now: float) -> None:
-        self._talked, self.progress.since = now, now
+        self._talked = self._waits_since = self.progress.since = now
         self._heard = [now] * len(self._heard)
 
     def _notice_silence(self, now: float) -> None:

@@ -53,7 +53,7 @@ def _trainer(rows: Any, plan: str = "dp_shard=2", **arguments: Any) -> Any:
 
     given = {"gradient_accumulation_steps": 1, "train_sampling_strategy": "sequential", **arguments}
     args = OmniTrainingArguments(**Run().all_arguments(plan=plan, **given))
-    return OmniTrainer(model=Run().model(), args=args, train_dataset=rows, data_collator=collate)
+    return OmniTrainer(model=Run().model(), args=args, train_dataset=rows, data_collator=collate, eval_dataset=rows)
 
 
 def _train(rank: int, action: str, where: int, index: int, **arguments: Any) -> None:
@@ -105,6 +105,40 @@ def test_a_rank_that_stalls_in_a_layer_is_named(tmp_path):
     assert [end.code for end in ended] == [76, 76], [end.output[-2000:] for end in ended]
     for end in ended:
         assert re.search(r"No progress: rank 1 for \d+ s in micro-batch 1 of step 3 \(.*in act", end.output)
+
+
+def _stalls_at(rank: int, place: str, folder: str) -> None:
+    """Where a step has no limit of its own."""
+    due = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "output_dir": folder}
+    trainer = _trainer(PackedRows(16, 0), stall_timeout=4, wait_timeout=6, **due)
+
+    def stall(*_: Any, **__: Any) -> None:
+        if rank == 1:
+            time.sleep(1000)
+
+    if place == "save":
+        trainer._save_rng_state = stall
+    else:
+        layer = trainer.model.model.layers[1].mlp
+        layer.register_forward_hook(lambda module, *_: stall() if module.training == (place == "step") else None)
+    trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("place", "named"),
+    [
+        pytest.param("step", "micro-batch 1 of step 1", marks=pytest.mark.slow),
+        ("evaluation", "evaluating a batch"),
+        pytest.param("save", "saving after step 2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_stalls_outside_of_usual_steps_is_named(tmp_path, place, named):
+    ended = run_alone(_stalls_at, 2, tmp_path, place, str(tmp_path / "run"))
+    _check(ended)
+    assert [end.code for end in ended] == [76, 76], [end.output[-2000:] for end in ended]
+    for end in ended:
+        assert re.search(rf"No progress: rank 1 for \d+ s in {named} \(.*in stall\). Rank 0 waits", end.output)
+        assert "set a higher `wait_timeout`" in end.output
 
 
 def _fails_inside(rank: int) -> None:

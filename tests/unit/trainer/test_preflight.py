@@ -70,6 +70,15 @@ def test_a_limit_that_is_none_is_refused(value: Any) -> None:
         OmniTrainingArguments(output_dir="x", stall_timeout=value)
 
 
+@pytest.mark.parametrize("value", [-1, 0, float("nan"), float("inf"), "90", True, 59, 1801])
+def test_a_limit_of_waits_that_does_not_fit_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"`wait_timeout` \(.*\) must be .* from `stall_timeout` \(60.* \(1800\)"):
+        OmniTrainingArguments(output_dir="x", wait_timeout=value)
+    with pytest.raises(ValueError, match=r"`stall_timeout` \(0, which is not 0 then\)"):
+        OmniTrainingArguments(output_dir="x", wait_timeout=90, stall_timeout=0)
+    assert OmniTrainingArguments(output_dir="x", wait_timeout=90).wait_timeout == 90
+
+
 def test_a_checkpoint_without_its_optimizer_is_none_to_go_on_from() -> None:
     with pytest.raises(ValueError, match="`save_only_model`.*does not go with `enable_jit_checkpoint`"):
         OmniTrainingArguments(output_dir="x", save_only_model=True, enable_jit_checkpoint=True)

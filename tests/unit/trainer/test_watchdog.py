@@ -17,11 +17,12 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from hf_veomni.trainer import watchdog
 from hf_veomni.trainer.guarding import Progress
-from hf_veomni.trainer.watchdog import Report, describe_stack, is_of_exchange, judge, takes_its_time
+from hf_veomni.trainer.watchdog import Report, Watchdog, describe_stack, is_of_exchange, judge, takes_its_time
 
 FINE = Report(1, 10, "micro-batch 1 of step 3", "model.py:3 in forward", False, 1.0, 60.0)
-WAITS = replace(FINE, waits=True, age=70.0)
+WAITS = replace(FINE, waits=True, age=70.0, waited=70.0)
 QUIET = [0.0, 0.0, 0.0]
 
 
@@ -99,10 +100,37 @@ PATIENT = replace(FINE, limit=1800.0, patient=True, place="evaluating a batch")
 
 def test_what_has_no_limit_may_take_as_long_as_others_would_wait() -> None:
     assert judge([replace(PATIENT, age=3000.0)] * 2, QUIET[:2]) is None  # both at work, and nobody waits
-    assert judge([replace(PATIENT, age=3000.0), replace(WAITS, count=11, age=1700.0)], QUIET[:2]) is None
+    assert judge([replace(PATIENT, age=3000.0), replace(WAITS, count=11, waited=1700.0)], QUIET[:2]) is None
     assert judge([replace(PATIENT, age=70.0), replace(WAITS, count=10)], QUIET[:2]) is None
-    found = judge([replace(PATIENT, age=3000.0), replace(WAITS, count=11, age=1801.0)], QUIET[:2])
+    found = judge([replace(PATIENT, age=3000.0), replace(WAITS, count=11, waited=1801.0)], QUIET[:2])
     assert found is not None and "rank 0 for 3000 s in evaluating a batch" in found[1]
+    assert "`wait_timeout`" in found[1] and "`stall_timeout`" not in found[1]
+
+
+def test_who_has_worked_long_before_it_waits_has_not_waited_long() -> None:
+    """Both compile for half an hour, and one is through: its time there is no time that it waits."""
+    both = replace(PATIENT, age=1900.0)
+    assert judge([both, replace(both, waits=True, waited=2.0)], QUIET[:2]) is None
+
+
+def test_waiting_is_counted_at_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    dog = object.__new__(Watchdog)
+    dog.progress, dog._main, dog._limit, dog._patience = Progress(), threading.get_ident(), 60.0, 1800.0
+    dog._ended, dog._broken, dog._beats, dog._waits_at, dog._waits_since = "", False, 0, (0, ""), 0.0
+    clock, where = [100.0], ["one", True]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(watchdog, "describe_stack", lambda frame: tuple(where))
+
+    def seen(stack: str, waits: bool) -> float:
+        clock[0] += 5.0
+        where[:] = [stack, waits]
+        return dog._report().waited
+
+    assert [seen("one", True), seen("one", True), seen("one", True)] == [0.0, 5.0, 10.0]
+    assert [seen("two", True), seen("two", True)] == [0.0, 5.0]  # another exchange: it moves
+    assert [seen("two", False), seen("two", True), seen("two", True)] == [0.0, 5.0, 10.0]
+    dog.progress.at("the next place")
+    assert seen("two", True) == 0.0
 
 
 def _frame(target: Callable[[Callable[[], None]], object]) -> tuple[Any, threading.Event]:
