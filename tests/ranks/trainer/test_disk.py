@@ -14,6 +14,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from hf_veomni.checkpoint.manifest import find_damage
+from hf_veomni.trainer import in_use
 from hf_veomni.trainer.in_use import sole_use
 from tests.ranks.training import Run
 
@@ -95,7 +96,9 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_first_step(ranks, t
 
 
 def _begins(folder: Path, arguments: dict[str, Any]) -> None:
-    _trainer(folder, arguments=arguments).train(resume_from_checkpoint=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_use, "_WAIT", 0.3)
+        _trainer(folder, arguments=arguments).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"save_strategy": "no"}], ids=["saves", "resumes"])
