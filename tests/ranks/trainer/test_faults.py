@@ -167,6 +167,21 @@ def test_a_killed_rank_is_named_by_the_other(tmp_path, where):
     assert "RankError" in other.output or other.code == 76
 
 
+def _is_frozen(rank: int) -> None:
+    from hf_veomni.trainer import watchdog
+
+    watchdog.LOST, watchdog.GRACE = 6.0, 3.0
+    _train(rank, "stop", 1, 7)
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_named_by_the_other(tmp_path):
+    """It never ends by itself; its connections stay open."""
+    frozen, other = reversed(run_alone(_is_frozen, 2, tmp_path, limit=40))
+    assert frozen.code is None and other.code in (1, 76), other.output[-3000:]
+    assert "Nothing has been heard of rank 1" in other.output, other.output[-3000:]
+
+
 def _loses_worker(rank: int) -> None:
     _train(rank, "kill", 1, 7, dataloader_num_workers=1)
 
