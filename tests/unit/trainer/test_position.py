@@ -116,6 +116,14 @@ def test_a_stream_goes_on_with_the_next_row(tmp_path):
     assert trainer.fed == expected
 
 
+def test_a_stream_goes_on_behind_the_steps_of_a_run_that_is_done(tmp_path):
+    """Trainer takes the stream for one epoch of `max_steps`, of which nothing was left."""
+    train(tmp_path, NotedStream(2 * ROWS), max_steps=ROWS // 2)
+    data = NotedStream(2 * ROWS)
+    trainer = train(tmp_path, data, True, max_steps=ROWS // 2 + 2)
+    assert trainer.fed == [data.rows[index]["input_ids"] for index in range(ROWS, ROWS + 4)]
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "epochs of other steps": (
         {"gradient_accumulation_steps": 4},
