@@ -27,6 +27,7 @@ SCRIPTS = {
     "towers": False,
     "overlap": False,
     "bundles": False,
+    "pipeline": False,
     "experiments": False,
     "packing": False,
     "collator": False,

@@ -15,7 +15,7 @@ comparing schedules with each other, and of no use as a model's. Where a rank se
 skewed router), what comes back from the others is not known here: `equal=False` has zeros of the right sizes for it.
 
 All-to-alls take the link. Gathers, reductions and broadcasts take no time: FSDP prefetches them, and they would hide
-what the exchanges of a layer cost.
+what the exchanges of a layer cost. Neither do messages from rank to rank, which `_pipeline.py` has on a clock for all.
 """
 
 from __future__ import annotations
@@ -192,6 +192,16 @@ class LinkGroup(dist.ProcessGroup):
         return self._done(tensors)
 
     def broadcast(self, tensors: list[Tensor], opts: Any = None) -> _Transfer:
+        return self._done(tensors)
+
+    def send(self, tensors: list[Tensor], place: int, tag: int = 0) -> _Transfer:
+        return self._done(tensors)
+
+    def recv(self, tensors: list[Tensor], place: int, tag: int = 0) -> _Transfer:
+        """What another rank would have sent is not known here: floats at random, and integers of 0."""
+        with self._link.moving(), torch.no_grad():
+            for tensor in tensors:
+                tensor.normal_() if tensor.is_floating_point() else tensor.zero_()
         return self._done(tensors)
 
     def barrier(self, opts: Any = None) -> _Transfer:
