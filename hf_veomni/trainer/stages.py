@@ -56,6 +56,8 @@ class StagesMixin(LossMixin):
             self.optimizer.train()
         state = self.parallel_state
         items = self._items_a_batch(num_items, state.dp_size) if state.dp_size > 1 else num_items
+        # Without a number of items each loss is the mean of its micro-batch, and the step's is the mean of these.
+        share = 1.0 if num_items is not None else 1.0 / (self._num_real or 1)
         place = (state.pp_rank * state.dp_size + state.dp_rank) * state.sp_size + state.sp_rank
 
         def compute(index: int) -> Tensor | None:
@@ -65,6 +67,6 @@ class StagesMixin(LossMixin):
             counting = counting_no_tokens() if dummies[index] else nullcontext()
             with stream, counting, self.compute_loss_context_manager():
                 loss = getattr(model(**batches[index], num_items_in_batch=items), "loss", None)
-            return None if loss is None else loss * (0.0 if dummies[index] else 1.0)
+            return None if loss is None else loss * (0.0 if dummies[index] else share)
 
         return run_window(model, batches, compute_loss=compute)
