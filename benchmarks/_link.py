@@ -43,6 +43,7 @@ class Link:
         busy: seconds that transfers took since `reset`.
         waited: seconds of them in which nothing was computed.
         transfers: (begin, end, bytes) of each.
+        gathered: bytes of gathers and reductions that leave this rank or come, which take no time.
         waits: (begin, end) of each wait that found its transfer unfinished.
     """
 
@@ -61,6 +62,7 @@ class Link:
         """Set the clock to 0 and forget all transfers."""
         self._begin, self._free, self._moving = self._clock(), 0.0, 0.0
         self.busy = self.waited = 0.0
+        self.gathered = 0
         self.transfers: list[tuple[float, float, int]] = []
         self.waits: list[tuple[float, float]] = []
 
@@ -168,11 +170,13 @@ class LinkGroup(dist.ProcessGroup):
         return self._done([out], until)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> _Transfer:
+        self._link.gathered += output.nbytes - input.nbytes
         with self._link.moving():
             output.view(self._size, *input.shape).copy_(input.clone())  # FSDP's lies in `output`
         return self._done([output])
 
     def reduce_scatter_single(self, out: Tensor, given: Tensor, opts: Any) -> _Transfer:
+        self._link.gathered += given.nbytes - out.nbytes
         with self._link.moving():
             out.copy_(given.view(self._size, *out.shape)[self._rank])
             if opts.reduceOp != dist.ReduceOp.AVG:

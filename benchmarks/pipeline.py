@@ -6,15 +6,18 @@
 Stages run one after the other in one process, with the package's own `run_window`; `_pipeline.py` puts their actions
 on one virtual clock.
 
-    bubble    share of all ranks' time in which they stand still; (p - 1) / (v m + p - 1) if all actions were equal
+    bubble    share of all ranks' time in which they stand still; (p - 1) / (v m + p - 1) if all actions were equal.
+              Ranks are not: the last one has the head too, and whoever has less waits for the busiest one. With all as
+              slow as that one, 1 - (mean / busiest) (1 - formula)
     held      what a rank keeps for backwards, in micro-batches of its own; min(m, p - rank) by 1F1B, with v stages on
               each rank (2 (p - rank - 1) + (v - 1) p + 1) / v at most
-    scaling   one mixture and one window of tokens over 1, 2, 4, 8 ranks, as stages, as SP ranks, as EP ranks:
-              seconds of one rank / (ranks * seconds), over the bandwidth of the link. The bandwidth is given as
-              link / compute: the time of ep=8's exchanges over its compute
+    scaling   one mixture and 16 documents over 2, 4, 8 ranks, as stages (16 micro-batches), as SP ranks and as EP
+              ranks (two micro-batches of packed rows): seconds of one rank / (ranks * seconds), over the bandwidth of
+              the link. The bandwidth is given as link / compute: the time of ep=8's exchanges over its compute.
+              Gathers and reductions of FSDP2 take no time here; their bytes are counted
 
-Checked: the bubble exceeds the formula by no more than `--tolerance` beyond what unequal stages cost, and no stage
-holds more than the formula says.
+Checked: the bubble of equal actions is that of the formula, that of the measured ones no more than `--tolerance`
+beyond what unequal ranks cost, and no rank holds more than the formula says.
 """
 
 from __future__ import annotations
@@ -34,13 +37,14 @@ from transformers import AutoModelForCausalLM
 from benchmarks._link import Link, linked
 from benchmarks._pipeline import Stage, bubble, measure_stage, replay
 from benchmarks._record import known_rows, record
-from benchmarks._schedules import Bench, dense, mixture
+from benchmarks._schedules import dense, mixture
 
 PICTURE = Path(__file__).parents[1] / "docs/images/pipeline.svg"
 TIMELINE = PICTURE.with_name("pipeline_timeline.svg")
 COLORS = {False: ("#2b5c8a", "#7fa8cf"), True: ("#d9730d", "#f2b880")}  # of a rank's first and second stage
 RATIOS = (0.0, 0.3, 1.0, 3.0)
 WORLDS = (2, 4, 8)
+DOCUMENTS, ROWS = 16, 2
 
 
 def _batches(count: int, tokens: int, vocabulary: int) -> list[dict[str, Tensor]]:
@@ -70,19 +74,21 @@ def measure_bubble(options: argparse.Namespace) -> list[dict[str, Any]]:
     config = dense(256, 768, 4, 4, num_hidden_layers=8)
     rows = []
     for stages, chunks in product(options.stages, options.chunks):
-        for count in (stages, 2 * stages, 4 * stages):
+        for count in (times * stages for times in options.times):
             found = _window(config, stages, count, options.tokens, options.repeats, chunks)
             row: dict[str, Any] = {"part": "bubble", "stages": stages, "chunks": chunks, "micro_batches": count}
             row |= {"bubble": bubble(replay(found)), "formula": (stages - 1) / (chunks * count + stages - 1)}
             row["equal"] = bubble(replay(_equal(found)))
+            row["busy"] = [sum(stage.seconds) / count for stage in found]
+            row["unequal"] = 1 - sum(row["busy"]) / stages / max(row["busy"]) * (1 - row["formula"])
             row["held"] = [stage.held / stage.one for stage in found]
             row["held_formula"] = [_most(stages, chunks, count, place) for place in range(stages)]
             row["layers"] = [stage.layers for stage in found]
             rows.append(row)
             print(
-                f"pp={stages} v={chunks} m={count:2d}  bubble {row['bubble']:.1%}, equal stages {row['equal']:.1%}, "
-                f"formula {row['formula']:.1%}  held {' '.join(f'{x:.2f}' for x in row['held'])}, "
-                f"formula {row['held_formula']}",
+                f"pp={stages} v={chunks} m={count:2d}  bubble {row['bubble']:.1%}, with the busiest rank's time "
+                f"{row['unequal']:.1%}, equal stages {row['equal']:.1%}, formula {row['formula']:.1%}  "
+                f"held {' '.join(f'{x:.2f}' for x in row['held'])}, formula {row['held_formula']}",
                 flush=True,
             )
     return rows
@@ -94,39 +100,69 @@ def _most(ranks: int, chunks: int, count: int, place: int) -> float:
     return min(count, after + 1 if chunks == 1 else (2 * after + (chunks - 1) * ranks + 1) / chunks)
 
 
+def _documents(config: Any, rows: int, each: int, tokens: int) -> list[dict[str, Tensor]]:
+    """`rows` packed rows of `each` documents."""
+    ids = torch.randint(0, config.vocab_size, (rows, 1, each * tokens), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(tokens).repeat(each)[None]
+    return [{"input_ids": row, "labels": row, "position_ids": positions} for row in ids]
+
+
+def _step(config: Any, axis: str, world: int, options: argparse.Namespace) -> tuple[float, Link]:
+    """CPU time of one rank's window, and the link with what it has sent in it."""
+    from hf_veomni import prepare_omni, run_window
+
+    link = Link()
+    each = DOCUMENTS // ROWS // (world if axis == "ep" else 1)  # EP ranks have documents of their own
+    rows = _documents(config, ROWS, each, options.length)
+    seconds = []
+    with linked(link, world):
+        model = prepare_omni(_make(config), {f"{axis}_size": world})
+        for _ in range(options.repeats + 1):
+            model.zero_grad()
+            link.reset()
+            run_window(model, rows)
+            seconds.append(link.compute)
+    return min(seconds[1:]), link
+
+
 def measure_scaling(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each world, axis and bandwidth."""
-    config = mixture(256, 96, 8, 8, 32, num_hidden_layers=8, num_experts=32)
-    length, count = 512, 8  # of two sequences, which pp has in `count` micro-batches
-    piece = 2 * length // count
-    alone = _window(config, 1, count, piece, options.repeats)
-    one = sum(alone[0].seconds)
-    benches: dict[tuple[str, int], tuple[float, list[int]]] = {}
+    """A row for each world, axis and bandwidth: the same documents, packed, in windows that suit the axis."""
+    config = mixture(128, 32, 8, 8, 16, num_hidden_layers=8, num_experts=32)
+    alone = measure_stage(
+        lambda: _make(config), 1, 0, _documents(config, DOCUMENTS, 1, options.length), options.repeats
+    )
+    one = sum(alone.seconds)
+    steps: dict[tuple[str, int], tuple[float, Link]] = {}
     for world in WORLDS:
         for axis in ("sp", "ep"):
-            link = Link()
-            with linked(link, world):
-                bench = Bench(config, {f"{axis}_size": world}, "plain", False, link, length // world)
-                seconds = []
-                for _ in range(options.repeats + 1):
-                    bench.step()
-                    seconds.append(link.compute)
-                benches[axis, world] = min(seconds[1:]), [size for _, _, size in link.transfers]
-            print(f"{axis}={world}: compute {benches[axis, world][0]:.3f} s of {one:.3f} s", flush=True)
-    compute, sizes = benches["ep", WORLDS[-1]]
+            steps[axis, world] = seconds, link = _step(config, axis, world, options)
+            exchanged = sum(size for _, _, size in link.transfers)
+            print(
+                f"{axis}={world}: compute {seconds:.3f} s of {one:.3f} s, {exchanged / 1e6:.1f} MB exchanged, "
+                f"{link.gathered / 1e6:.1f} MB gathered and reduced",
+                flush=True,
+            )
+    compute, link = steps["ep", WORLDS[-1]]
+    slow = sum(size for _, _, size in link.transfers) / compute  # bytes a second at link / compute 1
     rows = []
     for world in WORLDS:
-        staged = _window(config, world, count, piece, options.repeats)
+        documents = _documents(config, DOCUMENTS, 1, options.length)
+        staged = [measure_stage(lambda: _make(config), world, i, documents, options.repeats) for i in range(world)]
         for ratio in RATIOS:
-            bandwidth = sum(sizes) / (ratio * compute) if ratio else float("inf")
-            # Each exchange of the plain schedule is waited for.
-            took = {axis: benches[axis, world][0] + sum(benches[axis, world][1]) / bandwidth for axis in ("sp", "ep")}
+            bandwidth = slow / ratio if ratio else float("inf")
+            took, sent, gathered = {}, {"pp": max(sum(stage.sent) for stage in staged)}, {"pp": 0}
             took["pp"] = max(each[-1].end for each in replay(staged, bandwidth))
+            for axis in ("sp", "ep"):  # each exchange of the plain schedule is waited for
+                seconds, link = steps[axis, world]
+                sent[axis], gathered[axis] = sum(size for _, _, size in link.transfers), link.gathered
+                took[axis] = seconds + sent[axis] / bandwidth
             for axis, seconds in took.items():
                 row = {"part": "scaling", "axis": axis, "world": world, "link_over_compute": ratio}
+                row |= {"bytes": sent[axis], "gathered": gathered[axis]}
                 rows.append(row | {"seconds": seconds, "efficiency": one / (world * seconds)})
             shown = "  ".join(f"{axis} {one / (world * seconds):.0%}" for axis, seconds in sorted(took.items()))
             print(f"world {world}, link / compute {ratio}: {shown}", flush=True)
+        print(f"pp={world}: {sent['pp'] / 1e6:.1f} MB sent", flush=True)
     return rows
 
 
@@ -139,6 +175,8 @@ def check(rows: Sequence[dict[str, Any]], tolerance: float) -> list[str]:
         name = f"pp={row['stages']}, {row['micro_batches']} micro-batches"
         if abs(row["equal"] - row["formula"]) > tolerance:
             wrong.append(f"{name}: bubble equal stages {row['equal']:.3f}, by the formula {row['formula']:.3f}")
+        if row["bubble"] > row["unequal"] + tolerance:
+            wrong.append(f"{name}: bubble {row['bubble']:.3f}, and {row['unequal']:.3f} by its busiest rank")
         for place, (held, most) in enumerate(zip(row["held"], row["held_formula"], strict=True)):
             if held > most * (1 + tolerance):
                 wrong.append(f"{name}: stage {place} holds {held:.2f} micro-batches, by the formula {most}")
@@ -158,9 +196,10 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         counts = [row["micro_batches"] for row in line]
         axes[0].plot(counts, [100 * row["bubble"] for row in line], "o-", color=color, label=f"p={stages}, v={chunks}")
         axes[0].plot(counts, [100 * row["formula"] for row in line], ":", color=color)
+    axes[0].set_ylim(0)
     axes[0].set_title("bubble, dotted: (p - 1) / (v m + p - 1)", fontsize=8)
     axes[0].set_xlabel("micro-batches m", fontsize=8)
-    axes[0].set_ylabel("% of all stages' time", fontsize=8)
+    axes[0].set_ylabel("% of all ranks' time", fontsize=8)
     for axis, ratio in zip(axes[1:], RATIOS, strict=True):
         for name in ("pp", "sp", "ep"):
             line = [
@@ -170,8 +209,10 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             ]
             axis.plot([row["world"] for row in line], [100 * row["efficiency"] for row in line], "o-", label=name)
         axis.set_ylim(0, 115)
-        axis.set_title(f"efficiency, link / compute {ratio}", fontsize=8)
+        axis.set_xticks(WORLDS)
+        axis.set_title(f"link / compute {ratio:g}", fontsize=8)
         axis.set_xlabel("ranks", fontsize=8)
+    axes[1].set_ylabel("efficiency, % of one rank's speed", fontsize=8)
     for axis in axes:
         axis.tick_params(labelsize=7)
         axis.legend(fontsize=7)
@@ -207,7 +248,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=["bubble", "scaling"], default=["bubble", "scaling"])
     parser.add_argument("--stages", nargs="+", type=int, default=[2, 4], help="ranks")
     parser.add_argument("--chunks", nargs="+", type=int, default=[1, 2], help="stages of each rank")
+    parser.add_argument("--times", nargs="+", type=int, default=[1, 2, 4], help="micro-batches of each rank")
     parser.add_argument("--tokens", type=int, default=128, help="of a micro-batch")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a document, of the scaling")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tolerance", type=float, default=0.05)
     parser.add_argument("--no-draw", action="store_true")
