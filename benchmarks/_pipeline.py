@@ -99,12 +99,12 @@ def measure_stage(
         make: returns the whole stock model.
         chunks: stages of each rank.
     """
-    from hf_veomni import prepare_omni, run_window
+    from hf_veomni import ParallelPlan, prepare_omni, run_window
 
     actions = one_forward_one_backward(place, ranks, len(batches), chunks)
     link = Link()
     with linked(link, ranks, place):
-        model: Any = prepare_omni(make(), {"pp_size": ranks, "pp_stages": chunks})
+        model: Any = prepare_omni(make(), ParallelPlan(pp_size=ranks, pp_stages=chunks))
         layers = sum(any(True for _ in layer.parameters()) for layer in model.model.layers)
         targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
 

@@ -109,14 +109,14 @@ def _documents(config: Any, rows: int, each: int, tokens: int) -> list[dict[str,
 
 def _step(config: Any, axis: str, world: int, options: argparse.Namespace) -> tuple[float, Link]:
     """CPU time of one rank's window, and the link with what it has sent in it."""
-    from hf_veomni import prepare_omni, run_window
+    from hf_veomni import ParallelPlan, prepare_omni, run_window
 
     link = Link()
     each = DOCUMENTS // ROWS // (world if axis == "ep" else 1)  # EP ranks have documents of their own
     rows = _documents(config, ROWS, each, options.length)
     seconds = []
     with linked(link, world):
-        model = prepare_omni(_make(config), {f"{axis}_size": world})
+        model = prepare_omni(_make(config), ParallelPlan.from_dict({f"{axis}_size": world}))
         for _ in range(options.repeats + 1):
             model.zero_grad()
             link.reset()
