@@ -42,7 +42,8 @@ def run_window(
     Args:
         model: prepared, in training mode.
         batches: keyword arguments of the model, one mapping for each micro-batch; the same on all stages and on all
-            ranks of an SP group. Rows may differ in length. More micro-batches than stages keep them busy.
+            ranks of an SP group, and as many on all data ranks. Rows may differ in length. More micro-batches than
+            stages keep them busy.
         num_items_in_batch: targets over which the loss is the mean; None counts those of the window on all data
             ranks.
         compute_loss: in place of a call of the model, for the index of a micro-batch; on the last stage it returns
@@ -52,17 +53,17 @@ def run_window(
         The loss, the mean over all targets of the window: a scalar without graph, the same on all ranks. Gradients are
         those of this mean, accumulated in `.grad` as a backward does.
 
-    Collectives: those of the model; small ones over the stages and the ranks of a stage; the gradient of tied
-    embeddings over the two stages that have them.
+    Collectives: those of the model; small ones over all ranks, the stages, and the ranks of a stage; the gradient of
+    tied embeddings over the two stages that have them.
 
     Raises:
-        ValueError: no batches, or other ones on other stages; on every rank.
+        ValueError: no batches, other ones on other stages, or more on some data ranks; on every rank.
         UnsupportedError: a call that stages cannot answer.
     """
     state = get_parallel_state(model)
-    with together("Reading the window") if state.plan.pp_size > 1 else nullcontext():
+    with together("Reading the window"):
         _check(model, batches, own_loss=compute_loss is None)
-    _check_same_batches(batches, state)
+    _compare_windows(batches, state)
     call = compute_loss or _calls(model, batches, num_items_in_batch, state)
     with _tied_gradients(model):
         total = _run(model, [_shape(batch) for batch in batches], call, state)
@@ -170,20 +171,36 @@ def _count_targets(batch: Batch) -> Tensor:
     return (targets != -100).sum()
 
 
-def _check_same_batches(batches: Sequence[Batch], state: ParallelState) -> None:
-    """Collective: one all-gather of four integers over the stages. Raises ValueError on all of them."""
-    if state.plan.pp_size == 1:
+def _compare_windows(batches: Sequence[Batch], state: ParallelState) -> None:
+    """Collective: one all-gather of four integers over all ranks. Raises ValueError on all of them."""
+    if state.world_size == 1:
         return
     ids = [batch["input_ids"] for batch in batches if isinstance(batch.get("input_ids"), Tensor)]
     flat = torch.cat([x.flatten() for x in ids]).long() if ids else torch.zeros(0, dtype=torch.long)
     mine = [len(batches), flat.numel(), sum(x.shape[-1] * i for i, x in enumerate(ids, 1))]
     sums = (flat * (torch.arange(flat.numel(), device=flat.device) % 8191 + 1)).sum()
     facts = torch.stack([*map(torch.tensor, mine), sums.cpu()]).to(state.device)
-    found = all_gather(facts, state.pp_group).view(state.plan.pp_size, -1).tolist()
-    if any(row != found[0] for row in found):
+    check_windows(all_gather(facts).view(state.plan.pp_size, state.dp_size, state.sp_size, -1))
+
+
+def check_windows(facts: Tensor) -> None:
+    """Raise ValueError where the ranks were not given the windows that belong together.
+
+    Args:
+        facts: [stages, data ranks, SP ranks, 4], of each rank's window.
+    """
+    for place, same in enumerate(facts.transpose(0, 1).flatten(1, 2).tolist()):
+        if any(row != same[0] for row in same):
+            raise ValueError(
+                f"The ranks of data rank {place} were given different batches (micro-batches, tokens, lengths and "
+                f"checksums {same}): its stages and the ranks of an SP group read the same ones. Read them by "
+                "`get_parallel_state(model).dp_rank` of `dp_size`."
+            )
+    counts = facts[0, :, 0, 0].tolist()
+    if len(set(counts)) > 1:
         raise ValueError(
-            f"The stages were given different batches (micro-batches, tokens, lengths and checksums {found}): every "
-            "stage reads the same ones. Read them by `get_parallel_state(model).dp_rank` of `dp_size`."
+            f"`batches`: the data ranks were given {counts} micro-batches, and each must run as many as the others. "
+            "Where rows have run out, give some again with `labels` of -100."
         )
 
 
