@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from hf_veomni import hf
 from hf_veomni.comm.agree import together
@@ -23,6 +22,7 @@ from hf_veomni.pipeline.link import Link
 from hf_veomni.pipeline.microbatch import MicroBatch
 from hf_veomni.pipeline.schedule import Action, one_forward_one_backward
 from hf_veomni.pipeline.stage import CHUNKS, Chunks
+from hf_veomni.pipeline.tied import check_trained, mark_tied, tied_gradients, trained_bits
 
 Batch = Mapping[str, Any]
 
@@ -63,9 +63,9 @@ def run_window(
     state = get_parallel_state(model)
     with together("Reading the window"):
         _check(model, batches, own_loss=compute_loss is None)
-    _compare_windows(batches, state)
+    _compare_windows(model, batches, state)
     call = compute_loss or _calls(model, batches, num_items_in_batch, state)
-    with _tied_gradients(model):
+    with tied_gradients(model):
         total = _run(model, [_shape(batch) for batch in batches], call, state)
     if state.world_size > 1:
         if state.plan.pp_size > 1:
@@ -171,16 +171,18 @@ def _count_targets(batch: Batch) -> Tensor:
     return (targets != -100).sum()
 
 
-def _compare_windows(batches: Sequence[Batch], state: ParallelState) -> None:
-    """Collective: one all-gather of four integers over all ranks. Raises ValueError on all of them."""
+def _compare_windows(model: nn.Module, batches: Sequence[Batch], state: ParallelState) -> None:
+    """Collective: one all-gather of five integers over all ranks. Raises ValueError on all of them."""
     if state.world_size == 1:
         return
     ids = [batch["input_ids"] for batch in batches if isinstance(batch.get("input_ids"), Tensor)]
     flat = torch.cat([x.flatten() for x in ids]).long() if ids else torch.zeros(0, dtype=torch.long)
     mine = [len(batches), flat.numel(), sum(x.shape[-1] * i for i, x in enumerate(ids, 1))]
     sums = (flat * (torch.arange(flat.numel(), device=flat.device) % 8191 + 1)).sum()
-    facts = torch.stack([*map(torch.tensor, mine), sums.cpu()]).to(state.device)
-    check_windows(all_gather(facts).view(state.plan.pp_size, state.dp_size, state.sp_size, -1))
+    facts = torch.stack([*map(torch.tensor, [*mine, trained_bits(model)]), sums.cpu()]).to(state.device)
+    found = all_gather(facts).view(state.plan.pp_size, state.dp_size, state.sp_size, -1)
+    check_windows(found[..., [0, 1, 2, 4]])
+    check_trained(model, found[:, 0, 0, 3].tolist())
 
 
 def check_windows(facts: Tensor) -> None:
@@ -222,27 +224,4 @@ def join_stages(model: nn.Module, tied: Sequence[tuple[str, ...]], state: Parall
         size = state.world_size // state.plan.pp_size
         groups: list[Any] = [dist.new_group([place, last * size + place]) for place in range(size)]
         setattr(base, TIED, Tied(tuple(tied), shared, groups[dist.get_rank() % size]))
-
-
-@contextmanager
-def _tied_gradients(model: nn.Module) -> Iterator[None]:
-    """Around a window: what it adds to the gradients of tied embeddings is added up over the two stages that have
-    them; gradients of windows before stay as they are. Collective over these two."""
-    base: Any = hf.base_model(model)
-    tied: Tied | None = getattr(base, TIED, None)
-    if tied is None:
-        yield
-        return
-    trained = [parameter for parameter in tied.parameters if parameter.requires_grad]
-    before = [parameter.grad for parameter in trained]
-    for parameter in trained:
-        parameter.grad = None
-    yield
-    with torch.no_grad():
-        for parameter, earlier in zip(trained, before, strict=True):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-            dist.all_reduce(local, group=tied.group)
-            if earlier is not None:
-                parameter.grad += earlier
+        mark_tied(base.parameters(), state.pp_group, getattr(base, TIED))

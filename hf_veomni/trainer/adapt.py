@@ -31,6 +31,7 @@ from hf_veomni.fsdp import check_not_replaced, check_optimizer, deferred_reducti
 from hf_veomni.fsdp import clip_grad_norm_ as clip_over_meshes
 from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.mesh import is_prepared
+from hf_veomni.pipeline import check_tied_groups
 from hf_veomni.plan import ParallelPlan
 from hf_veomni.trainer.counting import count_data_ranks, counting_within_stage
 from hf_veomni.trainer.loaders import assign_to_data_ranks
@@ -129,6 +130,7 @@ def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
     def prepare_optimizer(optimizer: Any, device_placement: bool | None = None) -> Any:
         check_not_replaced(optimizer.param_groups)
         check_optimizer(unwrap_optimizer(optimizer))
+        check_tied_groups(optimizer.param_groups)
         return stock_optimizer(optimizer, device_placement)
 
     @wraps(stock_scheduler)

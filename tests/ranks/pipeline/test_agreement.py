@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from tests.models import build_model, packed_batch
 
@@ -28,3 +29,36 @@ def _counts() -> str:
 
 def test_windows_of_different_length_are_refused(ranks) -> None:
     assert all("the data ranks were given [3, 2] micro-batches" in found for found in ranks(2).run(_counts))
+
+
+def _ties() -> list[str]:
+    """Tied embeddings whose copies get other options by name, are frozen by one name, and by both."""
+    from hf_veomni import OmniParallelismConfig, prepare_omni
+
+    accelerator: Any = Accelerator(cpu=True, parallelism_config=OmniParallelismConfig("pp=2"))
+    model = prepare_omni(build_model("llama_tied"), "pp=2")
+    named, found = dict(model.named_parameters()), []
+    for word in ("embed", "norm"):
+        groups = [
+            {"params": [p for n, p in named.items() if (word in n) is chosen], "weight_decay": 0.0 if chosen else 0.1}
+            for chosen in (True, False)
+        ]
+        try:
+            accelerator.prepare(torch.optim.AdamW([group for group in groups if group["params"]]))
+            found.append("none")
+        except ValueError as error:
+            found.append(str(error))
+    for word in ("embed", "lm_head"):
+        for name, parameter in named.items():
+            parameter.requires_grad_(parameter.requires_grad and word not in name)
+        found.append(_refusal(model, [packed_batch((5, 3))]))
+    return found
+
+
+def test_tied_embeddings_are_stepped_and_frozen_alike(ranks) -> None:
+    for options, alike, frozen, both in ranks(2).run(_ties):
+        assert "first stage ({'weight_decay': 0.0}) than for its copy on the last one ({'weight_decay': 0.1})" in (
+            options
+        )
+        assert "'model.embed_tokens.weight' is frozen on the first stage, and is trained on the last" in frozen
+        assert alike == both == "none"
