@@ -26,22 +26,28 @@ class BatchRule:
     Attributes:
         vocabulary: rows of the table of embeddings; None if unknown.
         labelled: whether its labels are those of its tokens, one a token: not in an encoder-decoder or a classifier.
+        needs_labels: whether they are trained by the model's own loss, which some ranks alone look at.
     """
 
     vocabulary: int | None
     labelled: bool = True
+    needs_labels: bool = False
 
     @staticmethod
-    def of(model: Any) -> BatchRule:
+    def of(model: Any, needs_labels: bool = False) -> BatchRule:
         table = getattr(hf.input_embeddings(model), "weight", None)
         labelled = type(model).__name__.endswith(_LABELLED) and not getattr(model.config, "is_encoder_decoder", False)
-        return BatchRule(len(table) if isinstance(table, Tensor) else None, labelled)
+        return BatchRule(len(table) if isinstance(table, Tensor) else None, labelled, needs_labels)
 
 
 def find_fault(batches: Iterable[Any], rule: BatchRule) -> ValueError | None:
-    """The first thing that is wrong with batches of `input_ids` [B, S], or None. Others are not looked at."""
+    """The first thing that is wrong with batches of `input_ids` [B, S], or None. Others are asked for labels alone."""
     for batch in batches:
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if not isinstance(batch, Mapping):
+            continue
+        if rule.needs_labels and batch.get("labels") is None and batch.get("shift_labels") is None:
+            return ValueError("A batch has no `labels`, of which the model makes its loss: add them to the dataset.")
+        ids = batch.get("input_ids")
         if not isinstance(ids, Tensor):
             continue
         message = (

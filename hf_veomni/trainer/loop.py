@@ -135,7 +135,9 @@ class BatchingMixin(StagesMixin):
     @override
     def _run_epoch(self, *args: object, epoch: int, train_dataloader: Any, **kwargs: object) -> None:
         set_epoch(train_dataloader, epoch)
-        self._batch_rule = BatchRule.of(hf.base_model(self.model)) if is_prepared(self.model) else None
+        self._batch_rule = None
+        if is_prepared(self.model):
+            self._batch_rule = BatchRule.of(hf.base_model(self.model), needs_labels=self.args.plan.pp_size > 1)
         self._epoch_is_over = False
         self._last_batch = None
         if kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"] and self._is_stream():

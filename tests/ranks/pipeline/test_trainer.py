@@ -129,9 +129,18 @@ def _own_loss() -> None:
     OmniTrainer(model=tiny_model(), args=arguments, **run.data(), compute_loss_func=lambda *a, **k: a[0].logits.sum())
 
 
+def _no_labels() -> None:
+    from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
+
+    arguments = OmniTrainingArguments(**Run().all_arguments(plan="pp=2"))
+    rows: Any = [{"input_ids": [5, 6, 7]}] * 4
+    OmniTrainer(model=tiny_model(), args=arguments, train_dataset=rows).train()
+
+
 @pytest.mark.parametrize(
     ("case", "match"),
     [
+        (_no_labels, "A batch has no `labels`"),
         (_compiled, r"`torch_compile` .* does not go with `pp_size` \(2\)"),
         (_own_loss, r"`compute_loss_func` is given, and the last stage alone has logits"),
     ],

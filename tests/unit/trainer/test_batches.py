@@ -65,6 +65,13 @@ def test_labels_of_others_have_a_shape_of_their_own(labels: torch.Tensor) -> Non
     assert find_fault([{"input_ids": IDS, "labels": labels}], BatchRule(8, labelled=False)) is None
 
 
+@pytest.mark.parametrize("batch", [{"input_ids": IDS}, {"input_values": torch.ones(2, 9), "labels": None}])
+def test_labels_that_are_trained_must_be_there(batch: dict[str, Any]) -> None:
+    assert find_fault([batch], BatchRule(8)) is None
+    assert "has no `labels`" in str(find_fault([batch], BatchRule(8, needs_labels=True)))
+    assert find_fault([batch | {"shift_labels": LABELS}], BatchRule(8, needs_labels=True)) is None
+
+
 def test_an_unknown_vocabulary_is_no_limit() -> None:
     assert find_fault([{"input_ids": IDS + 100}], BatchRule(None)) is None
 
