@@ -16,6 +16,7 @@ from hf_veomni import hf
 from hf_veomni.comm.agree import together
 from hf_veomni.comm.gather import all_gather
 from hf_veomni.context import within
+from hf_veomni.data.batches import BatchRule, find_fault
 from hf_veomni.fsdp import deferred_reduction, mark_stage
 from hf_veomni.mesh import ENCODERS, TIED, ParallelState, Tied, get_parallel_state
 from hf_veomni.pipeline.link import Link
@@ -57,7 +58,7 @@ def run_window(
     tied embeddings over the two stages that have them.
 
     Raises:
-        ValueError: no batches, other ones on other stages, or more on some data ranks; on every rank.
+        ValueError: no batches, faulty ones, other ones on other stages, or more on some data ranks; on every rank.
         UnsupportedError: a call that stages cannot answer.
     """
     state = get_parallel_state(model)
@@ -76,13 +77,16 @@ def run_window(
 
 
 def _check(model: nn.Module, batches: Sequence[Batch], own_loss: bool) -> None:
+    """What one stage alone would stumble over: ids are read by the first one, labels by the last."""
     if not batches:
         raise ValueError("`batches` ([]) must hold at least one micro-batch.")
     if not model.training:
         raise ValueError("`model` is in evaluation mode, and run_window trains it: call `model.train()` first.")
-    for index, batch in enumerate(batches):
-        if own_loss and batch.get("labels") is None and batch.get("shift_labels") is None:
-            raise ValueError(f"`batches[{index}]` has no `labels`: run_window trains on the model's own loss.")
+    if not torch.is_grad_enabled():
+        raise ValueError("run_window runs backwards, and gradients are off: call it outside of torch.no_grad().")
+    fault = find_fault(batches, BatchRule.of(hf.base_model(model), needs_labels=own_loss))
+    if fault is not None:
+        raise fault
 
 
 def _shape(batch: Batch) -> tuple[int, ...] | None:

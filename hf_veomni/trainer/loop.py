@@ -21,11 +21,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_veomni import hf
 from hf_veomni.data import OmniDataCollatorWithPacking
+from hf_veomni.data.batches import BatchRule, find_fault
 from hf_veomni.fsdp import deferred_reduction
 from hf_veomni.hf.require import override
 from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state, is_prepared
 from hf_veomni.sequence.randomness import own_stream
-from hf_veomni.trainer.batches import BatchRule, find_fault
 from hf_veomni.trainer.facts import BATCHES, REAL, SIGNAL, SPLITS, TOKENS, Notes, exchange_facts, take
 from hf_veomni.trainer.loaders import (
     DataRankView,

@@ -62,3 +62,24 @@ def test_tied_embeddings_are_stepped_and_frozen_alike(ranks) -> None:
         )
         assert "'model.embed_tokens.weight' is frozen on the first stage, and is trained on the last" in frozen
         assert alike == both == "none"
+
+
+def _faults() -> list[str]:
+    """Labels that the last stage alone reads, ids that the first one reads, and calls without backward."""
+    from hf_veomni import prepare_omni
+
+    model = prepare_omni(build_model("llama"), "pp=2")
+    row = packed_batch((5, 3))
+    found = [_refusal(model, [row, row | {"labels": row["labels"][:, 1:]}])]
+    found.append(_refusal(model, [row, row | {"input_ids": row["input_ids"] + 1000}]))
+    with torch.no_grad():
+        found.append(_refusal(model, [row]))
+    return [*found, _refusal(model.eval(), [row])]
+
+
+def test_what_one_stage_alone_would_stumble_over_is_refused(ranks) -> None:
+    for labels, ids, gradients, mode in ranks(2).run(_faults):
+        assert "`labels` [1, 7] of a batch must have the shape of `input_ids`, [1, 8]" in labels
+        assert "`input_ids` of a batch go from 10" in ids
+        assert "call it outside of torch.no_grad()" in gradients
+        assert "call `model.train()` first" in mode

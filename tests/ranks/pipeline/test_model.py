@@ -127,7 +127,7 @@ def _no_labels() -> None:
         (_different_batches, "The ranks of data rank 0 were given different batches"),
         (_too_many_stages, r"`pp_size` \(2\) must not exceed the number of layers \(1\)"),
         (_rules, r"`modules` .* does not go with `pp_size` \(2\)"),
-        (_no_labels, r"`batches\[0\]` has no `labels`"),
+        (_no_labels, "A batch has no `labels`"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_veomni.trainer.batches import BatchRule, find_fault
+from hf_veomni.data.batches import BatchRule, find_fault
 
 IDS = torch.tensor([[3, 4, 5], [6, 7, 0]])
 LABELS = torch.tensor([[-100, 4, 5], [6, 7, -100]])
