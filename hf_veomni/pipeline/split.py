@@ -2,8 +2,8 @@
 
 A layer costs its matmuls for a token: the entries of its matrices, of experts only those that a token is sent to. The
 head counts with the last stage, and encoders, as if each token were one of theirs, with the first; looking up an
-embedding costs nothing. Attention grows with the length of rows, which
-nobody knows here; its share is the same for layers of one kind.
+embedding costs nothing. Attention grows with the length of rows, which nobody knows here; its share is the same for
+layers of one kind.
 """
 
 from __future__ import annotations

@@ -27,8 +27,10 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from hf_veomni.errors import UnsupportedError  # noqa: E402
+from hf_veomni.pipeline.chain import find_chain  # noqa: E402
 from tests.ranks.pool import RankPool, RanksFailed  # noqa: E402
 from tests.sweep.family import EXACT, ROOT, TOLERANCE, StaysFp64, relative  # noqa: E402
+from tests.sweep.tiny import Unbuildable  # noqa: E402
 
 OUTPUT = ROOT / "hf_veomni/support/stages.json"
 TIMEOUT = 120.0
@@ -51,6 +53,15 @@ def _model(model_type: str, dtype: torch.dtype, layers: int) -> Any:
     if dtype == torch.float64:
         tiny.use_plain_experts(config)
     return tiny.build(config, tiny.choose_class(model_type)[1], dtype)
+
+
+def depth(model_type: str, stages: int) -> int:
+    """Layers enough for a stage each, where the first stage has those that take features of encoders."""
+    try:
+        deep = find_chain(_model(model_type, torch.float32, 2)).deep
+    except (UnsupportedError, Unbuildable):  # which the sweep will say
+        deep = 0
+    return max(stages, 2, deep + stages - 1)
 
 
 def _window(model: Any, packed: bool) -> tuple[Window, list[list[tuple[int, int]]]]:
@@ -147,7 +158,7 @@ def _measure(pool: RankPool, name: str, dtype: torch.dtype, layers: int, path: P
 
 def sweep_stages(pool: RankPool, name: str, size: int, path: Path) -> dict[str, Any]:
     """In fp32, and in fp64 where a family's own rounding in fp32 exceeds the tolerance."""
-    layers = max(size, 2)
+    layers = depth(name, size)
     record = _measure(pool, name, torch.float32, layers, path)
     record["dtype"] = "float32"
     if record["outcome"] == "works" and not record["error"] <= TOLERANCE:

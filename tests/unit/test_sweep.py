@@ -9,6 +9,7 @@ from torch import nn
 import hf_veomni
 from tests.sweep import training
 from tests.sweep.family import _sweep
+from tests.sweep.stages import depth
 
 
 def _raiser(error: Exception):
@@ -50,3 +51,8 @@ def test_trainer_tells_a_refusal_from_a_crash(monkeypatch):
     monkeypatch.setattr(training, "_run", _raiser(ValueError("torch's own")))
     with pytest.raises(ValueError, match="torch's own"):
         training.omni_logs("llama", "sp=2")
+
+
+def test_each_stage_gets_a_layer_beside_those_of_the_first() -> None:
+    """Of Qwen3-VL the first stage has three, which take features of its encoder. T5 is refused, whatever it has."""
+    assert [depth(name, stages) for name in ("qwen3_vl", "llama", "t5") for stages in (2, 4)] == [4, 6, 2, 4, 2, 4]
