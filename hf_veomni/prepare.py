@@ -204,7 +204,7 @@ def prepare_omni(
         _check_fresh(base)
         pending = check_parameters(model, checkpoint)
     check_same_value("plan", plan)
-    state = init_parallel_state(plan)
+    state, counts = init_parallel_state(plan), _count(model)  # of all stages
     with _undone_on_failure() as undo:
         with together("Preparing the model"):
             hf_peft.check_adapters(model, state.world_size, state.sp_size)
@@ -215,24 +215,28 @@ def prepare_omni(
             if stages is not None:
                 undo.append(attach_border(base, state, stages.chain.inputs))
         _parallelize(model, state, mp_policy, pending, undo, stages)
-    _tell(model, state, unplanned=given is None and plan == ParallelPlan())
+    _tell(model, state, counts, unplanned=given is None and plan == ParallelPlan())
     return model
 
 
-def _tell(model: nn.Module, state: ParallelState, unplanned: bool) -> None:
+def _tell(model: nn.Module, state: ParallelState, counts: tuple[int, int], unplanned: bool) -> None:
     """Name the plan in force, and say if nobody has chosen it."""
-    announce(_describe(model, state))
+    trained, total = counts
+    announce(f"{_describe(model, state)}, {trained:,} of {total:,} parameters trained.")
     if unplanned:
         warn_of_no_plan(state.world_size)
 
 
+def _count(model: nn.Module) -> tuple[int, int]:
+    """Numbers that are trained, and all."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
 def _describe(model: Any, state: ParallelState) -> str:
-    """The plan in force, in one line."""
+    """The plan in force, in a few words."""
     base: Any = hf.base_model(model)
-    parameters = list(model.parameters())
-    trained, total = (
-        sum(p.numel() for p in part) for part in ([p for p in parameters if p.requires_grad], parameters)
-    )
+    stage = " in the first stage" if state.plan.pp_size > 1 else ""
     units = sum(isinstance(module, FSDPModule) for module in model.modules())
     parts = [
         f"{type(base).__name__.removeprefix('FSDP')} under the plan {state.plan}",
@@ -240,10 +244,9 @@ def _describe(model: Any, state: ParallelState) -> str:
         f"{state.dp_size} of them with data of their own" if state.sp_size > 1 else "",
         # ModernBERT's `get_decoder` finds its head, which has no config.
         f"attention {hf.attention_name(getattr(hf.find_backbone(base), 'config', base.config))}",
-        f"{units} FSDP units" if units else "",
-        f"{trained:,} of {total:,} parameters trained",
+        f"{units} FSDP units{stage}" if units else "",
     ]
-    return ", ".join(filter(None, parts)) + "."
+    return ", ".join(filter(None, parts))
 
 
 def _attach(

@@ -61,6 +61,12 @@ def test_no_plan_for_several_ranks_is_a_warning(ranks, how):
     assert not others
 
 
+def test_parameters_are_those_of_all_stages(ranks):
+    total = sum(p.numel() for p in build_model("qwen3").parameters())
+    (text, _), _ = ranks(2).run(_said, "pp=2", "prepare", timeout=60)
+    assert f"FSDP units in the first stage, {total:,} of {total:,} parameters trained." in text
+
+
 def test_verbosity_silences_it(ranks):
     assert [text for text, _ in ranks(2).run(_said, "sp=2", "prepare", "warning", timeout=60)] == ["", ""]
 
