@@ -83,3 +83,33 @@ def test_what_one_stage_alone_would_stumble_over_is_refused(ranks) -> None:
         assert "`input_ids` of a batch go from 10" in ids
         assert "call it outside of torch.no_grad()" in gradients
         assert "call `model.train()` first" in mode
+
+
+def _calls() -> list[str]:
+    """Calls that one stage cannot answer, of the model, of its backbone, and once it is detached."""
+    from hf_veomni import UnsupportedError, detach_omni, prepare_omni
+
+    model: Any = prepare_omni(build_model("llama"), "pp=2").eval()
+    ids, found = torch.tensor([[5, 6, 7]]), []
+
+    def call(module: Any, **inputs: Any) -> None:
+        try:
+            module(**inputs)
+        except UnsupportedError as error:
+            found.append(str(error))
+
+    with torch.no_grad():
+        call(model, inputs_embeds=torch.zeros(1, 3, model.config.hidden_size))
+        call(model, input_ids=ids, return_dict=False)
+        call(model.model, input_ids=ids)
+        assert model(input_ids=ids).logits.shape == (1, 3, model.config.vocab_size)  # refusals leave nothing behind
+        call(detach_omni(model), input_ids=ids)
+    return found
+
+
+def test_calls_that_one_stage_cannot_answer_are_refused(ranks) -> None:
+    for embeds, as_tuple, backbone, detached in ranks(2).run(_calls):
+        assert "`inputs_embeds`" in embeds and "give `input_ids`" in embeds
+        assert "`return_dict` (False)" in as_tuple
+        assert "The backbone of a pipeline stage was called by itself" in backbone
+        assert "or after `detach_omni`" in detached
