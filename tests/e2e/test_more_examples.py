@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import embed
 from classify import read_samples
@@ -16,6 +19,7 @@ from stream_mix import read_sources
 from tests.e2e.launching import ROOT, launch, python
 
 OPTIONS = {
+    "sft": ["--max_length", "64", "--learning_rate", "1e-2"],
     "dpo": ["--max_length", "64", "--learning_rate", "1e-2"],
     "reward": ["--max_length", "1024", "--learning_rate", "1e-2"],
     "classify": ["--max_tokens", "64", "--learning_rate", "1e-2"],
@@ -51,6 +55,50 @@ def test_pairs_are_read_or_made(tmp_path: Path) -> None:
         read_pairs(str(tmp_path / "pairs.jsonl"), held_out=10)
     with pytest.raises(ValueError, match="`data` .nowhere. is no file: give a jsonl"):
         read_pairs("nowhere")
+
+
+@pytest.fixture
+def sft() -> ModuleType:
+    pytest.importorskip("trl", reason="needs the extra `trl`")
+    return importlib.import_module("sft")
+
+
+def test_chats_are_read_or_made(sft: ModuleType, tmp_path: Path) -> None:
+    train, test = sft.read_chats(None)
+    assert len(test) == 10 and len(train) > 60
+    assert [message["role"] for message in train[0]["messages"]] == ["user", "assistant"]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(chat) for chat in [*train, *test]))
+    assert sft.read_chats(str(tmp_path / "chats.jsonl"))[1][0] == train[0]
+    (tmp_path / "texts.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n{"text": "x"}')
+    with pytest.raises(ValueError, match="has no `messages` in line 2"):
+        sft.read_chats(str(tmp_path / "texts.jsonl"))
+    with pytest.raises(ValueError, match="`data` .nowhere. is no file: give a jsonl"):
+        sft.read_chats("nowhere")
+
+
+@pytest.mark.parametrize(
+    "first", ["", "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nHi<|im_end|>\n{% endif %}"]
+)
+def test_answers_are_marked_in_an_unchanged_text(sft: ModuleType, first: str, tiny_checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    tokenizer.chat_template = first + tokenizer.chat_template
+    chat = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    sft.mark_answers(tokenizer)
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == text
+    found = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    answers = [i for i, marked in zip(found["input_ids"], found["assistant_masks"], strict=True) if marked]
+    assert tokenizer.decode(answers) == "b<|im_end|>d<|im_end|>"
+
+
+def test_a_template_that_nobody_can_mark_is_refused(sft: ModuleType, tiny_checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    with pytest.raises(ValueError, match="marks no answers, and neither TRL nor this script .*--chat_template_path"):
+        sft.mark_answers(tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template: give a template with"):
+        sft.mark_answers(tokenizer)
 
 
 def test_sources_are_read_or_refused(tmp_path: Path) -> None:

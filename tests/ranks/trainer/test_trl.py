@@ -74,7 +74,15 @@ def _omni(plan: str, folder: str, lora: bool, **more: Any) -> tuple[list[float],
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"packing": True}, {"completion_only_loss": True}, {"assistant_only_loss": True}], ids=repr
+    "more",
+    [
+        {},
+        {"packing": True},
+        {"padding_free": True, "max_length": None},
+        {"completion_only_loss": True},
+        {"assistant_only_loss": True},
+    ],
+    ids=repr,
 )
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_sft_under_sp_equals_one_process(ranks, tmp_path, more, lora):
