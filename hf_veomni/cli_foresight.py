@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 console = Console()
 
@@ -22,6 +25,31 @@ def _check_file(path: Path | None, endings: tuple[str, ...] = ()) -> None:
         raise typer.BadParameter(f"'{path}' is a folder: name a file in it.")
     if endings and path.suffix not in endings:
         raise typer.BadParameter(f"'{path}' must end in one of {', '.join(endings)}.")
+
+
+@contextmanager
+def _layer_bar() -> Iterator[None]:
+    """On a terminal, a bar on stderr: the layers that dry runs within have gone through, forward and back."""
+    from hf_veomni.dryrun.progress import telling
+
+    terminal = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        TextColumn("{task.fields[layers]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+        task = progress.add_task("prepare", total=None, layers="")
+        done: dict[str, int] = {}
+
+        def tell(phase: str, layers: int, of: int) -> None:
+            done[phase] = layers
+            state = {"completed": sum(done.values()), "total": 2 * of, "layers": f"layer {layers} of {of}"}
+            progress.update(task, description=phase, **state)
+
+        with telling(tell):
+            yield
 
 
 def dry_run(
@@ -53,20 +81,21 @@ def dry_run(
         raise typer.BadParameter(f"--dtype ('{dtype}') is no dtype of torch: use bfloat16 or float32.")
     lengths = [tokens // documents + (i < tokens % documents) for i in range(documents)]
     try:
-        found = dryrun.dry_run(
-            model,
-            plan,
-            world_size,
-            tokens=lengths,
-            rank=rank,
-            kernels=kernels,
-            dtype=getattr(torch, dtype),
-            mixed_precision=mixed_precision,
-            checkpointing=checkpointing,
-            lora=lora,
-            accumulation=accumulation,
-            skew=skew,
-        )
+        with _layer_bar():
+            found = dryrun.dry_run(
+                model,
+                plan,
+                world_size,
+                tokens=lengths,
+                rank=rank,
+                kernels=kernels,
+                dtype=getattr(torch, dtype),
+                mixed_precision=mixed_precision,
+                checkpointing=checkpointing,
+                lora=lora,
+                accumulation=accumulation,
+                skew=skew,
+            )
     except ValueError as error:  # of ours, which says what to do
         raise typer.BadParameter(str(error)) from error
     for part in found.render():

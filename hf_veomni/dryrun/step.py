@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from hf_veomni import hf
 from hf_veomni.data.halves import split_batch
 from hf_veomni.dryrun.memory import CATEGORIES, Peak
+from hf_veomni.dryrun.progress import watch_layers
 from hf_veomni.dryrun.record import StepRecorder
 from hf_veomni.dryrun.traffic import Collective, axis_names
 from hf_veomni.fsdp import clip_grad_norm_
@@ -84,7 +85,9 @@ def record_step(
     optimizer.zero_grad()
     recorder = StepRecorder(model, axis_names(get_parallel_state(model)), fake)
     kept: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
-    with recorder:
+    pairs = get_parallel_state(model).plan.overlap == "pairs"
+    passes = len(batches) + (len(batches) % 2 if pairs else 0)  # two halves of a last one
+    with recorder, watch_layers(model, passes, lambda: recorder.phase):
         recorder.note_owned(optimizer)
         begin = len(recorder.memory.events)
         for given in _in_flight(model, batches):

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from hf_veomni import UnsupportedError
 from hf_veomni.cli import app
 from hf_veomni.dryrun import DryRun, dry_run, image_batch
+from hf_veomni.dryrun.progress import telling
 from hf_veomni.dryrun.record import StepRecorder
 from hf_veomni.dryrun.world import balanced_routes, even_split
 
@@ -212,6 +213,32 @@ def test_command(tmp_path: Path) -> None:
     assert found["peak_bytes"] == sum(found["peak"].values()) and found["plan"] == "dp_shard=2,sp=2"
     result = CliRunner().invoke(app, ["dry-run", str(tmp_path / "nowhere"), "--world-size", "4"])
     assert result.exit_code == 2 and "has no config" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"), [({"checkpointing": True, "accumulation": 2}, 2), ({"plan": "ep=2,overlap=pairs"}, 2)]
+)
+def test_layers_are_told_once_forward_and_back(options: dict[str, Any], passes: int) -> None:
+    """A recomputation is no layer more, halves are, and the step takes no more memory for it."""
+    options = {"plan": "sp=2", "tokens": [32, 32], "kernels": "cpu", **options}
+    told: list[tuple[str, int, int]] = []
+    with telling(lambda *now: told.append(now)):
+        watched = dry_run(MOE, world_size=4, **options)
+    for phase in ("forward", "backward"):
+        layers = range(1, passes * LAYERS + 1)
+        assert [now for now in told if now[0] == phase] == [(phase, layer, passes * LAYERS) for layer in layers]
+    assert told[0][0] == "forward" and told[-1][0] == "backward"
+    assert watched.to_dict() | {"seconds": 0} == dry_run(MOE, world_size=4, **options).to_dict() | {"seconds": 0}
+
+
+def test_command_draws_its_progress_on_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    DENSE.save_pretrained(tmp_path)
+    arguments = ["dry-run", str(tmp_path), "--world-size", "2", "--tokens", "64", "--json", str(tmp_path / "run.json")]
+    assert "layer" not in CliRunner().invoke(app, arguments).stderr  # no terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    result = CliRunner().invoke(app, arguments)
+    assert "backward" in result.stderr and "layer 2 of 2" in result.stderr and "layer 2 of 2" not in result.stdout
+    json.loads((tmp_path / "run.json").read_text())
 
 
 def test_even_splits() -> None:
