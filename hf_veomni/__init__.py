@@ -1,39 +1,32 @@
 """Train any Hugging Face model under sequence parallelism, FSDP2 and packing, without forking it."""
 
-from __future__ import annotations
-
-from importlib import import_module
-from typing import TYPE_CHECKING
-
+from hf_veomni.compile import compile_layers
+from hf_veomni.data import BalancedBatchSampler, OmniDataCollatorWithPacking, mix_datasets, pack_dataset
+from hf_veomni.errors import UnsupportedError
+from hf_veomni.fsdp import clip_grad_norm_, sharded_arithmetic
 from hf_veomni.launcher import report_errors
-
-if TYPE_CHECKING:
-    from hf_veomni.compile import compile_layers
-    from hf_veomni.data import BalancedBatchSampler, OmniDataCollatorWithPacking, mix_datasets, pack_dataset
-    from hf_veomni.errors import UnsupportedError
-    from hf_veomni.fsdp import clip_grad_norm_, sharded_arithmetic
-    from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
-    from hf_veomni.omni import (
-        DecoderMixin,
-        EncoderMixin,
-        FoundationMixin,
-        OmniConfig,
-        OmniModel,
-        build_omni_model,
-    )
-    from hf_veomni.pairs import run_pair
-    from hf_veomni.pipeline import run_window
-    from hf_veomni.plan import ParallelPlan
-    from hf_veomni.prepare import build_parallelize_model, detach_omni, gather_sequence, prepare_omni
-    from hf_veomni.trainer import (
-        NotFiniteError,
-        OmniParallelismConfig,
-        OmniTrainer,
-        OmniTrainerMixin,
-        OmniTrainingArguments,
-        Preempted,
-        RankError,
-    )
+from hf_veomni.mesh import ParallelState, get_parallel_state, init_parallel_state
+from hf_veomni.omni import (
+    DecoderMixin,
+    EncoderMixin,
+    FoundationMixin,
+    OmniConfig,
+    OmniModel,
+    build_omni_model,
+)
+from hf_veomni.pairs import run_pair
+from hf_veomni.pipeline import run_window
+from hf_veomni.plan import ParallelPlan
+from hf_veomni.prepare import build_parallelize_model, detach_omni, gather_sequence, prepare_omni
+from hf_veomni.trainer import (
+    NotFiniteError,
+    OmniParallelismConfig,
+    OmniTrainer,
+    OmniTrainerMixin,
+    OmniTrainingArguments,
+    Preempted,
+    RankError,
+)
 
 __all__ = [
     "BalancedBatchSampler",
@@ -68,26 +61,5 @@ __all__ = [
     "run_window",
     "sharded_arithmetic",
 ]
-
-# Where these names are. torch, transformers and datasets take seconds, which `hf-veomni --help` is not to wait for.
-_HOMES = ("compile", "data", "errors", "fsdp", "mesh", "omni", "pairs", "pipeline", "plan", "prepare", "trainer")
-
-
-if not TYPE_CHECKING:  # a checker would take any name for a public one
-
-    def __getattr__(name: str) -> object:
-        """A public name. The first of them imports all, and with them what modules register when they are imported."""
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        modules = [import_module(f"{__name__}.{home}") for home in _HOMES]
-        globals().update(
-            {public: getattr(module, public) for module in modules for public in __all__ if hasattr(module, public)}
-        )
-        return globals()[name]
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
 
 report_errors()

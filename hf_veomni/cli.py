@@ -109,7 +109,6 @@ def _live(model: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    import hf_veomni.omni  # noqa: F401  # registers composed models with transformers
     from hf_veomni.errors import UnsupportedError
     from hf_veomni.sequence.inspect import find_shard_points
     from hf_veomni.support import load_matrix

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-import hf_veomni.omni  # noqa: F401  # registers composed models with transformers
 from hf_veomni import hf
 from hf_veomni.checkpoint import (
     PendingWeights,

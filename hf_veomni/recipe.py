@@ -321,8 +321,6 @@ class Recipe:
         from transformers import AutoConfig
         from transformers.models.auto import modeling_auto as auto
 
-        import hf_veomni.omni  # noqa: F401  # registers composed models with transformers
-
         try:
             config = AutoConfig.from_pretrained(self.model)
         except (OSError, ValueError) as error:  # no such folder or model, or nothing that tells its type

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-import hf_veomni.omni  # noqa: F401  # registers composed models with transformers
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.build import load_config
 from hf_veomni.plan import nearest

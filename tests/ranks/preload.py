@@ -5,6 +5,6 @@ import peft  # noqa: F401
 import torch
 import transformers.modeling_utils  # noqa: F401
 
-from hf_veomni import prepare_omni  # noqa: F401
+import hf_veomni  # noqa: F401
 
 torch.set_num_threads(1)
