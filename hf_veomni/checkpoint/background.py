@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_veomni.checkpoint import writer
+from hf_veomni.checkpoint.lazy import LazyTensor
 from hf_veomni.checkpoint.shards import Shard
 
 _LIMIT = 1800.0  # seconds that rank 0 waits for the files of the others
@@ -90,7 +91,8 @@ class HostMemory:
         for tensor in tensors:
             assert self._bytes is not None
             end = begin + tensor.nbytes
-            self._bytes[begin:end].view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=self._pinned)
+            values = tensor.read() if isinstance(tensor, LazyTensor) else tensor
+            self._bytes[begin:end].view(tensor.dtype).view(tensor.shape).copy_(values, non_blocking=self._pinned)
             begin = end
         return begin
 

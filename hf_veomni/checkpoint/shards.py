@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import reduce
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers.modeling_utils import str_to_torch_dtype
 
 from hf_veomni.checkpoint.lazy import Box, LazyTensor
+from hf_veomni.checkpoint.low_bit import as_written, fill
 from hf_veomni.checkpoint.manifest import Digest, flush
 from hf_veomni.comm.agree import together
 from hf_veomni.errors import UnsupportedError
@@ -101,7 +103,7 @@ def plan_shard(state: Mapping[str, Tensor], path: Path, leads: bool | None = Non
     """
     leads = _ranks()[0] == 0 if leads is None else leads
     parts = {name: local_part(tensor.detach()) for name, tensor in state.items() if _writes(tensor, leads)}
-    parts = {name: (part, offset) for name, (part, offset) in parts.items() if part.numel()}
+    parts = {name: (as_written(part), offset) for name, (part, offset) in parts.items() if part.numel()}
     info = {name: {"saved_offsets": list(offset)} for name, (_, offset) in parts.items()}
     metadata = {"format": "pt", "DCP_VERSION": "1.0", _INFO: json.dumps(info)}
     return _lay_out(path, {name: part for name, (part, _) in parts.items()}, metadata)
@@ -287,7 +289,9 @@ class ShardReader:
         """
         parts = list(self._parts.get(name, {}).values())
         sizes = [part.stop - part.start for part in box]
-        whole = torch.empty(sizes, dtype=parts[0].dtype if parts else torch.float32)
+        # Ranks that keep a moment in codes write fp32, whatever the dtype of the parameter.
+        dtype = reduce(torch.promote_types, (part.dtype for part in parts)) if parts else torch.float32
+        whole = torch.empty(sizes, dtype=dtype)
         missing = whole.numel()
         for part in parts if missing else ():
             begins = [max(want.start, at) for want, at in zip(box, part.offset, strict=True)]
@@ -349,7 +353,7 @@ def read_state(state: dict[str, Any], directory: str | os.PathLike[str], what: s
             local, offset = local_part(tensor)
             box = tuple(slice(at, at + size) for at, size in zip(offset, local.shape, strict=True))
             if local.numel():
-                local.copy_(reader.read(name, box))
+                fill(local, reader.read(name, box))
         for name in state.keys() - tensors.keys():
             if name not in reader.values:
                 raise ValueError(f"'{directory}' lacks '{name}': it was written by a run with another optimizer.")

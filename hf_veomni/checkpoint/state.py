@@ -18,10 +18,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from hf_veomni.checkpoint.files import naming_damage
+from hf_veomni.checkpoint.low_bit import is_low_bit
 from hf_veomni.checkpoint.plain import adapter_keys, first_names
 from hf_veomni.checkpoint.shards import read_state, write_state
 from hf_veomni.checkpoint.stages import check_one_stage, global_names, join_groups, share_state, writes_whole
 from hf_veomni.comm.agree import together
+from hf_veomni.errors import UnsupportedError
 
 # Names instead of positions: another plan may group or order the parameters differently.
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -110,7 +112,7 @@ def load_stock_optimizer(model: nn.Module, optimizer: object, path: str | os.Pat
 
     Raises:
         ValueError: other groups than this optimizer's; on every rank.
-        UnsupportedError: several stages on a rank, so that their order is not that of the ranks.
+        UnsupportedError: several stages on a rank, so that their order is not that of the ranks; moments in few bits.
     """
     check_one_stage(model, f"Reading the optimizer of one process ('{path}')")
     inner = unwrap_optimizer(optimizer)
@@ -121,6 +123,11 @@ def load_stock_optimizer(model: nn.Module, optimizer: object, path: str | os.Pat
     with together(f"Reading the optimizer state '{path}'"):
         with naming_damage(path):
             stored = torch.load(path, map_location="cpu", weights_only=True)
+        if any(is_low_bit(value) for values in stored["state"].values() for value in values.values()):
+            raise UnsupportedError(
+                f"'{path}' has moments in few bits, coded in blocks of one process: go on with the stock Trainer, or "
+                "begin a new run from the weights beside it."
+            )
         state = _named_state(groups, {name: key for key, name in own.items()}, stored, path)
     with _groups_with_parameters(inner):
         _get_state(model, inner)
