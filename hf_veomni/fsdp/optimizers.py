@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import _muon
 
@@ -27,6 +28,8 @@ _BY_ELEMENT = frozenset(
     getattr(torch.optim, name)
     for name in ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD")
 )
+# Of torchao: updates of an element read the block of its own shard, so that whole parameters would tell nothing.
+_BY_BLOCK = frozenset({"AdamW8bit", "AdamW4bit"})
 _FUSED = (torch.optim.Adam, torch.optim.AdamW)  # whose `fused` update DTensor knows
 _STEPS, _TOLERANCE = 3, 1e-5
 
@@ -34,8 +37,9 @@ _STEPS, _TOLERANCE = 3, 1e-5
 def check_optimizer(optimizer: Any) -> None:
     """Refuse an optimizer whose steps on shards are not those on whole parameters.
 
-    Torch's optimizers that work by element are known. Any other makes three steps on a small tensor, whole and sharded
-    as the parameters are; where it cannot be tried by itself, a warning says so. The optimizer given is not touched.
+    Torch's optimizers that work by element are known, and torchao's that keep few bits of the moments. Any other makes
+    three steps on a small tensor, whole and sharded as the parameters are; where it cannot be tried by itself, a
+    warning says so. The optimizer given is not touched.
 
     Collectives: those of the optimizer on the small tensors, and an all-gather of small objects over all ranks; none
     for optimizers that are known, or that hold no shards.
@@ -52,6 +56,9 @@ def check_optimizer(optimizer: Any) -> None:
             agree(
                 _refusal(optimizer, "`fused` (True) has no form for shards (leave it out)"), "Checking the optimizer"
             )
+        return
+    if kind.__name__ in _BY_BLOCK and kind.__module__.partition(".")[0] == "torchao":
+        _compile_for_each_rank(optimizer)
         return
     if isinstance(optimizer, torch.optim.Muon):
         _orthogonalize_whole()
@@ -138,6 +145,25 @@ def _shape(parameter: DTensor) -> list[int]:
         if isinstance(placement, Shard):
             shape[placement.dim] = 2 * parameter.device_mesh.size(axis) + 1
     return shape
+
+
+def _compile_for_each_rank(optimizer: torch.optim.Optimizer) -> None:
+    """Keep torchao's compiled step out of torch's cache on disk, which takes shards of unlike sizes for the same.
+
+    Its key has the size of the whole parameter. Where a dimension does not divide, another rank's code would be found,
+    and raise. What the compiler makes of a graph is still cached, by the sizes in it.
+    """
+    before: list[bool] = []
+
+    def turn_off(*_: object) -> None:
+        before.append(functorch_config.enable_autograd_cache)
+        functorch_config.enable_autograd_cache = False
+
+    def turn_back(*_: object) -> None:
+        functorch_config.enable_autograd_cache = before.pop()
+
+    optimizer.register_step_pre_hook(turn_off)
+    optimizer.register_step_post_hook(turn_back)
 
 
 def _orthogonalize_whole() -> None:

@@ -151,6 +151,8 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "_push_saved_tensors_default_hooks",
         "_top_saved_tensors_default_hooks",
     ),
+    "torch._functorch": ("config",),
+    "torch._functorch.config": ("enable_autograd_cache",),
     "torch._guards": ("active_fake_mode",),
     "torch._subclasses": ("FakeTensor",),
     "torch._subclasses.fake_tensor": (

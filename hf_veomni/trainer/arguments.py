@@ -23,6 +23,7 @@ from hf_veomni.trainer.validation import (
     check_saving,
     check_sharded,
     check_staged,
+    check_torchao,
     release_launcher,
 )
 
@@ -153,6 +154,7 @@ class OmniTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate starts every process as if it were alone
         super().__post_init__()
+        check_torchao(self)
         self._n_gpu = min(self._n_gpu, 1)  # one process drives one device: no DataParallel
         check_budgeted(self)
         check_saving(self)

@@ -42,7 +42,9 @@ _VISIBLE = 10.0  # seconds in which a file of one machine appears on another
 _EXCHANGE = 50.0  # seconds for one number in one group, whose connections are made with it
 _SKEW = 10.0  # seconds that one rank may begin with it later than another
 # Moments of the size of a parameter, of the optimizers that are known to keep them so; of others none are counted.
-_MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmsprop": 1}
+_MOMENTS = {
+    "adamw_torch": 2, "adamw_torch_fused": 2, "adamw_torch_8bit": 2, "adamw_torch_4bit": 2, "adagrad": 1, "rmsprop": 1,
+}  # fmt: skip
 
 
 def check_before_training(trainer: Any, resume_from_checkpoint: Any) -> None:

@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers.training_args import OptimizerNames
+from transformers.utils.import_utils import is_torchao_available
 
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.plan import ACCELERATE_ENV_VARIABLE, ACCELERATE_PREFIX, ParallelPlan, nearest
 
-# Optimizers whose update of an element needs no other element of the parameter, or that are torch's own on DTensors.
+# Optimizers whose update of an element needs no other element of the parameter, or that are torch's own on DTensors;
+# of torchao's it needs the block of the shard that the element is in.
 _SHARDED_OPTIMIZERS = frozenset(
     {
         OptimizerNames.ADAMW_TORCH,
         OptimizerNames.ADAMW_TORCH_FUSED,
+        OptimizerNames.ADAMW_TORCH_4BIT,
+        OptimizerNames.ADAMW_TORCH_8BIT,
         OptimizerNames.SGD,
         OptimizerNames.ADAGRAD,
         OptimizerNames.RMSPROP,
@@ -30,7 +34,14 @@ _SHARDED_OPTIMIZERS = frozenset(
         OptimizerNames.SCHEDULE_FREE_SGD,
     }
 )
-
+# Those of torchao, which are known for their few bits.
+_LOW_BIT = frozenset({OptimizerNames.ADAMW_TORCH_4BIT, OptimizerNames.ADAMW_TORCH_8BIT})
+_BITSANDBYTES = frozenset(
+    one
+    for one in OptimizerNames
+    if one.value.startswith(("paged_", "lion_", "rmsprop_bnb"))
+    or one.value in ("adamw_8bit", "adamw_bnb_8bit", "ademamix", "ademamix_8bit")
+)
 
 POLICIES = ("stop", "skip", "ignore")  # of `on_nonfinite`
 
@@ -81,6 +92,12 @@ _SHARDED = (
     *(
         Refusal(f"ddp_{name}", _given, "FSDP2 is used, not DDP; leave it out")
         for name in ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph")
+    ),
+    Refusal(
+        "optim",
+        lambda value: value in _BITSANDBYTES,
+        "the kernels of bitsandbytes take whole parameters, and each rank holds a shard; use "
+        f"{OptimizerNames.ADAMW_TORCH_8BIT.value}, AdamW with 8 bits for each moment from torchao",
     ),
     Refusal(
         "optim",
@@ -136,6 +153,15 @@ def check_given(arguments: object) -> None:
     """Refuse what no plan goes with. Raises UnsupportedError that names the argument, its value and the way out."""
     for refusal in _ALWAYS:
         refusal.check(arguments)
+
+
+def check_torchao(arguments: Any) -> None:
+    """Refuse an optimizer of torchao where that is not installed. Raises UnsupportedError."""
+    if arguments.optim in _LOW_BIT and not is_torchao_available():
+        raise UnsupportedError(
+            f"`optim` ({OptimizerNames(arguments.optim).value!r}) needs the package torchao, which is not installed: "
+            "`pip install 'hf-veomni[torchao]'`, or use adamw_torch_fused."
+        )
 
 
 def check_sharded(arguments: Any) -> None:

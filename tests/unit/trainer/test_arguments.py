@@ -11,9 +11,11 @@ import pytest
 from accelerate import ParallelismConfig
 from transformers import HfArgumentParser
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import OptimizerNames
 
+from hf_veomni.errors import UnsupportedError
 from hf_veomni.plan import ParallelPlan
-from hf_veomni.trainer import OmniParallelismConfig, OmniTrainingArguments
+from hf_veomni.trainer import OmniParallelismConfig, OmniTrainingArguments, validation
 from hf_veomni.trainer.validation import check_given, check_sharded, release_launcher
 
 
@@ -99,6 +101,7 @@ def test_another_parallelism_config_is_refused(tmp_path):
         ("ddp_static_graph", True),
         ("optim", "adafactor"),
         ("optim", "galore_adamw"),
+        ("optim", OptimizerNames.ADAMW_8BIT),
         ("activation_checkpointing_kwargs", {"use_reentrant": True}),
     ],
 )
@@ -108,6 +111,21 @@ def test_what_several_ranks_cannot_do_is_refused_by_name(tmp_path, name, value):
     values = {field: getattr(arguments, field) for field in vars(arguments)} | {name: value}
     with pytest.raises(ValueError, match=f"`{name}` .* does not go with a plan: .+[;,] .+"):
         check_sharded(SimpleNamespace(**values))
+
+
+def test_optimizers_of_bitsandbytes_name_that_of_torchao(tmp_path):
+    for name in ("adamw_bnb_8bit", "paged_adamw_32bit", "lion_8bit", "ademamix", "rmsprop_bnb"):
+        with pytest.raises(UnsupportedError, match=f"`optim` .'{name}'. .*bitsandbytes.* use adamw_torch_8bit"):
+            check_sharded(_arguments(tmp_path, optim=name))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_8bit", "adamw_torch_4bit"])
+def test_optimizers_of_torchao_need_its_package_alone(tmp_path, monkeypatch, optim):
+    monkeypatch.setattr(validation, "is_torchao_available", lambda: True)
+    check_sharded(_arguments(tmp_path, optim=optim))
+    monkeypatch.setattr(validation, "is_torchao_available", lambda: False)
+    with pytest.raises(UnsupportedError, match=rf"`optim` .'{optim}'. needs the package torchao.*pip install"):
+        _arguments(tmp_path, optim=optim)
 
 
 @pytest.mark.parametrize("name", ["split_batches", "dispatch_batches", "even_batches"])

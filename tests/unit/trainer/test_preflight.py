@@ -103,9 +103,10 @@ def test_moments_are_counted_of_optimizers_that_keep_them_so() -> None:
     model = run.model()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     found = {}
-    for optim in ("adamw_torch", "adamw_8bit", "adafactor", "sgd"):
+    for optim in ("adamw_torch", "adamw_torch_8bit", "adamw_8bit", "adafactor", "sgd"):
         args = TrainingArguments(**run.all_arguments(optim=optim))
         found[optim] = preflight.checkpoint_bytes(model, args) / weights
-    assert found == {"adamw_torch": 3.0, "adamw_8bit": 1.0, "adafactor": 1.0, "sgd": 1.0}
+    # torchao's moments of few bits are written in fp32.
+    assert found == {"adamw_torch": 3.0, "adamw_torch_8bit": 3.0, "adamw_8bit": 1.0, "adafactor": 1.0, "sgd": 1.0}
     args = TrainingArguments(**run.all_arguments())
     assert preflight.checkpoint_bytes(model, args, "handed over") == weights
