@@ -39,15 +39,19 @@ def _tiled(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([again(tile) for tile in tiles], dim=-2)  # type: ignore[misc]
 
 
-def _is_token_wise(module: nn.Module, width: int) -> bool:
-    """Whether a module, with weights of other values, computes two parts of a row as it computes the row."""
+def _is_token_wise(module: nn.Module, width: int, device: torch.device) -> bool:
+    """Whether a module, with weights of other values, computes two parts of a row as it computes the row.
+
+    Args:
+        device: where it will run, since its kernels may run nowhere else.
+    """
     generator = torch.Generator().manual_seed(0)
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     values = {
-        name: torch.randn(x.shape, generator=generator) * (x.shape[-1] if x.dim() else 1) ** -0.5
+        name: (torch.randn(x.shape, generator=generator) * (x.shape[-1] if x.dim() else 1) ** -0.5).to(device)
         for name, x in named.items()
     }
-    x = torch.randn(1, 6, width, generator=generator)
+    x = torch.randn(1, 6, width, generator=generator).to(device)
     call: Any = partial(torch.func.functional_call, module, values)
     with torch.no_grad():
         try:
@@ -59,7 +63,7 @@ def _is_token_wise(module: nn.Module, width: int) -> bool:
     return bool(torch.allclose(whole, torch.cat(parts, dim=1), rtol=1e-4, atol=1e-5))
 
 
-def _check(module: nn.Module, name: str, width: int) -> None:
+def _check(module: nn.Module, name: str, width: int, device: torch.device) -> None:
     rule = f"The rule `{RULE}` ('tiled') for {name!r}"
     if find_experts(module):
         raise UnsupportedError(f"{rule} does not go with experts, whose tokens travel together: leave them out of it.")
@@ -69,7 +73,7 @@ def _check(module: nn.Module, name: str, width: int) -> None:
             f"{rule} would draw other masks in {dropping[0]!r} than the MLP does at once: set its dropout to 0, or "
             "leave the rule out."
         )
-    if not _is_token_wise(module, width):
+    if not _is_token_wise(module, width, device):
         raise UnsupportedError(
             f"{rule}: {type(module).__name__} does not compute each token of [B, s, {width}] by itself, so it cannot "
             "be cut by tokens. Give the rule to an MLP, or leave it out."
@@ -114,6 +118,6 @@ def find_tiled(base: nn.Module, state: ParallelState) -> list[Callable[[], Calla
     for name, module in found.items():
         kind = type(module), str(module)
         if kind not in checked:
-            _check(module, name, width)
+            _check(module, name, width, state.device)
             checked.add(kind)
     return [partial(_tile, module) for module in found.values()]

@@ -15,6 +15,7 @@ from hf_veomni.hf.require import override, require_overrides
 from hf_veomni.logs import warn_of_no_plan
 from hf_veomni.plan import ParallelPlan, asks_auto
 from hf_veomni.trainer.accelerate import OmniParallelismConfig
+from hf_veomni.trainer.liger import check_liger
 from hf_veomni.trainer.validation import (
     check_budgeted,
     check_faults,
@@ -154,6 +155,7 @@ class OmniTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate starts every process as if it were alone
         super().__post_init__()
+        check_liger(self)
         check_torchao(self)
         self._n_gpu = min(self._n_gpu, 1)  # one process drives one device: no DataParallel
         check_budgeted(self)

@@ -29,6 +29,7 @@ from hf_veomni.trainer.counting import count_processes
 from hf_veomni.trainer.evaluation import EvaluationMixin
 from hf_veomni.trainer.folders import make_output_dir
 from hf_veomni.trainer.guarding import GuardMixin
+from hf_veomni.trainer.liger import liger_kernels
 from hf_veomni.trainer.loaders import check_budget
 from hf_veomni.trainer.loop import BatchingMixin
 from hf_veomni.trainer.step_report import StepReportMixin
@@ -72,14 +73,20 @@ def _stays_stock(model: nn.Module, args: Any) -> bool:
 def _prepare(model: nn.Module, args: Any) -> None:
     """`prepare_omni` in place, and the marks that Trainer looks for."""
     if _stays_stock(model, args):
+        if args.use_liger_kernel:
+            raise UnsupportedError(
+                f"`use_liger_kernel` (True) needs a transformers model without virtual tokens, unlike this "
+                f"{type(model).__name__}: leave it out."
+            )
         if args.sharded_weights:
             raise UnsupportedError(
                 f"`sharded_weights` (True) needs a transformers model without virtual tokens, unlike this "
                 f"{type(model).__name__}: leave it and `async_save` out."
             )
         return
-    if not is_prepared(model):
-        prepare_omni(model, args.plan, mp_policy=_precision(args))
+    with liger_kernels(model, args):
+        if not is_prepared(model):
+            prepare_omni(model, args.plan, mp_policy=_precision(args))
     if args.torch_compile:
         if args.gradient_checkpointing:  # which Trainer turns on later
             warn_of_checkpointing()

@@ -77,7 +77,6 @@ _ALWAYS = (
         for name in ("fsdp", "deepspeed")
     ),
     Refusal("fsdp_config", bool, "the plan shards the model; leave it out, per-module rules go into the plan"),
-    Refusal("use_liger_kernel", bool, "the loss runs without full logits already; leave `use_liger_kernel` off"),
 )
 
 # A world of several ranks.

@@ -73,7 +73,6 @@ def test_a_typo_names_the_nearest_key(tmp_path):
         {"fsdp": "full_shard"},
         {"fsdp_config": {"version": 2}},
         {"deepspeed": "config.json"},
-        {"use_liger_kernel": True},
     ],
     ids=lambda values: next(iter(values)),
 )
