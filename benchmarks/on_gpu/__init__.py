@@ -2,6 +2,7 @@
 
     limits      versions, and what the device does at best: a matmul, a copy
     rates       what it does at the shapes of real layers
+    liger       Liger's kernels on the model, where they are installed: parity, and a step with them and without
     kernels     the tests with the marker `gpu`
     parity      loss, logits and gradients against stock transformers in fp64, in fp32 and bf16, by family
     ranks       the same on two ranks that share the device: sp=2, sp=2 with ep=2
@@ -38,6 +39,7 @@ class Spec:
 PARTS = {
     "limits": Spec("benchmarks.on_gpu.limits", 45, alone=True),
     "rates": Spec("benchmarks.on_gpu.rates", 60, alone=True),
+    "liger": Spec("benchmarks.on_gpu.liger", 100, alone=True),
     "kernels": Spec("benchmarks.on_gpu.kernels", 180),
     "parity": Spec("benchmarks.on_gpu.parity", 180),
     "ranks": Spec("benchmarks.on_gpu.ranks", 180),

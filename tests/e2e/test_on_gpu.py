@@ -155,7 +155,7 @@ def test_one_command_runs_every_part(tmp_path: Path) -> None:
 
 def test_an_unknown_part_is_named() -> None:
     status, output = run("benchmarks/on_gpu.sh", "denes", "--device", "cpu", check=False)
-    assert status == 2 and "no part is called 'denes': they are limits, rates, kernels" in output
+    assert status == 2 and "no part is called 'denes': they are limits, rates, liger, kernels" in output
 
 
 def test_a_signal_ends_the_run_with_what_there_is(measure: Any) -> None:
