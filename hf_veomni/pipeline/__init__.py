@@ -1,6 +1,7 @@
 """Pipeline parallelism: the model's own forward runs on every stage, and what a stage does not own passes through.
 
 chain        can the model be cut? the loop over its layers, read from the source
+flow         what depends on what in the source of a forward
 encoders     of models that see or hear: what stages after the first can do without
 split        which layers each stage gets
 stage        what stands in place of layers, embeddings, norm and head of other stages

@@ -7,7 +7,7 @@
 
 What crosses from one layer to the next must be the hidden states alone, since that is all that a stage hands on. So
 the source of the loop is read, and anything else in it (residuals on the side, keys that later layers share, dropped
-layers) is refused.
+layers, the embeddings once more) is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import nn
 from hf_veomni import hf
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.pipeline.encoders import DEEP, INPUTS, find_around
+from hf_veomni.pipeline.flow import ValueFlow
 from hf_veomni.sequence.backbone import find_layers
 
 # What records, and changes nothing (it is asked for by name, and refused in calls of a pipeline).
@@ -158,6 +159,7 @@ def _read_loop(model: nn.Module, loop: ast.For, tree: ast.AST) -> tuple[bool, bo
                 raise _refuse(model, f"`{_first_line(statement)}` is no call of a layer on hidden states")
             hidden, result = given[0].id, target.id
             _check_handed(model, call, tree)
+            _check_values(model, call, given[0], tree)
         elif result and target.id == hidden and ast.unparse(call) in (result, f"{result}[0]"):
             result = hidden if ast.unparse(call) == result else f"{result}[0]"
         elif {hidden, result, target.id, variables[-1]} & _names(call):
@@ -182,6 +184,20 @@ def _check_handed(model: nn.Module, call: ast.Call, tree: ast.AST) -> None:
         made = isinstance(value, ast.Call) and ast.unparse(value.func).endswith(("dict", "Dict", "list", "List"))
         if name in handed and (empty or made):
             raise _refuse(model, f"its layers hand `{name}` to each other beside their hidden states")
+
+
+def _check_values(model: Any, call: ast.Call, hidden: ast.Name, tree: ast.AST) -> None:
+    """Refuse what is made of the embeddings' values and handed to every layer (Zamba's `original_hidden_states`):
+    stages after the first have zeros in place of them."""
+    flow = ValueFlow(hf.find_backbone(model), ("inputs_embeds", hidden.id))
+    flow.follow(tree)
+    for value in (*call.args, *(k.value for k in call.keywords)):
+        if value is not hidden and flow.depends(value):
+            raise _refuse(
+                model,
+                f"its layers are handed `{_first_line(value)}` beside their hidden states, which depends on the "
+                "embeddings, and the first stage alone has these",
+            )
 
 
 def _has_parameters(module: nn.Module) -> bool:

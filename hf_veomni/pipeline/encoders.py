@@ -12,13 +12,14 @@ inputs may go into `inputs_embeds` and into features that the first layers add (
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from hf_veomni import hf
+from hf_veomni.pipeline.flow import Flow
 
 INPUTS = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "mm_encoder_outputs")
 # Arguments of a backbone that only the first stage needs: hidden states, and what it adds to them in its layers.
@@ -79,9 +80,8 @@ def _why_not(owner: nn.Module, inner: str, before: list[str]) -> str | None:
     calls = [] if tree is None else [node for node in ast.walk(tree) if _is_own(getattr(node, "func", None), inner)]
     if tree is None or len(calls) != 1:
         return f"`{before[0]}` stands beside its backbone, which the forward of {kind} does not call once"
-    flow = _Flow()
-    for _ in range(2):  # a loop may read what its end has written
-        flow.visit(tree)
+    flow = _EncoderFlow()
+    flow.follow(tree)
     outside = next((name for name in before if name in flow.used_always), None)
     if outside is not None:
         return f"{kind} runs `{outside}` also where a row has nothing for it"
@@ -97,38 +97,12 @@ def _is_own(node: ast.AST | None, name: str) -> bool:
     return isinstance(node, ast.Attribute) and node.attr == name and ast.unparse(node.value) == "self"
 
 
-class _Flow(ast.NodeVisitor):
+class _EncoderFlow(Flow):
     """Which variables of a forward depend on the inputs of encoders, be it by a branch; hidden states do not count."""
 
     def __init__(self) -> None:
-        self.found = set(INPUTS)
+        super().__init__(INPUTS)
         self.used_always: set[str] = set()  # modules that run whatever a row holds
-        self._inside = False
-
-    def depends(self, node: ast.AST) -> bool:
-        return any(isinstance(x, ast.Name) and x.id in self.found for x in ast.walk(node))
-
-    def visit_If(self, node: ast.If) -> None:
-        before, self._inside = self._inside, self._inside or self.depends(node.test)
-        self.generic_visit(node)
-        self._inside = before
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        self._assign(node.targets, node.value)
-        self.generic_visit(node)
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        self._assign([node.target], node.value)
-        self.generic_visit(node)
-
-    def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        self._assign([node.target], node.value)
-        self.generic_visit(node)
-
-    def _assign(self, targets: Iterable[ast.expr], value: ast.expr | None) -> None:
-        if self._inside or (value is not None and self.depends(value)):
-            stored = [x for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)]
-            self.found |= {x.id for x in stored if x.id not in ("inputs_embeds", "self")}
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         if not self._inside and ast.unparse(node.value) == "self":

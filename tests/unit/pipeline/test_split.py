@@ -132,6 +132,11 @@ def _refused(model_type: str, auto=AutoModelForCausalLM, **options):
         return auto.from_config(AutoConfig.for_model(model_type, **options))
 
 
+def _tiny(name: str):
+    with torch.device("meta"):
+        return tiny.choose_class(name)[1]._from_config(tiny.tiny_config(name))
+
+
 @pytest.mark.parametrize(
     ("model", "match"),
     [
@@ -139,6 +144,7 @@ def _refused(model_type: str, auto=AutoModelForCausalLM, **options):
         (lambda: _refused("biogpt", num_hidden_layers=2), "beside the call of a layer"),
         (lambda: _refused("gemma4_text", num_hidden_layers=2, **_KINDS), "self.first_kv_shared_layer_idx"),
         (lambda: _refused("bamba", num_hidden_layers=2, attn_layer_indices=[1]), "cannot cut Bamba"),
+        (lambda: _tiny("zamba2"), "handed `original_hidden_states` .* which depends on the embeddings"),
     ],
 )
 def test_models_that_are_no_chain_are_refused_by_name(model, match: str) -> None:
@@ -187,7 +193,7 @@ def test_chains_are_found(name: str) -> None:
 
 def _with_loop(body: str) -> tuple[ast.For, ast.AST]:
     tree = ast.parse(f"def forward(self, x):\n    {body}").body[0]
-    return next(node for node in ast.walk(tree) if isinstance(node, ast.For)), tree
+    return [node for node in ast.walk(tree) if isinstance(node, ast.For)][-1], tree
 
 
 @pytest.mark.parametrize("value", ["{}", "[]", "dict()", "defaultdict(list)", "self.make_list()"])
@@ -198,6 +204,33 @@ def test_containers_that_layers_hand_to_each_other_are_refused(value: str) -> No
         _read_loop(build_model("llama"), loop, tree)
 
 
-def test_tables_that_layers_only_read_are_not() -> None:
-    loop, tree = _with_loop("kept = self.rotary(x)\n    for layer in self.layers:\n        x = layer(x, kept=kept)")
+@pytest.mark.parametrize(
+    "made",
+    [
+        "kept = self.rotary_emb(x, ids)",  # a module without parameters that reads dtype and device alone
+        "kept = make_causal_mask(inputs_embeds=x)",
+        "kept = torch.arange(x.shape[1], device=x.device)",
+        "kept = None\n    if x is not None: kept = torch.zeros_like(x)",
+    ],
+)
+def test_tables_that_layers_only_read_are_not(made: str) -> None:
+    loop, tree = _with_loop(f"{made}\n    for layer in self.layers:\n        x = layer(x, kept=kept)")
     assert _read_loop(build_model("llama"), loop, tree) == (False, False)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "kept = torch.clone(inputs_embeds)",
+        "kept = self.norm(x)",
+        "kept = self.dropout(x)",  # no module of the model: what it does is not known
+        "kept = 1\n    if x.sum() > 0: kept = 2",
+        "kept = {'mask': make_mask(x), 'first': x[:, 0]}",
+        "for kept in x.unbind(): pass",
+    ],
+)
+def test_values_of_the_embeddings_beside_the_hidden_states_are_refused(made: str) -> None:
+    """Stages after the first have zeros in their place."""
+    loop = f"{made}\n    for layer in self.layers:\n        x = layer(x, kept=kept)"
+    with pytest.raises(UnsupportedError, match="its layers are handed `kept` beside their hidden states"):
+        _read_loop(build_model("llama"), *_with_loop(loop))
