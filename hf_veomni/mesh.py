@@ -29,6 +29,11 @@ TIED = "_omni_tied"
 ENCODERS = "_omni_encoders"
 
 
+# Of a base model in a pipeline: the names of all its parameters, each tied one under all of its, in the order that
+# they had before the cut.
+NAMES = "_omni_names"
+
+
 class Tied(NamedTuple):
     """What embeddings (first stage) and head (last stage) of a pipeline share.
 

@@ -7,7 +7,7 @@ the first of its names, which is the one that a model without stages has too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import chain, zip_longest
+from itertools import chain, pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -15,23 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_veomni import hf
-from hf_veomni.errors import UnsupportedError
-from hf_veomni.mesh import TIED, ParallelState, Tied, get_parallel_state, is_prepared
+from hf_veomni.mesh import NAMES, TIED, ParallelState, Tied, get_parallel_state, is_prepared
 
 
 def stage_of(model: nn.Module) -> ParallelState | None:
     """The state of a model that is a pipeline stage; None for any other."""
     state = get_parallel_state(model) if is_prepared(model) else None
     return state if state is not None and state.plan.pp_size > 1 else None
-
-
-def check_one_stage(model: nn.Module, what: str) -> None:
-    """Raises UnsupportedError for a model of which a rank has several stages. `what`: is not there, in words."""
-    if (state := stage_of(model)) is not None and state.plan.pp_stages > 1:
-        raise UnsupportedError(
-            f"{what} does not go with `pp_stages` ({state.plan.pp_stages}): resume with one stage a rank, or let the "
-            "one process save with `sharded_weights=True`."
-        )
 
 
 def leads_stage(state: ParallelState) -> bool:
@@ -75,15 +65,44 @@ def writes_whole(model: nn.Module) -> bool:
     return leads_stage(stage) if stage is not None else not dist.is_initialized() or dist.get_rank() == 0
 
 
+def _places(model: nn.Module) -> dict[str, int]:
+    """Name of a parameter of any stage -> where it came in the order of the whole model's."""
+    base: Any = hf.base_model(model)
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+    return {prefix + name: place for place, name in enumerate(getattr(base, NAMES))}
+
+
 def join_groups(groups: list[list[str]], model: nn.Module) -> list[list[str]]:
     """Names in the parameter groups of an optimizer, with those that the optimizers of other stages have, in the
-    order of the stages. Collective: an all-gather of names over the stages."""
+    order of the whole model's parameters: encoders of the first stage may stand behind layers of others there.
+
+    Collective: an all-gather of names over the stages.
+
+    Raises:
+        ValueError: an optimizer has its parameters in another order; on every stage.
+    """
     stage = stage_of(model)
     if stage is None:
         return groups
     told: list[Any] = [None] * stage.plan.pp_size
     dist.all_gather_object(told, groups, group=stage.pp_group)
-    return [list(dict.fromkeys(chain.from_iterable(parts))) for parts in zip_longest(*told, fillvalue=())]
+    places = _places(model)
+    return [_join_group(parts, places) for parts in zip_longest(*told, fillvalue=())]
+
+
+def _join_group(parts: Iterable[list[str]], places: dict[str, int]) -> list[str]:
+    joined: set[str] = set()
+    for part in parts:
+        own = [name for name in part if name not in joined]  # tied ones stand elsewhere on the last stage
+        for before, after in pairwise(own):
+            if places[before] > places[after]:
+                raise ValueError(
+                    f"The optimizer has '{before}' before '{after}', and the model has them the other way round. The "
+                    "file of one process knows parameters by their place alone: give the optimizer of each stage its "
+                    "parameters in the order of `model.named_parameters()`."
+                )
+        joined.update(own)
+    return sorted(joined, key=places.__getitem__)
 
 
 def join_facts(facts: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from hf_veomni.checkpoint.files import naming_damage
 from hf_veomni.checkpoint.low_bit import is_low_bit
 from hf_veomni.checkpoint.plain import adapter_keys, first_names
 from hf_veomni.checkpoint.shards import read_state, write_state
-from hf_veomni.checkpoint.stages import check_one_stage, global_names, join_groups, share_state, writes_whole
+from hf_veomni.checkpoint.stages import global_names, join_groups, share_state, writes_whole
 from hf_veomni.comm.agree import together
 from hf_veomni.errors import UnsupportedError
 
@@ -111,10 +111,9 @@ def load_stock_optimizer(model: nn.Module, optimizer: object, path: str | os.Pat
     Collective: one small all-gather, and what `join_groups` has.
 
     Raises:
-        ValueError: other groups than this optimizer's; on every rank.
-        UnsupportedError: several stages on a rank, so that their order is not that of the ranks; moments in few bits.
+        ValueError: other groups than this optimizer's, or on stages another order than the model's; on every rank.
+        UnsupportedError: moments in few bits.
     """
-    check_one_stage(model, f"Reading the optimizer of one process ('{path}')")
     inner = unwrap_optimizer(optimizer)
     names = {id(p): name for name, p in model.named_parameters()}
     own = global_names(names.values(), model)

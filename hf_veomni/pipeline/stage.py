@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from hf_veomni.context import current
 from hf_veomni.errors import UnsupportedError
-from hf_veomni.mesh import ENCODERS, ParallelState
+from hf_veomni.mesh import ENCODERS, NAMES, ParallelState
 from hf_veomni.pipeline.chain import Chain, find_chain
 from hf_veomni.pipeline.microbatch import MicroBatch
 from hf_veomni.pipeline.split import split_model
@@ -246,6 +246,7 @@ def cut_model(stages: Stages, base: nn.Module, state: ParallelState, dtype: torc
         dtype: of what embeddings return, where FSDP2's mixed precision casts them; None takes that of their weight.
     """
     plan = state.plan
+    setattr(base, NAMES, tuple(name for name, _ in base.named_parameters(remove_duplicate=False)))
     found = [_places(stages, chunk * plan.pp_size + state.pp_rank, dtype) for chunk in range(plan.pp_stages)]
     foreign = [place for place in found[0] if all(place in places for places in found)]
     for parent, name in foreign:
