@@ -142,15 +142,34 @@ def plan_stages(model: Any, state: ParallelState) -> Stages:
         )
     chain = find_chain(model)
     ranges = split_model(model, chain, state.plan.pp_size * state.plan.pp_stages, state.plan.pp_layers)
-    return Stages(chain, ranges, _find_tied(model, chain, ranges))
+    owners = _owners(chain, ranges)
+    _check_trained(model, owners, state)
+    return Stages(chain, ranges, _find_tied(model, chain, owners))
 
 
-def _find_tied(model: nn.Module, chain: Chain, ranges: list[range]) -> tuple[tuple[str, ...], ...]:
-    """Parameters that modules of two stages share. Raises UnsupportedError where these are no embeddings and head."""
+def _owners(chain: Chain, ranges: list[range]) -> list[tuple[int, nn.Module]]:
+    """The modules with parameters, each with the number of its stage."""
     owners: list[tuple[int, nn.Module]] = [(0, getattr(chain.owner, name)) for name in chain.before]
     owners += [(0, getattr(parent, name)) for parent, name in chain.encoders]
     owners += [(stage, chain.layers[i]) for stage, own in enumerate(ranges) for i in own]
-    owners += [(len(ranges) - 1, getattr(parent, name)) for parent, name in chain.after]
+    return owners + [(len(ranges) - 1, getattr(parent, name)) for parent, name in chain.after]
+
+
+def _check_trained(model: nn.Module, owners: list[tuple[int, nn.Module]], state: ParallelState) -> None:
+    """Refuse ranks that would train nothing beside others that do: they have no optimizer and no gradient norm."""
+    size = state.plan.pp_size
+    trained = {stage % size for stage, module in owners if any(p.requires_grad for p in module.parameters())}
+    if idle := sorted(set(range(size)) - trained) if trained else []:
+        raise UnsupportedError(
+            f"`pp_size` ({size}) leaves nothing to train on pipeline rank{'s' if len(idle) > 1 else ''} "
+            f"{', '.join(map(str, idle))}: all parameters of {type(model).__name__} are frozen there, and each rank's "
+            "optimizer needs some. Train parameters or adapters in layers of each stage, move trained layers with "
+            "`pp_layers`, or use pp_size=1."
+        )
+
+
+def _find_tied(model: nn.Module, chain: Chain, owners: list[tuple[int, nn.Module]]) -> tuple[tuple[str, ...], ...]:
+    """Parameters that modules of two stages share. Raises UnsupportedError where these are no embeddings and head."""
     layers = {p for layer in chain.layers for p in layer.parameters()}
     stages: dict[nn.Parameter, set[int]] = {}
     for stage, module in owners:
