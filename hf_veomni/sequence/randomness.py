@@ -38,15 +38,18 @@ def _state(device: torch.device) -> bytes:
 
 
 class _OwnDropout:
-    """Gives each rank of an SP group a stream of its own while a model in training runs.
+    """Gives each rank of an SP group, and each stage, a stream of its own while a model in training runs.
 
     The stream follows from the process-wide generator, which `set_seed` sets alike on all ranks, and from the rank. A
     forward that drew something moves that generator on, by the same on every rank; one that drew nothing leaves it.
+    In a pipeline every forward moves it on: dropout of other stages is not seen here, and samplers, which draw from it
+    too, must go on alike.
     """
 
     def __init__(self, state: ParallelState) -> None:
         self._device = state.device
         self._rank = state.sp_rank + state.pp_rank * state.sp_size
+        self._staged = state.plan.pp_size > 1
 
     def enter(self, module: nn.Module, args: object) -> None:
         if module.training:
@@ -59,14 +62,15 @@ class _OwnDropout:
             return
         stack, begun = current().dropout
         leave(self)
-        drew = _state(self._device) != begun
+        drew = self._staged or _state(self._device) != begun
         stack.close()
         if drew:
             torch.rand(1, device=self._device)
 
 
 def attach_dropout(model: nn.Module, state: ParallelState) -> Callable[[], None]:
-    """Let the ranks of an SP group, which hold different tokens, draw different dropout masks.
+    """Let the ranks of an SP group, which hold different tokens, and the stages of a pipeline draw different dropout
+    masks.
 
     Returns:
         A function that takes this off again.
