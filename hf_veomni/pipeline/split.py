@@ -36,7 +36,9 @@ def matmul_cost(module: nn.Module, config: Any) -> int:
     return total
 
 
-def split_layers(costs: Sequence[int], last: int, stages: int, first: int = 0, least: int = 1) -> list[range]:
+def split_layers(
+    costs: Sequence[int], last: int, stages: int, first: int = 0, least: int = 1, per_rank: int = 1
+) -> list[range]:
     """The layers of each stage.
 
     Args:
@@ -44,19 +46,23 @@ def split_layers(costs: Sequence[int], last: int, stages: int, first: int = 0, l
         last: what the last stage computes besides.
         first: what the first stage computes besides.
         least: layers of the first stage.
+        per_rank: how many of the stages a rank has, for the message.
 
     Raises:
         UnsupportedError: too few layers.
     """
     count = len(costs)
+    asked = f"`pp_size` ({stages})"
+    if per_rank > 1:
+        asked = f"`pp_size * pp_stages` ({stages // per_rank} * {per_rank} = {stages})"
     if stages + least - 1 > count and stages <= count:
         raise UnsupportedError(
-            f"`pp_size` ({stages}) is too large for {count} layers, of which the first stage has {least} at least: "
+            f"{asked} is too large for {count} layers, of which the first stage has {least} at least: "
             f"their output takes features of its encoders. Use {max(count - least + 1, 1)} or fewer."
         )
     if stages > count:
         raise UnsupportedError(
-            f"`pp_size` ({stages}) must not exceed the number of layers ({count}): each stage runs at least one."
+            f"{asked} must not exceed the number of layers ({count}): each stage runs at least one."
         )
     sums = [0]
     for cost in costs:
@@ -106,7 +112,9 @@ def given_layers(numbers: Sequence[int], count: int, least: int) -> list[range]:
     return [range(end - number, end) for end, number in zip(ends, numbers, strict=True)]
 
 
-def split_model(model: Any, chain: Chain, stages: int, given: Sequence[int] | None = None) -> list[range]:
+def split_model(
+    model: Any, chain: Chain, stages: int, given: Sequence[int] | None = None, per_rank: int = 1
+) -> list[range]:
     """`given_layers`, or `split_layers` by the costs of the layers and of what runs before and after them."""
     least = max(chain.deep, 1)
     if given is not None:
@@ -117,4 +125,4 @@ def split_model(model: Any, chain: Chain, stages: int, given: Sequence[int] | No
         return [matmul_cost(module, config) for module in modules]
 
     heads, encoders = (costs(getattr(*place) for place in found) for found in (chain.after, chain.encoders))
-    return split_layers(costs(chain.layers), sum(heads), stages, sum(encoders), least)
+    return split_layers(costs(chain.layers), sum(heads), stages, sum(encoders), least, per_rank)

@@ -140,8 +140,8 @@ def plan_stages(model: Any, state: ParallelState) -> Stages:
             f"`pp_stages` ({state.plan.pp_stages}) needs torch 2.13, and this is {torch.__version__}: 2.11 crashes in "
             "the backward of several stages of a rank. Leave it at 1."
         )
-    chain = find_chain(model)
-    ranges = split_model(model, chain, state.plan.pp_size * state.plan.pp_stages, state.plan.pp_layers)
+    chain, plan = find_chain(model), state.plan
+    ranges = split_model(model, chain, plan.pp_size * plan.pp_stages, plan.pp_layers, plan.pp_stages)
     owners = _owners(chain, ranges)
     _check_trained(model, owners, state)
     return Stages(chain, ranges, _find_tied(model, chain, owners))

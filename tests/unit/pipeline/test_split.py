@@ -40,6 +40,11 @@ def test_most_expensive_stage_is_as_cheap_as_can_be(costs, last, stages, sizes) 
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"`pp_size` \(3\) must not exceed the number of layers \(2\)"):
         split_layers([1, 1], 0, 3)
+    several = r"`pp_size \* pp_stages` \(2 \* 2 = 4\)"
+    with pytest.raises(UnsupportedError, match=rf"{several} must not exceed the number of layers \(2\)"):
+        split_layers([1, 1], 0, 4, per_rank=2)
+    with pytest.raises(UnsupportedError, match=rf"{several} is too large for 4 layers, .*\. Use 3 or fewer"):
+        split_layers([1] * 4, 0, 4, least=2, per_rank=2)
 
 
 def test_experts_count_as_those_that_a_token_is_sent_to() -> None:

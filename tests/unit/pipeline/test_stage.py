@@ -15,6 +15,8 @@ from hf_veomni.mesh import ParallelState
 from hf_veomni.pipeline import plan_stages
 from tests.models import build_model
 
+_SEVERAL = pytest.mark.skipif(not is_torch_version(">=", "2.13"), reason="torch 2.11 crashes, and is refused")
+
 
 def _state(plan: str) -> ParallelState:
     return ParallelState(ParallelPlan.from_string(f"{plan},dp_shard=1"), torch.device("cpu"))
@@ -25,13 +27,16 @@ def _adapted(layers: list[int]) -> Any:
     return get_peft_model(build_model("llama", num_hidden_layers=4), config).get_base_model()
 
 
+@_SEVERAL
+def test_too_few_layers_are_said_of_all_stages_that_ranks_have() -> None:
+    with pytest.raises(UnsupportedError, match=r"`pp_size \* pp_stages` \(2 \* 2 = 4\) must not exceed .* \(2\)"):
+        plan_stages(build_model("llama"), _state("pp=2,pp_stages=2"))
+
+
 def test_a_rank_without_trained_parameters_is_refused() -> None:
     match = r"`pp_size` \(4\) leaves nothing to train on pipeline ranks 1, 2: all parameters of LlamaForCausalLM"
     with pytest.raises(UnsupportedError, match=match):
         plan_stages(_adapted([0, 3]), _state("pp=4"))
-
-
-_SEVERAL = pytest.mark.skipif(not is_torch_version(">=", "2.13"), reason="torch 2.11 crashes, and is refused")
 
 
 @pytest.mark.parametrize("plan", ["pp=2", "pp=2,pp_layers=1+3", pytest.param("pp=2,pp_stages=2", marks=_SEVERAL)])
