@@ -163,6 +163,11 @@ class ParallelPlan:
             )
         if self.pp_layers is None:
             return
+        if self.pp_size == 1:
+            raise ValueError(
+                f"`pp_layers` ({self.pp_layers!r}) says which layers each stage of a pipeline has, and there is none "
+                "(`pp_size` is 1): leave it out, or set `pp_size`."
+            )
         given: Any = self.pp_layers
         parts = given.split("+") if isinstance(given, str) else given
         numbers = isinstance(parts, list | tuple) and all(str(part).strip().isdecimal() for part in parts)

@@ -71,6 +71,7 @@ def test_resolve_takes_what_is_left_of_the_world():
         ),
         (lambda: ParallelPlan(pp_size=2, pp_layers=(3, 0)), r"`pp_layers` \(\(3, 0\)\) must have a positive number"),
         (lambda: ParallelPlan.from_string("pp=2,pp_layers=a+b"), r"`pp_layers` \('a\+b'\)"),
+        (lambda: ParallelPlan.from_string("pp_layers=7"), r"`pp_layers` \('7'\) .* \(`pp_size` is 1\): leave it out"),
         (lambda: ParallelPlan(pp_stages=2), r"`pp_stages` \(2\) must be a positive integer, and 1 without a pipeline"),
         (lambda: ParallelPlan(pp_size=2, pp_stages=0), r"`pp_stages` \(0\) must be"),
         (lambda: ParallelPlan(dp_shard_size=8, ep_size=6), r"`ep_size` \(6\) must divide .*\(8\): use 1, 2, 4, 8"),
