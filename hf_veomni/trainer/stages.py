@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 from hf_veomni.context import current
@@ -58,6 +59,8 @@ class StagesMixin(LossMixin):
         items = self._items_a_batch(num_items, state.dp_size) if state.dp_size > 1 else num_items
         # Without a number of items each loss is the mean of its micro-batch, and the step's is the mean of these.
         share = 1.0 if num_items is not None else 1.0 / (self._num_real or 1)
+        emptied = self.args.torch_empty_cache_steps
+        empties = emptied is not None and self.state.global_step % emptied == 0
         place = (state.pp_rank * state.dp_size + state.dp_rank) * state.sp_size + state.sp_rank
 
         def compute(index: int) -> Tensor | None:
@@ -67,6 +70,8 @@ class StagesMixin(LossMixin):
             counting = counting_no_tokens() if dummies[index] else nullcontext()
             with stream, counting, self.compute_loss_context_manager():
                 loss = getattr(model(**batches[index], num_items_in_batch=items), "loss", None)
+            if empties:
+                clear_device_cache()  # where Trainer does it: between forward and backward
             return None if loss is None else loss * (0.0 if dummies[index] else share)
 
         return run_window(model, batches, compute_loss=compute)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import transformers.trainer
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer
@@ -41,6 +43,20 @@ def test_training_equals_one_process(ranks, world: int, plan: str, data_ranks: i
     expected = train_stock(run, data_ranks)
     assert min(expected.norms) > 0.5, "clipping must be active"
     _same(ranks(world).run(train_omni, plan, run, timeout=120), expected)
+
+
+def _count_emptied(plan: str) -> int:
+    """How often the allocator's cache is emptied: every other step, after each of its forwards."""
+    from hf_veomni.trainer import stages
+
+    run = Run(num_rows=4, arguments={"torch_empty_cache_steps": 2, "num_train_epochs": 1})
+    with mock.patch.object(stages if plan else transformers.trainer, "clear_device_cache") as emptied:
+        train_omni(plan, run) if plan else train_stock(run)
+    return emptied.call_count
+
+
+def test_the_cache_is_emptied_as_often_as_in_one_process(ranks) -> None:
+    assert ranks(2).run(_count_emptied, "pp=2", timeout=60) == [_count_emptied("")] * 2 == [2, 2]
 
 
 def _evaluate_and_save(plan: str, folder: str) -> tuple[float, torch.Tensor]:
