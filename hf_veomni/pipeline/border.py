@@ -26,10 +26,12 @@ from hf_veomni.pipeline.microbatch import MicroBatch
 from hf_veomni.pipeline.stage import CHUNKS
 
 _TARGETS = ("labels", "shift_labels", "num_items_in_batch")
+# name -> the value that stages go with besides None, why no other, and what to do.
 _REFUSED = {
-    "output_hidden_states": "a stage has those of its own layers alone",
-    "output_attentions": "a stage has those of its own layers alone",
-    "inputs_embeds": "the first stage makes them; give `input_ids`",
+    "output_hidden_states": (False, "a stage has those of its own layers alone", "Leave it out"),
+    "output_attentions": (False, "a stage has those of its own layers alone", "Leave it out"),
+    "return_dict": (True, "stages share loss and logits by their names", "Leave it out"),
+    "inputs_embeds": (None, "the first stage makes them", "Give `input_ids`"),
 }
 
 
@@ -69,16 +71,17 @@ class _Border:
                 f"{kind} has no `generate` and takes no cache with `pp_size` {self.state.plan.pp_size}: save the "
                 "model, which opens in plain transformers, and generate with that."
             )
-        for name, reason in _REFUSED.items():
-            asked = inputs.get(name)
-            if asked is None and name.startswith("output_"):
-                asked = getattr(model.config, name, False)
-            if asked is not None and asked is not False:
-                raise UnsupportedError(f"`{name}` does not go with `pp_size` {self.state.plan.pp_size}: {reason}.")
-        if inputs.get("return_dict") is False:
-            raise UnsupportedError(
-                f"`return_dict` (False) does not go with `pp_size` {self.state.plan.pp_size}: leave it out."
-            )
+        for name, (taken, reason, way) in _REFUSED.items():
+            asked, origin = inputs.get(name), ""
+            if asked is None and taken is not None:
+                asked, origin = getattr(model.config, name, None), ", from the config"
+                way = f"Set `model.config.{name}` to {taken}"
+            if asked is not None and asked is not taken:
+                shown = f"a tensor {tuple(asked.shape)}" if isinstance(asked, Tensor) else repr(asked)
+                raise UnsupportedError(
+                    f"`{name}` ({shown}{origin}) does not go with `pp_size` ({self.state.plan.pp_size}): {reason}. "
+                    f"{way}, or use pp_size=1."
+                )
 
     def leave(self, model: nn.Module, args: tuple, output: Any) -> Any:
         """After a forward without gradients outside of a window: the answer of the last stage, on all of them."""
