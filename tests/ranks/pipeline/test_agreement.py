@@ -109,7 +109,7 @@ def _calls() -> list[str]:
 
 def test_calls_that_one_stage_cannot_answer_are_refused(ranks) -> None:
     for embeds, as_tuple, backbone, detached in ranks(2).run(_calls):
-        assert "`inputs_embeds`" in embeds and "give `input_ids`" in embeds
+        assert "`inputs_embeds`" in embeds and "Give `input_ids`" in embeds
         assert "`return_dict` (False)" in as_tuple
         assert "The backbone of a pipeline stage was called by itself" in backbone
         assert "or after `detach_omni`" in detached
