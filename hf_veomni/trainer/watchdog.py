@@ -27,6 +27,9 @@ import torch.distributed as dist
 from transformers import Trainer
 from transformers.trainer_callback import CallbackHandler
 
+from hf_veomni.checkpoint.plain import gather_full_state
+from hf_veomni.checkpoint.stages import join_stages
+from hf_veomni.trainer import in_use
 from hf_veomni.trainer.signals import Preempted
 from hf_veomni.trainer.store import Board
 
@@ -43,6 +46,10 @@ _PERIOD = 1.0
 _TORCH, _OWN = os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__))
 _LIBRARIES = (os.path.dirname(os.__file__), _TORCH, _OWN)
 _TRAINER = inspect.getsourcefile(Trainer)
+# Own files whose lines take long where a disk does, or the process that writes beside training; but for two functions,
+# which copy from the device what others have sent.
+_DISK = (os.path.join(_OWN, "checkpoint", ""), in_use.__file__)
+_GATHERS = frozenset(function.__code__ for function in (gather_full_state, join_stages))
 # Files that are on the stack of some thread only while a graph is compiled: in a later step too, for another shape.
 _COMPILERS = tuple(
     os.path.join(_TORCH, *path)
@@ -153,7 +160,8 @@ def describe_stack(frame: Any) -> tuple[str, bool]:
     collective = any(f"{os.sep}distributed{os.sep}" in line.filename for line in lines[-5:])
     waits = inner.filename.startswith(_TORCH) and (collective or inner.name == "_engine_run_backward")
     # A line of these that takes so long reads a value from the device.
-    waits = waits or inner.filename.startswith(_OWN) or inner.filename == _TRAINER
+    own = inner.filename.startswith(_OWN) and (not inner.filename.startswith(_DISK) or frame.f_code in _GATHERS)
+    waits = waits or own or inner.filename == _TRAINER
     theirs = [line for line in lines if not line.filename.startswith(_LIBRARIES) and "<" not in line.filename]
     shown = [inner] if not theirs or theirs[-1] is inner else [inner, theirs[-1]]
     return ", from ".join(f"{line.filename}:{line.lineno} in {line.name}" for line in shown), waits

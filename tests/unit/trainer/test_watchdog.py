@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +20,11 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from hf_veomni.trainer import watchdog
+from hf_veomni.checkpoint import BackgroundWriter, plain
+from hf_veomni.checkpoint.manifest import flush
+from hf_veomni.trainer import in_use, watchdog
 from hf_veomni.trainer.guarding import Progress
+from hf_veomni.trainer.in_use import sole_use
 from hf_veomni.trainer.watchdog import Report, Watchdog, describe_stack, is_of_exchange, judge, takes_its_time
 
 FINE = Report(1, 10, "micro-batch 1 of step 3", "model.py:3 in forward", False, 1.0, 60.0)
@@ -191,6 +197,56 @@ def test_the_stack_names_the_innermost_line_and_whose_it_is() -> None:
     event.set()
     assert "threading.py" in stack and "test_watchdog.py" in stack and stack.endswith("in sleeps")
     assert not waits
+
+
+def _waits_for_the_writer(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    writer, (reading, _) = BackgroundWriter(), os.pipe()
+    writer._job, writer._process = {}, SimpleNamespace(stdout=os.fdopen(reading))  # type: ignore[assignment]
+    writer.wait()
+
+
+def _flushes(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(folder / "slow")
+    flush(folder / "slow")  # opening it waits for somebody to write
+
+
+def _waits_for_the_folder(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(in_use, "_try_lock", lambda *args: False)
+    with suppress(ValueError), sole_use(folder):
+        pass
+
+
+def _copies_what_was_gathered(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    tensor = SimpleNamespace(detach=lambda: SimpleNamespace(cpu=lock.acquire))
+    model: Any = SimpleNamespace(named_parameters=lambda **kwargs: [], state_dict=lambda: {"weight": tensor})
+    for name, found in (("stage_of", None), ("find_layouts", {})):
+        patch.setattr(plain, name, lambda model, found=found: found)
+    plain.gather_full_state(model, keep=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "expected"),
+    [
+        (_waits_for_the_writer, "_receive", False),
+        (_flushes, "flush", False),
+        (_waits_for_the_folder, "_lock", False),
+        (_copies_what_was_gathered, "gather_full_state", True),
+    ],
+)
+def test_a_disk_is_no_other_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Callable[..., None], name: str, expected: bool
+) -> None:
+    """A rank that waits for files is the one that others wait for, and where all do, none waits for another."""
+    thread = threading.Thread(target=target, args=(tmp_path, monkeypatch), daemon=True)
+    thread.start()
+    end, found = time.monotonic() + 10, ("", not expected)
+    while f"in {name}" not in found[0].partition(", from")[0] and time.monotonic() < end:
+        time.sleep(0.05)
+        assert thread.ident is not None
+        found = describe_stack(sys._current_frames()[thread.ident])
+    assert f"in {name}" in found[0] and found[1] == expected
 
 
 @pytest.mark.parametrize(
