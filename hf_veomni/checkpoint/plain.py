@@ -212,11 +212,11 @@ _FREE = re.compile(
 
 
 def _as_stored(value: Any) -> Any:
-    """As json has it; names in any order."""
+    """As json has it; names in any order, each once: PEFT adds to the user's list whenever a model is made with it."""
     value = json.loads(
         json.dumps(value, default=lambda other: sorted(other) if isinstance(other, set) else str(other))
     )
-    return sorted(value) if isinstance(value, list) and all(isinstance(name, str) for name in value) else value
+    return sorted(set(value)) if isinstance(value, list) and all(isinstance(name, str) for name in value) else value
 
 
 def check_adapters(model: nn.Module, directory: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
 
 from hf_veomni.checkpoint import check_adapters
 from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
@@ -63,6 +64,18 @@ def test_every_adapter_is_compared(saved: Path, tmp_path: Path) -> None:
     check_adapters(both(4), tmp_path)
     with pytest.raises(ValueError, match="The adapter 'other' has `lora_alpha` 5, .* it has 4"):
         check_adapters(both(5), tmp_path)
+
+
+def test_names_that_peft_adds_again_are_the_same(tmp_path: Path) -> None:
+    """It extends `modules_to_save` in the user's own object, once for each model that is made with it."""
+    kind = AutoModelForSequenceClassification
+    config = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj"])
+    once = get_peft_model(kind.from_config(tiny_model().config), config)
+    once.save_pretrained(tmp_path)
+    again = get_peft_model(kind.from_config(tiny_model().config), config)
+    names = list(again.peft_config["default"].modules_to_save or ())
+    assert len(names) > len(set(names))
+    check_adapters(again, tmp_path)
 
 
 def test_a_model_without_adapters_has_nothing_to_compare(saved: Path) -> None:
