@@ -177,15 +177,32 @@ def remove_aside(root: Path) -> None:
         shutil.rmtree(removed, ignore_errors=True)
 
 
+def left_over_bytes(root: Path) -> int:
+    """Bytes of the disk that `recover` would free there."""
+    folders = [path for path in root.glob(f"{STAGING}*") if path.is_dir()]
+    entries = [entry for folder in folders for entry in folder.iterdir() if not _returns(entry, root)]
+    entries += root.glob(f"{REMOVED}*")
+    files = (path.lstat() for entry in entries for path in (entry, *entry.rglob("*")))
+    return sum(found.st_blocks * 512 for found in files)
+
+
+def _place(entry: Path, root: Path) -> Path:
+    return root / entry.name.removeprefix("replaced-")
+
+
+def _returns(entry: Path, root: Path) -> bool:
+    """Whether it is a complete checkpoint whose place is free."""
+    return entry.is_dir() and not _place(entry, root).exists() and find_damage(entry) is None
+
+
 def _bring_back(folder: Path, root: Path) -> list[Path]:
     found: list[Path] = []
     if not folder.is_dir():
         return found
     for entry in sorted(folder.iterdir(), key=lambda path: path.name.startswith("replaced-")):
-        target = root / entry.name.removeprefix("replaced-")
-        if entry.is_dir() and not target.exists() and find_damage(entry) is None:
-            os.rename(entry, target)
-            found.append(target)
+        if _returns(entry, root):
+            os.rename(entry, _place(entry, root))
+            found.append(_place(entry, root))
     flush(root)
     shutil.rmtree(folder, ignore_errors=True)
     return found

@@ -16,6 +16,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers.trainer_utils import has_length
 
+from hf_veomni.checkpoint.manifest import left_over_bytes
 from hf_veomni.mesh import ParallelState
 from hf_veomni.trainer.folders import no_place, saves
 from hf_veomni.trainer.store import Board
@@ -177,6 +179,10 @@ def _lack_of_place(trainer: Any) -> str | None:
     needed = checkpoint_bytes(trainer.model, args, "the user's" if own else None)
     free = shutil.disk_usage(folder).free
     if free >= needed or not args.should_save:
+        return None
+    with suppress(OSError):  # another run has the folder, and cleans up itself: that is told when it is locked
+        free += left_over_bytes(Path(args.output_dir))  # of a run that was killed
+    if free >= needed:
         return None
     return (
         f"`output_dir` ('{args.output_dir}') has {free / 1e9:.2f} GB free on {socket.gethostname()}, and a checkpoint "

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import Trainer, TrainingArguments
 
+from hf_veomni.checkpoint.manifest import REMOVED, recover, write_manifest
 from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments, preflight
 from tests.ranks.training import Run
 
@@ -53,6 +54,24 @@ def test_a_run_that_cannot_save_does_not_begin(tmp_path: Path, monkeypatch: pyte
     _with_space(monkeypatch, needed)
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_what_a_killed_run_left_takes_no_space_from_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is removed before the first save; what is complete is not."""
+    run = Run()
+    args = OmniTrainingArguments(**_saving(run, tmp_path))
+    trainer, root = OmniTrainer(model=run.model(), args=args, **run.data()), Path(args.output_dir)
+    needed = preflight.checkpoint_bytes(trainer.model, args)
+    left = [root / ".incomplete/checkpoint-8/a", root / ".incomplete.old/checkpoint-4/a", root / f"{REMOVED}x/a/a"]
+    for path in (*left, whole := root / ".incomplete/checkpoint-6/a"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(needed))
+    write_manifest(whole.parent)
+    for free, fits in ((needed - 1, True), (0, True), (-2 * needed, True), (-3 * needed, False)):
+        _with_space(monkeypatch, free)
+        assert (preflight._lack_of_place(trainer) is None) == fits
+    recover(root)
+    assert [path.name for path in root.iterdir()] == ["checkpoint-6"]
 
 
 def test_a_run_that_saves_nothing_needs_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
