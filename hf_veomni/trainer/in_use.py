@@ -3,7 +3,8 @@
 The rank that writes locks a file there while it trains. The lock is the system's and ends with the process, whatever
 ends that; a file that is left behind means nothing. It is a record lock: workers of a killed trainer, which outlive it
 by seconds, do not keep it, and network file systems know it across machines. A process has such a lock but once, and
-loses it with the first descriptor of the file that it closes, so it is counted here for several trainers of a process.
+loses it with the first descriptor of the file that it closes, so it is counted here for several trainers of a process,
+and taken again by `confirm`, since others close such descriptors, too: whoever copies the folder does.
 """
 
 from __future__ import annotations
@@ -51,8 +52,7 @@ def sole_use(folder: Path) -> Iterator[None]:
         OSError: the folder cannot be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found, owner = os.stat(folder), os.getpid()
-    key = found.st_dev, found.st_ino
+    key, owner = _key(folder), os.getpid()
     if key not in _held:
         _held[key] = _Held(_lock(folder / IN_USE))
     held = _held[key]
@@ -66,14 +66,40 @@ def sole_use(folder: Path) -> Iterator[None]:
             _release(held.descriptor, folder / IN_USE)
 
 
+def confirm(folder: Path) -> None:
+    """Have the lock still, or again, of a folder in `sole_use`.
+
+    Raises:
+        ValueError: another process has it by now.
+    """
+    held = _held[_key(folder)]
+    if held.descriptor is not None and (_is_lost(held.descriptor) or not _is_at(held.descriptor, folder / IN_USE)):
+        os.close(held.descriptor)
+        held.descriptor = None
+        held.descriptor = _lock(folder / IN_USE)
+
+
+def _key(folder: Path) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _is_lost(descriptor: int) -> bool:
+    """Whether another process has taken it; else it is ours again, where there are locks."""
+    try:
+        return not _try_lock(descriptor)
+    except OSError:
+        return False
+
+
 def _lock(path: Path) -> int | None:
     """The descriptor that holds the lock; None where there are no locks."""
     end = time.monotonic() + _WAIT
     while True:
         descriptor = None
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            if _try_lock(descriptor) and _is_at(descriptor, path):
+            descriptor = _open(path)
+            if descriptor is not None and _try_lock(descriptor) and _is_at(descriptor, path):
                 me = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M}"}
                 with suppress(OSError):  # a disk that is full
                     os.ftruncate(descriptor, 0)
@@ -85,7 +111,8 @@ def _lock(path: Path) -> int | None:
                 "`output_dir` at the same time, which would damage the checkpoints of both."
             )
             return descriptor
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
         if time.monotonic() > end:
             raise ValueError(
                 f"`output_dir` ('{path.parent}') is in use by another run ({_holder(path)}): two would remove each "
@@ -94,9 +121,26 @@ def _lock(path: Path) -> int | None:
         time.sleep(_PERIOD)
 
 
-def _try_lock(descriptor: int) -> bool:
+def _open(path: Path) -> int | None:
+    """None where it is another user's, whose process has it, or had: then it is removed."""
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError as refused:
+        try:
+            reading = os.open(path, os.O_RDONLY)
+        except OSError:
+            raise refused from None
+    try:
+        if _try_lock(reading, fcntl.LOCK_SH) and _is_at(reading, path):  # which keeps its owner from locking it
+            path.unlink()
+    finally:
+        os.close(reading)
+    return None
+
+
+def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    try:
+        fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
         return True
     except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as the system likes: another process has it
         return False
@@ -122,6 +166,6 @@ def _release(descriptor: int | None, path: Path) -> None:
     if descriptor is None:
         return
     with suppress(OSError):  # a disk that became read-only
-        if _is_at(descriptor, path):
+        if not _is_lost(descriptor) and _is_at(descriptor, path):
             path.unlink()
     os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +15,9 @@ from transformers import TrainerCallback
 from hf_veomni.checkpoint.manifest import find_damage
 from hf_veomni.trainer import in_use
 from hf_veomni.trainer.in_use import sole_use
+from tests.permissions import override_permissions
 from tests.ranks.training import Run
 
-_CAP_DAC_OVERRIDE = 1 << 1
-_CAPABILITIES_V3 = 0x20080522
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
 
 
@@ -31,30 +29,16 @@ def _trainer(folder: Path, **more: Any) -> Any:
     return OmniTrainer(model=run.model(), args=args, **run.data(), **more)
 
 
-def _override_permissions(wanted: bool) -> None:
-    """Whether root may write where the permissions of a folder say that nobody may. Of others it never is so."""
-    if os.geteuid() != 0:
-        return
-    libc, header, data = (
-        ctypes.CDLL(None, use_errno=True),
-        (ctypes.c_uint32 * 2)(_CAPABILITIES_V3, 0),
-        (ctypes.c_uint32 * 6)(),
-    )
-    assert libc.capget(header, data) == 0
-    data[0] = data[0] | _CAP_DAC_OVERRIDE if wanted else data[0] & ~_CAP_DAC_OVERRIDE
-    assert libc.capset(header, data) == 0, os.strerror(ctypes.get_errno())
-
-
 @contextmanager
 def _read_only(folder: Path) -> Iterator[None]:
     """Every rank calls it."""
     dist.barrier()
     folder.chmod(0o555)
-    _override_permissions(False)
+    override_permissions(False)
     try:
         yield
     finally:
-        _override_permissions(True)
+        override_permissions(True)
         dist.barrier()
         folder.chmod(0o755)
 
@@ -74,7 +58,7 @@ class _NowReadOnly(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
             Path(args.output_dir).chmod(0o555)
-            _override_permissions(False)
+            override_permissions(False)
 
 
 def _becomes_read_only(folder: Path, arguments: dict[str, Any]) -> None:
@@ -82,7 +66,7 @@ def _becomes_read_only(folder: Path, arguments: dict[str, Any]) -> None:
     try:
         trainer.train()
     finally:
-        _override_permissions(True)
+        override_permissions(True)
 
 
 def test_a_folder_that_cannot_be_made_is_named_on_every_rank(ranks, tmp_path):

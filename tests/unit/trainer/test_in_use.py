@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from hf_veomni.trainer import in_use
-from hf_veomni.trainer.in_use import IN_USE, sole_use
+from hf_veomni.trainer.in_use import IN_USE, confirm, sole_use
+from tests.permissions import permissions_count
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +125,49 @@ def test_the_file_of_another_run_is_left(tmp_path: Path) -> None:
         (tmp_path / IN_USE).unlink()
         (tmp_path / IN_USE).touch()
     assert (tmp_path / IN_USE).exists()
+
+
+def test_a_lock_that_a_copy_of_the_folder_drops_is_taken_again(tmp_path: Path) -> None:
+    with sole_use(tmp_path):
+        (tmp_path / IN_USE).read_bytes()  # closes a descriptor of the file
+        confirm(tmp_path)
+        assert not taken_by_another(tmp_path)
+        (tmp_path / IN_USE).unlink()
+        confirm(tmp_path)
+        assert not taken_by_another(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_another_run_has_got_meanwhile_is_told(tmp_path: Path) -> None:
+    with sole_use(tmp_path):
+        (tmp_path / IN_USE).read_bytes()
+        with another_process(tmp_path) as other, pytest.raises(ValueError, match=f"in use by .*process {other} on"):
+            confirm(tmp_path)
+    with sole_use(tmp_path):  # not removed with the lock of the other one, nor kept
+        pass
+
+
+def test_the_file_of_another_run_that_has_the_lock_is_left(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        with sole_use(tmp_path):
+            (tmp_path / IN_USE).read_bytes()
+            stack.enter_context(another_process(tmp_path))
+        assert not taken_by_another(tmp_path)
+
+
+def test_a_file_that_another_user_left_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / IN_USE).touch(0o444)
+    with permissions_count(), sole_use(tmp_path):
+        assert not taken_by_another(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_another_user_is_in_use_while_that_one_trains(tmp_path: Path) -> None:
+    with another_process(tmp_path) as other:
+        (tmp_path / IN_USE).chmod(0o444)
+        with permissions_count(), pytest.raises(ValueError, match=f"in use by another run .process {other} on"):
+            with sole_use(tmp_path):
+                pass
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
