@@ -23,7 +23,7 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 STAGING = ".incomplete"
-REMOVED = ".removed-"  # and something random: checkpoints whose disk is to be freed
+REMOVED = "_removed-"  # and something random: checkpoints whose disk is to be freed, which Trainer does not upload
 _THREADS = 8  # hashing leaves the interpreter free; large models lie in several files
 Digest = tuple[int, str]  # bytes and SHA-256 of a file
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -35,20 +34,18 @@ from hf_veomni.checkpoint import (
     writes_whole,
 )
 from hf_veomni.checkpoint.convert import WEIGHTS_DIRECTORY, describe_adapters, describe_model
-from hf_veomni.checkpoint.manifest import STAGING, recover
+from hf_veomni.checkpoint.manifest import STAGING
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.require import override
 from hf_veomni.mesh import is_prepared
 from hf_veomni.trainer.folders import (
     OPTIMIZER_DIRECTORY,
     check_checkpoint,
-    free_removed,
     last_complete_checkpoint,
-    later_checkpoints,
-    rotate,
     saves,
+    tell_of_later_ones,
 )
-from hf_veomni.trainer.in_use import sole_use
+from hf_veomni.trainer.held_folders import HeldFolders
 from hf_veomni.trainer.position import Position, Reading
 from hf_veomni.trainer.saving import CheckpointSaver
 
@@ -99,6 +96,7 @@ class CheckpointingMixin(_Trainer):
     """
 
     _saver: CheckpointSaver | None = None
+    _folders: HeldFolders | None = None
     _staging: Path | None = None  # in place of the run's directory while a checkpoint is written
     _resumed: Position | None = None  # where the checkpoint stands that this `train` goes on from
     _batches_per_epoch = 0  # of each data rank
@@ -140,7 +138,9 @@ class CheckpointingMixin(_Trainer):
         written = self._saver.finish()
         with together(f"Cleaning up '{root}'"):
             if self.args.should_save:
-                recover(root)
+                self._folders = self._folders or HeldFolders()
+                self._folders.hold(root)
+                self._folders.clean()
         if written is not None:
             self._rotate(written, beside=True)
         self._saver.begin()
@@ -183,10 +183,9 @@ class CheckpointingMixin(_Trainer):
 
     def _rotate(self, written: Path, beside: bool = False) -> None:
         with together(f"Removing checkpoints of '{written.parent}'"):
-            if self.args.should_save:
+            if self._folders is not None:  # on the rank that writes
                 best = self.state.best_model_checkpoint
-                if rotate(written.parent, self.args.save_total_limit, written, best, beside) and beside:
-                    free_removed(written.parent)
+                self._folders.rotate(written, self.args.save_total_limit, best, beside)
 
     def _finish_save(self) -> None:
         """Wait for what is written beside training. Collective, if something is."""
@@ -243,29 +242,37 @@ class CheckpointingMixin(_Trainer):
                 super()._load_rng_state(checkpoint)
 
     @override
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Trainer's `train`. With `resume_from_checkpoint=True`, from the newest checkpoint that is complete.
 
         Raises:
             ValueError: another run trains into `output_dir`; no complete checkpoint there, or one from which this run
                 would not go on with the next rows; on every rank.
         """
-        with ExitStack() as held:
+        try:
             with together("Looking whether `output_dir` is in use"):
-                if self.args.should_save and self._changes_folder(resume_from_checkpoint):
-                    held.enter_context(sole_use(Path(self.args.output_dir)))
+                if self.args.should_save:
+                    self._hold_folders(resume_from_checkpoint, trial)
             checkpoint = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
             self._resumed = None if checkpoint is None else self._find_position(Path(checkpoint))
-            try:
-                return super().train(checkpoint, *args, **kwargs)
-            finally:
-                if self._saver is not None:
-                    self._saver.close()
-                    self._saver = self._beside = None
+            return super().train(checkpoint, trial, *args, **kwargs)
+        finally:
+            saver, folders, self._saver, self._folders, self._beside = self._saver, self._folders, None, None, None
+            with ExitStack() as ending:
+                for used in (folders, saver):  # first the saver, which may write still
+                    if used is not None:
+                        ending.callback(used.close)
 
-    def _changes_folder(self, resume: str | bool | None) -> bool:
-        """Whether this `train` writes or cleans up in `output_dir`: a run that saves nothing leaves it to others."""
-        return resume is True or saves(self.args)
+    def _hold_folders(self, resume: str | bool | None, trial: object) -> None:
+        """Of this `train`: a run that saves nothing leaves `output_dir` to others, and trials of a search, which may
+        be other processes', have a folder each."""
+        self._folders = self._folders or HeldFolders()
+        if resume is True:
+            self._folders.hold(Path(self.args.output_dir))
+        if saves(self.args):
+            self._folders.hold(Path(self._get_output_dir(trial)))
 
     @override
     def _init_training_state(
@@ -329,29 +336,19 @@ class CheckpointingMixin(_Trainer):
         """Rank 0 looks, since it reads every file of the checkpoint."""
         found: list[str | None] = [None]
         with together("Looking for the checkpoint"):
-            if self.args.should_save and self._changes_folder(wanted):
-                recover(Path(self.args.output_dir))
+            if self._folders is not None:
+                self._folders.clean()
             if self.args.process_index == 0:
                 if wanted is True:
                     found = [str(last_complete_checkpoint(self.args.output_dir, contents=True))]
                 else:
                     check_checkpoint(Path(str(wanted)))
                     found = [str(wanted)]
-                    self._tell_of_later_ones(Path(str(wanted)))
+                    tell_of_later_ones(Path(str(wanted)), self.args.output_dir)
         if self.parallel_state.world_size > 1:
             dist.broadcast_object_list(found, src=0)
         assert found[0] is not None
         return found[0]
-
-    def _tell_of_later_ones(self, checkpoint: Path) -> None:
-        if Path(os.path.abspath(checkpoint)).parent != Path(os.path.abspath(self.args.output_dir)):
-            return
-        if later := [found.name for found in later_checkpoints(checkpoint)]:
-            logger.warning(
-                f"'{checkpoint}' is gone on from, and {', '.join(later)} of a later step lie beside it: this run "
-                "leaves them behind. `resume_from_checkpoint=True` takes them while they are there; with "
-                "`save_total_limit` they are removed before what this run writes."
-            )
 
     @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

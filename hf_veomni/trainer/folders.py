@@ -9,8 +9,8 @@ import re
 import shutil
 import socket
 import tempfile
-import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from hf_veomni.checkpoint import together
 from hf_veomni.checkpoint.foreign import foreign_training
-from hf_veomni.checkpoint.manifest import MANIFEST, REMOVED, find_damage, remove_aside
+from hf_veomni.checkpoint.manifest import MANIFEST, REMOVED, find_damage
 from hf_veomni.errors import UnsupportedError
 
 logger = logging.get_logger(__name__)
@@ -173,20 +173,30 @@ def later_checkpoints(checkpoint: Path) -> list[Path]:
     return [found for found in later if _damage(found) is None]
 
 
-def rotate(
-    root: Path, limit: int | None, written: Path, best: str | os.PathLike[str] | None, beside: bool = False
-) -> list[Path]:
-    """Remove checkpoints until `limit` are left: damaged ones first, then those of later steps, the last one first,
-    which a run that went back to an earlier one has left behind, then the earliest steps.
+def tell_of_later_ones(checkpoint: Path, output_dir: str | os.PathLike[str]) -> None:
+    """Warn where a run goes on from `checkpoint` of its own folder, and later ones lie beside it."""
+    if Path(os.path.abspath(checkpoint)).parent != Path(os.path.abspath(output_dir)):
+        return
+    if later := [found.name for found in later_checkpoints(checkpoint)]:
+        logger.warning(
+            f"'{checkpoint}' is gone on from, and {', '.join(later)} of a later step lie beside it: this run "
+            "leaves them behind. `resume_from_checkpoint=True` takes them while they are there; with "
+            "`save_total_limit` they are removed before what this run writes."
+        )
+
+
+def put_surplus_aside(root: Path, limit: int | None, written: Path, best: str | os.PathLike[str] | None) -> list[Path]:
+    """Take checkpoints away until `limit` are left: damaged ones first, then those of later steps, the last one first,
+    which a run that went back to an earlier one has left behind, then the earliest steps. `remove_aside` frees their
+    disk; a kill in between leaves no half of one.
 
     Args:
         limit: `save_total_limit`; None or 0 keeps all.
         written: the one just written, which stays whatever its step is.
         best: the best one, which stays too.
-        beside: only put them aside, for `free_removed`; a kill leaves no half of one.
 
     Returns:
-        What was removed.
+        The surplus. What cannot be moved, as one that its owner has write-protected, stays, with a warning.
     """
     found = _checkpoints(root)
     kept = {written.name, *([Path(best).name] if best is not None else [])}
@@ -198,18 +208,23 @@ def rotate(
 
     removable = sorted((c for c in found if c.name not in kept), key=order)
     surplus = removable[: max(0, len(found) - limit)] if limit and limit > 0 else []
-    if not beside:
-        for checkpoint in surplus:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-    elif surplus:
-        removed = Path(tempfile.mkdtemp(prefix=REMOVED, dir=root))
-        for checkpoint in surplus:
-            checkpoint.rename(removed / checkpoint.name)
+    for checkpoint in surplus:
+        _put_aside(checkpoint)
     return surplus
 
 
-def free_removed(root: Path) -> threading.Thread:
-    """Free the disk of what `rotate` has put aside, in a thread: it takes as long as a copy of it in memory."""
-    thread = threading.Thread(target=remove_aside, args=(root,))
-    thread.start()  # not a daemon: the interpreter waits for it at its end
-    return thread
+def _put_aside(checkpoint: Path) -> None:
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=REMOVED, dir=checkpoint.parent))
+        checkpoint.rename(aside / checkpoint.name)
+    except OSError as error:
+        if not isinstance(error, PermissionError):  # a full disk, or a layer of a container that knows no such move
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        if checkpoint.exists():
+            _tell_that_it_stays(checkpoint, error.strerror or str(error))
+
+
+@cache
+def _tell_that_it_stays(checkpoint: Path, why: str) -> None:
+    """Once, not at each save."""
+    logger.warning(f"'{checkpoint}' is one more than `save_total_limit`, but cannot be removed ({why}): it stays.")

@@ -66,17 +66,20 @@ def sole_use(folder: Path) -> Iterator[None]:
             _release(held.descriptor, folder / IN_USE)
 
 
-def confirm(folder: Path) -> None:
-    """Have the lock still, or again, of a folder in `sole_use`.
+def confirm(folder: Path) -> bool:
+    """Have the lock still, or again, of a folder in `sole_use`. False where that folder is gone, or is another one.
 
     Raises:
         ValueError: another process has it by now.
     """
-    held = _held[_key(folder)]
+    held = _held.get(_key(folder)) if folder.is_dir() else None
+    if held is None:
+        return False
     if held.descriptor is not None and (_is_lost(held.descriptor) or not _is_at(held.descriptor, folder / IN_USE)):
         os.close(held.descriptor)
         held.descriptor = None
         held.descriptor = _lock(folder / IN_USE)
+    return True
 
 
 def _key(folder: Path) -> tuple[int, int]:

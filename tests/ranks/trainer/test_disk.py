@@ -157,13 +157,13 @@ def test_a_damaged_file_is_named_on_every_rank(ranks, tmp_path):
 
 
 def _cannot_remove(folder: Path, arguments: dict[str, Any]) -> None:
-    from hf_veomni.trainer import checkpointing
+    from hf_veomni.trainer import held_folders
 
     def refuse(*args: Any) -> None:
         raise OSError("Stale file handle")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpointing, "rotate", refuse)
+        patch.setattr(held_folders, "put_surplus_aside", refuse)
         _trainer(folder, arguments=arguments).train()
 
 

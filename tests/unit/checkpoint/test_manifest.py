@@ -15,14 +15,23 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from hf_veomni.checkpoint import manifest
-from hf_veomni.checkpoint.manifest import MANIFEST, STAGING, find_damage, publish, recover, write_manifest
+from hf_veomni.checkpoint.manifest import (
+    MANIFEST,
+    STAGING,
+    find_damage,
+    publish,
+    recover,
+    remove_aside,
+    write_manifest,
+)
+from hf_veomni.trainer import folders
 from hf_veomni.trainer.folders import (
     check_checkpoint,
-    free_removed,
     last_complete_checkpoint,
     later_checkpoints,
-    rotate,
+    put_surplus_aside,
 )
+from tests.permissions import permissions_count
 
 # Calls that change what is on the disk, or order it.
 _CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")
@@ -159,7 +168,7 @@ def test_rotation_keeps_what_is_whole_and_the_best(
         damage(tmp_path / f"checkpoint-{step}", "truncated")
     before = names(tmp_path)
     kept = None if best is None else str(tmp_path / f"checkpoint-{best}")
-    removed = rotate(tmp_path, limit, tmp_path / f"checkpoint-{written}", kept)
+    removed = put_surplus_aside(tmp_path, limit, tmp_path / f"checkpoint-{written}", kept)
     assert names(tmp_path) == left
     assert {entry.name.removeprefix("checkpoint-") for entry in removed} == before - left
 
@@ -169,15 +178,49 @@ def test_disk_is_freed_beside_training(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         save(tmp_path, step, "a")
     for limit, left in ((3, {"4", "6", "8"}), (1, {"8"})):
-        rotate(tmp_path, limit, tmp_path / "checkpoint-8", None, beside=True)
+        put_surplus_aside(tmp_path, limit, tmp_path / "checkpoint-8", None)
         assert names(tmp_path) == left
         aside = [path for entry in tmp_path.iterdir() if entry.name not in left for path in entry.iterdir()]
         assert {path.name for path in aside} >= ({"checkpoint-2"} if limit == 3 else {"checkpoint-4", "checkpoint-6"})
         if limit == 3:
-            free_removed(tmp_path).join()
+            remove_aside(tmp_path)
             assert len(list(tmp_path.iterdir())) == 3
     assert not recover(tmp_path)  # of a run that was killed before it had freed them
     assert {entry.name for entry in tmp_path.iterdir()} == {"checkpoint-8"}
+
+
+def test_a_checkpoint_that_is_write_protected_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (2, 4, 6):
+        save(tmp_path, step, "a")
+    (tmp_path / "checkpoint-2").chmod(0o555)
+    monkeypatch.setattr(folders.logger, "propagate", True, raising=False)
+    with permissions_count(), caplog.at_level("WARNING"):
+        for limit, left in ((2, {"2", "4", "6"}), (1, {"2", "6"})):
+            put_surplus_aside(tmp_path, limit, tmp_path / "checkpoint-6", None)
+            remove_aside(tmp_path)
+            assert {entry.name.removeprefix("checkpoint-") for entry in tmp_path.iterdir()} == left
+    assert find_damage(tmp_path / "checkpoint-2", contents=True) is None
+    assert caplog.text.count("checkpoint-2' is one more than `save_total_limit`, but cannot be removed (Perm") == 1
+
+
+def test_a_checkpoint_that_cannot_be_moved_is_removed_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a layer of a container, or with a disk that has no space for another folder."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    for owner, name in ((Path, "rename"), (folders.tempfile, "mkdtemp")):
+        save(tmp_path, 2, "a")
+        save(tmp_path, 4, "a")
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            put_surplus_aside(tmp_path, 1, tmp_path / "checkpoint-4", None)
+        remove_aside(tmp_path)
+        assert {entry.name for entry in tmp_path.iterdir()} == {"checkpoint-4"}
 
 
 def test_later_checkpoints_are_whole_ones_beside_it(tmp_path: Path) -> None:

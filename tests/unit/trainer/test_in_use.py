@@ -5,18 +5,24 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
+from transformers.trainer_utils import HPSearchBackend
 
-from hf_veomni.trainer import in_use
+from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments, held_folders, in_use
+from hf_veomni.trainer.held_folders import HeldFolders
 from hf_veomni.trainer.in_use import IN_USE, confirm, sole_use
 from tests.permissions import permissions_count
+from tests.ranks.training import Run
 
 
 @pytest.fixture(autouse=True)
@@ -130,10 +136,10 @@ def test_the_file_of_another_run_is_left(tmp_path: Path) -> None:
 def test_a_lock_that_a_copy_of_the_folder_drops_is_taken_again(tmp_path: Path) -> None:
     with sole_use(tmp_path):
         (tmp_path / IN_USE).read_bytes()  # closes a descriptor of the file
-        confirm(tmp_path)
+        assert confirm(tmp_path)
         assert not taken_by_another(tmp_path)
         (tmp_path / IN_USE).unlink()
-        confirm(tmp_path)
+        assert confirm(tmp_path)
         assert not taken_by_another(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -182,3 +188,76 @@ def test_a_file_system_without_locks_is_told(
     with caplog.at_level("WARNING"), sole_use(tmp_path):
         pass
     assert f"cannot be locked ({os.strerror(number)})" in caplog.text
+
+
+def _trainer(folder: Path, **arguments: Any) -> OmniTrainer:
+    run = Run()
+    arguments = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "output_dir": str(folder)} | arguments
+    return OmniTrainer(model=run.model(), args=OmniTrainingArguments(**run.all_arguments(**arguments)), **run.data())
+
+
+class _Watching(TrainerCallback):
+    """Whether another run gets the folder when a checkpoint has been saved, for each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.free = folder, list[bool]()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = True
+        if (path := self.folder / IN_USE).exists():
+            path.read_bytes()  # drops the lock
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.free.append(taken_by_another(self.folder))
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_whoever_saves_has_the_folder_whatever_asked_for_it(tmp_path: Path, strategy: str) -> None:
+    """A callback that asks for a checkpoint, and a copy of the folder that has dropped the lock."""
+    trainer, watching = _trainer(tmp_path, save_strategy=strategy, max_steps=2), _Watching(tmp_path)
+    trainer.add_callback(watching)
+    trainer.train()
+    assert watching.free == [False, False]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_trials_of_a_search_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several processes share a search, and its folder."""
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: {})  # which asks packages of searches
+    trainer, trial = _trainer(tmp_path), SimpleNamespace(number=3, params={})
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: {}
+    with another_process(tmp_path):
+        trainer.train(None, trial)  # type: ignore[arg-type]
+    assert (tmp_path / "run-3" / "checkpoint-1").is_dir()
+    with another_process(tmp_path / "run-3"), pytest.raises(ValueError, match=r"run-3'\) is in use by another run"):
+        trainer.train(trial=trial)  # type: ignore[arg-type]
+
+
+def test_a_folder_is_free_when_its_old_checkpoints_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are removed beside training, and one save waits for the removal of the one before it."""
+    freed: list[bool] = []
+
+    def free_slowly(root: Path) -> None:
+        time.sleep(0.3)
+        freed.append(taken_by_another(root))
+
+    monkeypatch.setattr(held_folders, "remove_aside", free_slowly)
+    folders = HeldFolders()
+    folders.hold(tmp_path)
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        folders.rotate(tmp_path / f"checkpoint-{step}", 1, None, beside=True)
+        assert len(freed) == max(0, step - 2)
+    folders.close()
+    assert freed == [False, False] and taken_by_another(tmp_path)
+
+
+def test_a_folder_that_was_removed_meanwhile_is_made_again(tmp_path: Path) -> None:
+    folders, folder = HeldFolders(), tmp_path / "run"
+    folders.hold(folder)
+    shutil.rmtree(folder)
+    (tmp_path / "another").mkdir()  # which may get its number
+    folders.hold(folder)
+    assert not taken_by_another(folder)
+    folders.close()
+    assert taken_by_another(folder)
