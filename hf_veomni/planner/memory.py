@@ -8,7 +8,7 @@ layers keep for their backward, the operations of the layer that runs (`program`
     layer       a layer's backward: its own parameters and those of the one before it on their way, and the gradients
                 of the one behind it in their reduction. The last layer, where most is kept; the one before it; the
                 first, where most gradients are
-    reduction   a layer's gradients, and their copy in the reduction
+    reduction   gradients of a layer, or of the embeddings, and their copies in the reduction
     embedding   the gradient of the embeddings, over the full sequence
     optimizer   all gradients
 """
@@ -112,8 +112,8 @@ class _Step:
         """
         self.shape, self.layout, self.job = shape, layout, job
         self.trained = job.lora is None
-        self.grown = job.reduced / (B16 if self.trained else job.adapter)  # of gradients in their reduction
-        self.sharded = layout.fsdp > 1
+        self.size = B16 if self.trained else job.adapter  # of an element of a full gradient
+        self.wrapped, self.sharded = layout.stage > 1, layout.fsdp > 1
         self.flights = 2 if layout.overlap == "pairs" else 1  # sequences at once
         self.tokens = layout.sequence(job)
         self.stream = self.flights * self.tokens * shape.width * B16
@@ -134,6 +134,9 @@ class _Step:
         self.parameters = local * job.stored + (0 if self.trained else extra * job.trained)
         self.optimizer, self.gradients = 2 * trained * job.trained, trained * job.trained
         self.accumulated = self.gradients if layout.accumulation(job) > self.flights else 0
+        # Until the backward's end FSDP2 holds what an all-reduce has worked on, where it is not the gradient itself.
+        holds = layout.replicate > 1 and (job.reduced != job.trained or self.accumulated > 0)
+        self.after_all_reduce = job.reduced / job.trained if holds else 0.0
         # Until the end there are the last norm's output, of the head's call, tied embeddings with their gradient, and
         # frozen embeddings of the full sequence, which checkpointing has been given.
         tables = 2 * self.flights * self.tokens * shape.attention.rotated * B16  # of the rotary embeddings
@@ -154,7 +157,15 @@ class _Step:
         return self.stream + self.flights * routes
 
     def _reduced(self, size: int) -> int:
-        return round(size * self.grown)
+        """Full gradients of so many bytes as a reduction takes them."""
+        return size // self.size * self.job.reduced
+
+    def _reduction(self, size: int, ranks: int) -> int:
+        """What a reduction needs beside these gradients: their copy; or, without them, this and what comes out of it,
+        which on few ranks is more."""
+        copy, job = self._reduced(size), self.job
+        own = size // self.size * job.trained if job.trained != job.reduced else 0
+        return max(copy, copy + (copy + own) // ranks - size)
 
     def moments(self) -> Iterator[tuple[str, dict[str, int]]]:
         if self.shape.ends:
@@ -164,7 +175,7 @@ class _Step:
         for index in self._edges():
             yield from self._layer(index)
         if self.trained and self.shape.embeds:
-            yield "embedding", self._embedding()
+            yield from self._embedding()
         yield "optimizer", {"gradients": self.gradients}
 
     def _edges(self) -> list[int]:
@@ -186,8 +197,15 @@ class _Step:
         """Gradients on this rank once the backward is through the head and so many layers."""
         if self.accumulated:
             return self.accumulated
+        return self._backward_gradients(layers)
+
+    def _backward_gradients(self, layers: int) -> int:
+        """Of these, what this micro-batch's backward has made."""
         head = 0 if self.tied or not self.trained else self.head // self.layout.fsdp * self.job.trained // B16
         return head + self.behind[layers]
+
+    def _all_reduced(self, layers: int) -> int:
+        return round(self.after_all_reduce * self._backward_gradients(layers))
 
     def _loss(self) -> dict[str, int]:
         last = self.units[self.order[-1]]
@@ -196,7 +214,7 @@ class _Step:
             "activations": self._below(len(self.order)) + self.held - self.stream + normed,
             "loss": self.stream // B16 * (B32 + B16) + self._block(),
             "gradients": self.accumulated + self.flights * (self.head if self.trained else 0),
-            "gathered": self.head if self.sharded else 0,
+            "gathered": self.head if self.wrapped else 0,
             "communication": last.both if self.sharded else 0,
         }
 
@@ -206,7 +224,7 @@ class _Step:
             "activations": self._below(len(self.order)) + self.held + self.stream // B16 * B32,
             "loss": 2 * self.stream + self._block(),
             "gradients": self.accumulated,
-            "gathered": self.head if self.sharded else 0,
+            "gathered": self.head if self.wrapped else 0,
             "communication": self.head if self.sharded else 0,
         }
 
@@ -218,7 +236,7 @@ class _Step:
         return {
             "activations": below + self.flights * live.activations,
             "communication": self.flights * live.communication + (unit if self.sharded else 0),
-            "gathered": unit + self.tied if self.sharded else 0,
+            "gathered": unit + self.tied if self.wrapped else 0,
             "gradients": self.accumulated,
         }
 
@@ -231,21 +249,22 @@ class _Step:
     def _layer(self, index: int) -> Iterator[tuple[str, dict[str, int]]]:
         """Moments of the backward of a layer."""
         kind = self.order[index]
-        unit, walk, sharded, flights = self.units[kind], self.walks[kind], self.sharded, self.flights
+        unit, walk, flights = self.units[kind], self.walks[kind], self.flights
         below = self._below(index) + self.held
         if index + 1 == len(self.order):
             behind = 0 if self.tied or not self.trained else self._reduced(self.head)
         else:
             behind = self._reduced(self.units[self.order[index + 1]].trained)
         gradients = self._sharded_gradients(len(self.order) - 1 - index)
-        ahead = self.units[self.order[index - 1]].both if index else self.root
+        reduced = self._all_reduced(len(self.order) - 1 - index)
+        ahead = (self.units[self.order[index - 1]].both if index else self.root) if self.sharded else 0
 
         def moment(live: Live, gathered: int, sent: int, name: str = "layer") -> tuple[str, dict[str, int]]:
             again = self.stream if self.layout.checkpointing else 0
             return name, {
                 "activations": below + live.activations + again,
-                "communication": live.communication + (sent if sharded else 0),
-                "gathered": gathered + self.tied if sharded else 0,
+                "communication": live.communication + (reduced + sent if self.wrapped else 0),
+                "gathered": gathered + self.tied if self.wrapped else 0,
                 "gradients": gradients + live.gradients + flights * (self.tied if self.trained else 0),
             }
 
@@ -259,14 +278,14 @@ class _Step:
                 yield moment(both.beside(live), unit.both + held.whole, ahead + held.reduced)
         yield from (moment(live, unit.both, ahead + behind) for live in walk.first)
         if unit.experts:
-            experts = self._reduced(unit.experts_trained)
+            experts, ranks = self._reduced(unit.experts_trained), self.layout.efsdp
             left = min(walk.first, key=lambda live: live.activations)
             full = Live(left.activations, 0, unit.experts_trained)
-            yield moment(full, unit.whole, ahead + experts, "reduction")
+            yield moment(full, unit.whole, ahead + self._reduction(unit.experts_trained, ranks), "reduction")
             behind = experts or behind
         yield from (moment(live, unit.whole, ahead + behind) for live in walk.second)
         full = Live(self.stream // flights, 0, unit.trained)
-        yield moment(full, 0, ahead + self._reduced(unit.trained), "reduction")
+        yield moment(full, 0, ahead + self._reduction(unit.trained, self.layout.fsdp), "reduction")
 
     def _behind(self, index: int) -> tuple[Live, _Held]:
         """What the first of two sequences still has of the layer behind, when the second one is through it, and what
@@ -279,16 +298,20 @@ class _Step:
         sent = self._reduced(unit.experts_trained or after)
         return rest._replace(gradients=unit.trained), _Held(unit.whole, sent)
 
-    def _embedding(self) -> dict[str, int]:
+    def _embedding(self) -> Iterator[tuple[str, dict[str, int]]]:
         """The gradient of the hidden states of all tokens of the sequence, and that of the embeddings."""
-        root = self.tied or self.root
+        root, layers = self.tied or self.root, len(self.order)
         first = self._reduced(self.units[self.order[0]].trained)
-        return {
+        sizes = {
             "activations": self.layout.sp * self.stream + self.held + self.waiting,
-            "gradients": self._sharded_gradients(len(self.order)) + self.flights * root,
-            "gathered": root if self.sharded else 0,
-            "communication": max(self._reduced(root), first) if self.sharded else 0,
+            "gradients": self._sharded_gradients(layers) + self.flights * root,
         }
+        if not self.wrapped:
+            yield "embedding", sizes
+            return
+        reduced = self._all_reduced(layers)
+        yield "embedding", {**sizes, "gathered": root, "communication": reduced + max(self._reduced(root), first)}
+        yield "reduction", {**sizes, "communication": reduced + self._reduction(root, self.layout.fsdp)}
 
 
 def stages_of(shape: Shape, layout: Layout, job: Job) -> list[Memory]:
