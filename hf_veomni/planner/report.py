@@ -22,6 +22,9 @@ _COLORS: dict[str, str] = dict(
     )
 )
 
+# Said wherever figures of a model with encoders are: what these take depends on the images of a batch.
+WITHOUT_ENCODERS = "Activations of encoders are not in it."
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -43,6 +46,7 @@ def to_dict(plans: Plans, count: int | None = None) -> dict[str, Any]:
         "lora": job.lora,
         "mixed_precision": job.mixed,
         "fp32": job.fp32,
+        "notes": [WITHOUT_ENCODERS] if plans.shape.encoders else [],
         "layouts": len(plans.entries),
         "fitting": len(plans.fitting),
         "entries": [_entry(plans, entry) for entry in plans.entries[:count]],
@@ -83,7 +87,8 @@ def render(plans: Plans, count: int = 10) -> Iterable[RenderableType]:
     job, world = plans.job, plans.world_size
     title = f"{plans.shape.name}, {plans.shape.total / 1e9:.1f}B, {world} x {plans.device.name}, {job.context} tokens"
     fitting = plans.fitting
-    table = Table(title=f"{title}\n{len(fitting)} of {len(plans.entries)} layouts fit")
+    notes = f"{WITHOUT_ENCODERS} `dry_run` with an `image_batch` has them." if plans.shape.encoders else None
+    table = Table(title=f"{title}\n{len(fitting)} of {len(plans.entries)} layouts fit", caption=notes)
     axes = ("sp", "ep", "fsdp", *(["pp", "bubble"] if any(e.layout.pp > 1 for e in fitting[:count]) else []))
     for column in ("plan", "ckpt", "GiB", "tokens/s/device", "MFU %", "step s", f"exposed s: {axes[0]}", *axes[1:]):
         table.add_column(column, **_column(column))
@@ -219,7 +224,7 @@ def accelerate_config(
     lines = wrap(f"{world} x {device.name}: {entry.layout.plan}.", 115)
     lines += wrap(f"For: {about}.", 115) + wrap(estimate, 115)
     if plans.shape.encoders:
-        lines += ["Activations of encoders are not in it."]
+        lines += [WITHOUT_ENCODERS]
     if machines > 1:
         lines += ["", "On every node, with its own rank and the address of node 0:"]
         lines += [f"  accelerate launch --config_file {path} \\"]

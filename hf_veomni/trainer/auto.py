@@ -41,6 +41,11 @@ def choose_plan(args: Any, model: object, dataset: object, peft_config: object =
     """
     with together("Choosing a plan"):
         plans = _plan(args, model, dataset, peft_config)
+        if plans.shape.encoders:
+            raise UnsupportedError(
+                f"`plan` ('{args.plan}') has no formulas for activations of encoders, and {plans.shape.name} has "
+                f"{plans.shape.encoders:,} parameters of these: name a plan; a dry run of an `image_batch` checks it."
+            )
         found = next((e for e in plans.fitting if e.layout.checkpointing or not args.activation_checkpointing), None)
         best = plans.best if found is None else found
     check_same_value("plan", str(best.layout))

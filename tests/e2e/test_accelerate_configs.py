@@ -119,8 +119,8 @@ def test_files_of_jobs_are_the_planners_choice() -> None:
         assert re.search(r"Estimated by (a dry run of the step|`hf-veomni plan`).*, not measured", text, flags=re.S)
     known = make["known_dry_runs"]()
     for job in make["JOBS"]:
-        best, found = make["plans_of"](job).best, known.get(job.name)
-        assert best.fits
+        best, found = make["entry_of"](job), known.get(job.name)
+        assert best.fits and best.layout.checkpointing >= job.checkpointing
         if found is not None:
             assert best.memory.total == pytest.approx(found["peak_bytes"], rel=0.05), job.name
 

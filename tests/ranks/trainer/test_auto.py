@@ -11,6 +11,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from hf_veomni.planner import find_device
+from tests.multimodal import qwen3_vl
 from tests.ranks.training import PackedRows, tiny_model
 
 
@@ -65,6 +66,11 @@ def with_adapters(**options: Any) -> Any:
     return get_peft_model(tiny_model().to(torch.bfloat16), LoraConfig(target_modules="all-linear", **options))
 
 
+def seeing() -> Any:
+    kind, config, _ = qwen3_vl()
+    return kind(config).to(torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("plan", "options", "message"),
     [
@@ -75,6 +81,7 @@ def with_adapters(**options: Any) -> Any:
         ("auto:h100-80gb", {"optim": "sgd"}, "`optim` .'sgd'.*torch's AdamW.*name a plan"),
         ("auto:h100-80gb", {"model": half_frozen()}, r"[\d,]+ frozen parameters.*name a plan"),
         ("auto:h100-80gb", {"model": with_adapters(modules_to_save=["lm_head"])}, "beside LoRA .`modules_to_save`"),
+        ("auto:h100-80gb", {"model": seeing()}, r"activations of encoders.*has [\d,]+ parameters.*name a plan"),
     ],
 )
 def test_refuses(tmp_path: Path, plan: str, options: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
     FNetConfig,
@@ -145,6 +147,21 @@ def test_tied_embeddings_beside_an_encoder() -> None:
     assert all(shape.tied for shape in shapes)
     alone, beside = (memory_of(shape, Layout(1, 8, 1, 1, True), Job(4096, 4096)).total for shape in shapes)
     assert alone < beside < alone + 20 * shapes[1].encoders
+
+
+def test_says_that_encoders_are_not_in_it() -> None:
+    vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 1, "out_hidden_size": 1024}
+    text = {"num_hidden_layers": 2, "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8}
+    text |= {"num_key_value_heads": 4, "head_dim": 128}
+    sees = Qwen3VLConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+    for config, notes in ((sees, True), (Qwen3Config(**text), False)):
+        plans = plan_layouts(config, 2, "h100-80gb", context=4096)
+        console = Console(record=True, width=200, file=io.StringIO())
+        console.print(next(iter(report.render(plans, 1))))
+        header = report.accelerate_config(plans, plans.best, "x")
+        texts = console.export_text(), header, *report.to_dict(plans)["notes"]
+        assert [report.WITHOUT_ENCODERS in text for text in texts] == [notes] * len(texts)
+        assert len(texts) == 2 + notes
 
 
 @pytest.mark.parametrize(
