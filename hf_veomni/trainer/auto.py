@@ -19,7 +19,7 @@ from hf_veomni.mesh import is_prepared
 from hf_veomni.planner import Device, Entry, Plans, find_device, identify_device, plan_layouts
 from hf_veomni.trainer.loaders import sample_sizes
 
-_ADAMW = ("adamw_torch", "adamw_torch_fused")
+_ADAMW = "adamw_torch_fused"  # unfused it makes a copy of the trained shard within its step
 
 
 def choose_plan(args: Any, model: object, dataset: object, peft_config: object = None) -> Entry:
@@ -37,7 +37,7 @@ def choose_plan(args: Any, model: object, dataset: object, peft_config: object =
     Raises:
         ValueError: no training set whose samples have lengths, ranks that see different devices.
         UnsupportedError: a device that is not in the table, a model that the formulas do not describe, another
-            optimizer than AdamW, parameters that are frozen or trained beside LoRA, nothing that fits.
+            optimizer than fused AdamW, parameters that are frozen or trained beside LoRA, nothing that fits.
     """
     with together("Choosing a plan"):
         plans = _plan(args, model, dataset, peft_config)
@@ -90,8 +90,8 @@ def _plan(args: Any, model: Any, dataset: object, peft_config: object) -> Plans:
 def _check_trained(args: Any, model: Any, adapters: Any) -> None:
     """Raise UnsupportedError where other things are trained, or otherwise, than the formulas have."""
     found = None
-    if str(getattr(args.optim, "value", args.optim)) not in _ADAMW:
-        found = f"`optim` ('{getattr(args.optim, 'value', args.optim)}'), and its formulas are for torch's AdamW"
+    if str(getattr(args.optim, "value", args.optim)) != _ADAMW:
+        found = f"`optim` ('{getattr(args.optim, 'value', args.optim)}'), and its formulas are for '{_ADAMW}'"
     elif adapters is None and isinstance(model, nn.Module) and not all(p.requires_grad for p in model.parameters()):
         frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
         found = f"{frozen:,} frozen parameters, and its formulas train all or LoRA"
