@@ -125,9 +125,13 @@ class Layout:
         return ceil(job.context / self.sp)
 
     def sequence(self, job: Job) -> int:
-        """Tokens on one rank of what runs at a time: under pairs without a second micro-batch half a sequence."""
-        halves = self.overlap == "pairs" and self.accumulation(job) == 1
-        return ceil(self.tokens(job) / 2) if halves else self.tokens(job)
+        """Tokens on one rank of what runs at a time: under pairs without a second micro-batch the larger half of a
+        sequence, which is cut between documents: the longer ones are taken to be of equal length."""
+        if self.overlap != "pairs" or self.accumulation(job) > 1:
+            return self.tokens(job)
+        documents = job.context // job.document
+        cuts = (count * job.document for count in {documents // 2, ceil(documents / 2)})
+        return ceil(min(max(cut, job.context - cut) for cut in cuts) / self.sp)
 
     def runs(self, job: Job) -> bool:
         """Whether it would run: pairs want a second micro-batch, or a sequence of several documents."""

@@ -33,6 +33,8 @@ from typer.testing import CliRunner
 from benchmarks.headline import even_split
 from hf_veomni import ParallelPlan, UnsupportedError
 from hf_veomni.cli import app
+from hf_veomni.data.halves import split_batch
+from hf_veomni.dryrun.run import text_batch
 from hf_veomni.flops import StepFlops
 from hf_veomni.planner import find_device, identify_device, known_devices, plan_layouts, report
 from hf_veomni.planner.layout import Job, Layout
@@ -182,6 +184,15 @@ def test_pairs_want_two_sequences() -> None:
     assert overlaps() == {"none", "chunks"}
     assert overlaps(document=4096) == overlaps(accumulation=2) == {"none", "chunks", "pairs"}
     assert overlaps(document=4096, without=["pairs"]) == {"none", "chunks"}
+
+
+@pytest.mark.parametrize("lengths", [[64] * 2, [64] * 5, [64, 64, 64, 64, 16], [64, 64, 64, 16]])
+def test_pairs_cut_between_documents(lengths: list[int]) -> None:
+    """The larger half is that of the Trainer's own cut."""
+    halves = split_batch(text_batch(lengths), 8)
+    assert halves is not None
+    layout, job = Layout(1, 8, 2, 1, True, "pairs"), Job(sum(lengths), 64)
+    assert 2 * layout.sequence(job) == max(half["input_ids"].shape[1] for half in halves)
 
 
 def test_pairs_hide_what_plain_exposes() -> None:
