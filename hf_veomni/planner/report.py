@@ -24,6 +24,11 @@ _COLORS: dict[str, str] = dict(
 
 # Said wherever figures of a model with encoders are: what these take depends on the images of a batch.
 WITHOUT_ENCODERS = "Activations of encoders are not in it."
+# The way out where the full weights do not fit a device.
+_BY_PARTS = (
+    "build the model on the meta device and shard it with `prepare_omni(model, plan, checkpoint=...)`, by which each "
+    "rank reads its own part (docs/accelerate.md)"
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -65,6 +70,8 @@ def _entry(plans: Plans, entry: Entry) -> dict[str, Any]:
         "peak": entry.memory.categories,
         "reserved_bytes": entry.reserved,
         "device_bytes": entry.memory.total + entry.reserved,
+        "loading_bytes": entry.loading + entry.reserved,
+        "loads": plans.loads(entry),
         "seconds": entry.time.seconds,
         "seconds_by_part": entry.time.parts,
         "hidden_seconds": entry.time.hidden,
@@ -87,17 +94,24 @@ def render(plans: Plans, count: int = 10) -> Iterable[RenderableType]:
     job, world = plans.job, plans.world_size
     title = f"{plans.shape.name}, {plans.shape.total / 1e9:.1f}B, {world} x {plans.device.name}, {job.context} tokens"
     fitting = plans.fitting
-    notes = f"{WITHOUT_ENCODERS} `dry_run` with an `image_batch` has them." if plans.shape.encoders else None
-    table = Table(title=f"{title}\n{len(fitting)} of {len(plans.entries)} layouts fit", caption=notes)
-    axes = ("sp", "ep", "fsdp", *(["pp", "bubble"] if any(e.layout.pp > 1 for e in fitting[:count]) else []))
-    for column in ("plan", "ckpt", "GiB", "tokens/s/device", "MFU %", "step s", f"exposed s: {axes[0]}", *axes[1:]):
+    table = Table(title=f"{title}\n{len(fitting)} of {len(plans.entries)} layouts fit")
+    shown = fitting[:count]
+    loading = not all(plans.loads(entry) for entry in shown)
+    captions = [f"{WITHOUT_ENCODERS} `dry_run` with an `image_batch` has them."] if plans.shape.encoders else []
+    if loading:
+        captions.append(f"A plan whose loading takes more than {plans.device.memory_gib} GiB: {_BY_PARTS}.")
+    table.caption = "\n".join(captions) or None
+    axes = ("sp", "ep", "fsdp", *(["pp", "bubble"] if any(e.layout.pp > 1 for e in shown) else []))
+    sizes = ("GiB", *(["loading"] if loading else []))
+    for column in ("plan", "ckpt", *sizes, "tokens/s/device", "MFU %", "step s", f"exposed s: {axes[0]}", *axes[1:]):
         table.add_column(column, **_column(column))
-    for entry in fitting[:count]:
+    for entry in shown:
         parts = entry.time.parts
         table.add_row(
             str(entry.layout.plan),
             "yes" if entry.layout.checkpointing else "",
             f"{(entry.memory.total + entry.reserved) / GIB:.1f}",
+            *([f"{(entry.loading + entry.reserved) / GIB:.1f}"] if loading else []),
             f"{entry.tokens_per_second / world:.0f}",
             f"{100 * plans.mfu(entry):.1f}",
             f"{entry.time.seconds:.2f}",
@@ -223,6 +237,10 @@ def accelerate_config(
     )
     lines = wrap(f"{world} x {device.name}: {entry.layout.plan}.", 115)
     lines += wrap(f"For: {about}.", 115) + wrap(estimate, 115)
+    loads = plans.loads(entry)
+    if not loads:
+        size = f"{entry.loading / GIB:.1f} GiB"
+        lines += wrap(f"Loaded whole, the model does not fit a device while it is sharded ({size}): {_BY_PARTS}.", 115)
     if plans.shape.encoders:
         lines += [WITHOUT_ENCODERS]
     if machines > 1:
@@ -231,6 +249,7 @@ def accelerate_config(
         lines += ["      --machine_rank RANK --main_process_ip ADDRESS --main_process_port 29500 script.py"]
     else:
         lines += ["", f"  accelerate launch --config_file {path} script.py"]
+    weights = "every rank loads the weights" if loads else "each rank reads its own part"
     head = "\n".join(f"# {line}".rstrip() for line in lines)
     return f"""{head}
 distributed_type: FSDP
@@ -239,7 +258,7 @@ num_machines: {machines}
 num_processes: {world}
 fsdp_config:
   fsdp_version: 2
-  fsdp_cpu_ram_efficient_loading: false  # every rank loads the weights; true leaves all but the first without
+  fsdp_cpu_ram_efficient_loading: false  # {weights}; true leaves all but the first without
 parallelism_config:
   parallelism_config_sp_backend: "{ACCELERATE_PREFIX}{_stated(entry)}"  # the plan
 """

@@ -32,6 +32,8 @@ class Entry:
     Attributes:
         reserved: bytes beside tensors, see `RESERVED_GIB`.
         over: bytes above what the device has; 0 or less fits.
+        loading: bytes of tensors while a model that was loaded whole is sharded: its weights, which `prepare_omni`
+            moves to the device first, and their shards.
         tokens_per_second: predicted, of all ranks.
     """
 
@@ -42,6 +44,7 @@ class Entry:
     over: int
     tokens_per_second: float
     exchanges: tuple[Exchange, ...]
+    loading: int
 
     @property
     def fits(self) -> bool:
@@ -89,6 +92,10 @@ class Plans:
         if found is None and layout not in layouts(self.shape, self.world_size):
             raise ValueError(f"'{layout}' is no layout of {self.world_size} ranks for {self.shape.name}.")
         return found or _entry(self.shape, layout, self.job, self.device)
+
+    def loads(self, entry: Entry) -> bool:
+        """Whether a model that was loaded whole can be sharded on the device; else each rank has to read its part."""
+        return entry.loading + entry.reserved <= round(self.device.memory_gib * GIB)
 
     def mfu(self, entry: Entry) -> float:
         """Model FLOPs over what the device could do by its data sheet, in the predicted time."""
@@ -166,9 +173,12 @@ def plan_layouts(
 
 def _entry(shape: Shape, layout: Layout, job: Job, device: Device) -> Entry:
     memory, time = memory_of(shape, layout, job), time_of(shape, layout, job, device)
-    sent = tuple(exchanges(cut_shape(shape, layout.pp)[min(1, layout.pp - 1)], layout, job))
+    stages = cut_shape(shape, layout.pp)
+    sent = tuple(exchanges(stages[min(1, layout.pp - 1)], layout, job))
     groups = len({exchange.axis for exchange in sent})
     reserved = round((RESERVED_GIB + groups * COMMUNICATOR_GIB) * GIB + FRAGMENTED * memory.total)
     over = memory.total + reserved - round(device.memory_gib * GIB)
     sequences = layout.data * layout.accumulation(job) if job.batch is None else job.batch
-    return Entry(layout, memory, time, reserved, over, sequences * job.context / time.seconds, sent)
+    whole = max(stage.total for stage in stages) * job.stored
+    loading = whole + (memory.categories["parameters"] if layout.stage > 1 else 0)
+    return Entry(layout, memory, time, reserved, over, sequences * job.context / time.seconds, sent, loading)

@@ -37,7 +37,8 @@ def choose_plan(args: Any, model: object, dataset: object, peft_config: object =
     Raises:
         ValueError: no training set whose samples have lengths, ranks that see different devices.
         UnsupportedError: a device that is not in the table, a model that the formulas do not describe, another
-            optimizer than fused AdamW, parameters that are frozen or trained beside LoRA, nothing that fits.
+            optimizer than fused AdamW, parameters that are frozen or trained beside LoRA, nothing that fits, also
+            while the full weights are sharded.
     """
     with together("Choosing a plan"):
         plans = _plan(args, model, dataset, peft_config)
@@ -46,8 +47,7 @@ def choose_plan(args: Any, model: object, dataset: object, peft_config: object =
                 f"`plan` ('{args.plan}') has no formulas for activations of encoders, and {plans.shape.name} has "
                 f"{plans.shape.encoders:,} parameters of these: name a plan; a dry run of an `image_batch` checks it."
             )
-        found = next((e for e in plans.fitting if e.layout.checkpointing or not args.activation_checkpointing), None)
-        best = plans.best if found is None else found
+        best = _best(args, plans)
     check_same_value("plan", str(best.layout))
     announce(
         f"`plan` ('{args.plan}') takes {best.layout}: by formulas {best.memory.total / 2**30:.1f} GiB of tensors and "
@@ -55,6 +55,21 @@ def choose_plan(args: Any, model: object, dataset: object, peft_config: object =
         f"{plans.device.name}."
     )
     return best
+
+
+def _best(args: Any, plans: Plans) -> Entry:
+    """The fastest that fits, in training and while it is made of the full model that the Trainer is given."""
+    fitting = [e for e in plans.fitting if e.layout.checkpointing or not args.activation_checkpointing]
+    best = fitting[0] if fitting else plans.best
+    found = next((entry for entry in fitting or [best] if plans.loads(entry)), None)
+    if found is None:
+        raise UnsupportedError(
+            f"`plan` ('{args.plan}') shards the model that it is given, whole, on each device of "
+            f"{plans.device.memory_gib} GiB, and of {plans.shape.name} that takes {best.loading / 2**30:.1f} GiB: "
+            "hand over a model that is built on the meta device and sharded with `prepare_omni(model, plan, "
+            f"checkpoint=...)`, and the same plan, such as '{best.layout.plan}' (docs/accelerate.md)."
+        )
+    return found
 
 
 def _plan(args: Any, model: Any, dataset: object, peft_config: object) -> Plans:

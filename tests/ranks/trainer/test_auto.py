@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig
 
+from hf_veomni import UnsupportedError
 from hf_veomni.planner import find_device
 from tests.multimodal import qwen3_vl
 from tests.ranks.training import PackedRows, tiny_model
@@ -38,6 +41,25 @@ def small_device(folder: Path) -> str:
     path = folder / "mine.yaml"
     path.write_text(yaml.safe_dump({**values, "intra_gbs": 1e6, "intra_us": 0.001}))
     return str(path)
+
+
+def choose(model: Any, dataset: Any, world_size: int = 2, **options: Any) -> Any:
+    """What ranks of a Trainer with these arguments would choose."""
+    from hf_veomni.trainer.auto import choose_plan
+
+    values = {"plan": "auto:h100-80gb", "world_size": world_size, "bf16": True, "optim": "adamw_torch"}
+    values |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "activation_checkpointing": False}
+    values |= {"token_budget": None, "length_column_name": "length", "device": torch.device("cpu")}
+    return choose_plan(SimpleNamespace(**values | options), model, dataset)
+
+
+def test_full_weights_fit_while_they_are_sharded() -> None:
+    """70B in bf16 are 131 GiB, which `prepare_omni` moves to each device of 79."""
+    sizes: dict[str, Any] = {"hidden_size": 8192, "intermediate_size": 28672, "num_key_value_heads": 8}
+    sizes |= {"num_attention_heads": 64, "dtype": "bfloat16"}
+    assert choose(LlamaConfig(**sizes, num_hidden_layers=30), PackedRows(8), 16).fits
+    with pytest.raises(UnsupportedError, match=r"`plan` .*takes 1\d\d.\d GiB: .*meta device.*`prepare_omni"):
+        choose(LlamaConfig(**sizes, num_hidden_layers=80), PackedRows(8), 16)
 
 
 def test_ranks_agree_on_the_planners_first(ranks, tmp_path: Path) -> None:

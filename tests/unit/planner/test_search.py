@@ -217,6 +217,31 @@ def test_batch_is_accumulated() -> None:
     assert entry.tokens_per_second == pytest.approx(32 * 8192 / entry.time.seconds)
 
 
+def test_full_weights_that_do_not_fit_are_said() -> None:
+    """`prepare_omni` moves all weights onto the device before it shards them, unless each rank reads its part."""
+    large = LlamaConfig(
+        **SIZES, hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8,
+        num_hidden_layers=80,
+    )  # fmt: skip
+    said = []
+    for config in (large, DENSE):
+        plans = plan_layouts(config, 16, "h100-80gb", context=16384)
+        for entry in plans.entries:
+            assert entry.loading >= plans.shape.total * 2 // entry.layout.pp
+            assert plans.loads(entry) is (entry.loading + entry.reserved <= plans.device.memory_gib * 2**30)
+        alone = next(entry for entry in plans.fitting if entry.layout.pp == 1)
+        assert alone.loading == plans.shape.total * 2 + alone.memory.categories["parameters"]
+        text = report.accelerate_config(plans, alone, "one.yaml")
+        console = Console(width=200, file=io.StringIO())
+        console.print(next(iter(report.render(plans))))
+        table = console.file.getvalue()  # type: ignore[attr-defined]
+        found = report.to_dict(plans)["entries"][plans.entries.index(alone)]
+        assert found["loading_bytes"] == alone.loading + alone.reserved
+        said.append(("checkpoint=" in text, "checkpoint=" in table, not found["loads"]))
+        assert ("every rank loads the weights" in text) is found["loads"]
+    assert said == [(True,) * 3, (False,) * 3]
+
+
 def test_own_device(tmp_path: Path) -> None:
     values = {k: v for k, v in vars(find_device("h100-80gb")).items() if k not in ("measured", "source", "name")}
     path = tmp_path / "mine.yaml"
