@@ -79,7 +79,7 @@ def _plan(args: Any, model: Any, dataset: object, peft_config: object) -> Plans:
         raise UnsupportedError(f"`plan` ('{args.plan}') needs `model`, not `model_init`: name a plan.")
     module = isinstance(model, nn.Module)
     config: Any = hf.base_model(model).config if module else load_config(model)
-    dtype = next(model.parameters()).dtype if module else getattr(config, "dtype", None) or torch.float32
+    dtype = next(model.parameters()).dtype if module else _loaded_dtype(args, config)
     adapters = next(iter(model.peft_config.values())) if isinstance(model, PeftModel) else peft_config
     if dtype != torch.bfloat16 and not args.bf16:
         raise UnsupportedError(
@@ -100,6 +100,18 @@ def _plan(args: Any, model: Any, dataset: object, peft_config: object) -> Plans:
         fp32=dtype != torch.bfloat16,
         without=("pp", "pairs"),  # which not every training takes: name them
     )
+
+
+def _loaded_dtype(args: Any, config: Any) -> torch.dtype:
+    """In which the trainer behind will load the model that it is given by name, as those of TRL do: fp32, unless their
+    arguments say otherwise. A Trainer of transformers has loaded its own by now."""
+    given = (getattr(args, "model_init_kwargs", None) or {}).get("dtype", "float32")
+    if given in (None, "auto"):
+        given = getattr(config, "dtype", None) or torch.float32
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"`dtype` ('{given}') of `model_init_kwargs` is no dtype of torch: use bfloat16 or float32.")
+    return found
 
 
 def _check_trained(args: Any, model: Any, adapters: Any) -> None:

@@ -53,13 +53,26 @@ def choose(model: Any, dataset: Any, world_size: int = 2, **options: Any) -> Any
     return choose_plan(SimpleNamespace(**values | options), model, dataset)
 
 
+@pytest.mark.parametrize(("init", "stored"), [(None, 4), ({"dtype": "auto"}, 2), ({"dtype": "bfloat16"}, 2)])
+def test_dtype_of_what_is_given_by_name(tmp_path: Path, init: dict[str, str] | None, stored: int) -> None:
+    """TRL loads a checkpoint in bf16 as fp32, unless `model_init_kwargs` say otherwise."""
+    from trl.trainer.utils import create_model_from_path
+
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = create_model_from_path(str(tmp_path), device_map=None, **(init or {}))
+    assert next(loaded.parameters()).dtype.itemsize == stored
+    best = choose(str(tmp_path), PackedRows(8), 1, model_init_kwargs=init)
+    assert best.memory.categories["parameters"] == stored * loaded.num_parameters()
+
+
 def test_full_weights_fit_while_they_are_sharded() -> None:
     """70B in bf16 are 131 GiB, which `prepare_omni` moves to each device of 79."""
     sizes: dict[str, Any] = {"hidden_size": 8192, "intermediate_size": 28672, "num_key_value_heads": 8}
     sizes |= {"num_attention_heads": 64, "dtype": "bfloat16"}
-    assert choose(LlamaConfig(**sizes, num_hidden_layers=30), PackedRows(8), 16).fits
+    given = {"model_init_kwargs": {"dtype": "auto"}}
+    assert choose(LlamaConfig(**sizes, num_hidden_layers=30), PackedRows(8), 16, **given).fits
     with pytest.raises(UnsupportedError, match=r"`plan` .*takes 1\d\d.\d GiB: .*meta device.*`prepare_omni"):
-        choose(LlamaConfig(**sizes, num_hidden_layers=80), PackedRows(8), 16)
+        choose(LlamaConfig(**sizes, num_hidden_layers=80), PackedRows(8), 16, **given)
 
 
 def test_ranks_agree_on_the_planners_first(ranks, tmp_path: Path) -> None:
