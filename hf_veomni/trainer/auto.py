@@ -150,7 +150,12 @@ def _lengths(args: Any, dataset: Any) -> tuple[int, int]:
             f"`plan` ('{args.plan}') goes by the lengths of the samples in `train_dataset`, and there is none that "
             "tells them before training: name a plan."
         )
-    lengths, documents = sample_sizes(dataset, args.length_column_name)
+    try:
+        lengths, documents = sample_sizes(dataset, args.length_column_name)
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"`plan` ('{args.plan}') goes by the lengths of the samples in `train_dataset`. {error} Or name a plan."
+        ) from error
     longest = max(int(max(parts)) if getattr(parts, "ndim", 0) else int(parts) for parts in documents)
     tokens = args.token_budget or int(lengths.max()) * args.per_device_train_batch_size
     return tokens, min(longest, tokens)

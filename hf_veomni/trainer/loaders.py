@@ -5,7 +5,7 @@ Under a token budget `BalancedBatchSampler` makes the batches, in place of batch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -191,10 +191,24 @@ def check_budget(arguments: Any, dataset: Any) -> None:
         )
 
 
+def _tokens_of(sample: Any, index: int) -> int:
+    try:
+        return len(sample["input_ids"])
+    except (KeyError, IndexError, TypeError) as error:
+        found = f"only {', '.join(map(str, sample))}" if isinstance(sample, Mapping) else f"a {type(sample).__name__}"
+        raise UnsupportedError(
+            f"The tokens of a sample are counted in its `input_ids`, and sample {index} has none ({found}): tokenise "
+            "the rows before, or give a `datasets.Dataset` with a column of lengths (`length_column_name`)."
+        ) from error
+
+
 def sample_sizes(dataset: Any, length_column: str) -> tuple[np.ndarray, Any]:
     """Tokens of each sample, int64 [n], and what `attention_cost` takes: the same, or lengths of documents.
 
-    Read from `length_column`, from the rows of `pack_dataset`, or from `input_ids`.
+    Read from `length_column`, from the rows of `pack_dataset`, or from `input_ids`, one pass over all rows.
+
+    Raises:
+        UnsupportedError: a sample without `input_ids`, which has no length yet.
     """
     columns = dataset.column_names if isinstance(dataset, datasets.Dataset) else ()
     if _DOCUMENT_LENGTHS in columns:
@@ -206,7 +220,7 @@ def sample_sizes(dataset: Any, length_column: str) -> tuple[np.ndarray, Any]:
         tables: Any = dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=_READ_AT_ONCE)
         lengths = np.concatenate([pc.call_function("list_value_length", [table["input_ids"]]) for table in tables])
     else:
-        lengths = np.array([len(dataset[index]["input_ids"]) for index in range(len(dataset))])
+        lengths = np.array([_tokens_of(dataset[index], index) for index in range(len(dataset))])
     return lengths, lengths
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -113,6 +114,12 @@ def seeing() -> Any:
         ("auto:h100", {}, "'h100'. is not in the table: did you mean 'h100-80gb'"),
         ("auto:h100-80gb", {"model": tiny_model()}, "in bf16, not in torch.float32"),
         ("auto:h100-80gb", {"train_dataset": iter(())}, "lengths of the samples"),
+        ("auto:h100-80gb", {"train_dataset": [{"text": "a"}]}, "`input_ids`.*only text.*tokenise.*length_column_name"),
+        (
+            "auto:h100-80gb",
+            {"train_dataset": datasets.Dataset.from_dict({"prompt": ["a"], "answer": ["b"]})},
+            "`plan` .*`input_ids`.*only prompt, answer.*Or name a plan",
+        ),
         ("auto:h100-80gb", {"optim": "sgd"}, "`optim` .'sgd'.*'adamw_torch_fused'.*name a plan"),
         ("auto:h100-80gb", {"optim": "adamw_torch"}, "`optim` .'adamw_torch'.*'adamw_torch_fused'.*name a plan"),
         ("auto:h100-80gb", {"model": half_frozen()}, r"[\d,]+ frozen parameters.*name a plan"),
