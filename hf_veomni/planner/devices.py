@@ -16,7 +16,8 @@ from hf_veomni.yaml_files import read_mapping
 
 _TABLE = Path(__file__).with_name("devices.yaml")
 _TEXTS = ("name", "source", "measured", "torch_name")
-_LESSER = re.compile(r"\b(MIG|Laptop|Ti|D|PCIe|NVL)\b")  # of the same name, and not what the table describes
+# Of the same name, and not what the table describes; torch has "A100-PCIE-40GB" beside "H100 PCIe".
+_LESSER = re.compile(r"\b(MIG|Laptop|Ti|D|PCIe|NVL)\b", re.IGNORECASE)
 _NEAR = 0.1  # of the memory
 
 

@@ -398,6 +398,7 @@ def test_a_device_by_its_name() -> None:
     assert identify_device("NVIDIA A100-SXM4-40GB", 39.4) == find_device("a100-40gb")
     for name, memory in (
         ("NVIDIA H100 PCIe", 79.2),
+        ("NVIDIA A100-PCIE-40GB", 39.4),
         ("NVIDIA A10G", 22.0),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9.5),
     ):
