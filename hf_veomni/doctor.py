@@ -215,18 +215,20 @@ def _fitting_plan(record: Mapping[str, Any]) -> str:
     if not record["context"]:
         return "It failed before its first batch, so there is no context to plan for: see `hf-veomni plan`."
     try:
+        now = Layout.of(record["plan"], record["world_size"], record["checkpointing"])
+        batch = now.data * record["accumulation"]
         plans = plan_layouts(
             AutoConfig.for_model(config.pop("model_type"), **config),
             record["world_size"],
             like,
             context=record["context"],
             document=min(max(record["document"], 1), record["context"]),
-            accumulation=record["accumulation"],
+            batch=batch,  # is kept, by more micro-batches where there are fewer data ranks
             lora=record["lora"],
             mixed_precision=record["mixed"],
             fp32=record["fp32"],
+            without=[name for name in ("pp", "pairs") if not now.has([name])],  # which not every training takes
         )
-        now = Layout.of(record["plan"], record["world_size"], record["checkpointing"])
         entry = plans.find(now)
     except ValueError as error:
         return f"`hf-veomni plan` cannot say what fits: {error}"
@@ -239,7 +241,14 @@ def _fitting_plan(record: Mapping[str, Any]) -> str:
     least = min(plans.fitting, key=lambda e: (now.changes(e.layout), -e.tokens_per_second))
     if least.layout == now:
         return f"{peak}, which should fit: another process may hold memory, or experts got far more than their share."
-    return f"{peak}. The smallest change that fits: {least.layout} ({least.memory.total / GIB:.1f} GiB)."
+    steps = least.layout.accumulation(plans.job)
+    sequences = least.layout.data * steps
+    change = f"{least.layout} ({least.memory.total / GIB:.1f} GiB)"
+    if steps != record["accumulation"]:
+        change += f" with `gradient_accumulation_steps={steps}`"
+    if sequences != batch:
+        change += f", and {sequences} packed sequences a step instead of {batch}"
+    return f"{peak}. The smallest change that fits: {change}."
 
 
 def _of_time(rows: Sequence[Row]) -> Iterator[Finding]:

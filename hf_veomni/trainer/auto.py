@@ -52,9 +52,19 @@ def choose_plan(args: Any, model: object, dataset: object, peft_config: object =
     announce(
         f"`plan` ('{args.plan}') takes {best.layout}: by formulas {best.memory.total / 2**30:.1f} GiB of tensors and "
         f"{best.tokens_per_second / plans.world_size:.0f} tokens/s on each of {plans.world_size} x "
-        f"{plans.device.name}."
+        f"{plans.device.name}. {_batch(args, best.layout.data)}"
     )
     return best
+
+
+def _batch(args: Any, ranks: int) -> str:
+    """What a step takes, which depends on the data ranks that the plan leaves."""
+    steps = ranks * args.gradient_accumulation_steps
+    if args.token_budget:
+        size = f"up to {steps * args.token_budget:,} tokens"
+    else:
+        size = f"{steps * args.per_device_train_batch_size:,} samples"
+    return f"It has {ranks} data rank{'s' if ranks > 1 else ''}: a step takes {size}."
 
 
 def _best(args: Any, plans: Plans) -> Entry:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from hf_veomni.cli import app
 from hf_veomni.doctor import PARTS, Row, diagnose
+from hf_veomni.planner import plan_layouts
 
 DENSE = LlamaConfig(num_hidden_layers=8, vocab_size=32000, max_position_embeddings=8192)
 RANK = {"forward": 0.3, "backward": 0.5, "exchange": 0.1, "data": 0.05, "optimizer": 0.1, "other": 0.05, "work": 0.2}
@@ -45,7 +46,25 @@ def test_smallest_change_that_fits(tmp_path: Path) -> None:
     error = {"kind": "out of memory", "message": "CUDA out of memory. Tried to allocate 2.00 GiB"}
     (found,) = diagnose(write(tmp_path, [], error=error))
     assert found.name == "out of memory" and "activations" in found.advice
-    assert "of dp_shard=8 is" in found.advice and "The smallest change that fits: dp_shard=4,sp=2 (" in found.advice
+    assert "of dp_shard=8 is" in found.advice
+    assert "The smallest change that fits: dp_shard=4,sp=2 (" in found.advice
+    assert found.advice.endswith(" with `gradient_accumulation_steps=2`.")  # as many sequences a step as before
+
+
+@pytest.mark.parametrize(("plan", "named"), [("", False), ("overlap=pairs", True)])
+def test_pairs_and_stages_are_named_where_the_run_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: str, named: bool
+) -> None:
+    from hf_veomni import planner
+
+    seen: list[Any] = []
+    monkeypatch.setattr(planner, "plan_layouts", lambda *a, **k: seen.append(plan_layouts(*a, **k)) or seen[-1])
+    error = {"kind": "out of memory", "message": "CUDA out of memory."}
+    (found,) = diagnose(write(tmp_path, [], error=error, world_size=2, plan=plan))
+    assert "The smallest change" in found.advice or "No plan fits" in found.advice
+    layouts = [entry.layout for entry in seen[0].entries]
+    assert any(layout.overlap == "pairs" for layout in layouts) is named
+    assert not any(layout.pp > 1 for layout in layouts)
 
 
 def test_failures_without_words(tmp_path: Path) -> None:

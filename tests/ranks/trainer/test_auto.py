@@ -76,6 +76,23 @@ def test_full_weights_fit_while_they_are_sharded() -> None:
         choose(LlamaConfig(**sizes, num_hidden_layers=80), PackedRows(8), 16, **given)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"per_device_train_batch_size": 3}, "{0} samples"), ({"token_budget": 40}, "up to {0} tokens")],
+)
+def test_says_what_a_step_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], said: str
+) -> None:
+    from hf_veomni.trainer import auto
+
+    lines: list[str] = []
+    monkeypatch.setattr(auto, "announce", lines.append)
+    given = {"plan": f"auto:{small_device(tmp_path)}", "gradient_accumulation_steps": 2, **options}
+    ranks = choose(tiny_model().config, PackedRows(8), 4, **given).layout.data
+    size = next(iter(options.values())) * 2 * ranks
+    assert lines[0].endswith(f"It has {ranks} data ranks: a step takes {said.format(size)}.")
+
+
 def test_ranks_agree_on_the_planners_first(ranks, tmp_path: Path) -> None:
     from hf_veomni.planner import plan_layouts
 
