@@ -20,9 +20,12 @@ from hf_veomni.planner import Device, Entry, Plans, find_device, identify_device
 from hf_veomni.trainer.loaders import sample_sizes
 
 _ADAMW = "adamw_torch_fused"  # unfused it makes a copy of the trained shard within its step
+_BESIDE_LORA = ("modules_to_save", "trainable_token_indices", "use_dora", "bias", "lora_bias", "layer_replication")
 
 
-def choose_plan(args: Any, model: object, dataset: object, peft_config: object = None) -> Entry:
+def choose_plan(
+    args: Any, model: object, dataset: object, peft_config: object = None, optimizer: object = None
+) -> Entry:
     """The planner's first for a Trainer's arguments, model and training set; the same on all ranks.
 
     Args:
@@ -31,6 +34,7 @@ def choose_plan(args: Any, model: object, dataset: object, peft_config: object =
         model: a transformers model, a `PeftModel`, or what names one.
         peft_config: adapters that are still to be added; their rank is taken to be on all linear layers, the most
             that `target_modules` could have.
+        optimizer: one that the Trainer is given, or its class; None is that of `args.optim`.
 
     Collectives: an all-gather of what went wrong, and one of the choice.
 
@@ -41,7 +45,7 @@ def choose_plan(args: Any, model: object, dataset: object, peft_config: object =
             while the full weights are sharded.
     """
     with together("Choosing a plan"):
-        plans = _plan(args, model, dataset, peft_config)
+        plans = _plan(args, model, dataset, peft_config, optimizer)
         if plans.shape.encoders:
             raise UnsupportedError(
                 f"`plan` ('{args.plan}') has no formulas for activations of encoders, and {plans.shape.name} has "
@@ -82,7 +86,7 @@ def _best(args: Any, plans: Plans) -> Entry:
     return found
 
 
-def _plan(args: Any, model: Any, dataset: object, peft_config: object) -> Plans:
+def _plan(args: Any, model: Any, dataset: object, peft_config: object, optimizer: object) -> Plans:
     if isinstance(model, nn.Module) and is_prepared(model):
         raise ValueError(f"`plan` ('{args.plan}') is chosen before the model is prepared: hand over the plain model.")
     if model is None:
@@ -96,7 +100,7 @@ def _plan(args: Any, model: Any, dataset: object, peft_config: object) -> Plans:
             f"`plan` ('{args.plan}') has formulas for a computation in bf16, not in {dtype}: set `bf16=True`, load "
             "the model in bfloat16, or name a plan."
         )
-    _check_trained(args, model, adapters)
+    _check_trained(args, model, adapters, optimizer)
     context, document = _lengths(args, dataset)
     return plan_layouts(
         config,
@@ -105,7 +109,7 @@ def _plan(args: Any, model: Any, dataset: object, peft_config: object) -> Plans:
         context=context,
         document=document,
         accumulation=args.gradient_accumulation_steps,
-        lora=None if adapters is None else getattr(adapters, "r", 16),
+        lora=None if adapters is None else max([adapters.r, *(adapters.rank_pattern or {}).values()]),
         mixed_precision=bool(args.bf16),
         fp32=dtype != torch.bfloat16,
         without=("pp", "pairs"),  # which not every training takes: name them
@@ -124,20 +128,31 @@ def _loaded_dtype(args: Any, config: Any) -> torch.dtype:
     return found
 
 
-def _check_trained(args: Any, model: Any, adapters: Any) -> None:
+def _check_trained(args: Any, model: Any, adapters: Any, optimizer: object) -> None:
     """Raise UnsupportedError where other things are trained, or otherwise, than the formulas have."""
     found = None
-    if str(getattr(args.optim, "value", args.optim)) != _ADAMW:
+    if optimizer is not None:
+        found = f"an optimizer of its own (`optimizers`), and its formulas are for '{_ADAMW}' by `optim`"
+    elif str(getattr(args.optim, "value", args.optim)) != _ADAMW:
         found = f"`optim` ('{getattr(args.optim, 'value', args.optim)}'), and its formulas are for '{_ADAMW}'"
     elif adapters is None and isinstance(model, nn.Module) and not all(p.requires_grad for p in model.parameters()):
         frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
         found = f"{frozen:,} frozen parameters, and its formulas train all or LoRA"
+    elif isinstance(model, PeftModel) and len(model.peft_config) > 1:
+        found = f"{len(model.peft_config)} adapters ({', '.join(model.peft_config)}), and its formulas have one"
     elif adapters is not None and not isinstance(adapters, LoraConfig):
         found = f"adapters of a {type(adapters).__name__}, and its formulas have LoRA"
-    elif adapters is not None and (adapters.modules_to_save or getattr(adapters, "trainable_token_indices", None)):
-        found = "modules trained in full beside LoRA (`modules_to_save`), and its formulas have LoRA alone"
+    elif adapters is not None:
+        found = _beside_lora(adapters)
     if found is not None:
         raise UnsupportedError(f"`plan` ('{args.plan}') is given {found}: name a plan; `hf-veomni dry-run` checks it.")
+
+
+def _beside_lora(adapters: LoraConfig) -> str | None:
+    """What of a config of LoRA adds parameters or operations that plain LoRA has not."""
+    given = {name: getattr(adapters, name, None) for name in _BESIDE_LORA}
+    found = next(((name, value) for name, value in given.items() if value and value != "none"), None)
+    return found and f"LoRA with `{found[0]}` ({found[1]!r}), and its formulas have plain LoRA"
 
 
 def _device(args: Any) -> Device:

@@ -155,7 +155,8 @@ class OmniTrainerMixin(
             model = AutoModelForCausalLM.from_pretrained(model)
         module: Any = model
         if asks_auto(args.plan):
-            best = choose_plan(args, model, kwargs.get("train_dataset"), kwargs.get("peft_config"))
+            optimizer = (kwargs.get("optimizers") or (None,))[0] or kwargs.get("optimizer_cls_and_kwargs")
+            best = choose_plan(args, model, kwargs.get("train_dataset"), kwargs.get("peft_config"), optimizer)
             args.settle_plan(best.layout.plan)
             args.activation_checkpointing = args.gradient_checkpointing = best.layout.checkpointing
         check_trl(self, args, model)

@@ -24,13 +24,14 @@ def _train(folder: Path, plan: str, **options: Any) -> tuple[str, bool, int, flo
     from hf_veomni import OmniDataCollatorWithPacking, OmniTrainer, OmniTrainingArguments
 
     options = {"model": tiny_model().to(torch.bfloat16), "train_dataset": PackedRows(8), "max_steps": 2} | options
-    data, model = options.pop("train_dataset"), options.pop("model")
+    data, model, given = options.pop("train_dataset"), options.pop("model"), options.pop("optimizers", (None, None))
     arguments = OmniTrainingArguments(
         str(folder), plan=plan, per_device_train_batch_size=1, report_to=[], save_strategy="no", disable_tqdm=True,
         use_cpu=True, **options,
     )  # fmt: skip
     assert arguments.to_dict()["plan"] == plan
-    trainer = OmniTrainer(model, arguments, train_dataset=data, data_collator=OmniDataCollatorWithPacking())
+    collator = OmniDataCollatorWithPacking()
+    trainer = OmniTrainer(model, arguments, train_dataset=data, data_collator=collator, optimizers=given)
     result = trainer.train()
     return str(arguments.plan), arguments.activation_checkpointing, result.global_step, result.training_loss
 
@@ -124,6 +125,18 @@ def seeing() -> Any:
     return kind(config).to(torch.bfloat16)
 
 
+def two_adapters() -> Any:
+    model = with_adapters()
+    model.add_adapter("other", LoraConfig(target_modules="all-linear"))
+    return model
+
+
+def test_the_largest_rank_of_adapters_counts() -> None:
+    given: list[dict[str, Any]] = [{"r": 8}, {"r": 8, "rank_pattern": {"q_proj": 64}}, {"r": 64}]
+    one, pattern, all_of_them = (choose(with_adapters(**ranks), PackedRows(8)).memory for ranks in given)
+    assert pattern == all_of_them and pattern.total > one.total
+
+
 @pytest.mark.parametrize(
     ("plan", "options", "message"),
     [
@@ -140,7 +153,15 @@ def seeing() -> Any:
         ("auto:h100-80gb", {"optim": "sgd"}, "`optim` .'sgd'.*'adamw_torch_fused'.*name a plan"),
         ("auto:h100-80gb", {"optim": "adamw_torch"}, "`optim` .'adamw_torch'.*'adamw_torch_fused'.*name a plan"),
         ("auto:h100-80gb", {"model": half_frozen()}, r"[\d,]+ frozen parameters.*name a plan"),
-        ("auto:h100-80gb", {"model": with_adapters(modules_to_save=["lm_head"])}, "beside LoRA .`modules_to_save`"),
+        (
+            "auto:h100-80gb",
+            {"model": with_adapters(modules_to_save=["lm_head"])},
+            "`modules_to_save` .*plain LoRA",
+        ),
+        ("auto:h100-80gb", {"model": with_adapters(use_dora=True)}, "LoRA with `use_dora` .True.*name a plan"),
+        ("auto:h100-80gb", {"model": with_adapters(bias="all")}, "LoRA with `bias` .'all'"),
+        ("auto:h100-80gb", {"model": two_adapters()}, "2 adapters .default, other.*name a plan"),
+        ("auto:h100-80gb", {"optimizers": (torch.optim.SGD([torch.ones(1)]), None)}, "own .`optimizers`"),
         ("auto:h100-80gb", {"model": seeing()}, r"activations of encoders.*has [\d,]+ parameters.*name a plan"),
     ],
 )
