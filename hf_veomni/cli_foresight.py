@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -127,6 +128,8 @@ def plan(
     for path in (json_path, write):
         _check_file(path)
     _check_file(picture, (".png", ".svg", ".pdf"))
+    if picture is not None and find_spec("matplotlib") is None:
+        raise typer.BadParameter("--picture needs matplotlib: `pip install hf-veomni[plot]`, or leave it out.")
     try:
         if write is not None:
             report.count_nodes(world_size, find_device(device))

@@ -36,6 +36,8 @@ def read_shape(config: Any) -> Shape:
     with torch.device("meta"):
         model: Any = builder(config, torch.bfloat16)()
     points = find_shard_points(model)
+    if not points.layers:
+        raise ValueError(f"The config of {type(model).__name__} has no layers: set `num_hidden_layers` above 0.")
     if points.mixers or len(points.attentions) != len(points.layers):
         _refuse(model, "token mixers that are no attention")
     text = hf.text_config(model)
