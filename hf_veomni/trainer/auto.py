@@ -94,7 +94,7 @@ def _plan(args: Any, model: Any, dataset: object, peft_config: object, optimizer
     module = isinstance(model, nn.Module)
     config: Any = hf.base_model(model).config if module else load_config(model)
     dtype = next(model.parameters()).dtype if module else _loaded_dtype(args, config)
-    adapters = next(iter(model.peft_config.values())) if isinstance(model, PeftModel) else peft_config
+    adapters: Any = next(iter(model.peft_config.values())) if isinstance(model, PeftModel) else peft_config
     if dtype != torch.bfloat16 and not args.bf16:
         raise UnsupportedError(
             f"`plan` ('{args.plan}') has formulas for a computation in bf16, not in {dtype}: set `bf16=True`, load "

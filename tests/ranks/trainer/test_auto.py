@@ -49,7 +49,7 @@ def choose(model: Any, dataset: Any, world_size: int = 2, **options: Any) -> Any
     """What ranks of a Trainer with these arguments would choose."""
     from hf_veomni.trainer.auto import choose_plan
 
-    values = {"plan": "auto:h100-80gb", "world_size": world_size, "bf16": True, "optim": "adamw_torch"}
+    values = {"plan": "auto:h100-80gb", "world_size": world_size, "bf16": True, "optim": "adamw_torch_fused"}
     values |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "activation_checkpointing": False}
     values |= {"token_budget": None, "length_column_name": "length", "device": torch.device("cpu")}
     return choose_plan(SimpleNamespace(**values | options), model, dataset)
