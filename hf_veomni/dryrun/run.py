@@ -49,16 +49,16 @@ def dry_run(
 ) -> DryRun:
     """Run one training step of one of `world_size` ranks in this process, with tensors that have no memory.
 
-    It is the real code: `prepare_omni`, its hooks and exchanges, FSDP2, loss, backward, clipping and AdamW. What
-    cannot be known without values or without the other ranks is assumed, see docs/planning.md.
+    It is the real code: `prepare_omni`, its hooks and exchanges, FSDP2, loss, backward, clipping and AdamW. What it
+    assumes of values and of the other ranks: docs/planning.md.
 
     Args:
         model: Hub id, folder or path of a config.json; a config; or a function that builds the model, called where
             its parameters are fake (a `PeftModel`, or one that no Auto class makes).
         plan: as in `prepare_omni`.
         tokens: of the packed sequence, or the lengths of its documents.
-        batch: real tensors on the CPU that the model is called with, in place of text of `tokens`; with `labels`, and
-            with `position_ids`. Values of images, videos and audio do not count, their ids and grids do.
+        batch: real tensors on the CPU that the model is called with, in place of text of `tokens`; with `labels` and
+            `position_ids`. Values of images, videos and audio do not count, their ids and grids do.
         rank: which one to play.
         kernels: "cuda" chooses as on a CUDA device (varlen attention, grouped matmuls), "cpu" as on the CPU.
         dtype: of the parameters.
@@ -70,14 +70,12 @@ def dry_run(
 
     Raises:
         ValueError: an unknown device, or a plan, rank or batch that does not fit.
-        UnsupportedError: an encoder that asks for values; a quantized config; what `prepare_omni` and the forward
-            refuse.
+        UnsupportedError: an encoder that asks for values, a quantized config, what `prepare_omni` refuses.
         RuntimeError: `torch.distributed` is initialised.
     """
     began = time.perf_counter()
     _check(kernels, rank, world_size, accumulation, dtype, lora)
-    resolved = _resolve(plan, world_size)
-    _check_skew(skew, resolved)
+    _check_skew(skew, resolved := _resolve(plan, world_size))
     given = text_batch(tokens) if batch is None else batch
     build = model if callable(model) else _builder(load_config(model), dtype)
     with fake_world(world_size, rank, kernels=kernels, skew=skew):

@@ -216,17 +216,6 @@ def accelerate_config(
     """
     job, device, world = plans.job, plans.device, plans.world_size
     machines = count_nodes(world, device)
-    trained = "full fine-tuning" if job.lora is None else f"LoRA of rank {job.lora}"
-    about = purpose or f"{trained} of {plans.shape.name} with {plans.shape.total / 1e9:.0f}B parameters"
-    about += f", on packed sequences of {job.context:,} tokens"
-    if job.document < job.context:
-        about += f" with documents of up to {job.document:,}"
-    if entry.layout.checkpointing:
-        about += ", with `activation_checkpointing=True`"
-    if entry.layout.overlap == "pairs":
-        about += ", in OmniTrainer or with `run_pair` (overlap=pairs)"
-    if entry.layout.pp > 1:
-        about += f", {entry.layout.accumulation(job)} micro-batches a step, by `run_window` (pp)"
     peak = entry.memory.categories if dry_run is None else dry_run
     sizes = ", ".join(f"{c} {size / GIB:.1f}" for c, size in peak.items() if size >= GIB / 20)
     by = "by `hf-veomni plan`" if dry_run is None else "by a dry run of the step on one of the ranks"
@@ -236,7 +225,7 @@ def accelerate_config(
         f"{entry.tokens_per_second / world:.0f} tokens/s and device."
     )
     lines = wrap(f"{world} x {device.name}: {entry.layout.plan}.", 115)
-    lines += wrap(f"For: {about}.", 115) + wrap(estimate, 115)
+    lines += wrap(f"For: {_about(plans, entry, purpose)}.", 115) + wrap(estimate, 115)
     loads = plans.loads(entry)
     if not loads:
         size = f"{entry.loading / GIB:.1f} GiB"
@@ -262,6 +251,23 @@ fsdp_config:
 parallelism_config:
   parallelism_config_sp_backend: "{ACCELERATE_PREFIX}{_stated(entry)}"  # the plan
 """
+
+
+def _about(plans: Plans, entry: Entry, purpose: str) -> str:
+    """What an entry is for, and what a script has to do for it."""
+    job = plans.job
+    trained = "full fine-tuning" if job.lora is None else f"LoRA of rank {job.lora}"
+    about = purpose or f"{trained} of {plans.shape.name} with {plans.shape.total / 1e9:.0f}B parameters"
+    about += f", on packed sequences of {job.context:,} tokens"
+    if job.document < job.context:
+        about += f" with documents of up to {job.document:,}"
+    if entry.layout.checkpointing:
+        about += ", with `activation_checkpointing=True`"
+    if entry.layout.overlap == "pairs":
+        about += ", in OmniTrainer or with `run_pair` (overlap=pairs)"
+    if entry.layout.pp > 1:
+        about += f", {entry.layout.accumulation(job)} micro-batches a step, by `run_window` (pp)"
+    return about
 
 
 def _stated(entry: Entry) -> str:

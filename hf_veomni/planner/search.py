@@ -140,10 +140,33 @@ def plan_layouts(
         ValueError: a size that is no positive integer, an unknown device, documents beyond the context or the model's.
         UnsupportedError: a model without shard points, or with layers that the formulas do not describe.
     """
-    sizes = {"world_size": world_size, "context": context, "document": document, "batch": batch}
-    for name, value in {**sizes, "accumulation": accumulation, "lora": lora}.items():
+    _check_sizes(
+        world_size=world_size, context=context, document=document, batch=batch, accumulation=accumulation, lora=lora
+    )
+    _check_wish(context, document, mixed_precision, fp32, without)
+    found = find_device(device)
+    shape = Shape.of(load_config(model))
+    job = Job(context, document or context, batch, accumulation, lora, mixed_precision, fp32)
+    if shape.context and job.document > shape.context:
+        raise ValueError(
+            f"`document` ({job.document}) is longer than the model's context ({shape.context}): give the length of "
+            "the longest document in a sequence, or change `max_position_embeddings` in the config."
+        )
+    wanted = [layout for layout in layouts(shape, world_size) if layout.runs(job) and not layout.has(without)]
+    entries = [_entry(shape, layout, job, found) for layout in wanted]
+    entries.sort(key=lambda e: (not e.fits, -e.tokens_per_second if e.fits else e.over))
+    return Plans(shape, found, world_size, job, tuple(entries))
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    for name, value in sizes.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"`{name}` ({value!r}) must be a positive integer.")
+
+
+def _check_wish(
+    context: int, document: int | None, mixed_precision: bool, fp32: bool, without: Collection[str]
+) -> None:
     if fp32 and not mixed_precision:
         raise ValueError(
             "`fp32` (True) needs `mixed_precision`: the formulas are for a computation in bf16. A dry run takes "
@@ -157,18 +180,6 @@ def plan_layouts(
             f"`document` ({document}) must not be longer than `context` ({context}), the packed sequence that it is "
             "in: take a longer context, or shorter documents."
         )
-    found = find_device(device)
-    shape = Shape.of(load_config(model))
-    job = Job(context, document or context, batch, accumulation, lora, mixed_precision, fp32)
-    if shape.context and job.document > shape.context:
-        raise ValueError(
-            f"`document` ({job.document}) is longer than the model's context ({shape.context}): give the length of "
-            "the longest document in a sequence, or change `max_position_embeddings` in the config."
-        )
-    wanted = [layout for layout in layouts(shape, world_size) if layout.runs(job) and not layout.has(without)]
-    entries = [_entry(shape, layout, job, found) for layout in wanted]
-    entries.sort(key=lambda e: (not e.fits, -e.tokens_per_second if e.fits else e.over))
-    return Plans(shape, found, world_size, job, tuple(entries))
 
 
 def _entry(shape: Shape, layout: Layout, job: Job, device: Device) -> Entry:
