@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,17 +13,18 @@ from hf_veomni import hf
 
 Tell = Callable[[str, int, int], None]
 
-_tell: ContextVar[Tell | None] = ContextVar("tell", default=None)
+_tell: Tell | None = None  # of this process, in which one dry run runs at a time
 
 
 @contextmanager
 def telling(tell: Tell) -> Iterator[None]:
     """Steps within call `tell(phase, layers, of)` at each layer, with phase "forward" or "backward"."""
-    token = _tell.set(tell)
+    global _tell
+    outer, _tell = _tell, tell
     try:
         yield
     finally:
-        _tell.reset(token)
+        _tell = outer
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def watch_layers(model: nn.Module, passes: int, phase: Callable[[], str]) -> Ite
     A layer's backward begins when the gradient of its output is there. What runs in the phase of the backward is a
     recomputation, and no layer more.
     """
-    tell = _tell.get()
+    tell = _tell
     if tell is None:
         yield
         return

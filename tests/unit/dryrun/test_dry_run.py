@@ -235,7 +235,8 @@ def test_command_draws_its_progress_on_stderr(tmp_path: Path, monkeypatch: pytes
     DENSE.save_pretrained(tmp_path)
     arguments = ["dry-run", str(tmp_path), "--world-size", "2", "--tokens", "64", "--json", str(tmp_path / "run.json")]
     assert "layer" not in CliRunner().invoke(app, arguments).stderr  # no terminal
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}.items():
+        monkeypatch.setenv(name, value)
     result = CliRunner().invoke(app, arguments)
     assert "backward" in result.stderr and "layer 2 of 2" in result.stderr and "layer 2 of 2" not in result.stdout
     json.loads((tmp_path / "run.json").read_text())
