@@ -90,9 +90,8 @@ def _load_weights(model: nn.Module, checkpoint: Path) -> None:
 class CheckpointingMixin(_Trainer):
     """Overrides of Trainer for files.
 
-    A checkpoint has Trainer's layout: the model or adapter in its plain format, scheduler, random states and trainer
-    state; the optimizer lies sharded in `optimizer/`, where another plan can read it. It appears complete, with a
-    manifest, or not at all, whatever ends the process. An error on one rank is raised on all of them.
+    A checkpoint has Trainer's layout, with the optimizer sharded in `optimizer/`, where another plan can read it. It
+    appears complete, with a manifest, or not at all. An error on one rank is raised on all of them.
     """
 
     _saver: CheckpointSaver | None = None
@@ -130,6 +129,13 @@ class CheckpointingMixin(_Trainer):
 
     @override
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        try:
+            self._write_checkpoint(model, trial)
+        finally:  # within `train`, which gives folders back, or beside it, the lock stays
+            if self._folders is not None and not (self.is_in_train or self.args.async_save):
+                self._folders.close()
+
+    def _write_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Written beside its place, flushed, described by a manifest, then renamed: see `checkpoint.manifest`."""
         root, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self._saver is None:
@@ -266,8 +272,7 @@ class CheckpointingMixin(_Trainer):
                         ending.callback(used.close)
 
     def _hold_folders(self, resume: str | bool | None, trial: object) -> None:
-        """Of this `train`: a run that saves nothing leaves `output_dir` to others, and trials of a search, which may
-        be other processes', have a folder each."""
+        """Of this `train`, if it saves; trials of a search, which may be other processes', have a folder each."""
         self._folders = self._folders or HeldFolders()
         if resume is True:
             self._folders.hold(Path(self.args.output_dir))
@@ -364,11 +369,11 @@ class CheckpointingMixin(_Trainer):
             super()._load_best_model()
             return
         assert self.state.best_model_checkpoint is not None
+        best = Path(self.state.best_model_checkpoint)
         with together("Looking for the best checkpoint"):
             if self.args.process_index == 0:
-                best = Path(self.state.best_model_checkpoint)
                 check_checkpoint(best, "`load_best_model_at_end`", "the last weights are in the model still")
-        _load_weights(self.model, Path(self.state.best_model_checkpoint))
+        _load_weights(self.model, best)
 
     @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -376,8 +381,7 @@ class CheckpointingMixin(_Trainer):
             return
         sharded, stock = Path(checkpoint) / OPTIMIZER_DIRECTORY, Path(checkpoint) / OPTIMIZER_NAME
         with together(f"Looking for the optimizer state in '{checkpoint}'"):
-            missing = [p.name for p in (Path(checkpoint) / SCHEDULER_NAME,) if not p.is_file()]
-            if missing or not (sharded.is_dir() or stock.is_file()):
+            if not ((Path(checkpoint) / SCHEDULER_NAME).is_file() and (sharded.is_dir() or stock.is_file())):
                 raise ValueError(
                     f"'{checkpoint}' holds no optimizer and scheduler state (`save_only_model`?): it cannot be "
                     "resumed from. To go on from its weights alone, load them with from_pretrained."

@@ -394,8 +394,7 @@ def _save_with_little_space(plan: str, directory: Path, limit: int | None, rank:
 def test_no_space_leaves_no_checkpoint_and_reaches_every_rank(ranks, tmp_path, limit, rank):
     errors = ranks(2).run(_save_with_little_space, "sp=2", tmp_path, limit, rank, True, timeout=90)
     assert all("File too large" in error or "disk full" in error for error in errors), errors
-    # The lock of a save outside of `train` stays with its process.
-    assert [path.name for path in tmp_path.iterdir()] == ["_in_use.json"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_space_leaves_the_earlier_model(ranks, tmp_path):
