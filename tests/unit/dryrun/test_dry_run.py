@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig, Qwen3VLConfig
 from typer.testing import CliRunner
@@ -235,8 +237,9 @@ def test_command_draws_its_progress_on_stderr(tmp_path: Path, monkeypatch: pytes
     DENSE.save_pretrained(tmp_path)
     arguments = ["dry-run", str(tmp_path), "--world-size", "2", "--tokens", "64", "--json", str(tmp_path / "run.json")]
     assert "layer" not in CliRunner().invoke(app, arguments).stderr  # no terminal
-    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}.items():
-        monkeypatch.setenv(name, value)
+    # Not by the environment: `Dataset.map` of several processes replaces `os.environ`, and rich keeps the first one.
+    terminal = partial(Console, force_terminal=True, width=120, _environ={"TERM": "xterm"})
+    monkeypatch.setattr("hf_veomni.cli_foresight.Console", terminal)
     result = CliRunner().invoke(app, arguments)
     assert "backward" in result.stderr and "layer 2 of 2" in result.stderr and "layer 2 of 2" not in result.stdout
     json.loads((tmp_path / "run.json").read_text())
