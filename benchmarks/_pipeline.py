@@ -1,4 +1,4 @@
-"""Stages of a pipeline on a virtual clock: what each action computes, and when it could run.
+"""Stages of a pipeline on a simulated clock: what each action computes, and when it could run.
 
 `measure_stage` runs one stage by itself with the package's own `run_window`, in one process that stands for one of p
 ranks (`_link.py`): what it receives is made up, so values mean nothing, and each action's CPU time is what it is.

@@ -217,7 +217,7 @@ def draw_timeline(options: argparse.Namespace, path: Path) -> None:
         axis.set_yticks([0.5, 1.5], ["link", "compute"], fontsize=7)
         axis.set_title(f"{name}: {end:.2f} s, {sum(b - a for a, b in waits):.2f} s of them waiting (red)", fontsize=8)
         axis.tick_params(labelsize=7)
-    axes[-1].set_xlabel("seconds of the virtual clock", fontsize=8)
+    axes[-1].set_xlabel("seconds of the simulated clock", fontsize=8)
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -4,7 +4,7 @@
     python -m benchmarks pipeline --parts bubble       one of the parts
 
 Stages run one after the other in one process, with the package's own `run_window`; `_pipeline.py` puts their actions
-on one virtual clock.
+on one simulated clock.
 
     bubble    share of all ranks' time in which they stand still; (p - 1) / (v m + p - 1) if all actions were equal.
               Ranks are not: the last one has the head too, and whoever has less waits for the busiest one. With all as
@@ -239,7 +239,7 @@ def draw_timeline(options: argparse.Namespace, path: Path) -> None:
         axis.set_yticks([-place for place in range(4)], [f"rank {place}" for place in range(4)], fontsize=7)
         axis.set_title(f"pp=4, pp_stages={chunks}: {bubble(ran):.0%} of the time stands still", fontsize=8)
         axis.tick_params(labelsize=7)
-    axes[-1].set_xlabel("seconds of the virtual clock; forwards blue, backwards orange, second stage pale", fontsize=8)
+    axes[-1].set_xlabel("seconds of the simulated clock; forwards blue, backwards orange, second stage pale", fontsize=8)
     figure.savefig(path, metadata={"Date": None})
 
 

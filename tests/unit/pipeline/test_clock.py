@@ -1,4 +1,4 @@
-"""The virtual clock of the pipeline's benchmark: what it measures is what the formulas of the schedule say."""
+"""The simulated clock of the pipeline's benchmark: what it measures is what the formulas of the schedule say."""
 
 from __future__ import annotations
 
