@@ -239,7 +239,8 @@ def draw_timeline(options: argparse.Namespace, path: Path) -> None:
         axis.set_yticks([-place for place in range(4)], [f"rank {place}" for place in range(4)], fontsize=7)
         axis.set_title(f"pp=4, pp_stages={chunks}: {bubble(ran):.0%} of the time stands still", fontsize=8)
         axis.tick_params(labelsize=7)
-    axes[-1].set_xlabel("seconds of the simulated clock; forwards blue, backwards orange, second stage pale", fontsize=8)
+    label = "seconds of the simulated clock; forwards blue, backwards orange, second stage pale"
+    axes[-1].set_xlabel(label, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
 
 
