@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -241,10 +241,18 @@ class Watchdog:
         return None if self.verdict is None else RankError(self.verdict[1])
 
     def _report(self) -> Report:
-        frames, place = sys._current_frames(), self.progress
-        main = frames.pop(self._main)
+        frames = sys._current_frames()
+        try:
+            return self._describe(frames.pop(self._main), frames.values())
+        finally:
+            # This call's own frame is among them. It would hold itself, and with it whatever the main thread has at
+            # hand now, activations too, until Python looks for cycles.
+            frames.clear()
+
+    def _describe(self, main: Any, others: Collection[Any]) -> Report:
+        place = self.progress
         stack, waits = describe_stack(main)
-        patient = not place.limited or takes_its_time(main, frames.values())
+        patient = not place.limited or takes_its_time(main, others)
         limit = self._patience if patient else min(max(self._limit, place.usual), self._patience)
         now = time.monotonic()
         age = 0.0 if is_debugged(main) else now - place.since

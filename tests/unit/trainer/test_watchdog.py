@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -137,6 +139,36 @@ def test_waiting_is_counted_at_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     assert [seen("two", False), seen("two", True), seen("two", True)] == [0.0, 5.0, 10.0]
     dog.progress.at("the next place")
     assert seen("two", True) == 0.0
+
+
+class _Large:
+    """What a frame of the main thread has at hand."""
+
+
+@pytest.mark.parametrize("from_main", [True, False], ids=["main", "beside"])
+def test_a_report_keeps_nothing_of_the_main_thread(from_main: bool) -> None:
+    """Without a look for cycles, which comes late: activations would stay on the device until then."""
+    dog = object.__new__(Watchdog)
+    vars(dog).update(
+        progress=Progress(since=0.0), _main=threading.get_ident(), _limit=60.0, _patience=60.0, _beats=0,
+        _waits_at=(0, ""), _waits_since=0.0, _ended="", _broken=False,
+    )  # fmt: skip
+
+    def step() -> weakref.ref[_Large]:
+        large = _Large()
+        if from_main:
+            dog._report()
+        else:
+            thread = threading.Thread(target=dog._report)
+            thread.start()
+            thread.join()
+        return weakref.ref(large)
+
+    gc.disable()
+    try:
+        assert step()() is None
+    finally:
+        gc.enable()
 
 
 def _frame(target: Callable[[Callable[[], None]], object]) -> tuple[Any, threading.Event]:
