@@ -27,7 +27,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from hf_veomni import hf
-from hf_veomni.checkpoint.files import staged
+from hf_veomni.checkpoint.files import INSIDE, staged
 from hf_veomni.checkpoint.foreign import find_torch_files, open_torch
 from hf_veomni.checkpoint.manifest import MANIFEST, find_damage
 from hf_veomni.checkpoint.plain import adapter_names, first_names, restore_class_name
@@ -43,7 +43,7 @@ _ADAPTERS = "adapters.json"
 MAX_BYTES = 5 * 10**9  # of a file
 # What resuming needs and a plain model has not.
 _LEFT_OUT = (WEIGHTS_DIRECTORY, "optimizer", "optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json")
-_LEFT_OUT += ("training_args.bin", "data_position.json", MANIFEST)
+_LEFT_OUT += ("training_args.bin", "data_position.json", MANIFEST, INSIDE)
 _KEPT = (".json", ".txt", ".model", ".jinja")  # beside a torch file: configurations and the tokenizer
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from hf_veomni.checkpoint.manifest import flush
 
 _WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+INSIDE = "_incomplete"  # with the underscore that keeps it out of what Trainer uploads
 
 
 def _publish(staging: Path, directory: Path) -> None:
@@ -40,7 +41,7 @@ def _publish(staging: Path, directory: Path) -> None:
 
 @contextmanager
 def staged(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """A directory beside `directory` to write into; its files move over in one go when the block ends well.
+    """A directory to write into; its files move to `directory` in one go when the block ends well.
 
     Whatever goes wrong inside (a full disk, an interrupt), the staging directory is removed and `directory` is as it
     was. Not a collective: call it on the rank that writes.
@@ -51,7 +52,8 @@ def staged(directory: str | os.PathLike[str]) -> Iterator[Path]:
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"`{directory}` is a file: name a directory to save to, or remove the file.")
-    staging = directory.parent / f".{directory.name}.incomplete"
+    # One that exists is not left: it may be a mount or a link, and what is beside it another disk, or not ours.
+    staging = directory / INSIDE if directory.exists() else directory.parent / f".{directory.name}.incomplete"
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)

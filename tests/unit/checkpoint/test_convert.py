@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hf_veomni.checkpoint.convert import _copy_others, _write_model
+from hf_veomni.checkpoint.files import staged
 from hf_veomni.errors import UnsupportedError
 
 
@@ -47,3 +48,10 @@ def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     (folder / "config.json").symlink_to("../../../blobs/ab12")
     _copy_others(folder, out)
     assert (out / "config.json").read_text() == "{}" and not (out / "config.json").is_symlink()
+
+
+def test_a_folder_that_is_converted_in_place_is_not_copied_into_itself(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with staged(tmp_path) as out:
+        _copy_others(tmp_path, out)
+        assert [entry.name for entry in out.iterdir()] == ["config.json"]

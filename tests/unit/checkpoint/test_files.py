@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_veomni.checkpoint import agree, staged, together
+from tests.permissions import permissions_count
 
 
 def test_a_new_directory_appears_whole(tmp_path):
@@ -44,6 +45,19 @@ def test_files_are_replaced_and_stale_weights_removed(tmp_path):
         "notes.txt",
     ]
     assert (target / "config.json").read_text() == "new" and (target / "notes.txt").read_text() == "old"
+
+
+def test_a_folder_that_exists_is_written_without_one_beside_it(tmp_path):
+    """A volume of a container, or a link to another disk: nothing can be made beside it, or moved from there."""
+    (tmp_path / "model" / "_incomplete").mkdir(parents=True)
+    (tmp_path / "model" / "_incomplete" / "half").touch()  # of a save that was killed
+    tmp_path.chmod(0o555)
+    try:
+        with permissions_count(), staged(tmp_path / "model") as staging:
+            (staging / "file").write_text("1")
+    finally:
+        tmp_path.chmod(0o755)
+    assert [entry.name for entry in (tmp_path / "model").iterdir()] == ["file"]
 
 
 def test_a_file_in_the_way_is_refused(tmp_path):
