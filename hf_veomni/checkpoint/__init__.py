@@ -6,6 +6,7 @@ from hf_veomni.checkpoint.load import PendingWeights, check_parameters, material
 from hf_veomni.checkpoint.plain import check_adapters, gather_full_state, gather_plain_state, load_plain, save_plain
 from hf_veomni.checkpoint.stages import share_state, writes_whole
 from hf_veomni.checkpoint.state import (
+    fit_groups,
     load_optimizer,
     load_stock_optimizer,
     load_weights,
@@ -27,6 +28,7 @@ __all__ = [
     "attach_stock_calls",
     "check_adapters",
     "check_parameters",
+    "fit_groups",
     "gather_full_state",
     "gather_plain_state",
     "load_optimizer",

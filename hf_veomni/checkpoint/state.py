@@ -103,6 +103,25 @@ def load_optimizer(model: nn.Module, optimizer: object, directory: str | os.Path
             _set_groups(model, inner, state)
 
 
+def fit_groups(scheduler: dict[str, Any], count: int) -> dict[str, Any]:
+    """A scheduler's state for another number of parameter groups: Trainer makes one for each mesh of the plan.
+
+    Raises:
+        UnsupportedError: the groups had different schedules, so it is unknown which new group goes on with which.
+    """
+    fitted = dict(scheduler)
+    for name in ("base_lrs", "_last_lr", "lr_lambdas"):
+        values = scheduler.get(name)
+        if isinstance(values, list) and len(values) != count:
+            if any(value != values[0] for value in values):
+                raise UnsupportedError(
+                    f"The checkpoint's scheduler has {len(values)} parameter groups with different `{name}` ({values})"
+                    f", this plan makes {count}: resume under the plan that wrote it."
+                )
+            fitted[name] = values[:1] * count
+    return fitted
+
+
 def load_stock_optimizer(model: nn.Module, optimizer: object, path: str | os.PathLike[str]) -> None:
     """Read the `optimizer.pt` of a one-process run into an optimizer over the same, possibly sharded, parameters.
 

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from hf_veomni.checkpoint import (
     agree,
     check_adapters,
+    fit_groups,
     load_optimizer,
     load_plain,
     load_stock_optimizer,
@@ -35,7 +36,6 @@ from hf_veomni.checkpoint import (
 )
 from hf_veomni.checkpoint.convert import WEIGHTS_DIRECTORY, describe_adapters, describe_model
 from hf_veomni.checkpoint.manifest import STAGING
-from hf_veomni.errors import UnsupportedError
 from hf_veomni.hf.require import override
 from hf_veomni.mesh import is_prepared
 from hf_veomni.trainer.folders import (
@@ -55,25 +55,6 @@ if TYPE_CHECKING:
     from hf_veomni.trainer.loop import BatchingMixin as _Trainer
 else:
     _Trainer = object
-
-
-def fit_groups(scheduler: dict[str, Any], count: int) -> dict[str, Any]:
-    """A scheduler's state for another number of parameter groups: Trainer makes one for each mesh of the plan.
-
-    Raises:
-        UnsupportedError: the groups had different schedules, so it is unknown which new group goes on with which.
-    """
-    fitted = dict(scheduler)
-    for name in ("base_lrs", "_last_lr", "lr_lambdas"):
-        values = scheduler.get(name)
-        if isinstance(values, list) and len(values) != count:
-            if any(value != values[0] for value in values):
-                raise UnsupportedError(
-                    f"The checkpoint's scheduler has {len(values)} parameter groups with different `{name}` ({values})"
-                    f", this plan makes {count}: resume under the plan that wrote it."
-                )
-            fitted[name] = values[:1] * count
-    return fitted
 
 
 def _load_weights(model: nn.Module, checkpoint: Path) -> None:
@@ -99,6 +80,7 @@ class CheckpointingMixin(_Trainer):
     _staging: Path | None = None  # in place of the run's directory while a checkpoint is written
     _resumed: Position | None = None  # where the checkpoint stands that this `train` goes on from
     _batches_per_epoch = 0  # of each data rank
+    _gives_back = False  # somebody on the stack does; Trainer's `is_in_train` stays set by a `train` that failed
 
     @override
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -129,11 +111,26 @@ class CheckpointingMixin(_Trainer):
 
     @override
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        try:
+        with self._giving_back() as alone:
             self._write_checkpoint(model, trial)
-        finally:  # within `train`, which gives folders back, or beside it, the lock stays
-            if self._folders is not None and not (self.is_in_train or self.args.async_save):
-                self._folders.close()
+            if alone:  # there is nothing beside which it could be written
+                self._finish_save()
+
+    @contextmanager
+    def _giving_back(self) -> Iterator[bool]:
+        """Around `train`, or a save outside of it: at the end, however it comes, no process writes beside this one,
+        and other runs may have the folders. Yields whether this is the outer one."""
+        outer, self._gives_back = not self._gives_back, True
+        try:
+            yield outer
+        finally:
+            if outer:
+                saver, folders, self._saver, self._folders, self._beside = self._saver, self._folders, None, None, None
+                self._gives_back = False
+                with ExitStack() as ending:
+                    for used in (folders, saver):  # first the saver, which may write still
+                        if used is not None:
+                            ending.callback(used.close)
 
     def _write_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Written beside its place, flushed, described by a manifest, then renamed: see `checkpoint.manifest`."""
@@ -257,19 +254,13 @@ class CheckpointingMixin(_Trainer):
             ValueError: another run trains into `output_dir`; no complete checkpoint there, or one from which this run
                 would not go on with the next rows; on every rank.
         """
-        try:
+        with self._giving_back():
             with together("Looking whether `output_dir` is in use"):
                 if self.args.should_save:
                     self._hold_folders(resume_from_checkpoint, trial)
             checkpoint = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
             self._resumed = None if checkpoint is None else self._find_position(Path(checkpoint))
             return super().train(checkpoint, trial, *args, **kwargs)
-        finally:
-            saver, folders, self._saver, self._folders, self._beside = self._saver, self._folders, None, None, None
-            with ExitStack() as ending:
-                for used in (folders, saver):  # first the saver, which may write still
-                    if used is not None:
-                        ending.callback(used.close)
 
     def _hold_folders(self, resume: str | bool | None, trial: object) -> None:
         """Of this `train`, if it saves; trials of a search, which may be other processes', have a folder each."""

@@ -18,6 +18,7 @@ import pytest
 from transformers import TrainerCallback
 from transformers.trainer_utils import HPSearchBackend
 
+from hf_veomni.checkpoint.manifest import find_damage
 from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments, held_folders, in_use
 from hf_veomni.trainer.held_folders import HeldFolders
 from hf_veomni.trainer.in_use import IN_USE, confirm, sole_use
@@ -219,6 +220,25 @@ def test_whoever_saves_has_the_folder_whatever_asked_for_it(tmp_path: Path, stra
     trainer.train()
     assert watching.free == [False, False]
     assert {entry.name for entry in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
+
+
+@pytest.mark.parametrize("async_save", [False, True], ids=["plain", "async"])
+def test_a_save_outside_of_train_gives_the_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool
+) -> None:
+    """Also after a `train` that has failed, which Trainer takes to be running still."""
+    trainer = _trainer(tmp_path, save_strategy="no", max_steps=2, async_save=async_save)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "log", fail)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer._save_checkpoint(trainer.model, None)
+    assert find_damage(tmp_path / "checkpoint-1", contents=True) is None
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-1"] and taken_by_another(tmp_path)
 
 
 def test_trials_of_a_search_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
