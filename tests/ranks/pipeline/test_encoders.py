@@ -10,6 +10,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from tests.multimodal import FAMILIES, samples_of
+from tests.ranks.alone import run_alone
 from tests.ranks.modality.test_packed_multimodal import summed_loss
 from tests.ranks.parity import relative_error, whole
 
@@ -140,3 +141,23 @@ def _too_deep() -> None:
 
 def test_what_the_first_stage_must_have_is_refused_elsewhere(ranks) -> None:
     ranks(4).raises(_too_deep, match=r"`pp_size` \(4\) is too large for 4 layers, of which the first stage has 2")
+
+
+def _image_without_placeholders(rank: int, folder: str) -> None:
+    from hf_veomni import OmniTrainer, OmniTrainingArguments
+
+    rows: Any = _llava_rows()
+    rows[1]["pixel_values"] = rows[0]["pixel_values"]
+    options: dict[str, Any] = {"max_steps": 1, "gradient_accumulation_steps": 4, "remove_unused_columns": False}
+    options |= {"per_device_train_batch_size": 1, "save_strategy": "no", "report_to": "none", "plan": "pp=2"}
+    args = OmniTrainingArguments(folder, **options)
+    OmniTrainer(_llava(), args, train_dataset=rows, data_collator=lambda found: found[0]).train()
+
+
+@SLOW
+def test_what_the_first_stage_alone_finds_in_its_forward_ends_the_others(tmp_path: Path) -> None:
+    ended = run_alone(_image_without_placeholders, 2, tmp_path, str(tmp_path / "run"))
+    error = "ValueError: Image features and image tokens do not match"
+    assert [end.code in (1, 76) for end in ended] == [True, True], ended
+    assert error in ended[0].output and f"Rank 0 failed: {error}" in ended[1].output
+    assert abs(ended[1].seconds - ended[0].seconds) < 15
