@@ -25,7 +25,8 @@ class BatchRule:
 
     Attributes:
         vocabulary: rows of the table of embeddings; None if unknown.
-        labelled: whether its labels are those of its tokens, one a token: not in an encoder-decoder or a classifier.
+        labelled: whether its labels are those of its tokens, one a token: not in an encoder-decoder or a classifier,
+            nor where the user's own loss reads them.
         needs_labels: whether they are trained by the model's own loss, which some ranks alone look at.
     """
 
@@ -34,10 +35,12 @@ class BatchRule:
     needs_labels: bool = False
 
     @staticmethod
-    def of(model: Any, needs_labels: bool = False) -> BatchRule:
+    def of(model: Any, needs_labels: bool = False, own_labels: bool = False) -> BatchRule:
+        """`own_labels`: whether they are read by a loss of the user's own, and mean what that says."""
         table = getattr(hf.input_embeddings(model), "weight", None)
         labelled = type(model).__name__.endswith(_LABELLED) and not getattr(model.config, "is_encoder_decoder", False)
-        return BatchRule(len(table) if isinstance(table, Tensor) else None, labelled, needs_labels)
+        vocabulary = len(table) if isinstance(table, Tensor) else None
+        return BatchRule(vocabulary, labelled and not own_labels, needs_labels)
 
 
 def find_fault(batches: Iterable[Any], rule: BatchRule) -> ValueError | None:
@@ -51,7 +54,9 @@ def find_fault(batches: Iterable[Any], rule: BatchRule) -> ValueError | None:
         if not isinstance(ids, Tensor):
             continue
         message = (
-            _wrong_tokens(ids) or _wrong_shape(batch, ids, rule.labelled) or _wrong_value(batch, ids, rule.vocabulary)
+            _wrong_tokens(ids)
+            or _wrong_shape(batch, ids, rule.labelled)
+            or _wrong_value(batch, ids, rule.vocabulary, rule.labelled)
         )
         if message is not None:
             return ValueError(f"{message}: look at the collator and the dataset.")
@@ -108,12 +113,12 @@ def _wrong_shape(batch: Mapping[str, Any], ids: Tensor, labelled: bool) -> str |
     return None
 
 
-def _wrong_value(batch: Mapping[str, Any], ids: Tensor, vocabulary: int | None) -> str | None:
+def _wrong_value(batch: Mapping[str, Any], ids: Tensor, vocabulary: int | None, labelled: bool) -> str | None:
     """Of tokens and labels, where the host knows them and no other modality may have placeholders of its own."""
     others = [value for name, value in batch.items() if name != "attention_mask" and isinstance(value, Tensor)]
     if vocabulary is None or any(value.is_floating_point() for value in others):
         return None
-    for name, lowest in (("input_ids", 0), ("labels", _IGNORED)):
+    for name, lowest in (("input_ids", 0), *((("labels", _IGNORED),) if labelled else ())):
         values = batch.get(name)
         if not isinstance(values, Tensor) or values.shape != ids.shape or values.is_floating_point():
             continue

@@ -38,7 +38,7 @@ from hf_veomni.trainer.loaders import (
     keep_batches_unsplit,
     set_epoch,
 )
-from hf_veomni.trainer.losses import MicroBatch
+from hf_veomni.trainer.losses import MicroBatch, overrides
 from hf_veomni.trainer.pace import Pace
 from hf_veomni.trainer.signals import Signals
 from hf_veomni.trainer.stages import StagesMixin
@@ -137,7 +137,9 @@ class BatchingMixin(StagesMixin):
         set_epoch(train_dataloader, epoch)
         self._batch_rule = None
         if is_prepared(self.model):
-            self._batch_rule = BatchRule.of(hf.base_model(self.model), needs_labels=self.args.plan.pp_size > 1)
+            own = self.compute_loss_func is not None or overrides(self, "compute_loss", "training_step")
+            base, needs_labels = hf.base_model(self.model), self.args.plan.pp_size > 1
+            self._batch_rule = BatchRule.of(base, needs_labels, own_labels=own)
         self._epoch_is_over = False
         self._last_batch = None
         if kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"] and self._is_stream():

@@ -79,3 +79,9 @@ def test_an_unknown_vocabulary_is_no_limit() -> None:
 def test_values_on_a_device_are_not_asked_for() -> None:
     """They would be waited for."""
     assert find_fault([{"input_ids": torch.empty(2, 3, dtype=torch.long, device="meta")}], BatchRule(8)) is None
+
+
+def test_labels_that_are_not_those_of_the_tokens_may_be_of_another_vocabulary() -> None:
+    batch = {"input_ids": IDS, "labels": LABELS + 100}
+    assert find_fault([batch], BatchRule(8, labelled=False)) is None
+    assert find_fault([{**batch, "input_ids": IDS + 1}], BatchRule(8, labelled=False)) is not None

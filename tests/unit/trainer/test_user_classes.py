@@ -141,3 +141,17 @@ def test_evaluation_of_a_mixture_under_trl_is_not_divided_by_accumulation(tmp_pa
             trainer.train()
         found.append(trainer.evaluate()["eval_loss"])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+class _Scores(OmniTrainer):
+    """Trains a language model's last logits towards a number a row."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        wanted = inputs.pop("labels")
+        return (model(**inputs).logits[:, -1].float().mean(-1) - wanted).square().mean()
+
+
+def test_labels_of_a_loss_of_ones_own_mean_what_that_says(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": 0.5}, {"input_ids": [4, 5, 6], "labels": 70.0}])
+    trainer = _Scores(make_model(), make_arguments(OmniTrainingArguments, tmp_path), train_dataset=rows)
+    assert logged(trainer)[0] > 0
