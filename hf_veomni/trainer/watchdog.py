@@ -218,14 +218,20 @@ class Watchdog:
         calm = error is None or isinstance(error, Preempted)
         self._ended = "done" if calm else f"{type(error).__name__}: {error}"[:2000]
         self._stopped.set()
-        try:
-            self._exchange()
-        except Exception as gone:  # of any kind: the store went with another rank, which is known already
-            logger.debug("The last word of this rank was not heard: %s", gone)
+        # Beside the main thread, which a store that does not answer, as where a link is cut, would hold for ever.
+        self._threads.append(threading.Thread(target=self._say_last, daemon=True))
+        self._threads[-1].start()
+        self._threads[-1].join(GRACE)
         for thread in self._threads:
             thread.join(_PERIOD)
         if not any(thread.is_alive() for thread in self._threads):
             del self._board  # with its connection, now and not at some later collection
+
+    def _say_last(self) -> None:
+        try:
+            self._exchange()
+        except Exception as gone:  # of any kind: the store went with another rank, which is known already
+            logger.debug("The last word of this rank was not heard: %s", gone)
 
     def explain(self, error: BaseException) -> RankError | None:
         """If `error` says that an exchange broke, what is behind it; waits until it is known, `LOST` and a few seconds

@@ -171,6 +171,21 @@ def test_a_report_keeps_nothing_of_the_main_thread(from_main: bool) -> None:
         gc.enable()
 
 
+def test_a_store_that_does_not_answer_keeps_nobody_from_leaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "GRACE", 0.1)
+    monkeypatch.setattr(watchdog, "_PERIOD", 0.1)
+    dog, answers = object.__new__(Watchdog), threading.Event()
+    vars(dog).update(
+        _threads=[], _stopped=threading.Event(), _lock=threading.Lock(), _exchange=answers.wait,
+        _board=SimpleNamespace(rank=0),
+    )  # fmt: skip
+    leaving = threading.Thread(target=dog.stop, args=(None,), daemon=True)
+    leaving.start()
+    leaving.join(5)
+    assert not leaving.is_alive() and hasattr(dog, "_board")
+    answers.set()
+
+
 def _frame(target: Callable[[Callable[[], None]], object]) -> tuple[Any, threading.Event]:
     """Of a thread that `target` keeps in the call that it is given, until the event is set."""
     event, inside = threading.Event(), threading.Event()
