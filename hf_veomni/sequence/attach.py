@@ -59,7 +59,8 @@ from hf_veomni.sequence.families.deepstack import cut_deepstack
 from hf_veomni.sequence.gather_points import find_gather_point, map_hidden, pooling_modules, text_encoder
 from hf_veomni.sequence.generation import attach_generate, detach_generate
 from hf_veomni.sequence.inspect import ShardPoints, check_heads, find_shard_points
-from hf_veomni.sequence.mixers import Gathered, LinearAttachment, check_mixer_heads
+from hf_veomni.sequence.mixers.attach import LinearAttachment
+from hf_veomni.sequence.mixers.table import Gathered, check_mixer_heads
 from hf_veomni.sequence.origin import find_origin
 from hf_veomni.sequence.outputs import Outputs
 from hf_veomni.sequence.shard import SliceHooks, check_same_rows, gather_rows, pad_inputs, shard_sequence

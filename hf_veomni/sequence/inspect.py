@@ -15,7 +15,7 @@ from hf_veomni.errors import UnsupportedError
 from hf_veomni.sequence.attention import merges_keys
 from hf_veomni.sequence.backbone import asks_interface, attends, find_layers, notes_shape, own_names, views_as_row
 from hf_veomni.sequence.hints import attention_paths, backbone_paths, hint_rule
-from hf_veomni.sequence.mixers import Mixer, find_mixers, find_unknown
+from hf_veomni.sequence.mixers.table import Mixer, find_mixers, find_unknown
 from hf_veomni.sequence.ulysses import head_layout
 
 # Modules that carry a state along the sequence, or pick tokens, outside of the attention interface: by their names, so
