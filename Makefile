@@ -76,7 +76,7 @@ $(VLM_CHECKPOINT)/config.json: | $(CHECKPOINT)/config.json
 $(DIGITS)/test.jsonl: | $(STAMP)
 	$(BIN)/python examples/digit_chats.py --output $(DIGITS)
 
-vlm: $(STAMP) $(VLM_CHECKPOINT)/config.json $(DIGITS)/test.jsonl  ## a stock vision-language model on a folder of pictures, sp=2, two CPU processes
+vlm: $(STAMP) $(VLM_CHECKPOINT)/config.json $(DIGITS)/test.jsonl  ## a stock vision-language model on a folder of images, sp=2, two CPU processes
 	$(LAUNCH_SP2) examples/finetune_vlm.py --model $(VLM_CHECKPOINT) --data $(DIGITS) --train_encoder $(ARGS)
 
 draw: $(STAMP)  ## teach a small model to draw digits, sp=2, two CPU processes

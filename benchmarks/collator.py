@@ -1,8 +1,8 @@
-"""Speed of the collator on raw pictures and sounds, from files to a packed sequence, with and without loader workers.
+"""Speed of the collator on raw images and audio, from files to a packed sequence, with and without loader workers.
 
     python -m benchmarks collator [--samples 64] [--workers 0 1 2]
 
-Pictures are ragged pieces of two photographs (JPEG), sounds are spoken sentences (wav, eSpeak NG at its own rate, so
+Images are crops of two photographs (JPEG), audio clips are spoken sentences (wav, eSpeak NG at its own rate, so
 they are resampled too); both go through the stock processors of Qwen2.5-VL and Qwen2-Audio, made from parts. Time is
 wall clock, since workers are processes: the load of the machine counts, and is written down. `lengths from headers` is
 what packing does before anything is decoded. Checked: every setting makes the same rows, token by token and pixel by

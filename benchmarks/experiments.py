@@ -1,6 +1,6 @@
 """The experiments of a paper on training with FSDP, SP and EP, small, on the CPU and the simulated link.
 
-    python -m benchmarks experiments                    all six: a json, and a picture each in docs/images
+    python -m benchmarks experiments                    all six: a json, and a plot each in docs/images
     python -m benchmarks experiments --only sp mixed    some of them
     python -m benchmarks experiments --tiny             in seconds, to see it run
 
@@ -273,7 +273,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run them, write the json and the pictures."""
+    """Run them, write the json and the plots."""
     options = parse()
     torch.set_num_threads(1)
     rate = matmul_rate(torch.device("cpu"), torch.float32, 1024)

@@ -2,7 +2,7 @@
 
 python -m benchmarks foresight                 both; draws docs/images/foresight.svg
 python -m benchmarks foresight --parts time    one of them, and what the result has of the other
-python -m benchmarks foresight --parts         neither: the picture of the result
+python -m benchmarks foresight --parts         neither: the plot of the result
 
 memory   peak of a rank, and bytes that it sends, by formulas and by dry run of the real code, 5 % apart at most
 time     seconds of a step of one of 8 ranks behind a link (`_link.py`), by formulas and as simulated, 5 % apart at

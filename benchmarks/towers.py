@@ -1,4 +1,4 @@
-"""A huge picture or a long video in a vision tower at sp=2: whole on each rank, by items and frames, or by Ulysses.
+"""A huge image or a long video in a vision tower at sp=2: whole on each rank, by items and frames, or by Ulysses.
 
     python -m benchmarks towers     # gloo ranks on the CPU
 
@@ -8,7 +8,7 @@ and take turns. Of the slowest or fullest rank:
     seconds     CPU time of a step; a rank that waits does not compute
     peak        bytes of activations (`_memory.py`), text stack included
 
-With one picture `balance` has nothing to assign. The bound of both is 1/sp for the tower's part.
+With one image `balance` has nothing to assign. The bound of both is 1/sp for the tower's part.
 
 Exit status 1 if a gradient of the tower differs from that of the tower whole, or if a rule that shares (frames of the
 video; Ulysses for both) is not below 0.75 of the whole in seconds or in peak.

@@ -41,7 +41,7 @@ def _text(value: str | list[str]) -> str:
 
 
 def _notebook(path: Path) -> tuple[str, dict[str, bytes]]:
-    """A notebook as markdown, and its pictures by name. Settings of the machine that has run it are left out."""
+    """A notebook as markdown, and its images by name. Settings of the machine that has run it are left out."""
     pictures: dict[str, bytes] = {}
 
     def parts() -> Iterator[str]:

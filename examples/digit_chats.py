@@ -1,9 +1,9 @@
-"""Write a folder of pictures and the chats about them: scikit-learn's scanned digits, 1,797 of them.
+"""Write a folder of images and the chats about them: scikit-learn's scanned digits, 1,797 of them.
 
     python examples/digit_chats.py                 # outputs/data/digits: images/*.png, train.jsonl, test.jsonl
 
-A line of the jsonl is a sample as `pack_dataset` reads it: `messages`, and in `images` the paths of its pictures,
-relative to the folder. Some samples have two pictures, some have none.
+A line of the jsonl is a sample as `pack_dataset` reads it: `messages`, and in `images` the paths of its images,
+relative to the folder. Some samples have two images, some have none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HELD_OUT = 297
 
 
 def chat(names: list[str], words: list[str]) -> dict[str, Any]:
-    """A sample: the pictures `names` are asked for, and `words` are the answer."""
+    """A sample: the images `names` are asked for, and `words` are the answer."""
     asked = "Which digit is this?" if len(names) == 1 else "Which digits are these?"
     content = [{"type": "image"} for _ in names] + [{"type": "text", "text": asked}]
     answer = [{"type": "text", "text": " and ".join(words).capitalize() + "."}]
@@ -33,7 +33,7 @@ def chat(names: list[str], words: list[str]) -> dict[str, Any]:
 
 
 def make_digit_chats(output: str | Path = DEFAULT_OUTPUT, limit: int | None = None) -> Path:
-    """Write pictures, `train.jsonl` and `test.jsonl`. A folder that is there already is kept.
+    """Write images, `train.jsonl` and `test.jsonl`. A folder that is there already is kept.
 
     Args:
         limit: use only so many digits; a sixth of them is held out.
@@ -59,7 +59,7 @@ def make_digit_chats(output: str | Path = DEFAULT_OUTPUT, limit: int | None = No
                 answer = {"role": "assistant", "content": f"{WORDS[index // 16 % 9 + 1].capitalize()}."}
                 samples.append({"messages": [counted, answer], "images": []})
         (output / f"{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    print(f"{output}: {len(order)} pictures, train.jsonl, test.jsonl")
+    print(f"{output}: {len(order)} images, train.jsonl, test.jsonl")
     return output
 
 

@@ -1,4 +1,4 @@
-r"""Teach a model to draw: "draw a three" in, codes of a picture out.
+r"""Teach a model to draw: "draw a three" in, codes of an image out.
 
     accelerate launch --config_file accelerate_configs/cpu_sp2.yaml examples/draw_digits.py
     python examples/draw_digits.py                                         # one process, the same numbers
@@ -122,7 +122,7 @@ def encode(digit: int, codes: Tensor, tokenizer: Any) -> dict[str, Any]:
 
 
 def draw_all(model: Any, tokenizer: Any, count: int) -> tuple[Tensor, Tensor]:
-    """`count` drawings of each digit, as codes [10, count, 16] and pictures [10, count, 8, 8]; alike on all ranks."""
+    """`count` drawings of each digit, as codes [10, count, 16] and images [10, count, 8, 8]; alike on all ranks."""
     generator = torch.Generator(device=model.device).manual_seed(0)
     model.eval()
     found: list[tuple[Tensor, Tensor]] = []
@@ -187,7 +187,7 @@ def main() -> None:
         save_metrics(args, metrics)
         path = Path(args.output_dir) / "draw.png"
         save_picture(drawn, path)
-        print(f"\nmean square error of the VQ model's copies: {error:.3f} (pictures are between -1 and 1)")
+        print(f"\nmean square error of the VQ model's copies: {error:.3f} (images are between -1 and 1)")
         print(f"loss of held-out codes: {before:.3f} -> {after:.3f}, {seconds:.0f} s of training")
         print(f"drawings recognised: {recognised:.0%} of {len(asked)}; chance is 10 %")
         print(f"  {different} of them are different, {repeated} repeat a scan of the training")

@@ -1,15 +1,15 @@
-r"""Fine-tune a stock vision-language model on a folder of pictures and a jsonl of chats, on packed sequences.
+r"""Fine-tune a stock vision-language model on a folder of images and a jsonl of chats, on packed sequences.
 
     accelerate launch --config_file accelerate_configs/gpu8_sp2_dp4.yaml examples/finetune_vlm.py \
         --model Qwen/Qwen2.5-VL-3B-Instruct --data my_folder --max_tokens 8192 --max_pixels 1003520 \
         --bf16 --gradient_checkpointing
     make vlm        # on two CPU processes, without the Hub: SmolLM2 behind an untrained encoder learns to read digits
 
-The folder holds `train.jsonl`, `test.jsonl` if something is to be evaluated, and the pictures that they name in
+The folder holds `train.jsonl`, `test.jsonl` if something is to be evaluated, and the images that they name in
 `images`; `examples/digit_chats.py` writes one. LoRA goes to the language model alone; encoder and projector stay as
 they are, or are trained in full beside it (`--train_encoder`). Only what the assistant says is learnt. Every option of
 `TrainingArguments` can be given too. Into `--output_dir` go the adapter, which opens in plain PEFT, the processor,
-`metrics.json`, and `answers.png` with held-out pictures.
+`metrics.json`, and `answers.png` with held-out images.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ ENCODER_NAMES = ("vision_tower", "vision_model", "visual", "multi_modal_projecto
 @dataclass
 class ScriptArguments:
     model: str = field(default=MODEL, metadata={"help": "Checkpoint folder or Hub id."})
-    data: str = field(default=DIGITS, metadata={"help": "Folder with train.jsonl, test.jsonl and the pictures."})
+    data: str = field(default=DIGITS, metadata={"help": "Folder with train.jsonl, test.jsonl and the images."})
     max_tokens: int = field(default=2048, metadata={"help": "Length of a packed sequence, in tokens."})
     max_pixels: int | None = field(
         default=None,
-        metadata={"help": "Shrink larger pictures. In Qwen2.5-VL 784 pixels are a token: 1003520 are 1,280 tokens."},
+        metadata={"help": "Shrink larger images. In Qwen2.5-VL 784 pixels are a token: 1003520 are 1,280 tokens."},
     )
     dtype: str = field(default="bfloat16", metadata={"help": "Type that the weights are loaded in."})
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
@@ -81,7 +81,7 @@ def parse_arguments() -> tuple[ScriptArguments, OmniTrainingArguments]:
 
 
 def read_chats(folder: str, name: str) -> Dataset | None:
-    """The samples of a jsonl, the paths of their pictures made absolute; None where there is no such file."""
+    """The samples of a jsonl, the paths of their images made absolute; None where there is no such file."""
     path = Path(folder) / f"{name}.jsonl"
     if not path.is_file():
         return None
@@ -95,7 +95,7 @@ def load_processor(script: ScriptArguments) -> Any:
     """The model's own.
 
     Raises:
-        ValueError: it makes all pictures of one size, so that `max_pixels` would have no effect.
+        ValueError: it makes all images of one size, so that `max_pixels` would have no effect.
     """
     if script.max_pixels is None:
         return AutoProcessor.from_pretrained(script.model)
@@ -103,7 +103,7 @@ def load_processor(script: ScriptArguments) -> Any:
     if "max_pixels" not in processor.image_processor.valid_kwargs.__annotations__:
         raise ValueError(
             f"`max_pixels` ({script.max_pixels}) has no effect on {type(processor.image_processor).__name__}: leave "
-            "it out; what that makes of a picture does not depend on its size."
+            "it out; what that makes of an image does not depend on its size."
         )
     return processor
 
@@ -125,7 +125,7 @@ def encoder_parts(model: torch.nn.Module) -> list[str]:
 
 @torch.no_grad()
 def answers(model: Any, processor: Any, samples: list[dict[str, Any]]) -> list[str]:
-    """What a plain model says of each sample's pictures, greedily."""
+    """What a plain model says of each sample's images, greedily."""
     said = []
     for sample in samples:
         pictures = [Image.open(path) for path in sample["images"]]
@@ -142,7 +142,7 @@ def wanted(sample: dict[str, Any]) -> str:
 
 
 def draw(samples: list[dict[str, Any]], said: list[str], path: Path) -> None:
-    """The first picture of each sample with what is said of it, green where it is what was wanted."""
+    """The first image of each sample with what is said of it, green where it is what was wanted."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -156,7 +156,7 @@ def draw(samples: list[dict[str, Any]], said: list[str], path: Path) -> None:
 
 
 def show(script: ScriptArguments, args: OmniTrainingArguments, processor: Any, test: Dataset) -> tuple[int, int]:
-    """Open the adapter in plain PEFT, ask it for held-out pictures, draw them. Returns how many of them are right."""
+    """Open the adapter in plain PEFT, ask it for held-out images, draw them. Returns how many of them are right."""
     base = AutoModelForImageTextToText.from_pretrained(script.model, dtype=script.dtype)
     model: Any = PeftModel.from_pretrained(base, args.output_dir).eval()
     samples = [sample for sample in list(test)[:SHOWN] if sample["images"]]
@@ -229,7 +229,7 @@ def main() -> None:
             right, asked = show(script, args, processor, test)
             metrics["right"], metrics["asked"] = right, asked
             print(f"\nheld-out loss: {metrics['before']:.3f} before, {metrics['after']:.3f} after")
-            print(f"held-out pictures answered right by the saved adapter: {right} of {asked}, see answers.png")
+            print(f"held-out images answered right by the saved adapter: {right} of {asked}, see answers.png")
         (Path(args.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(f"adapter, processor and figures: {args.output_dir}")
     trainer.accelerator.wait_for_everyone()

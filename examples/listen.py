@@ -1,11 +1,11 @@
-r"""Teach a model to hear: spoken words (wav) in, letters out.
+r"""Teach a model to write spoken words: audio (wav) in, letters out.
 
     accelerate launch --config_file accelerate_configs/cpu_sp2.yaml examples/listen.py
     python examples/listen.py                                              # one process, the same numbers
 
 Twenty words are spoken to wav files by many voices of eSpeak NG (see `spoken_words`); some voices are held out, so the
 model must understand speakers that it has never heard. A small Whisper encoder and a small Llama, both with new
-weights, are trained together: a second of sound is 50 features, the means of 5 neighbours are 10 tokens, and the word
+weights, are trained together: a second of audio is 50 features, the means of 5 neighbours are 10 tokens, and the word
 is spelt byte by byte (ByT5's tokenizer, which needs no file). Into `--output_dir` go the wav files, `metrics.json` and
 `listen.png`, spectrograms of held-out voices with what the model understands.
 """
@@ -91,7 +91,7 @@ def record(folder: Path, voices: list[str], words: tuple[str, ...] = WORDS, *, f
 
 
 def encode(word: str, spectrogram: Tensor, tokenizer: Any) -> dict[str, Any]:
-    """A sound and the letters of its word, which are learnt, with the end of the text."""
+    """An audio clip and the letters of its word, which are learnt, with the end of the text."""
     marks = [tokenizer.convert_tokens_to_ids(PLACEHOLDER)] * (FEATURES // POOL)
     letters = tokenizer(word)["input_ids"]  # ends with </s>
     labels = [IGNORED] * len(marks) + letters
@@ -106,7 +106,7 @@ def spectrograms(files: list[tuple[Path, str]]) -> Tensor:
 
 
 def hear(files: list[tuple[Path, str]], tokenizer: Any) -> list[dict[str, Any]]:
-    """The sounds and the letters of their words."""
+    """The audio clips and the letters of their words."""
     return [encode(word, heard, tokenizer) for (_, word), heard in zip(files, spectrograms(files), strict=True)]
 
 
@@ -122,7 +122,7 @@ def build(tokenizer: Any) -> Any:
 
 
 def spell(model: Any, samples: list[dict[str, Any]], tokenizer: Any) -> list[str]:
-    """What the model writes after each sound, by `generate`. All ranks call it."""
+    """What the model writes after each audio clip, by `generate`. All ranks call it."""
     model.eval()
     written: list[str] = []
     for begin in range(0, len(samples), 120):
@@ -177,10 +177,10 @@ def main() -> None:
         save_metrics(args, metrics)
         draw(samples[1], words, written, Path(args.output_dir) / "listen.png")
         print(
-            f"\nwords of voices never heard, spelt right: {before:.1%} before, {after:.1%} after ({len(words)} sounds)"
+            f"\nwords of voices never heard, spelt right: {before:.1%} before, {after:.1%} after ({len(words)} clips)"
         )
         print(f"  by voice: {by_voice}; {seconds:.0f} s of training; chance is {1 / len(WORDS):.0%}")
-        print(f"spectrograms, sounds and figures: {args.output_dir}")
+        print(f"spectrograms, audio and figures: {args.output_dir}")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

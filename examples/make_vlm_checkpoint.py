@@ -1,12 +1,12 @@
 """Put a small, untrained SigLIP encoder in front of a language model: a stock LLaVA checkpoint, without the Hub.
 
 The language model keeps its weights; encoder and projector are random and have to be trained (`--train_encoder` of
-`finetune_vlm.py`). With `--pretrain` the encoder first learns to tell the pictures of a folder apart by their answers,
+`finetune_vlm.py`). With `--pretrain` the encoder first learns to tell the images of a folder apart by their answers,
 so that only the projector is random, as when an encoder of the Hub meets a language model. The folder is like any on
 the Hub: config, safetensors, processor with its chat template.
 
-    python examples/make_vlm_checkpoint.py                   # pictures of 16 x 16 are 4 tokens; 272 MB
-    python examples/make_vlm_checkpoint.py --image_size 64   # 64 tokens a picture
+    python examples/make_vlm_checkpoint.py                   # images of 16 x 16 are 4 tokens; 272 MB
+    python examples/make_vlm_checkpoint.py --image_size 64   # 64 tokens an image
     python examples/make_vlm_checkpoint.py --pretrain outputs/data/digits --output outputs/checkpoints/llava-digits
 """
 
@@ -45,7 +45,7 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }
 
 
 def make_processor(tokenizer: PreTrainedTokenizerBase, image_size: int) -> LlavaProcessor:
-    """Pictures of one size, a token for each patch. Adds the placeholder of a picture to `tokenizer`."""
+    """Images of one size, a token for each patch. Adds the placeholder of an image to `tokenizer`."""
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     return LlavaProcessor(
         SiglipImageProcessorPil(size={"height": image_size, "width": image_size}),
@@ -91,9 +91,9 @@ def add_encoder(
 
 
 def pretrain_encoder(encoder: nn.Module, processor: LlavaProcessor, data: Path, epochs: int = 12) -> None:
-    """Train the encoder, in place, to tell the pictures of `data`/train.jsonl apart by the answers of their chats.
+    """Train the encoder, in place, to tell the images of `data`/train.jsonl apart by the answers of their chats.
 
-    The linear layer that names the answers is thrown away. Chats with one picture are used.
+    The linear layer that names the answers is thrown away. Chats with one image are used.
 
     Raises:
         ValueError: no such file.
@@ -130,7 +130,7 @@ def make_vlm_checkpoint(
 
     Args:
         model: checkpoint folder or Hub id of the language model; the demo's own is made if need be.
-        image_size: height and width that every picture is resized to.
+        image_size: height and width that every image is resized to.
         pretrain: a folder as `digit_chats.py` writes it, on which the encoder is trained first.
 
     Raises:
@@ -157,7 +157,7 @@ def make_vlm_checkpoint(
         seeing.save_pretrained(scratch, max_shard_size="100GB")
         processor.save_pretrained(scratch)
         bar.update()
-    print(f"{output}: pictures of {image_size} x {image_size} are {seeing.config.image_seq_length} tokens")
+    print(f"{output}: images of {image_size} x {image_size} are {seeing.config.image_seq_length} tokens")
     return output
 
 
@@ -165,8 +165,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=LANGUAGE_MODEL, help="language model (default: %(default)s)")
     parser.add_argument("--output", default=DEFAULT_OUTPUT, help="folder to write (default: %(default)s)")
-    parser.add_argument("--image_size", type=int, default=IMAGE_SIZE, help="of all pictures (default: %(default)s)")
-    parser.add_argument("--pretrain", help="train the encoder on this folder of pictures and chats first")
+    parser.add_argument("--image_size", type=int, default=IMAGE_SIZE, help="of all images (default: %(default)s)")
+    parser.add_argument("--pretrain", help="train the encoder on this folder of images and chats first")
     arguments = parser.parse_args()
     try:
         make_vlm_checkpoint(arguments.output, arguments.model, arguments.image_size, arguments.pretrain)

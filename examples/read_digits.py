@@ -4,9 +4,9 @@ r"""Teach a language model to see: scanned digits and crops of photographs in, w
     python examples/read_digits.py                                         # one process, the same numbers
 
 SmolLM2-135M, with LoRA, is the foundation; a small SigLIP encoder that has never seen anything is trained beside it.
-A picture is 4 tokens. Digits are scikit-learn's `load_digits` (1,797 scans, 360 held out), photographs its two
+An image is 4 tokens. Digits are scikit-learn's `load_digits` (1,797 scans, 360 held out), photographs its two
 sample images, cut into crops: left parts for training, right parts held out. Into `--output_dir` go `metrics.json` and
-`read.png`, held-out pictures with what the model says of them.
+`read.png`, held-out images with what the model says of them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ScriptArguments:
     model: str = field(default=DEFAULT_OUTPUT, metadata={"help": "Checkpoint folder or Hub id."})
     placeholder: str = field(default="<file_sep>", metadata={"help": "A token of the vocabulary that no text holds."})
     num_crops: int = field(default=80, metadata={"help": "Crops of each photograph, for training and held out."})
-    limit: int | None = field(default=None, metadata={"help": "Use only so many training and held-out pictures."})
+    limit: int | None = field(default=None, metadata={"help": "Use only so many training and held-out images."})
 
 
 DEFAULTS = {
@@ -77,7 +77,7 @@ def crops(count: int, generator: torch.Generator, *, left: bool) -> list[tuple[T
 
 
 def pictures(script: ScriptArguments) -> tuple[list[tuple[Tensor, str]], list[tuple[Tensor, str]]]:
-    """Training and held-out pictures with their words, the same at each call."""
+    """Training and held-out images with their words, the same at each call."""
     generator = torch.Generator().manual_seed(0)
     scans = digits(generator)
     train = scans[HELD_OUT:] + crops(script.num_crops, generator, left=True)
@@ -88,7 +88,7 @@ def pictures(script: ScriptArguments) -> tuple[list[tuple[Tensor, str]], list[tu
 
 
 def encode(picture: Tensor, word: str, tokenizer: PreTrainedTokenizerBase, mark: int) -> dict[str, Any]:
-    """A picture, the prompt and the word, of which only the word is learnt. `mark`: the placeholder's id."""
+    """An image, the prompt and the word, of which only the word is learnt. `mark`: the placeholder's id."""
     asked = DIGIT_PROMPT if word in DIGITS else PHOTO_PROMPT
     prompt = [mark] * TOKENS + tokenizer(asked, add_special_tokens=False)["input_ids"]
     answer = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
@@ -118,7 +118,7 @@ LORA = LoraConfig(
 
 
 def speak(model: Any, samples: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What the model says of pictures of one kind, generated from the prompt alone. All ranks call it."""
+    """What the model says of images of one kind, generated from the prompt alone. All ranks call it."""
     model.eval()
     length = samples[0]["labels"].count(IGNORED)
     prompts = torch.tensor([sample["input_ids"][:length] for sample in samples], device=model.device)
@@ -129,7 +129,7 @@ def speak(model: Any, samples: list[dict[str, Any]], tokenizer: PreTrainedTokeni
 
 
 def draw(shown: list[tuple[Tensor, str, str]], path: Path) -> None:
-    """Held-out pictures with what the model says of them, green where it is right."""
+    """Held-out images with what the model says of them, green where it is right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -166,10 +166,10 @@ def main() -> None:
         pairs = [pair for part in shown for pair in held_out[part]]
         draw([(*pair, text) for pair, text in zip(pairs, sum(said, []), strict=True)], path)
         print(
-            f"\nheld-out pictures read right: {before['eval_accuracy']:.1%} before, {after['eval_accuracy']:.1%} after"
+            f"\nheld-out images read right: {before['eval_accuracy']:.1%} before, {after['eval_accuracy']:.1%} after"
         )
         print(f"  of which {by_kind}, {seconds:.0f} s of training; chance is 10 % for digits")
-        print(f"pictures and figures: {path}, metrics.json")
+        print(f"images and figures: {path}, metrics.json")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UnsupportedError(ValueError):
-    """A sound wish that this package, a model family, an installed version or a device does not support.
+    """A valid request that this package, a model family, an installed version or a device does not support.
 
     The message names the value, the rule and the way out. In `prepare_omni` every rank raises it where one does, in a
     forward every rank of the SP group, which has the same rows. What

@@ -1,4 +1,4 @@
-"""Tiny models that see and hear, with the processors of tests/processors.py, and samples of pictures and sounds."""
+"""Tiny models of vision and audio, with the processors of tests/processors.py, and samples of images and audio."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models of more families that see and hear, and rows for them without a processor, of random pixels and sounds.
+"""Tiny models of more families of vision and audio, and rows for them without a processor, of random pixels and audio.
 
 A row is words (random ids) and items between them; every item is as many placeholders as the model has features of it.
 """
@@ -143,7 +143,7 @@ def _qwen3_tokens(length: int) -> int:
 
 
 def _square_row(tokens: int, size: int, nested: bool = False) -> Callable[..., dict[str, Tensor]]:
-    """Rows of pictures of one size, [n, 3, size, size], or nested in rows, of `tokens` features each."""
+    """Rows of images of one size, [n, 3, size, size], or nested in rows, of `tokens` features each."""
 
     def row(seed: int, items: Sequence[tuple]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -160,7 +160,7 @@ def _square_row(tokens: int, size: int, nested: bool = False) -> Callable[..., d
 
 
 def _onevision_row(seed: int, items: Sequence[tuple]) -> dict[str, Tensor]:
-    """Pictures of 32 x 32 in one base patch and one fine one, 16 + 4 * 5 features; videos of some frames of 4 + 1."""
+    """Images of 32 x 32 in one base patch and one fine one, 16 + 4 * 5 features; videos of some frames of 4 + 1."""
     generator = torch.Generator().manual_seed(seed)
     ids, pixels, videos = _words(generator, 7), [], []
     for kind, *size in items:
@@ -197,7 +197,7 @@ def _by_frame(seed: int, items: Sequence[tuple]) -> dict[str, Tensor]:
 
 
 def _glm(seed: int, items: Sequence[tuple]) -> dict[str, Tensor]:
-    """Tokens of pictures stand for videos too, so that a row has one kind of the two."""
+    """Tokens of images stand for videos too, so that a row has one kind of the two."""
     row = _by_frame(seed, items)
     return {**row, "input_ids": row["input_ids"].masked_fill(row["input_ids"] == VIDEO, IMAGE)}
 

@@ -1,4 +1,4 @@
-"""Processors of real families, made from parts without any download: a tokenizer of bytes, and small pictures."""
+"""Processors of real families, made from parts without any download: a tokenizer of bytes, and small images."""
 
 from __future__ import annotations
 
@@ -67,20 +67,20 @@ class _PicturesOnly(Qwen2_5_VLProcessor):
 
 
 def qwen_vl(patch_size: int = 4, marked: bool = False) -> Qwen2_5_VLProcessor:
-    """Pictures of 4 to 64 tokens of 2 x 2 patches."""
+    """Images of 4 to 64 tokens of 2 x 2 patches."""
     token = (2 * patch_size) ** 2
     images = Qwen2VLImageProcessorPil(patch_size=patch_size, min_pixels=4 * token, max_pixels=64 * token)
     return _PicturesOnly(images, byte_tokenizer(*QWEN), chat_template=chat_template(marked=marked))
 
 
 def qwen_audio(seconds: int = 2) -> Qwen2AudioProcessor:
-    """Sounds of up to so many seconds at 16 kHz, 80 mel bins."""
+    """Audio of up to so many seconds at 16 kHz, 80 mel bins."""
     sounds = WhisperFeatureExtractor(feature_size=80, chunk_length=seconds)
     return Qwen2AudioProcessor(sounds, byte_tokenizer(*AUDIO), chat_template=chat_template())
 
 
 def idefics() -> Idefics3Processor:
-    """Pictures in tiles of 32 pixels, 4 tokens each."""
+    """Images in tiles of 32 pixels, 4 tokens each."""
     images = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     tokens = "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"
     tiles = [f"<row_{row}_col_{col}>" for row in range(1, 4) for col in range(1, 4)]
@@ -88,7 +88,7 @@ def idefics() -> Idefics3Processor:
 
 
 def gemma3() -> Gemma3Processor:
-    """Pictures of 32 pixels, 4 tokens each."""
+    """Images of 32 pixels, 4 tokens each."""
     images = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
     named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
     tokenizer = byte_tokenizer(*named.values())
@@ -99,7 +99,7 @@ def gemma3() -> Gemma3Processor:
 
 
 def llava_siglip() -> LlavaProcessor:
-    """Pictures of 16 pixels, 4 tokens each. LLaVA's formula asks for the crop that CLIP's pictures get and SigLIP's do
+    """Images of 16 pixels, 4 tokens each. LLaVA's formula asks for the crop that CLIP's images get and SigLIP's do
     not (llava-interleave-qwen)."""
     images = SiglipImageProcessorPil(size={"height": 16, "width": 16})
     return LlavaProcessor(images, byte_tokenizer("<image>"), 8, "full", image_token="<image>")
@@ -118,7 +118,7 @@ class _OneVisionPictures(LlavaOnevisionProcessor):
 
 
 def onevision() -> LlavaOnevisionProcessor:
-    """A picture alone in tiles of 32 pixels and 16 tokens, several of them whole."""
+    """An image alone in tiles of 32 pixels and 16 tokens, several of them whole."""
     pinpoints = [[32, 32], [32, 64], [64, 32], [64, 64], [32, 96]]
     images = LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=pinpoints)
     return _OneVisionPictures(images, byte_tokenizer("<image>", "<video>"))

@@ -156,7 +156,7 @@ def yardstick(family: str, model: Any, documents: list[Batch], row: Batch, devic
     """Errors of the stock model in its dtype on its device; leaves it without gradients.
 
     One document at a time, and on the packed sequence as well where stock keeps its documents apart: matmuls of other
-    shapes round in another way, and towers add up over all pictures of a row.
+    shapes round in another way, and towers add up over all images of a row.
     """
     found = []
     for batches in (documents, [row]):

@@ -172,7 +172,7 @@ def text_row(documents: list[Batch]) -> Batch:
 
 
 def picture_documents(model: Any) -> tuple[list[Batch], Batch]:
-    """Samples with pictures by the stock processor, one by one, and the packed sequence of them."""
+    """Samples with images by the stock processor, one by one, and the packed sequence of them."""
     from hf_veomni import OmniDataCollatorWithPacking
     from tests import processors
 

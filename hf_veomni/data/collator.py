@@ -63,8 +63,8 @@ class OmniDataCollatorWithPacking:
             turn of the assistant. A column `assistant_masks` does the same for processed samples.
         mask_placeholders: whether labels on placeholders of images, videos and audio become -100.
         item_columns: further keys that count items along their first axis, joined along it.
-        on_error: what becomes of a raw sample with an image or sound that cannot be read: "raise" an error that names
-            it, or "skip" the sample; `skipped` counts them.
+        on_error: what becomes of a raw sample with an image or audio clip that cannot be read: "raise" an error that
+            names it, or "skip" the sample; `skipped` counts them.
 
     Raises:
         ValueError: more than `max_tokens` tokens, a key that is not known here, labels of another length than

@@ -3,7 +3,7 @@
     patches and grid    pixel_values [P, D], image_grid_thw [n, 3]     Qwen-VL, Qwen-Omni, GLM-V; a long video in runs
     items first         pixel_values [n, ..], masks and sizes [n, ..]  LLaVA (videos too), Gemma 3, InternVL, Voxtral
     rows of items       pixel_values [B, m, C, H, W], zeros as padding  Idefics 3, SmolVLM
-    audio clips and masks    input_features [n, bins, T], mask [n, T]       Qwen-Omni, which is called for each sound
+    audio clips and masks    input_features [n, bins, T], mask [n, T]       Qwen-Omni, which is called for each clip
 
 A cost is in patches: attention is quadratic in those of one frame, the rest linear.
 

@@ -2,7 +2,7 @@
 
 chain        can the model be cut? the loop over its layers, read from the source
 flow         what depends on what in the source of a forward
-encoders     of models that see or hear: what stages after the first can do without
+encoders     of images and audio: what stages after the first can do without
 split        which layers each stage gets
 stage        what stands in place of layers, embeddings, norm and head of other stages
 border       hooks at the top of the model

@@ -89,7 +89,7 @@ class _Border:
         leave(self)
         if current().stage is stage:  # within a window
             # Nothing but the last stage's loss is read. FSDP2 would gather for what else has a graph (features of
-            # pictures), on the ranks alone whose rows have some.
+            # images), on the ranks alone whose rows have some.
             hands_out = stage is None or stage.is_last or not isinstance(output, ModelOutput)
             return None if hands_out else type(output)()
         self._stack.close()

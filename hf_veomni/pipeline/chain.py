@@ -1,6 +1,6 @@
 """Is a model a chain of layers that can be cut into stages? Reads the loop over its layers, or says what is there.
 
-    encoders    of pictures and sounds, and their projectors: the first stage
+    encoders    of images and audio, and their projectors: the first stage
     before      embeddings of the backbone: the first stage
     layers      one statement in a loop, `hidden_states = layer(hidden_states, ...)`: each stage some of them
     after       the backbone's last norm, and the head: the last stage

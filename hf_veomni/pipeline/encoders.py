@@ -1,4 +1,4 @@
-"""What stands before the backbone of a model that sees or hears: encoders and projectors, which the first stage runs.
+"""What runs before the backbone of a model with vision or audio: encoders and projectors, which the first stage runs.
 
     model                    head                     last stage
       .model                 visual, projector        first stage; other stages leave `pixel_values` out of their calls

@@ -1,4 +1,4 @@
-"""Plans as a table, as json, as a picture, and as a configuration of accelerate."""
+"""Plans as a table, as json, as a plot, and as a configuration of accelerate."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def render(plans: Plans, count: int = 10) -> Iterable[RenderableType]:
 
 
 def draw(plans: Plans, path: str | os.PathLike[str], count: int = 12) -> None:
-    """A picture: memory of the fastest plans by category, and memory and speed of all with their Pareto front.
+    """A plot: memory of the fastest plans by category, and memory and speed of all with their Pareto front.
 
     Raises:
         ImportError: matplotlib is not installed (`pip install hf-veomni[plot]`).

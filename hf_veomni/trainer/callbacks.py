@@ -1,4 +1,4 @@
-"""What the experts of a model did, in the Trainer's log and as a picture; and the bias that balances their load."""
+"""What the experts of a model did, in the Trainer's log and as a plot; and the bias that balances their load."""
 
 from __future__ import annotations
 

@@ -36,13 +36,13 @@ def printed(notebook: nbformat.NotebookNode, stream: str = "stdout") -> str:
 
 
 def picture_sizes(notebook: nbformat.NotebookNode) -> list[tuple[int, int]]:
-    """Width and height of every picture, from the header of its png."""
+    """Width and height of every image, from the header of its png."""
     pictures = [output.data["image/png"] for output in outputs(notebook) if "image/png" in output.get("data", {})]
     return [struct.unpack(">II", base64.b64decode(picture)[16:24]) for picture in pictures]
 
 
 def assert_clean(notebook: nbformat.NotebookNode) -> None:
-    """No errors, no warnings, and the three pictures. The plan in force is named where a run begins."""
+    """No errors, no warnings, and the three plots. The plan in force is named where a run begins."""
     lines = printed(notebook, "stderr").splitlines()
     assert [line for line in lines if not line.startswith("hf_veomni: LlamaForCausalLM under the plan")] == []
     assert {output.output_type for output in outputs(notebook)} == {"stream", "display_data"}

@@ -1,4 +1,4 @@
-"""A stock vision-language model on a folder of pictures, by the script that a person would start from."""
+"""A stock vision-language model on a folder of images, by the script that a person would start from."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from hf_veomni import OmniModel
 from tests.ranks.parity import Errors, compare_gradients, relative_error
 from tests.unit.omni.parts import AUDIO_TOKEN, IMAGE_TOKEN, MIMI, NUM_CODES, SOUND_TOKEN, VISION_TOKEN, build, settings
 
-# Documents of a row, a letter for each part: text, seen picture, heard sound, drawn picture, spoken sound.
+# Documents of a row, a letter for each part: text, seen image, heard sound, drawn image, spoken sound.
 MIXED = ("tvtat", "tvvt", "tit", "tst", "ta")
 _MOE = {
     "model_type": "mixtral",

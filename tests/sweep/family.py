@@ -162,7 +162,7 @@ class _Comparison:
     def _unusable(self, error: Exception) -> Record:
         others = {"pixel_values", "input_features", "bbox"} & set(self.takes)
         if self.record.kind == "base" and others and _WANTS_MORE.search(str(error)):
-            return self.record.end("not_applicable", "every row needs a picture, audio or boxes beside its tokens")
+            return self.record.end("not_applicable", "every row needs an image, audio or boxes beside its tokens")
         return self.record.end("unbuildable", f"the stock model does not run: {_line(error)}")
 
     def _prepared(self, plain: Rows, others: dict[str, Rows | None]) -> Record:

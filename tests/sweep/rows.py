@@ -109,7 +109,7 @@ def packed(model: nn.Module, kind: str, takes: Mapping[str, Any]) -> Rows | None
 
 
 def with_pictures(model: nn.Module, rows: Rows) -> Rows:
-    """The same rows with one picture each, for models that take none without."""
+    """The same rows with one image each, for models that take none without."""
     config: Any = model.config
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None) or 32

@@ -98,7 +98,7 @@ class RawReader:
         """A raw sample as the processor's output, columns [1, T] and items; `assistant_masks` if turns are chosen.
 
         Raises:
-            BrokenItemError: an image or sound that cannot be read, by its name.
+            BrokenItemError: an image or audio clip that cannot be read, by its name.
             ValueError: as `prompt`, and what the processor refuses.
         """
         prompt = self.prompt(where, sample)

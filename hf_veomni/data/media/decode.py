@@ -28,7 +28,7 @@ _ZEROS = 24  # zero crossings of the resampling filter to each side
 
 
 class BrokenItemError(ValueError):
-    """An image or sound that cannot be read; the message names it."""
+    """An image or audio clip that cannot be read; the message names it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Samples left out because an image or sound of theirs is broken: counted and named across loader workers."""
+"""Samples left out because an image or audio clip of theirs is broken: counted and named across loader workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A packed sequence of samples with pictures or sounds trains like the samples alone, on stock models of real
+"""A packed sequence of samples with images or audio trains like the samples alone, on stock models of real
 families."""
 
 from __future__ import annotations

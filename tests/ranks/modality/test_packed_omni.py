@@ -1,4 +1,4 @@
-"""A packed sequence of processed samples of pictures, videos and sounds gives each sample the loss that it has
+"""A packed sequence of processed samples of images, videos and audio gives each sample the loss that it has
 alone."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _compare(family: str, plan: str) -> dict[str, float]:
 
     model, found = build(family), FAMILIES[family]
     samples = [found.row(seed, found.items[part]) for seed, part in enumerate(SAMPLES)]
-    if family == "smolvlm":  # rows of pictures are known by the mask that its processor puts beside them
+    if family == "smolvlm":  # rows of images are known by the mask that its processor puts beside them
         samples = [
             {**x, "pixel_attention_mask": torch.ones_like(x["pixel_values"][:, :, 0]).long()}
             if "pixel_values" in x

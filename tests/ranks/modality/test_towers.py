@@ -1,4 +1,4 @@
-"""Stock models that see and hear, on ranks, equal one process: rows that mix pictures or sounds, and rows without."""
+"""Stock models of vision and audio, on ranks, equal one process: rows that mix images or audio, and rows without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""More stock families that see and hear equal one process on rows of pictures, videos and sounds, some or none."""
+"""More stock families of vision and audio equal one process on rows of images, videos and audio, some or none."""
 
 from __future__ import annotations
 

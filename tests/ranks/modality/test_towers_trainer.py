@@ -1,4 +1,4 @@
-"""OmniTrainer on models that see and hear: packed sequences under sequence parallelism train as the stock Trainer
+"""OmniTrainer on models of vision and audio: packed sequences under sequence parallelism train as the stock Trainer
 does."""
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _train_stock(family: str) -> Outcome:
 
 @pytest.mark.parametrize(("plan", "accumulation"), [("sp=2", 2), ("dp_shard=2", 1)])
 def test_training_equals_the_stock_trainer(ranks, plan, accumulation):
-    """Two samples a step, one after the other on an SP group or one on each data rank; some have no pictures."""
+    """Two samples a step, one after the other on an SP group or one on each data rank; some have no images."""
     expected = _train_stock("qwen3_vl")
     for found in ranks(2).run(_train, "qwen3_vl", plan, 1, accumulation, timeout=120):
         expected.state["total_flos"] = found.state["total_flos"]  # an estimate: an SP rank counts its part

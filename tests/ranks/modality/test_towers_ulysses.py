@@ -37,7 +37,7 @@ def test_pictures_and_videos(ranks, family):
 
 
 def _patches(family: str) -> list[int]:
-    """Patches that this rank's tower works on for a picture and a video, and those of the row."""
+    """Patches that this rank's tower works on for an image and a video, and those of the row."""
     from hf_veomni import prepare_omni
     from tests.omni_models import FAMILIES, build
 

@@ -34,7 +34,7 @@ def _script(kind: str) -> tuple[Any, dict[str, Any]]:
 
 
 class _Samples:
-    """A batch of one sample with its pictures."""
+    """A batch of one sample with its images."""
 
     def __init__(self, processor: Any, config: Any) -> None:
         from hf_veomni import OmniDataCollatorWithPacking

@@ -49,7 +49,7 @@ def test_data_rank_without_modalities_equals_one_rank(check) -> None:
 
 
 def _count_encoded(modules: dict) -> int:
-    """Pictures that this rank's vision tower takes of a row with three."""
+    """Images that this rank's vision tower takes of a row with three."""
     from hf_veomni import prepare_omni
 
     model = prepare_omni(make_model(Setting(rows=(MIXED,))), ParallelPlan(sp_size=2, modules=modules))

@@ -80,7 +80,7 @@ def _inputs(family: str) -> dict[str, Tensor]:
         return {"input_ids": _IDS, "labels": _IDS % 3 if "tagger" in family else torch.tensor([0, 2])}
     states = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
     seen = torch.zeros(2, 1, 7, 5)
-    seen[1, :, :3, 2:] = torch.finfo(torch.float32).min  # its first tokens do not see all of the picture
+    seen[1, :, :3, 2:] = torch.finfo(torch.float32).min  # its first tokens do not see all of the image
     rows = torch.ones(2, 1, 7, 1)
     rows[0, 0, 2:4] = 0
     return {

@@ -1,4 +1,4 @@
-"""Pictures and sounds from files, bytes and arrays, and their sizes from headers alone."""
+"""Images and audio from files, bytes and arrays, and their sizes from headers alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Items at the edges: thin pictures, decoders of sounds, items of nothing, sizes of one item, tensors in lists."""
+"""Items at the edges: thin images, audio decoders, items of nothing, sizes of one item, tensors in lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples with pictures, videos and sounds in one row: positions, placeholders, columns of items, labels."""
+"""Samples with images, videos and audio in one row: positions, placeholders, columns of items, labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pack_dataset` over samples with pictures and sounds: sizes before decoding, rows that are read late, streams."""
+"""`pack_dataset` over samples with images and audio: sizes before decoding, rows that are read late, streams."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Small omni models with fixed weights, and rows for them.
 
-Shapes: a picture is 4 tokens of the vision encoder and 16 codes of the image decoder; a sound is 5 tokens of the audio
-encoder and 2 codes a frame of the audio decoder.
+Shapes: an image is 4 tokens of the vision encoder and 16 codes of the image decoder; an audio clip is 5 tokens of the
+audio encoder and 2 codes a frame of the audio decoder.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ DAC = {
 
 
 def speaking(codec: dict[str, Any] = MIMI, **changes: Any) -> dict[str, Any]:
-    """The config of a model that makes sounds of 5 frames."""
+    """The config of a model that makes audio of 5 frames."""
     decoder = {"config": codec, "token_id": SOUND_TOKEN, "frames": 5, **changes}
     return {"foundation": {"config": TEXT}, "decoders": {"audio": decoder}}
 
@@ -132,7 +132,7 @@ def text_row(*, rows: int = 2, length: int = 11) -> dict[str, Tensor]:
 
 
 def mixed_row() -> dict[str, Tensor]:
-    """One row: text, a picture to see, text, a sound, text, a picture to draw, text; text and codes are learnt."""
+    """One row: text, an image to see, text, an audio clip, text, an image to draw, text; text and codes are learnt."""
     generator = torch.Generator().manual_seed(3)
 
     def text(n: int) -> Tensor:

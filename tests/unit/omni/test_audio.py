@@ -1,4 +1,4 @@
-"""Sounds as codes of a codec: learnt, generated, written; and pooled features of heard ones."""
+"""Audio as codes of a codec: learnt, generated, written; and pooled features of input audio."""
 
 from __future__ import annotations
 

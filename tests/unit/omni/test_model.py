@@ -62,7 +62,7 @@ def test_losses_of_text_and_codes_by_hand() -> None:
     assert len(losses) == 2 + 2 + 4 + 16 + 3
     torch.testing.assert_close(out.loss, torch.stack(losses).mean())
     torch.testing.assert_close(model(**batch, num_items_in_batch=5).loss, torch.stack(losses).sum() / 5)
-    batch["labels"] = labels.masked_fill(ids == IMAGE_TOKEN, -100)  # a picture that is not learnt
+    batch["labels"] = labels.masked_fill(ids == IMAGE_TOKEN, -100)  # an image that is not learnt
     rest = torch.stack(losses[:8] + losses[24:])
     torch.testing.assert_close(model(**batch).loss, rest.mean())
 
