@@ -25,7 +25,7 @@ TORCH = "/torch/"
 
 
 def _plain(values: Any) -> list[Tensor]:
-    """Tensors with memory of their own; wrappers (DTensor, stand-ins) only claim a size."""
+    """Tensors with memory of their own; wrappers (DTensor, lazy logits) only claim a size."""
     return [value for value in tree_leaves(values) if type(value) in (Tensor, nn.Parameter)]
 
 

@@ -44,7 +44,7 @@ class PhaseClock:
         return {phase: total[phase] for phase in PHASES}
 
     def attach(self, model: nn.Module) -> None:
-        """Set the hooks. The loss begins where the decoder stack ends, and in the backward it is what comes first."""
+        """Set the hooks. The loss begins where the backbone ends, and in the backward it is what comes first."""
         for layer in model.get_decoder().layers:
             attention = layer.self_attn
             self._between(attention, "projections", "rest")

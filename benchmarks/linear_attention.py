@@ -2,7 +2,7 @@
 
     python -m benchmarks linear_attention     # gloo ranks on the CPU; counts do not depend on the device
 
-Stacks of linear layers alone, one for each scheme, on two rows: packed documents, and one document of the whole row.
+Stacks of linear layers alone, one for each scheme, on two rows: packed documents, and one document of the full row.
 Counted in one training step, for each rank, and divided by the layers:
 
     projected   tokens through the mixer's input projection
@@ -11,7 +11,7 @@ Counted in one training step, for each rank, and divided by the layers:
 
 With s = S/sp tokens on a rank, a head's widths q, k, v and so on, and 4 bytes an element, `sent` follows the formulas
 of `expected_bytes` to the byte. An adapter projects s tokens and scans 1/sp of the heads; `gather` projects and scans
-whole documents, as far as a rank needs them: up to sp times as much.
+full documents, as far as a rank needs them: up to sp times as much.
 
 Exit status 1 if `sent` differs from its formula, an adapter projects or scans more than its share (scans: but for what
 fills chunks up), or the loss differs from that of sp = 1 by more than 1e-5.

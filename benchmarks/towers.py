@@ -2,11 +2,11 @@
 
     python -m benchmarks towers     # gloo ranks on the CPU
 
-A Qwen2.5-VL whose tower outweighs its text stack, trained; the models of the three rules live in the same processes
+A Qwen2.5-VL whose tower outweighs its text backbone, trained; the models of the three rules live in the same processes
 and take turns. Of the slowest or fullest rank:
 
     seconds     CPU time of a step; a rank that waits does not compute
-    peak        bytes of activations (`_memory.py`), text stack included
+    peak        bytes of activations (`_memory.py`), text backbone included
 
 With one image `balance` has nothing to assign. The bound of both is 1/sp for the tower's part.
 

@@ -3,7 +3,7 @@ r"""LoRA fine-tuning of a stock checkpoint on packed sequences, under whatever p
     accelerate launch --config_file accelerate_configs/cpu_sp2.yaml examples/finetune_lora.py
     python examples/finetune_lora.py                                       # one process, the same numbers
     accelerate launch --config_file accelerate_configs/cpu_4_sp2_ep2.yaml examples/finetune_lora.py \
-        --model outputs/checkpoints/smollm2-135m-moe --lora_experts        # a mixture of experts, spread over ranks
+        --model outputs/checkpoints/smollm2-135m-moe --lora_experts        # a mixture of experts, sharded over ranks
 
 The model is a checkpoint folder or a Hub id (`--model HuggingFaceTB/SmolLM2-135M-Instruct`). The data are the
 documentation topics of Python's standard library, or chats of your own: `--data chats.jsonl`, with `messages` in each

@@ -95,7 +95,7 @@ def check_answer(folder: Path) -> str:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` holds a whole checkpoint (the folder appears under its name only when it is whole)."""
+    """Whether `folder` holds a complete checkpoint (the folder appears under its name only when it is complete)."""
     return (folder / "config.json").is_file() and (folder / WEIGHTS).is_file()
 
 

@@ -1,11 +1,11 @@
-r"""A run that goes on from its newest whole checkpoint whenever it is started, whatever has ended it before.
+r"""A run that goes on from its newest complete checkpoint whenever it is started, whatever has ended it before.
 
     torchrun --nproc-per-node=2 --max-restarts=3 examples/restart.py --output_dir outputs/run   # starts itself again
     accelerate launch --config_file accelerate_configs/cpu_sp2.yaml examples/restart.py         # or start it by hand
     sbatch examples/slurm/train.sbatch examples/restart.py --output_dir outputs/run             # or let Slurm do it
 
-Exit codes: 0 the run has come to its end; 75 a scheduler's signal came, and a checkpoint is whole; 76 another rank was
-lost or stood still. Every option of `OmniTrainingArguments` can be given.
+Exit codes: 0 the run has come to its end; 75 a scheduler's signal came, and a checkpoint is complete; 76 another rank
+was lost or stood still. Every option of `OmniTrainingArguments` can be given.
 """
 
 from __future__ import annotations

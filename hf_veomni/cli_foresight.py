@@ -21,7 +21,7 @@ def _check_file(path: Path | None, endings: tuple[str, ...] = ()) -> None:
     if path is None:
         return
     if not path.parent.is_dir():
-        raise typer.BadParameter(f"'{path}' is in no folder that there is: make '{path.parent}' first.")
+        raise typer.BadParameter(f"The folder of '{path}' does not exist: make '{path.parent}' first.")
     if path.is_dir():
         raise typer.BadParameter(f"'{path}' is a folder: name a file in it.")
     if endings and path.suffix not in endings:

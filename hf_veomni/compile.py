@@ -14,7 +14,7 @@ logger = logging.get_logger(__name__)
 
 
 def compile_layers(model: nn.Module, **options: object) -> None:
-    """Compile each layer of the stacks by itself, decoder and towers: after `prepare_omni`, whose hooks stay in force.
+    """Compile each layer of the decoder and of the towers by itself: after `prepare_omni`, whose hooks stay in force.
 
     All layers of a kind share their graphs, so that it takes seconds where the full model takes minutes. The model
     itself stays what it is: state dict, saving, PEFT and `generate` do not notice.

@@ -189,7 +189,7 @@ def _failures(record: Mapping[str, Any]) -> Iterator[Finding]:
             "features not aligned",
             said,
             "A sample has more or fewer placeholder tokens than its images, videos or audio clips make features: let "
-            "the model's own processor write the text, do not cut samples after it, and pack whole samples "
+            "the model's own processor write the text, do not cut samples after it, and pack complete samples "
             "(`pack_dataset(..., processor=...)`).",
         )
     else:

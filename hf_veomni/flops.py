@@ -267,7 +267,7 @@ def _attention_of(name: str, layer: nn.Module) -> Any:
     if len(found) != 1:
         raise UnsupportedError(
             f"The flops of {name} are not counted: a layer ({type(layer).__name__}) has {len(found)} attentions, "
-            "known is one."
+            "and only one is known."
         )
     return found[0]
 

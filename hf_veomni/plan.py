@@ -138,8 +138,8 @@ class ParallelPlan:
             from hf_veomni.errors import UnsupportedError  # here: the package imports torch
 
             raise UnsupportedError(
-                f"`overlap` ({self.overlap!r}) does not go with `pp_size` ({self.pp_size}): micro-batches in flight "
-                "belong to the pipeline's schedule. Leave `overlap` out, or use pp_size=1."
+                f"`overlap` ({self.overlap!r}) cannot be combined with `pp_size` ({self.pp_size}): micro-batches in "
+                "flight belong to the pipeline's schedule. Leave `overlap` out, or use pp_size=1."
             )
 
     def __hash__(self) -> int:

@@ -66,7 +66,9 @@ def _is_token_wise(module: nn.Module, width: int, device: torch.device) -> bool:
 def _check(module: nn.Module, name: str, width: int, device: torch.device) -> None:
     rule = f"The rule `{RULE}` ('tiled') for {name!r}"
     if find_experts(module):
-        raise UnsupportedError(f"{rule} does not go with experts, whose tokens travel together: leave them out of it.")
+        raise UnsupportedError(
+            f"{rule} cannot be combined with experts, whose tokens travel together: leave them out of it."
+        )
     dropping = [key for key, m in module.named_modules() if isinstance(m, nn.Dropout) and m.p]
     if dropping:
         raise UnsupportedError(

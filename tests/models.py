@@ -146,7 +146,7 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     # Norms without a cast to fp32: the one whose fp64 run is fp64 throughout.
     "stablelm": ("stablelm", {"partial_rotary_factor": 0.5}, "sdpa"),
-    # No points: its stack reshapes what its last layer returns.
+    # No points: its backbone reshapes what its last layer returns.
     "openai-gpt": ("openai-gpt", {"n_embd": 64, "n_layer": 2, "n_head": 4}, "eager"),
 }
 

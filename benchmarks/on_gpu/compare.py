@@ -28,7 +28,7 @@ class Found:
     """All on the CPU in fp64.
 
     Attributes:
-        loss: of the whole row, a mean over its targets.
+        loss: of the full row, a mean over its targets.
         logits: [S, V].
         gradients: by the name of the parameter.
     """

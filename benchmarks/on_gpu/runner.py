@@ -162,7 +162,7 @@ class Job:
 
 
 class Runner:
-    """The whole run.
+    """The complete run.
 
     Args:
         parts: in their order.
@@ -251,7 +251,7 @@ def share(spec: Spec, rest: Mapping[str, Spec], jobs: int, left: float, scale: f
     Args:
         rest: the parts that are not done, this one among them.
         left: seconds of the budget.
-        scale: of the whole run, which no part gets less than.
+        scale: of the complete run, which no part gets less than.
     """
     return spec.seconds * max(scale, left / total_seconds(rest, jobs))
 

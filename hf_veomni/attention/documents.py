@@ -78,7 +78,7 @@ class Documents:
         if position_ids.dim() != 2 or not position_ids.numel():
             raise ValueError(
                 f"`position_ids` {list(position_ids.shape)} must be [rows, tokens] and not empty: of mRoPE positions "
-                "hand over the text row alone."
+                "pass the text row alone."
             )
         num_rows, size = position_ids.shape
         begins = F.pad(find_breaks(position_ids), (1, 0), value=True)

@@ -83,7 +83,7 @@ def convert(
     Args:
         checkpoint: a checkpoint's directory, as `sharded_weights=True` makes it; or a folder with the torch file that
             DeepSpeed's zero_to_fp32.py or FSDP's FULL_STATE_DICT leave, and the model's config.json.
-        out: the directory to write to; it appears whole, or stays as it was.
+        out: the directory to write to; it appears complete, or stays as it was.
         classes: models beside those of transformers that the config may name.
         max_bytes: of a file of weights.
 
@@ -102,8 +102,8 @@ def convert(
     if not (checkpoint / WEIGHTS_DIRECTORY).is_dir():
         raise ValueError(
             f"'{checkpoint}' has no sharded weights (no '{WEIGHTS_DIRECTORY}' in it): name a checkpoint that was "
-            "written with `sharded_weights=True`, or a folder with DeepSpeed's or FSDP's torch file. What lies there "
-            "otherwise is plain already."
+            "written with `sharded_weights=True`, or a folder with DeepSpeed's or FSDP's torch file. Other "
+            "weights there are plain already."
         )
     if (checkpoint / MANIFEST).exists() and (damage := find_damage(checkpoint, contents=True)) is not None:
         raise ValueError(f"'{checkpoint}' is damaged ({damage}): convert an earlier one.")
@@ -176,8 +176,9 @@ def _build(checkpoint: Path, classes: Sequence[type[PreTrainedModel]]) -> PreTra
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)  # nor ask whether to
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedError(
-            f"The config.json of '{checkpoint}' is none of transformers' ({str(error).splitlines()[0]}), and code "
-            "from a checkpoint is not run: register its class with AutoConfig, and hand the model's over in `classes`."
+            f"The config.json of '{checkpoint}' is not a config of transformers ({str(error).splitlines()[0]}), and "
+            "code from a checkpoint is not run: register its class with AutoConfig, and pass the model's class in "
+            "`classes`."
         ) from error
     kind = _model_class(config, classes)
     with torch.device("meta"):

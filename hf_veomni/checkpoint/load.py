@@ -286,7 +286,7 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
 
 def fill(target: Tensor, value: Tensor) -> None:
-    """Copy this rank's part of a whole tensor into `target`, sharded or not."""
+    """Copy this rank's part of a full tensor into `target`, sharded or not."""
     box = tuple(slice(0, size) for size in target.shape)
     if isinstance(target, DTensor):
         shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)

@@ -328,8 +328,8 @@ def _check_unexpected(model: nn.Module, names: set[str], directory: Path) -> Non
     found = sorted(name for name in names if not any(re.search(pattern, name) for pattern in known))
     if found:
         raise ValueError(
-            f"'{directory}' has '{found[0]}' ({len(found)} such), which this {_stock_class(model).__name__} has not: "
-            "the checkpoint is of another model."
+            f"'{directory}' has '{found[0]}' ({len(found)} such), which this {_stock_class(model).__name__} does not "
+            "have: the checkpoint is of another model."
         )
 
 

@@ -29,7 +29,7 @@ _REFUSED = {
     "push_to_hub": "`save_pretrained(folder)` on every rank, then `huggingface_hub.upload_folder` on the main process",
     "no_sync": "accumulate with `accelerator.accumulate(model)`; `LocalSGD`, in which each rank trains a model of its "
     "own for some steps, is not available where all ranks hold one",
-    "__deepcopy__": "`copy.deepcopy` and what copies a model by it (`AveragedModel`) need whole parameters. Keep "
+    "__deepcopy__": "`copy.deepcopy` and what copies a model by it (`AveragedModel`) need full parameters. Keep "
     "averages in shards, {name: p.detach().clone() for name, p in model.named_parameters()}, or prepare another model",
 }
 _MERGED = "save the adapter, and merge it into the plain model with PEFT"
@@ -54,7 +54,7 @@ class _Save:
         Collective without `state_dict`: every rank must call it. See `save_plain`, which it raises as.
 
         Raises:
-            UnsupportedError: an option that does not go with shards; ranks that did not call within `MEETING`.
+            UnsupportedError: an option that cannot be combined with shards; ranks that did not call within `MEETING`.
         """
         options = _by_name(self.stock, args, kwargs)
         if options.get("state_dict") is not None:
@@ -87,7 +87,7 @@ def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 class _Load:
-    """`load_state_dict` of a sharded model: of whole tensors each rank takes its part."""
+    """`load_state_dict` of a sharded model: of full tensors each rank takes its part."""
 
     def __init__(self, model: nn.Module, stock: Callable[..., Any]) -> None:
         self.model, self.stock = model, stock
@@ -95,11 +95,11 @@ class _Load:
     def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As stock; of parameters that are shards, from tensors that are whole and the same on every rank.
 
-        Not a collective. Raises UnsupportedError for `assign=True`, which would put whole tensors in place of shards.
+        Not a collective. Raises UnsupportedError for `assign=True`, which would put full tensors in place of shards.
         """
         if assign:
             raise UnsupportedError(
-                "`assign` (True) would put whole tensors in place of this rank's shards: leave it out, so that the "
+                "`assign` (True) would put full tensors in place of this rank's shards: leave it out, so that the "
                 "values are copied."
             )
         own, layouts = self.model.state_dict(), find_layouts(self.model)

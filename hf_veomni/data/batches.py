@@ -49,7 +49,9 @@ def find_fault(batches: Iterable[Any], rule: BatchRule) -> ValueError | None:
         if not isinstance(batch, Mapping):
             continue
         if rule.needs_labels and batch.get("labels") is None and batch.get("shift_labels") is None:
-            return ValueError("A batch has no `labels`, of which the model makes its loss: add them to the dataset.")
+            return ValueError(
+                "A batch has no `labels`, from which the model computes its loss: add them to the dataset."
+            )
         ids = batch.get("input_ids")
         if not isinstance(ids, Tensor):
             continue

@@ -36,7 +36,7 @@ def mix_datasets(
         stop: at the end of the "first" source that ends, or when "all" have been read once; shorter ones begin anew.
 
     Raises:
-        ValueError: no source, weights that do not go with the sources, or a column of different types.
+        ValueError: no source, weights that do not fit the sources, or a column of different types.
     """
     if stop not in _STOP:
         raise ValueError(f"`stop` ({stop!r}) must be one of {', '.join(map(repr, _STOP))}.")

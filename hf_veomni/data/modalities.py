@@ -111,7 +111,7 @@ def _as_tensor(where: str, name: str, values: object) -> Tensor:
         array = np.asarray(None)
     if array.dtype.kind not in "iufb":
         raise ValueError(
-            f"{where}: `{name}` is no array of numbers but {type(values).__name__} (type {array.dtype}): hand over "
+            f"{where}: `{name}` is no array of numbers but {type(values).__name__} (type {array.dtype}): pass "
             "what the processor makes of one sample with return_tensors='pt'."
         )
     if array.dtype == np.float64:

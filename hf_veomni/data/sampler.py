@@ -213,7 +213,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
             if state.get(name) != value:
                 raise ValueError(
                     f"The state was saved with another `{name}` ({state.get(name)!r}, here {value!r}): resume with "
-                    "the same dataset and options, or begin the epoch anew without load_state_dict."
+                    "the same dataset and options, or start the epoch again without load_state_dict."
                 )
         *done, (num_ranks, max_tokens, steps) = (tuple(part) for part in state["parts"])
         if (num_ranks, max_tokens) != (self.num_ranks, self.max_tokens):

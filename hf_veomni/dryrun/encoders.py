@@ -120,7 +120,7 @@ def image_batch(config: object, tokens: int, grids: Sequence[tuple[int, int, int
     token = getattr(config, "image_token_id", None)
     if getattr(vision, "model_type", None) not in TOWERS or not isinstance(token, int):
         raise UnsupportedError(
-            f"Images for '{getattr(config, 'model_type', None)}' are not made up here: pass a `batch`, as its "
+            f"A dry run cannot make images for '{getattr(config, 'model_type', None)}': pass a `batch`, as its "
             "processor makes it."
         )
     merge: int = vision.spatial_merge_size

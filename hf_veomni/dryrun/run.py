@@ -118,7 +118,7 @@ def _record(
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UnsupportedError(
             f"{type(hf.base_model(prepared)).__name__} asks for values in its forward ({error.func}), which a dry run "
-            "does not have: its decoder-only relatives can be dry-run, this model on real ranks alone."
+            "does not have: run this model on real ranks; decoder-only models of its family can be dry-run."
         ) from error
     finally:
         detach_omni(prepared)  # what is process-wide is put back

@@ -154,7 +154,7 @@ class KeepRoutes:
     """Puts the carrier around what checkpoints the layers; checkpointing may be switched on at any time."""
 
     def __init__(self, model: nn.Module, experts: Iterable[str]) -> None:
-        """`experts`: names of the experts modules. A layer around them is checkpointed, or a stack checkpoints it."""
+        """`experts`: names of the experts modules. A layer around them is checkpointed, or the backbone does it."""
         paths = [name.split(".") for name in experts]
         around = dict.fromkeys(".".join(path[:depth]) for path in paths for depth in range(len(path)))
         self.around = [model.get_submodule(name) for name in around]

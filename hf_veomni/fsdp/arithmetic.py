@@ -5,7 +5,7 @@ parameter. So it is asked for little, and what it gives is made plain at once:
 
     by element, with numbers or fixed tensors of the same shape    a shard again, of the same placement
     the sum or the norm of all elements                            plain, added up over the ranks
-    anything else                                                  of the whole parameters, gathered
+    anything else                                                  of the full parameters, gathered
 
 A rank's loss is a part of the mean over the ranks, so the gradient of what became plain is the mean over them.
 """

@@ -62,8 +62,8 @@ class _Watch:
             name = next(name for name, part in self.model.named_modules() if part is module)
             kind = type(self.model).__name__.removeprefix("FSDP")
             raise UnsupportedError(
-                f"'{name}' of {kind} was called beside the model's forward, and its gradient would be lost, since it "
-                f"is sharded with the root: make it a unit of its own by a rule of the plan, "
+                f"'{name}' of {kind} was called outside of the model's forward, and its gradient would be lost, since "
+                f"it is sharded with the root: make it a unit of its own by a rule of the plan, "
                 f"{{'modules': {{'{name}': {{'fsdp': 'keep'}}}}}}, or hand `input_ids` to the model."
             )
         self.model._get_fsdp_state()._lazy_init()

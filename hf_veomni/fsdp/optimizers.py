@@ -1,4 +1,4 @@
-"""Optimizers on shards: which of them give what they give on whole parameters.
+"""Optimizers on shards: which of them give what they give on full parameters.
 
 An update of an element that reads no other element is the same on a shard. Others read a parameter as a whole
 (factored moments, norms, orthogonal matrices): then it is up to DTensor whether the numbers are those of the whole.
@@ -28,14 +28,14 @@ _BY_ELEMENT = frozenset(
     getattr(torch.optim, name)
     for name in ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD")
 )
-# Of torchao: updates of an element read the block of its own shard, so that whole parameters would tell nothing.
+# Of torchao: updates of an element read the block of its own shard, so that full parameters would tell nothing.
 _BY_BLOCK = frozenset({"AdamW8bit", "AdamW4bit"})
 _FUSED = (torch.optim.Adam, torch.optim.AdamW)  # whose `fused` update DTensor knows
 _STEPS, _TOLERANCE = 3, 1e-5
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse an optimizer whose steps on shards are not those on whole parameters.
+    """Refuse an optimizer whose steps on shards are not those on full parameters.
 
     Torch's optimizers that work by element are known, and torchao's that keep few bits of the moments. Any other makes
     three steps on a small tensor, whole and sharded as the parameters are; where it cannot be tried by itself, a
@@ -68,7 +68,7 @@ def check_optimizer(optimizer: Any) -> None:
     except Exception as error:  # of any kind: the code is the user's
         if not dist.get_rank():
             logger.warning(
-                "Whether %s gives on shards what it gives on whole parameters could not be tried (%s: %s): compare a "
+                "Whether %s gives on shards what it gives on full parameters could not be tried (%s: %s): compare a "
                 "few steps with those of one process.",
                 *(kind.__name__, type(error).__name__, error),
             )
@@ -91,7 +91,7 @@ def _difference(optimizer: Any, samples: list[list[DTensor]], expected: list[Ten
 def _refusal(optimizer: Any, reason: str) -> UnsupportedError:
     known = ", ".join(sorted(one.__name__ for one in _BY_ELEMENT))
     return UnsupportedError(
-        f"`{type(optimizer).__name__}` does not go with parameters of which each rank holds a shard: {reason}. Use "
+        f"`{type(optimizer).__name__}` does not work with parameters of which each rank holds a shard: {reason}. Use "
         f"an optimizer that works by element ({known}), `torch.optim.Muon`, or one rank."
     )
 
@@ -150,7 +150,7 @@ def _shape(parameter: DTensor) -> list[int]:
 def _compile_for_each_rank(optimizer: torch.optim.Optimizer) -> None:
     """Keep torchao's compiled step out of torch's cache on disk, which takes shards of unlike sizes for the same.
 
-    Its key has the size of the whole parameter. Where a dimension does not divide, another rank's code would be found,
+    Its key has the size of the full parameter. Where a dimension does not divide, another rank's code would be found,
     and raise. What the compiler makes of a graph is still cached, by the sizes in it.
     """
     before: list[bool] = []
@@ -167,7 +167,7 @@ def _compile_for_each_rank(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _orthogonalize_whole() -> None:
-    """Let Muon make whole matrices orthogonal on each rank, in which it rounds to bf16 in the order of one process.
+    """Let Muon make full matrices orthogonal on each rank, in which it rounds to bf16 in the order of one process.
 
     Of shards torch would gather some in each of its iterations, and add up partial products in bf16.
     """

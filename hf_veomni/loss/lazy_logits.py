@@ -84,7 +84,7 @@ class _Track(torch.autograd.Function):
         if recipe.real is not None and recipe.real._version != recipe.version:
             raise UnsupportedError(
                 "These logits were changed in place and then handed to an autograd.Function, which torch functions do "
-                "not see: hand over `logits + 0`, or prepare with chunked_loss=False."
+                "not see: pass `logits + 0`, or prepare with chunked_loss=False."
             )
         recipe.call.before_backward(grads[0])
         recipe.call.check_gathered()

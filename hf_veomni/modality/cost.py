@@ -287,8 +287,8 @@ def _text_windows(config: object, layers: int) -> list[tuple[int, float | None]]
     unknown = sorted(set(types) - set(windows))
     if unknown:
         raise UnsupportedError(
-            f"{_name(config)} has layers of type {', '.join(unknown)}, known are {', '.join(windows)}: measure some "
-            "rows and use Coefficients.fit."
+            f"{_name(config)} has layers of type {', '.join(unknown)}, and only {', '.join(windows)} are known: "
+            "measure some rows and use Coefficients.fit."
         )
     return [(types.count(kind), window) for kind, window in windows.items()]
 

@@ -155,7 +155,7 @@ def _check_rules(model: PreTrainedModel, rules: Any, methods: Sequence[tuple[nn.
                 raise UnsupportedError(
                     f"The rule 'fsdp: {rule['fsdp']}' names `{name}`, which only rows with its modality run, and the "
                     f"other ranks cannot be made to wait for them, since {reason}. Leave the rule out: it is sharded "
-                    "with all that is no layer."
+                    "with the root."
                 )
 
 

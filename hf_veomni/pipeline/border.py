@@ -79,8 +79,8 @@ class _Border:
             if asked is not None and asked is not taken:
                 shown = f"a tensor {tuple(asked.shape)}" if isinstance(asked, Tensor) else repr(asked)
                 raise UnsupportedError(
-                    f"`{name}` ({shown}{origin}) does not go with `pp_size` ({self.state.plan.pp_size}): {reason}. "
-                    f"{way}, or use pp_size=1."
+                    f"`{name}` ({shown}{origin}) cannot be combined with `pp_size` ({self.state.plan.pp_size}): "
+                    f"{reason}. {way}, or use pp_size=1."
                 )
 
     def leave(self, model: nn.Module, args: tuple, output: Any) -> Any:

@@ -5,7 +5,7 @@
     layers      one statement in a loop, `hidden_states = layer(hidden_states, ...)`: each stage some of them
     after       the backbone's last norm, and the head: the last stage
 
-What crosses from one layer to the next must be the hidden states alone, since that is all that a stage hands on. So
+What crosses from one layer to the next must be the hidden states alone, since that is all that a stage sends on. So
 the source of the loop is read, and anything else in it (residuals on the side, keys that later layers share, dropped
 layers, the embeddings once more) is refused.
 """

@@ -4,7 +4,7 @@
       .model                 visual, projector        first stage; other stages leave `pixel_values` out of their calls
         .language_model      embeddings, layers       each stage its own
 
-Features reach the layers within the hidden states, which are handed on. A stage whose call lacks what the encoders
+Features reach the layers within the hidden states, which are sent on. A stage whose call lacks what the encoders
 read must make the same masks and positions as the first one. So the source is read: whatever depends on the encoders'
 inputs may go into `inputs_embeds` and into features that the first layers add (Qwen3-VL's deepstack), nowhere else.
 """

@@ -83,7 +83,7 @@ class MicroBatch:
         return self._sums[:experts].detach(), self._sums[experts:-1], self._sums[-1].detach()
 
     def send(self) -> None:
-        """Once the forward is through: hand on what the next stage reads."""
+        """Once the forward is through: send what the next stage reads."""
         if self.is_last:
             return
         if self._sums is not None:

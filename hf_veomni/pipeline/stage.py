@@ -132,8 +132,8 @@ def plan_stages(model: Any, state: ParallelState) -> Stages:
     """
     if state.plan.modules:
         raise UnsupportedError(
-            f"`modules` ({dict(state.plan.modules)}) does not go with `pp_size` ({state.plan.pp_size}): each stage "
-            "holds some of the modules alone, and rules are for all of them. Leave the rules out."
+            f"`modules` ({dict(state.plan.modules)}) cannot be combined with `pp_size` ({state.plan.pp_size}): each "
+            "stage holds some of the modules alone, and rules are for all of them. Leave the rules out."
         )
     if state.plan.pp_stages > 1 and not is_torch_version(">=", "2.13"):
         raise UnsupportedError(

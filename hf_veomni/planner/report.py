@@ -229,7 +229,8 @@ def accelerate_config(
     loads = plans.loads(entry)
     if not loads:
         size = f"{entry.loading / GIB:.1f} GiB"
-        lines += wrap(f"Loaded whole, the model does not fit a device while it is sharded ({size}): {_BY_PARTS}.", 115)
+        loaded = f"Loaded in full, the model does not fit a device while it is sharded ({size})"
+        lines += wrap(f"{loaded}: {_BY_PARTS}.", 115)
     if plans.shape.encoders:
         lines += [WITHOUT_ENCODERS]
     if machines > 1:

@@ -32,7 +32,7 @@ class Entry:
     Attributes:
         reserved: bytes beside tensors, see `RESERVED_GIB`.
         over: bytes above what the device has; 0 or less fits.
-        loading: bytes of tensors while a model that was loaded whole is sharded: its weights, which `prepare_omni`
+        loading: bytes of tensors while a model that was loaded in full is sharded: its weights, which `prepare_omni`
             moves to the device first, and their shards.
         tokens_per_second: predicted, of all ranks.
     """
@@ -94,7 +94,7 @@ class Plans:
         return found or _entry(self.shape, layout, self.job, self.device)
 
     def loads(self, entry: Entry) -> bool:
-        """Whether a model that was loaded whole can be sharded on the device; else each rank has to read its part."""
+        """Whether a model loaded in full can be sharded on the device; else each rank has to read its part."""
         return entry.loading + entry.reserved <= round(self.device.memory_gib * GIB)
 
     def mfu(self, entry: Entry) -> float:

@@ -73,7 +73,7 @@ class _Calls:
             return inputs if counts else None
         if not self.takes_positions:
             raise UnsupportedError(
-                f"{told_by} tells of packed documents, but {type(module).__name__} takes no `position_ids`, by which "
+                f"{told_by} marks packed documents, but {type(module).__name__} takes no `position_ids`, by which "
                 "they are kept apart: give it one document a row."
             )
         real = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -191,7 +191,7 @@ def _check_text(model: nn.Module, inputs: Mapping[str, Any], told_by: str) -> No
     items = [name for name in inputs if name.endswith("_grid_thw") and inputs[name] is not None]
     if items and "mrope_section" in str(getattr(hf.text_config(model), "rope_parameters", None)):
         raise UnsupportedError(
-            f"{told_by} tells of packed documents, and beside `{items[0]}` positions are those of each document: "
+            f"{told_by} marks packed documents, and beside `{items[0]}` positions are those of each document: "
             "give `position_ids` [4, rows, tokens], as OmniDataCollatorWithPacking(model_config=...) makes them."
         )
 
@@ -206,7 +206,7 @@ def _check_agreement(told_by: str, begins: Tensor, positions: Tensor, real: Tens
         others = others & real[:, 1:] & real[:, :-1]
     if bool(others.any()):
         raise ValueError(
-            f"{told_by} and `position_ids` tell of other documents: leave one of them out. Positions must begin anew "
+            f"{told_by} and `position_ids` mark different documents: leave one of them out. Positions must begin anew "
             "with each document (of mRoPE the first of [4, rows, tokens])."
         )
 
@@ -266,7 +266,7 @@ def _check_layerdrop(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(drop := getattr(module, "layerdrop", 0), float) and drop > 0:
             raise UnsupportedError(
-                f"`layerdrop` ({drop}) of `{name}` lets every rank skip other layers, and then they wait for each "
-                "other for ever: set this attribute to 0, or load the model with the config's `layerdrop`, "
+                f"`layerdrop` ({drop}) of `{name}` lets each rank skip different layers, and then the ranks "
+                "deadlock: set this attribute to 0, or load the model with the config's `layerdrop`, "
                 "`encoder_layerdrop` and `decoder_layerdrop` at 0."
             )

@@ -128,7 +128,7 @@ def prepare_mask(
         inputs: holds `position_ids`.
         like: [B, S, ...].
         fill: rows are to be filled up to a multiple of `sp_size` that all tokens would see.
-        on_demand: the model attends otherwise with a mask than without one.
+        on_demand: the model attends differently with a mask than without one.
         takes_mask: the backbone's forward has an `attention_mask`.
 
     Raises:
@@ -142,7 +142,7 @@ def prepare_mask(
     if fill and mask is None and takes_mask:
         if on_demand:
             raise UnsupportedError(
-                f"{name} attends otherwise with an `attention_mask` than without one, so a row of {like.shape[1]} "
+                f"{name} attends differently with an `attention_mask` than without one, so a row of {like.shape[1]} "
                 f"tokens cannot be filled up to a multiple of {sp_size}: pass a mask."
             )
         if not restarts(inputs["position_ids"]):
@@ -306,6 +306,6 @@ def check_slice(name: str, hidden: object, padded: int, sp_size: int) -> None:
 def refuse_unshared(name: str, backbone: str) -> NoReturn:
     """Raises UnsupportedError: the model `name` did without its backbone."""
     raise UnsupportedError(
-        f"The forward of {name} did not call {backbone}, which is what shares rows: every rank of the SP group has "
+        f"The forward of {name} did not call {backbone}, which is what cuts rows: every rank of the SP group has "
         "computed all of it. Use sp_size=1."
     )

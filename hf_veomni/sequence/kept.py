@@ -1,4 +1,4 @@
-"""Attention that activation checkpointing does not run again: what is dear to compute or to send stays.
+"""Attention that activation checkpointing does not run again: what is expensive to compute or to send is kept.
 
     forward          q k v ~~~> all tokens | attention | ~~~> all heads
     kept                        q k v        out          out
@@ -115,7 +115,7 @@ def _recall(module: nn.Module) -> tuple[_Results, bool] | None:
     if again and not results.kernels:
         raise RuntimeError(
             f"A second backward through the same graph: what the rule `{RULE}` ('keep') had {type(module).__name__} "
-            "keep went with the first one. Run the forward again, or leave the rule out."
+            "keep was freed by the first one. Run the forward again, or leave the rule out."
         )
     return results, again
 

@@ -115,7 +115,7 @@ class Outputs:
         if not fitting:
             raise ValueError(
                 f"`local` has shape {tuple(local.shape)}, but this rank's slices of the rows that ran have "
-                f"{', '.join(map(str, sorted(self._lengths)))} tokens on dimension 1: hand over what the model "
+                f"{', '.join(map(str, sorted(self._lengths)))} tokens on dimension 1: pass what the model "
                 "returned, or what was computed from it token by token."
             )
         found = fitting if len(fitting) == 1 else self._in_graph(local)

@@ -14,7 +14,7 @@ _KINDS = {
     "multimodal": "Multimodal models (rows of text; for towers see the guide)",
     "seq2seq": "Encoder-decoders",
     "masked": "Encoders with a masked-token head",
-    "base": "Stacks without a head",
+    "base": "Backbones without a head",
 }
 _HEAD = """# Support matrix
 

@@ -116,7 +116,7 @@ def _adapt_training(accelerator: Any, plan: ParallelPlan) -> None:
     ) -> nn.Module:
         if not is_prepared(model) and any(p.requires_grad for p in model.parameters()) and not evaluation_mode:
             raise ValueError(
-                f"{type(model).__name__} is not prepared for the plan ({plan}): hand over `prepare_omni(model, plan)`."
+                f"{type(model).__name__} is not prepared for the plan ({plan}): pass `prepare_omni(model, plan)`."
             )
         # Already sharded and placed: what is left for accelerate is autocast.
         return stock_model(model, device_placement=not is_prepared(model), evaluation_mode=True)

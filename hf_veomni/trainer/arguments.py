@@ -77,8 +77,8 @@ class OmniTrainingArguments(TrainingArguments):
             save after the next step and exit with code 75 (docs/faults.md).
 
     Raises:
-        ValueError: a plan that does not fit the world, an argument that does not go with a plan, or a class without
-            `@dataclass` on several classes of arguments.
+        ValueError: a plan that does not fit the world, an argument that cannot be combined with a plan, or a class
+            without `@dataclass` on several classes of arguments.
     """
 
     # A string for HfArgumentParser; `__post_init__` parses it.
@@ -119,7 +119,7 @@ class OmniTrainingArguments(TrainingArguments):
         default="stop", metadata={"help": "A gradient that is not finite: 'stop', 'skip' its step, or 'ignore' it."}
     )
     stall_timeout: float = field(
-        default=60.0, metadata={"help": "Seconds that a rank may stand still before all end. 0: for ever."}
+        default=60.0, metadata={"help": "Seconds that a rank may stand still before all end. 0: no limit."}
     )
     wait_timeout: float | None = field(
         default=None,
@@ -149,7 +149,7 @@ class OmniTrainingArguments(TrainingArguments):
         given = self.parallelism_config
         if given is not None and not isinstance(given, OmniParallelismConfig):
             raise UnsupportedError(
-                f"`parallelism_config` ({type(given).__name__}) does not go with a plan: leave it out."
+                f"`parallelism_config` ({type(given).__name__}) cannot be combined with a plan: leave it out."
             )
         release_launcher(plan)
         if not torch.accelerator.is_available():

@@ -78,9 +78,9 @@ def _best(args: Any, plans: Plans) -> Entry:
     found = next((entry for entry in fitting or [best] if plans.loads(entry)), None)
     if found is None:
         raise UnsupportedError(
-            f"`plan` ('{args.plan}') shards the model that it is given, whole, on each device of "
-            f"{plans.device.memory_gib} GiB, and of {plans.shape.name} that takes {best.loading / 2**30:.1f} GiB: "
-            "hand over a model that is built on the meta device and sharded with `prepare_omni(model, plan, "
+            f"`plan` ('{args.plan}') puts the full model on each device before it shards it, and {plans.shape.name} "
+            f"takes {best.loading / 2**30:.1f} GiB then, more than the {plans.device.memory_gib} GiB of a device: "
+            "pass a model that is built on the meta device and sharded with `prepare_omni(model, plan, "
             f"checkpoint=...)`, and the same plan, such as '{best.layout.plan}' (docs/accelerate.md)."
         )
     return found
@@ -88,7 +88,7 @@ def _best(args: Any, plans: Plans) -> Entry:
 
 def _plan(args: Any, model: Any, dataset: object, peft_config: object, optimizer: object) -> Plans:
     if isinstance(model, nn.Module) and is_prepared(model):
-        raise ValueError(f"`plan` ('{args.plan}') is chosen before the model is prepared: hand over the plain model.")
+        raise ValueError(f"`plan` ('{args.plan}') is chosen before the model is prepared: pass the plain model.")
     if model is None:
         raise UnsupportedError(f"`plan` ('{args.plan}') needs `model`, not `model_init`: name a plan.")
     module = isinstance(model, nn.Module)
@@ -172,14 +172,15 @@ def _lengths(args: Any, dataset: Any) -> tuple[int, int]:
     """Tokens of the largest micro-batch of a data rank, and of the longest document in it."""
     if dataset is None or not has_length(dataset) or not len(dataset):
         raise ValueError(
-            f"`plan` ('{args.plan}') goes by the lengths of the samples in `train_dataset`, and there is none that "
-            "tells them before training: name a plan."
+            f"`plan` ('{args.plan}') is chosen by the lengths of the samples in `train_dataset`, and there is none "
+            "that tells them before training: name a plan."
         )
     try:
         lengths, documents = sample_sizes(dataset, args.length_column_name)
     except UnsupportedError as error:
         raise UnsupportedError(
-            f"`plan` ('{args.plan}') goes by the lengths of the samples in `train_dataset`. {error} Or name a plan."
+            f"`plan` ('{args.plan}') is chosen by the lengths of the samples in `train_dataset`. {error} Or name a "
+            "plan."
         ) from error
     longest = max(int(max(parts)) if getattr(parts, "ndim", 0) else int(parts) for parts in documents)
     tokens = args.token_budget or int(lengths.max()) * args.per_device_train_batch_size

@@ -158,7 +158,7 @@ def check_checkpoint(checkpoint: Path, wanted_by: str = "`resume_from_checkpoint
     damage = damage or _unreadable_state(checkpoint)
     if damage is None and (foreign := foreign_training(checkpoint)) is not None:
         raise UnsupportedError(
-            f"{wanted_by} ('{checkpoint}') cannot be gone on from: {foreign}. `hf-veomni convert {checkpoint} OUT` "
+            f"{wanted_by} ('{checkpoint}') cannot be resumed from: {foreign}. `hf-veomni convert {checkpoint} OUT` "
             "writes them as safetensors: begin a new run from OUT."
         )
     if damage is not None:
@@ -179,9 +179,9 @@ def tell_of_later_ones(checkpoint: Path, output_dir: str | os.PathLike[str]) -> 
         return
     if later := [found.name for found in later_checkpoints(checkpoint)]:
         logger.warning(
-            f"'{checkpoint}' is gone on from, and {', '.join(later)} of a later step lie beside it: this run "
-            "leaves them behind. `resume_from_checkpoint=True` takes them while they are there; with "
-            "`save_total_limit` they are removed before what this run writes."
+            f"This run resumes from '{checkpoint}', and there are checkpoints of later steps beside it "
+            f"({', '.join(later)}), which it does not use. `resume_from_checkpoint=True` takes them while they are "
+            "there; with `save_total_limit` they are removed before what this run writes."
         )
 
 

@@ -88,7 +88,7 @@ def check_liger(arguments: Any) -> None:
     if arguments.use_cpu or not torch.cuda.is_available():
         where = "`use_cpu` (True)" if torch.cuda.is_available() else "this machine, where torch finds no CUDA device,"
         raise UnsupportedError(
-            f"`use_liger_kernel` (True) does not go with {where}: its kernels are Triton's. Leave it out there."
+            f"`use_liger_kernel` (True) cannot be combined with {where}: its kernels are Triton's. Leave it out there."
         )
     if find_spec("liger_kernel") is None:
         raise UnsupportedError(
@@ -136,7 +136,7 @@ def apply_liger(model: nn.Module, config: Mapping[str, bool] | None) -> Callable
         return None
     if is_prepared(base):
         raise UnsupportedError(
-            "`use_liger_kernel` (True) comes before `prepare_omni`, and `model` is prepared already: hand over the "
+            "`use_liger_kernel` (True) comes before `prepare_omni`, and `model` is prepared already: pass the "
             "model as it was."
         )
     kind = base.config.model_type
@@ -177,7 +177,7 @@ def _switches(kind: str, function: Callable[..., None], config: Mapping[str, boo
     for name, value in config.items():
         if name not in known:
             raise ValueError(
-                f"`liger_kernel_config` has '{name}', which Liger has not for '{kind}': {nearest(name, known)}."
+                f"`liger_kernel_config` has '{name}', which Liger does not have for '{kind}': {nearest(name, known)}."
             )
         if value and name not in KERNELS[kind]:
             raise UnsupportedError(

@@ -107,7 +107,7 @@ def _put_together(model: nn.Module, output: object, lazy: bool) -> Any:
 
 
 @contextmanager
-def whole_outputs(model: nn.Module, lazy: bool = True) -> Iterator[None]:
+def full_outputs(model: nn.Module, lazy: bool = True) -> Iterator[None]:
     """Inside, the model returns full-length logits [B, S, V] on every rank, with gradients.
 
     Every rank of the SP group then holds them, and what is computed from them is computed sp times over: the price of
@@ -237,7 +237,7 @@ class LossMixin(_Trainer):
             return
         self._outputs_are_full = True
         try:
-            with whole_outputs(model, lazy):
+            with full_outputs(model, lazy):
                 yield
         finally:
             self._outputs_are_full = False

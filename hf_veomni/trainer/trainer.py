@@ -133,7 +133,7 @@ class OmniTrainerMixin(
     reads a parameter.
 
     Raises:
-        ValueError: what does not go with a plan, by name and with the way out.
+        ValueError: what cannot be combined with a plan, by name and with the way out.
     """
 
     def __init_subclass__(cls, **kwargs: object) -> None:
@@ -249,7 +249,7 @@ class OmniTrainerMixin(
         if any(id(p) not in owned for group in self.optimizer.param_groups for p in group["params"]):
             raise ValueError(
                 "`optimizers` holds parameters that are not the prepared model's: call prepare_omni(model, plan) "
-                "first and make the optimizer from the result, or hand over `optimizer_cls_and_kwargs`."
+                "first and make the optimizer from the result, or pass `optimizer_cls_and_kwargs`."
             )
 
     def _check_packing(self) -> None:
@@ -294,8 +294,8 @@ class OmniTrainerMixin(
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         if self.parallel_state.world_size > 1:
             raise UnsupportedError(
-                f"`hyperparameter_search` does not go with the plan ({self.parallel_state.plan}): a trial would leave "
-                "its process groups behind. Start one run per trial."
+                f"`hyperparameter_search` cannot be combined with the plan ({self.parallel_state.plan}): a trial "
+                "would leave its process groups behind. Start one run per trial."
             )
         return super().hyperparameter_search(*args, **kwargs)
 

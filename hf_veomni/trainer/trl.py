@@ -96,23 +96,24 @@ def check_trl(trainer: object, args: Any, model: object) -> None:
         reason = "nobody has compared it with one process"
         if set(names) & set(_SAMPLING):
             reason = (
-                "it samples answers between its steps, for which each rank would need the full parameters, and deals "
-                "the prompts out by process, so that the ranks of an SP group would train on different rows"
+                "it samples answers between its steps, for which each rank would need the full parameters, and "
+                "assigns the prompts by process, so that the ranks of an SP group would train on different rows"
             )
         raise UnsupportedError(
-            f"{names[0]} of TRL does not go with the plan ({plan}): {reason}. Use {', '.join(_SUPPORTED)}, or one "
-            "process."
+            f"{names[0]} of TRL cannot be combined with the plan ({plan}): {reason}. Use {', '.join(_SUPPORTED)}, or "
+            "one process."
         )
     for name in ("precompute_ref_log_probs", "sync_ref_model"):
         if getattr(args, name, False):
             raise UnsupportedError(
-                f"`{name}` (True) of TRL's {names[0]} does not go with the plan ({plan}): it reads full parameters, "
-                "and each rank holds a part. Leave it out; the reference model is sharded like the trained one."
+                f"`{name}` (True) of TRL's {names[0]} cannot be combined with the plan ({plan}): it reads full "
+                "parameters, and each rank holds a part. Leave it out; the reference model is sharded like the "
+                "trained one."
             )
     if set(names) & set(_WITH_REFERENCE) and isinstance(model, PeftModel) and is_prepared(model):
         raise UnsupportedError(
             f"`model` is prepared already, but {trl_name(trainer)} compares its adapter with a frozen copy, which "
-            "comes before the parameters are sharded: hand over the PeftModel as it was before `prepare_omni`."
+            "comes before the parameters are sharded: pass the PeftModel as it was before `prepare_omni`."
         )
 
 

@@ -1,4 +1,4 @@
-"""Training arguments that do not go with a plan, and what a launcher exported.
+"""Training arguments that cannot be combined with a plan, and what a launcher exported.
 
 An option without effect is an error, with the way out. The one stock yaml that carries a plan needs
 `distributed_type: FSDP`, so its launcher exports switches by which accelerate would build a ParallelismConfig of its
@@ -59,7 +59,7 @@ class Refusal:
         value = getattr(arguments, self.name, None)
         if self.refused(value):
             shown = getattr(value, "value", value)
-            raise UnsupportedError(f"`{self.name}` ({shown!r}) does not go with {owner}: {self.reason}.")
+            raise UnsupportedError(f"`{self.name}` ({shown!r}) cannot be combined with {owner}: {self.reason}.")
 
 
 def _given(value: object) -> bool:
@@ -95,14 +95,14 @@ _SHARDED = (
     Refusal(
         "optim",
         lambda value: value in _BITSANDBYTES,
-        "the kernels of bitsandbytes take whole parameters, and each rank holds a shard; use "
+        "the kernels of bitsandbytes take full parameters, and each rank holds a shard; use "
         f"{OptimizerNames.ADAMW_TORCH_8BIT.value}, AdamW with 8 bits for each moment from torchao",
     ),
     Refusal(
         "optim",
         lambda value: value not in _SHARDED_OPTIMIZERS,
         f"it does not work on sharded parameters; use {', '.join(sorted(o.value for o in _SHARDED_OPTIMIZERS))}, or "
-        "hand one over in `optimizer_cls_and_kwargs`",
+        "pass one in `optimizer_cls_and_kwargs`",
     ),
     Refusal(
         "activation_checkpointing_kwargs",
@@ -164,7 +164,7 @@ def check_torchao(arguments: Any) -> None:
 
 
 def check_sharded(arguments: Any) -> None:
-    """Refuse what a world of several ranks does not go with. Raises UnsupportedError as `check_given` does."""
+    """Refuse what a world of several ranks cannot be combined with. Raises UnsupportedError as `check_given` does."""
     for refusal in _SHARDED:
         refusal.check(arguments)
     for refusal in _LOADERS:
@@ -172,7 +172,7 @@ def check_sharded(arguments: Any) -> None:
 
 
 def check_staged(arguments: Any, plan: ParallelPlan) -> None:
-    """Refuse what pipeline stages do not go with. Raises UnsupportedError as `check_given` does."""
+    """Refuse what pipeline stages cannot be combined with. Raises UnsupportedError as `check_given` does."""
     for refusal in _STAGED if plan.pp_size > 1 else ():
         refusal.check(arguments, f"`pp_size` ({plan.pp_size})")
     for refusal in _CHUNKED if plan.pp_stages > 1 else ():
@@ -190,7 +190,7 @@ def check_kept(arguments: Any, plan: ParallelPlan) -> None:
 
 
 def check_budgeted(arguments: Any) -> None:
-    """Refuse what `token_budget`, if it is given, does not go with. Raises ValueError as `check_given` does."""
+    """Refuse what `token_budget`, if it is given, cannot be combined with. Raises ValueError as `check_given` does."""
     budget = arguments.token_budget
     if budget is None:
         return
@@ -201,7 +201,7 @@ def check_budgeted(arguments: Any) -> None:
 
 
 def check_saving(arguments: Any) -> None:
-    """Refuse what `sharded_weights` and `async_save` do not go with. Raises ValueError as `check_given` does."""
+    """Refuse what `sharded_weights` and `async_save` cannot be combined with. Raises ValueError as `check_given`."""
     if arguments.async_save and arguments.sharded_weights is False:
         raise ValueError(
             "`async_save` (True) writes each rank's shards beside training, and `sharded_weights` (False) asks for "
@@ -302,7 +302,9 @@ def release_launcher(plan: ParallelPlan) -> None:
     """
     for variable, reason in _REFUSED.items():
         if os.environ.get(variable, "").lower() == "true":
-            raise UnsupportedError(f"{variable}=true, exported by the launcher, does not go with a plan: {reason}.")
+            raise UnsupportedError(
+                f"{variable}=true, exported by the launcher, cannot be combined with a plan: {reason}."
+            )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""The notebook of a mixture of experts: what is committed shows a whole run, and it runs again on a small model."""
+"""The notebook of a mixture of experts: what is committed shows a complete run, and it runs again on a small model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The notebook: what is committed shows a whole run, and it runs again, with the numbers of the script."""
+"""The notebook: what is committed shows a complete run, and it runs again, with the numbers of the script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The notebook of a composed model: what is committed shows a whole run, and it runs again with a few steps."""
+"""The notebook of a composed model: what is committed shows a complete run, and it runs again with a few steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The notebook that plans 128 GPUs: what is committed shows a whole run, and it runs again on a smaller model."""
+"""The notebook that plans 128 GPUs: what is committed shows a complete run, and it runs again on a smaller model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The notebook of a vision-language model: what is committed shows a whole run, and it runs again."""
+"""The notebook of a vision-language model: what is committed shows a complete run, and it runs again."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Setting:
     changes: dict[str, Any] = field(default_factory=dict)
     moe: bool = False
     lora: bool = False
-    saved: tuple[str, ...] = ("projector",)  # with lora: what is trained and saved whole
+    saved: tuple[str, ...] = ("projector",)  # with lora: what is trained and saved in full
     micro_batches: int = 1
 
 
@@ -212,9 +212,9 @@ def evaluate_whole(setting: Setting, plan: str) -> dict[str, Tensor]:
             out = model(**_alone(batch))
             return {name: out[name] for name in _HEADS}
         from hf_veomni import prepare_omni
-        from hf_veomni.trainer.losses import whole_outputs
+        from hf_veomni.trainer.losses import full_outputs
 
         prepare_omni(model, plan)
-        with whole_outputs(model):
+        with full_outputs(model):
             out = model(**batch)
     return {name: out[name] for name in _HEADS}

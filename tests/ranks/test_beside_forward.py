@@ -1,4 +1,4 @@
-"""Parts of a prepared model that are called beside its forward: embeddings, stack and head. Stock gradients."""
+"""Parts of a prepared model that are called beside its forward: embeddings, backbone and head. Stock gradients."""
 
 from __future__ import annotations
 

@@ -8,16 +8,16 @@ from tests.sweep.family import sweep_family
 from tests.sweep.training import PLANS, compare_logs, omni_logs, stock_logs
 
 WORK = (
-    "bert",  # layers in a module of their own, attention that looks ahead, a loss from whole logits
+    "bert",  # layers in a module of their own, attention that looks ahead, a loss from full logits
     "roberta",  # learned positions that begin behind the padding token
     "esm",
-    "gpt2",  # a stack that reshapes its output
+    "gpt2",  # a backbone that reshapes its output
     "t5",  # cross-attention, position biases
     "whisper",  # an encoder that takes no tokens
     "albert",  # one layer run many times
     "bloom",  # ALiBi, a patched attention
     "gptj",  # rope looked up inside of the layers
-    "gemma3",  # masks made above the stack
+    "gemma3",  # masks made above the backbone
     "paligemma",  # a prefix that sees all of itself
     "gemma3n_text",  # streams of rows
     "gemma4_text",  # inputs of each layer
@@ -26,7 +26,7 @@ WORK = (
     "csm_depth_decoder_model",  # a head of weights for each place, for all tokens but the first
     "beam",  # a scale for each token, the same for all rows
     # By the rule that their error suggests, `sp: gather`:
-    "glm_moe_dsa",  # an indexer, whose choice a layer hands on to the next
+    "glm_moe_dsa",  # an indexer, whose choice a layer passes to the next
     "nystromformer",  # learned positions that begin at 2
     "convbert",  # attention that never asks the interface, which looks ahead
     "glm5_next",  # several streams of hidden states

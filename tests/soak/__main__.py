@@ -3,7 +3,7 @@
     python -m tests.soak --kills 1000 --seconds 3600     # all variants; writes benchmarks/results/soak_cpu.json
 
 Each run must end with the weights and the optimizer's state of an undisturbed one, bit by bit, and each start must
-begin at the newest checkpoint that was whole. Exit status 1 if not.
+begin at the newest checkpoint that was complete. Exit status 1 if not.
 """
 
 from __future__ import annotations

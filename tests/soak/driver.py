@@ -129,7 +129,7 @@ class Attempt:
 
 
 def newest(run: Path) -> int:
-    """Step of the newest whole checkpoint, contents compared; 0 if there is none."""
+    """Step of the newest complete checkpoint, contents compared; 0 if there is none."""
     try:
         return int(last_complete_checkpoint(run, contents=True).name.rpartition("-")[2])
     except ValueError:

@@ -1,4 +1,4 @@
-"""One rank of a run that is killed: resumes from the newest whole checkpoint, trains to the end, leaves its state."""
+"""A rank of a run that is killed: resumes from the newest complete checkpoint, trains to the end, leaves its state."""
 
 from __future__ import annotations
 

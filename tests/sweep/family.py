@@ -1,4 +1,4 @@
-"""One family: the stock model on whole rows against the prepared one on two ranks or more. Runs on every rank."""
+"""One family: the stock model on full rows against the prepared one on two ranks or more. Runs on every rank."""
 
 from __future__ import annotations
 

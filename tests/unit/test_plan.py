@@ -64,7 +64,10 @@ def test_resolve_takes_what_is_left_of_the_world():
         (lambda: ParallelPlan.from_dict({"sp": 2, "sp_size": 2}), r"a second time"),
         (lambda: ParallelPlan(sp_size=0), r"`sp_size` \(0\) must be a positive integer"),
         (lambda: ParallelPlan(sp_size=True), r"positive integer"),
-        (lambda: ParallelPlan(pp_size=2, overlap="pairs"), r"`overlap` \('pairs'\) does not go with `pp_size` \(2\)"),
+        (
+            lambda: ParallelPlan(pp_size=2, overlap="pairs"),
+            r"`overlap` \('pairs'\) cannot be combined with `pp_size` \(2\)",
+        ),
         (
             lambda: ParallelPlan.from_string("pp=2,pp_layers=3"),
             r"`pp_layers` \('3'\) .* \(2 \* 1\) stages",

@@ -75,7 +75,7 @@ class Mixing(nn.Module):
 
 
 def test_what_cannot_be_cut_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="does not go with experts"):
+    with pytest.raises(UnsupportedError, match="cannot be combined with experts"):
         prepare_omni(build_model("qwen3_moe"), ParallelPlan(modules=RULES))
     with pytest.raises(UnsupportedError, match="LlamaAttention does not compute each token"):
         prepare_omni(build_model("llama"), ParallelPlan(modules={"*.self_attn": {"tokens": "tiled"}}))

@@ -110,7 +110,7 @@ class Alignment:
             if pixels is not None and pixels.dim() == 2 and len(pixels) != patches:
                 raise ValueError(
                     f"{where}: `{_PATCHES[modality]}` has {len(pixels)} {modality} patches and `{GRIDS[modality]}` "
-                    f"tells of {patches}: make both with one call of the processor."
+                    f"describes {patches}: make both with one call of the processor."
                 )
             merge = self._merge_size(modality)
             return None if merge is None else patches // merge**2

@@ -214,7 +214,7 @@ def _given_items(where: str, sample: Mapping[str, Any]) -> dict[str, list[Any]]:
         if modality == "video":
             raise UnsupportedError(
                 f"{where}: videos (`{name}`) are not decoded here: run the processor on them first (dataset.map; the "
-                "video processors of transformers need torchvision) and hand over what it makes, such as "
+                "video processors of transformers need torchvision) and pass what it makes, such as "
                 "`pixel_values_videos` and `video_grid_thw`, or give some frames as `images`."
             )
         given[modality] = [*given.get(modality, []), *values]

@@ -285,7 +285,7 @@ def _read_header(file: BinaryIO) -> _Wav | None:
             size = min(size, there)
             wav = _Wav(form[0], form[1], form[2], form[5], begin, size)
             if not (wav.channels and wav.rate):
-                raise ValueError(f"the wav file tells of {wav.channels} channels and {wav.rate} samples a second.")
+                raise ValueError(f"the wav file declares {wav.channels} channels and {wav.rate} samples a second.")
             return wav if (wav.kind, wav.bits) in _WAV_TYPES else None
         if name == b"fmt ":
             data = file.read(size + size % 2)

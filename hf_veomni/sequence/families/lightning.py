@@ -1,6 +1,6 @@
 """Lightning attention (MiniMax) on this rank's heads, by the family's own forward.
 
-Its recurrence stands in the forward itself, so that there is no function to replace. The forward runs on a stand-in
+Its recurrence stands in the forward itself, so that there is no function to replace. The forward runs on a substitute
 for the module instead: queries, keys and values are those of the local heads over full documents, and what is done to
 every token alone (output norm, gate, projection) is left out there and done to the local tokens after.
 
@@ -20,7 +20,7 @@ from hf_veomni.sequence.mixers.functions import DEFAULT_CHUNK, MixerCall, by_doc
 from hf_veomni.sequence.ulysses import head_layout
 
 _DECAYS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
-# All of the module that its forward may touch: the stand-in has no more.
+# All of the module that its forward may touch: the substitute has no more.
 _MEMBERS = {"qkv_proj", "act_fn", "norm", "output_gate", "out_proj", "block_size", "head_dim", "num_attention_heads"}
 _MEMBERS |= {"layer_idx", *_DECAYS}
 
@@ -75,6 +75,6 @@ def run_lightning(
 
 
 def check_lightning(module: nn.Module, names: set[str]) -> bool:
-    """Whether the forward, which uses `names`, is one that the stand-in can run."""
+    """Whether the forward, which uses `names`, is one that the substitute can run."""
     held = vars(module).keys() | {name for name, _ in module.named_children()} | {n for n, _ in module.named_buffers()}
     return held & names == _MEMBERS - {"layer_idx"} or held & names == _MEMBERS

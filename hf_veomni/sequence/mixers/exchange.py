@@ -1,4 +1,4 @@
-"""Exchange tokens for heads around a scan, and hand the last tokens on for a convolution.
+"""Exchange tokens for heads around a scan, and pass the last tokens on for a convolution.
 
     rank r before   all n heads, its s = S/sp tokens        [B, s, n, *]     several tensors, each with its spans
     all-to-all      its heads, all S tokens                 [B, S, n_r, *]

@@ -6,7 +6,7 @@
     scan, chunks of 4: documents of as many chunks side by side,    [a a a a - ; c c c c c]   [b b -]
     filled up (-) with their last token, which nothing reads
 
-Shapes: B rows; S tokens of the full row; s of this rank; t <= s last tokens that each rank hands over; M columns.
+Shapes: B rows; S tokens of the full row; s of this rank; t <= s last tokens that each rank passes on; M columns.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class _Kept:
     def __torch_function__(cls, function: object, *_: object) -> Any:
         raise UnsupportedError(
             f"`{getattr(function, '__name__', function)}` was called on what a module under the rule 'sp: gather' "
-            "handed on to one that is not: name all modules of the backbone that share it, or none."
+            "passed to one that is not: name all modules of the backbone that share it, or none."
         )
 
 

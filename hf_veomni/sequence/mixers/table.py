@@ -148,7 +148,7 @@ def check_mixer_heads(mixers: Iterable[Mixer], sp_size: int) -> None:
         )
 
 
-def _stand_in(function: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
+def _replacement(function: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(inner)
     def replaced(*args: object, **kwargs: object) -> Any:
         call = current().mixer
@@ -178,7 +178,7 @@ class FunctionRegistry:
             for name in FUNCTIONS.keys() & set(hf.code_names(module)):
                 original = getattr(sys.modules[space], name)
                 if original is not self._originals.get((space, name), (None, None))[1]:
-                    replaced = _stand_in(FUNCTIONS[name], original)
+                    replaced = _replacement(FUNCTIONS[name], original)
                     setattr(sys.modules[space], name, replaced)
                     self._originals[space, name] = original, replaced
 
@@ -204,7 +204,7 @@ def run_mixer(module: nn.Module, scheme: str, state: ParallelState, /, *args: An
     row, documents = current().row, current().documents
     if row is None and current().call is not None:
         raise UnsupportedError(
-            f"{type(module).__name__} runs outside of the backbone that shares sequences, where documents and slices "
+            f"{type(module).__name__} runs outside of the backbone that cuts sequences, where documents and slices "
             "are not known. Use sp_size=1."
         )
     if row is None:

@@ -1,4 +1,4 @@
-"""Experts in chunks of tokens: the exchange alone in fp64, and whole models in fp32, against the blocking form."""
+"""Experts in chunks of tokens: the exchange alone in fp64, and full models in fp32, against the blocking form."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def _reverse_assignments() -> Any:
 
 
 def _gradients(model: Any) -> dict[str, torch.Tensor]:
-    """Of whole parameters. Collective."""
+    """Of full parameters. Collective."""
     from hf_veomni.expert import find_layouts
 
     layouts = find_layouts(model)

@@ -1,4 +1,4 @@
-"""Adapters on towers, and towers and projectors that PEFT trains and saves whole, under sequence parallelism."""
+"""Adapters on towers, and towers and projectors that PEFT trains and saves in full, under sequence parallelism."""
 
 from __future__ import annotations
 

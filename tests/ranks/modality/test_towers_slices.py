@@ -71,7 +71,7 @@ def test_no_rank_gets_rows_of_other_slices(ranks, family):
 
 
 def _cached(family: str) -> list[torch.Tensor]:
-    """Logits with a cache, for which every rank runs the whole row, and the stock model's."""
+    """Logits with a cache, for which every rank runs the full row, and the stock model's."""
     from hf_veomni import prepare_omni
     from tests.omni_models import FAMILIES, build
 

@@ -123,10 +123,10 @@ def _no_labels() -> None:
     [
         (_with_gradients, r"hand the window's batches to `run_window\(model, batches\)`"),
         (_generate, "has no `generate`"),
-        (_hidden_states, r"`output_hidden_states` \(True\) does not go with `pp_size` \(2\)"),
+        (_hidden_states, r"`output_hidden_states` \(True\) cannot be combined with `pp_size` \(2\)"),
         (_different_batches, "The ranks of data rank 0 were given different batches"),
         (_too_many_stages, r"`pp_size` \(2\) must not exceed the number of layers \(1\)"),
-        (_rules, r"`modules` .* does not go with `pp_size` \(2\)"),
+        (_rules, r"`modules` .* cannot be combined with `pp_size` \(2\)"),
         (_no_labels, "A batch has no `labels`"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -157,7 +157,7 @@ def _no_labels() -> None:
     ("case", "match"),
     [
         (_no_labels, "A batch has no `labels`"),
-        (_compiled, r"`torch_compile` .* does not go with `pp_size` \(2\)"),
+        (_compiled, r"`torch_compile` .* cannot be combined with `pp_size` \(2\)"),
         (_own_loss, r"`compute_loss_func` is given, and the last stage alone has logits"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

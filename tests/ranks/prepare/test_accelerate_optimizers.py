@@ -1,4 +1,4 @@
-"""Optimizers on shards: the steps of torch's own, and of others, on whole parameters with the same gradients."""
+"""Optimizers on shards: the steps of torch's own, and of others, on full parameters with the same gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLANS = ["dp_shard=2", "sp=2"]
 
 
 class _Lamb(torch.optim.Optimizer):
-    """Reads the norms of whole parameters, which DTensor has."""
+    """Reads the norms of full parameters, which DTensor has."""
 
     def __init__(self, params: Any, lr: float = 1e-2) -> None:
         super().__init__(params, {"lr": lr})
@@ -133,13 +133,13 @@ def test_steps_are_those_of_one_process(ranks, plan, name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_needs_whole_parameters_is_refused(ranks, name):
     kind = name.removeprefix("_HuggingFace")
-    match = f"`{kind}` does not go with parameters of which each rank holds a shard.*AdamW.*one rank"
+    match = f"`{kind}` does not work with parameters of which each rank holds a shard.*AdamW.*one rank"
     ranks(2).raises(_prepare, "dp_shard=2", name, REFUSED[name], match=match)
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])
 def test_a_fused_update_that_dtensor_does_not_know_is_refused(ranks, name):
-    match = f"`{name}` does not go with parameters .*fused"
+    match = f"`{name}` does not work with parameters .*fused"
     ranks(2).raises(_prepare, "dp_shard=2", name, {"fused": True}, match=match)
 
 
@@ -149,7 +149,7 @@ def _train(folder: str) -> None:
 
 
 def test_the_trainer_refuses_it_too(ranks, tmp_path):
-    ranks(2).raises(_train, str(tmp_path), match="`Adafactor` does not go with parameters")
+    ranks(2).raises(_train, str(tmp_path), match="`Adafactor` does not work with parameters")
 
 
 def test_every_optimizer_of_torch_is_known_to_be_one_or_the_other():

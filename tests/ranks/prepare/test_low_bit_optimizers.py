@@ -1,4 +1,4 @@
-"""AdamW of torchao with moments of 8 or 4 bits on shards: the steps that it makes on whole parameters in one process.
+"""AdamW of torchao with moments of 8 or 4 bits on shards: the steps that it makes on full parameters in one process.
 
 Moments are coded in blocks of a rank's shard. These shapes put the borders of shards on borders of blocks, so that the
 blocks are those of the whole, and with the same gradients every bit of a step is. Where the borders differ, moments

@@ -91,7 +91,7 @@ CALLS = {f.__name__: f for f in (_long_document, _short_labels, _local_labels, _
         ("spp=2", r"Unknown plan key 'spp': did you mean 'sp'"),
         ("sp=two", r"Plan entry 'sp=two' in 'sp=two' must be name=integer"),
         ({"sp_size": 0}, r"`sp_size` \(0\) must be a positive integer"),
-        ("pp=2,overlap=chunks", r"`overlap` \('chunks'\) does not go with `pp_size` \(2\)"),
+        ("pp=2,overlap=chunks", r"`overlap` \('chunks'\) cannot be combined with `pp_size` \(2\)"),
         ("sp=2,ep=2", r"`ep_size` \(2\) needs experts, and .* has none to shard: it is a dense model"),
         ("sp=2,dp_shard=1,ep=3", r"`ep_size` \(3\) must divide `dp_shard_size \* sp_size` \(2\): use 1, 2"),
         ({"sp": 2, "modules": {"lm_haed": {"fsdp": "keep"}}}, r"'lm_haed' matches no module.*lm_head"),
@@ -178,7 +178,7 @@ def test_more_sp_ranks_than_query_heads(ranks):
     ranks(4).raises(_prepare, "llama", "sp=4", {"num_attention_heads": 2}, match=match, timeout=30)
 
 
-def test_model_without_a_seam(ranks):
+def test_model_without_shard_points(ranks):
     match = r"OpenAIGPTLMHeadModel has no shard points for sequence parallelism.*Use sp_size=1"
     ranks(2).raises(_prepare, "openai-gpt", "sp=2", match=match, timeout=30)
 

@@ -136,7 +136,7 @@ def _loaded(kind: str, plan: str) -> Tensor:
 
 
 def _other(kind: str) -> dict[str, Tensor]:
-    """Of whole tensors, as `torch.load` gives them."""
+    """Of full tensors, as `torch.load` gives them."""
     return {name: 1.2 * value for name, value in _MODELS[kind]().state_dict().items()}
 
 

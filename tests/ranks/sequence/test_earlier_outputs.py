@@ -1,4 +1,4 @@
-"""Outputs are gathered as what they are, also after another call; a loss set by hand gets whole rows."""
+"""Outputs are gathered as what they are, also after another call; a loss set by hand gets full rows."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": {},
     "glm_moe_dsa": {"*.self_attn": {"sp": "gather"}},
     "convbert": {"*.attention.self": {"sp": "gather"}},
-    # Attention that could be cut, on whole documents: T5's first hands a bias on, GPT-2's views what it is given.
+    # Attention that could be cut, on full documents: T5's first hands a bias on, GPT-2's views what it is given.
     "t5:whole": {"*.SelfAttention": {"sp": "gather"}, "*.EncDecAttention": {"sp": "gather"}},
     "gpt2:whole": {"*.attn": {"sp": "gather"}},
 }
@@ -170,7 +170,7 @@ def _shared_by_half() -> None:
 
 
 def test_a_bias_for_modules_outside_of_the_rule_is_refused(ranks):
-    ranks(2).raises(_shared_by_half, match="handed on to one that is not: name all modules", timeout=60)
+    ranks(2).raises(_shared_by_half, match="passed to one that is not: name all modules", timeout=60)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""Generation by a prepared model: every rank of an SP group runs whole rows and finds what the stock model finds."""
+"""Generation by a prepared model: every rank of an SP group runs full rows and finds what the stock model finds."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_encoder_decoders_generate_as_the_stock_model(ranks, family, plan, optio
 
 
 def _call_inside() -> list[tuple[int, ...]]:
-    """A bare stack and a model are called inside of a cached call of another, before its stack and in a layer."""
+    """A bare backbone and a model are called in a cached call of another, before its backbone and in a layer."""
     from hf_veomni import prepare_omni
 
     ids = packed_batch((15,))["input_ids"]

@@ -1,4 +1,4 @@
-"""The rule `sp: gather`: any module on whole documents, chosen by name and equal to one rank."""
+"""The rule `sp: gather`: any module on full documents, chosen by name and equal to one rank."""
 
 from __future__ import annotations
 

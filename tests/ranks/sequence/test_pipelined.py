@@ -1,4 +1,4 @@
-"""Pipelined Ulysses: the attention alone in fp64 against one rank, whole models in fp32 against the blocking form."""
+"""Pipelined Ulysses: the attention alone in fp64 against one rank, full models in fp32 against the blocking form."""
 
 from __future__ import annotations
 

@@ -251,9 +251,9 @@ def _refused(plan: str, kind: str) -> None:
         ("other_plan", "was prepared for the plan"),
         ("late_adapters", "adapters are added before the parameters are sharded"),
         ("twice_adapters", "is a PeftModel already"),
-        ("search", "`hyperparameter_search` does not go with the plan"),
+        ("search", "`hyperparameter_search` cannot be combined with the plan"),
         ("stock_arguments", "must be OmniTrainingArguments"),
-        ("optim", "`optim` .'adafactor'. does not go with a plan"),
+        ("optim", "`optim` .'adafactor'. cannot be combined with a plan"),
     ],
 )
 def test_what_does_not_go_with_a_plan_is_refused_on_every_rank(ranks, kind, message):

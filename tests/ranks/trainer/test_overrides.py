@@ -1,4 +1,4 @@
-"""A `compute_loss` of one's own sees what one process would show it: whole rows, one batch, one process.
+"""A `compute_loss` of one's own sees what one process would show it: full rows, one batch, one process.
 
 The right value is that of the same class on the stock Trainer in one process; `loss_is_scaled_for_ga` tells that one
 what kind of loss it is.
@@ -47,7 +47,7 @@ class _OwnLabels:
 
 
 class _Stack:
-    """Calls the stack and the head itself."""
+    """Calls the backbone and the head itself."""
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -77,7 +77,7 @@ def killed_at(number: int, function: Callable[[], Any]) -> bool:
 
 @pytest.mark.parametrize("step", [8, 4], ids=["another step", "the same step again"])
 def test_killed_at_every_call(tmp_path: Path, step: int) -> None:
-    """A whole checkpoint is found after each kill, the old one or the new one, and the next save works."""
+    """A complete checkpoint is found after each kill, the old one or the new one, and the next save works."""
     number, states = 0, set()
     while True:
         root = tmp_path / str(number)
@@ -98,7 +98,7 @@ def test_killed_at_every_call(tmp_path: Path, step: int) -> None:
 
 
 def test_a_clean_up_that_is_killed_loses_nothing(tmp_path: Path) -> None:
-    """A whole checkpoint whose rename did not happen, and the one that it replaces: one of them is found."""
+    """A complete checkpoint whose rename did not happen, and the one that it replaces: one of them is found."""
     number = 0
     while True:
         root = tmp_path / str(number)

@@ -175,7 +175,7 @@ def test_misaligned_features_name_sample_modality_and_counts(qwen):
         | {"input_ids": ids_of(processor.tokenizer, START, (IMAGE, 3), END)},
         r"sample 1 of the batch: 4 image placeholder tokens .* and 0 image features": {"input_ids": good["input_ids"]},
         r"sample 1 of the batch: 0 image placeholder tokens .* and 4 image features": good | {"input_ids": [1, 2]},
-        r"`pixel_values` has 15 image patches and `image_grid_thw` tells of 16": good
+        r"`pixel_values` has 15 image patches and `image_grid_thw` describes 16": good
         | {"pixel_values": good["pixel_values"][1:]},
         r"sample 1 of the batch: 2 video placeholder tokens .* and 0 video features": good
         | {"input_ids": [*good["input_ids"], *[config.video_token_id] * 2]},

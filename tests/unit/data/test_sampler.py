@@ -50,7 +50,7 @@ def test_no_sample_is_lost_or_repeated_and_no_batch_is_over_budget(shuffle, leng
         assert sum(counts.values()) <= num_ranks * len(steps)
 
 
-def test_too_few_samples_repeat_the_cheapest():
+def test_too_few_samples_repeat_the_least_expensive():
     assert seen(of_all_ranks(4, [5, 1, 2], 8)) == {0: 1, 1: 2, 2: 1}
     counts = seen(of_all_ranks(4, [8, 8, 8, 8, 7], 8))
     assert set(counts) == set(range(5)) and counts[4] == 2 and sum(counts.values()) == 8

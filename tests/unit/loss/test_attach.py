@@ -79,7 +79,7 @@ def test_logits_are_real_without_training_or_gradients():
     assert model.generate(BATCH["input_ids"][:1], max_new_tokens=2, do_sample=False).shape == (1, 13)
 
 
-def test_without_labels_the_stand_in_becomes_logits_when_used():
+def test_without_labels_lazy_logits_become_logits_when_used():
     model = build_model("llama")
     expected = model(input_ids=BATCH["input_ids"]).logits
     attach_chunked_loss(model)

@@ -1,4 +1,4 @@
-"""The loss from a stand-in equals the loss from the logits, with all its gradients, and holds one chunk."""
+"""The loss from lazy logits equals the loss from the logits, with all its gradients, and holds one chunk."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _step(model: nn.Module, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, 
 
 
 def _assert_same_step(model: nn.Module, batch: dict[str, Any] | None = None, tolerance: float = 1e-11, **kwargs: Any):
-    """One step with the full logits, then one with a stand-in: same loss, same gradients."""
+    """One step with the full logits, then one with lazy logits: same loss, same gradients."""
     batch = batch or _batch()
     detach = attach_chunked_loss(model, chunked=False)
     full, expected = _step(model, batch, **kwargs)

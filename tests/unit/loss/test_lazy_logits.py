@@ -1,4 +1,4 @@
-"""A stand-in behaves like the logits it stands for; it computes them only when somebody looks at the values."""
+"""Lazy logits behave like the logits that they stand for; they compute them only when somebody looks at the values."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _hidden() -> Tensor:
 
 
 def _pair(model: PreTrainedModel) -> tuple[Any, Tensor]:
-    """The stand-in, and real logits of the same values."""
+    """Lazy logits, and real logits of the same values."""
     hidden = _hidden()
     return model.lm_head(hidden), F.linear(hidden, model.lm_head.weight)
 

@@ -1,4 +1,4 @@
-"""Slices of patches: whole merge units, each patch once, in the order of the tower and back."""
+"""Slices of patches: complete merge units, each patch once, in the order of the tower and back."""
 
 from __future__ import annotations
 

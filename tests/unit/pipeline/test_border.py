@@ -28,8 +28,8 @@ def _call(config: dict[str, Any], inputs: dict[str, Any]) -> None:
         (
             {"output_hidden_states": True},
             {},
-            r"`output_hidden_states` \(True, from the config\) does not go with `pp_size` \(2\): a stage has .*\. Set "
-            r"`model.config.output_hidden_states` to False, or use pp_size=1",
+            r"`output_hidden_states` \(True, from the config\) cannot be combined with `pp_size` \(2\): a stage has .*"
+            r"\. Set `model.config.output_hidden_states` to False, or use pp_size=1",
         ),
         ({}, {"return_dict": False}, r"`return_dict` \(False\) .* by their names\. Leave it out"),
         (

@@ -1,4 +1,4 @@
-"""What does not go with stages is refused by name, before a process group is there."""
+"""What cannot be combined with stages is refused by name, before a process group is there."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STAGED = ParallelPlan(pp_size=2, dp_shard_size=1)
 def test_arguments_of_the_trainer(name: str, value: object, stages: int, owner: str) -> None:
     plan = ParallelPlan(pp_size=2, dp_shard_size=1, pp_stages=stages)
     check_staged(SimpleNamespace(**{name: type(value)()}), plan)
-    with pytest.raises(UnsupportedError, match=rf"`{name}` \({value}\) does not go with {owner}"):
+    with pytest.raises(UnsupportedError, match=rf"`{name}` \({value}\) cannot be combined with {owner}"):
         check_staged(SimpleNamespace(**{name: value}), plan)
     if stages > 1:
         check_staged(SimpleNamespace(**{name: value}), STAGED)

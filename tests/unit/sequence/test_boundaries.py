@@ -140,9 +140,9 @@ def test_what_contradicts_itself_or_cannot_be_told_is_refused():
     for inputs, message in (
         (
             {"cu_seq_lens_q": EDGES, "position_ids": count},
-            "`cu_seq_lens_q` and `position_ids` tell of other documents",
+            "`cu_seq_lens_q` and `position_ids` mark different documents",
         ),
-        ({"attention_mask": NUMBERS, "position_ids": count}, "numbers above 1 and `position_ids` tell of other"),
+        ({"attention_mask": NUMBERS, "position_ids": count}, "numbers above 1 and `position_ids` mark different"),
         ({"cu_seq_lens_q": EDGES[:-1]}, r"`cu_seq_lens_q` .* must rise from 0 to the number of tokens \(24\)"),
         ({"cu_seq_lens_q": EDGES, "cu_seq_lens_k": EDGES[[0, 4]]}, "alike for queries and keys"),
         ({"seq_idx": NUMBERS[:, 1:]}, "`seq_idx` .* one number for each token"),

@@ -38,7 +38,7 @@ def test_every_refusal_has_a_reason():
     assert [f.model_type for f in load_matrix().families.values() if f.outcome != "works" and not f.reason] == []
 
 
-def test_page_says_what_the_trainer_logs_where_the_walk_has_looked():
+def test_page_says_what_the_trainer_logs_where_the_sweep_has_looked():
     matrix = load_matrix()
     families = {name: replace(f, trainer="", stages={}) for name, f in matrix.families.items()}
     assert "trainer" not in render_markdown(replace(matrix, families=families))

@@ -77,7 +77,7 @@ def test_a_typo_names_the_nearest_key(tmp_path):
     ids=lambda values: next(iter(values)),
 )
 def test_a_second_owner_of_the_model_is_refused(tmp_path, values):
-    with pytest.raises(ValueError, match=f"`{next(iter(values))}` .* does not go with a plan: .*;"):
+    with pytest.raises(ValueError, match=f"`{next(iter(values))}` .* cannot be combined with a plan: .*;"):
         _arguments(tmp_path, **values)
 
 
@@ -108,7 +108,7 @@ def test_what_several_ranks_cannot_do_is_refused_by_name(tmp_path, name, value):
     arguments = _arguments(tmp_path)
     check_sharded(arguments)
     values = {field: getattr(arguments, field) for field in vars(arguments)} | {name: value}
-    with pytest.raises(ValueError, match=f"`{name}` .* does not go with a plan: .+[;,] .+"):
+    with pytest.raises(ValueError, match=f"`{name}` .* cannot be combined with a plan: .+[;,] .+"):
         check_sharded(SimpleNamespace(**values))
 
 

@@ -55,7 +55,7 @@ def test_a_sample_over_the_budget_is_refused(tmp_path):
         trainer.train()
 
 
-def test_lengths_come_from_where_they_are_cheapest():
+def test_lengths_come_from_where_they_are_least_expensive():
     packed = pack_dataset(SAMPLES.select_columns(["input_ids"]), max_tokens=10)
     lengths, documents = sample_sizes(packed, "length")
     assert lengths.tolist() == [sum(row) for row in packed["document_lengths"]]

@@ -193,7 +193,9 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(
 
 def test_a_machine_without_a_gpu_or_without_liger(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UnsupportedError, match=r"`use_liger_kernel` \(True\) does not go with this machine.*Leave it"):
+    with pytest.raises(
+        UnsupportedError, match=r"`use_liger_kernel` \(True\) cannot be combined with this machine.*Leave it"
+    ):
         OmniTrainingArguments(str(tmp_path), use_liger_kernel=True, report_to=[])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(liger, "find_spec", lambda name: None)

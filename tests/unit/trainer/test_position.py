@@ -157,7 +157,7 @@ def test_says_what_is_left_behind(begun, caplog):
     """Of checkpoints in the run's own folder, when an earlier one is named."""
     logging.getLogger("transformers").propagate = True
     train(begun, Noted(), f"{begun}/checkpoint-4", max_steps=4)
-    assert "checkpoint-8 of a later step lie beside it" in caplog.text
+    assert "later steps beside it (checkpoint-8), which it does not use" in caplog.text
 
 
 def test_says_when_nothing_is_left_to_train(tmp_path, begun, caplog):

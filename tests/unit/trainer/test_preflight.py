@@ -99,7 +99,7 @@ def test_a_limit_of_waits_that_does_not_fit_is_refused(value: Any) -> None:
 
 
 def test_a_checkpoint_without_its_optimizer_is_none_to_go_on_from() -> None:
-    with pytest.raises(ValueError, match="`save_only_model`.*does not go with `enable_jit_checkpoint`"):
+    with pytest.raises(ValueError, match="`save_only_model`.*cannot be combined with `enable_jit_checkpoint`"):
         OmniTrainingArguments(output_dir="x", save_only_model=True, enable_jit_checkpoint=True)
 
 
