@@ -185,7 +185,7 @@ class BatchingMixin(StagesMixin):
         tokens = sum((self._count_items(batch) for batch in batches), start=torch.zeros((), dtype=torch.long))
         held = self._last_batch is not None
         alone = self._overlaps and num_batches % 2 == 1 and len(batches) == num_batches
-        splits = alone and self._counts_items(batches[-1]) and self._parts(batches[-1]) is not None
+        splits = alone and self._counts_items(batches[-1]) and self._can_split(batches[-1])
         told = {"held": held, "splits": splits, "error": error, "notes": self._notes(reading)}
         begin = time.perf_counter()
         facts = exchange_facts(batches, tokens, **told, state=state, device=device)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.utils import logging
 
 from hf_veomni import hf
 from hf_veomni.context import current
@@ -29,6 +30,7 @@ from hf_veomni.data.halves import split_batch
 from hf_veomni.expert import counting_no_tokens
 from hf_veomni.fsdp import as_plain, sharded_arithmetic
 from hf_veomni.hf.require import override
+from hf_veomni.loss import has_chunked_loss
 from hf_veomni.mesh import get_parallel_state, is_prepared
 from hf_veomni.pairs import run_pair
 from hf_veomni.prepare import full_output
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 
 else:
     _Trainer = object
+
+logger: Any = logging.get_logger(__name__)
 
 _LIBRARIES = ("hf_veomni", "transformers", "trl")
 
@@ -265,6 +269,25 @@ class LossMixin(_Trainer):
     @property
     def _overlaps(self) -> bool:
         return self.args.plan.overlap == "pairs"
+
+    def _can_split(self, batch: Any) -> bool:
+        """Whether a batch has two parts whose losses add up to its own.
+
+        Ours is a sum over targets divided by a number that both are handed. Of another one nobody can tell: it may be
+        a mean, or have a term of its own.
+        """
+        if self._parts(batch) is None:
+            return False
+        own = self.compute_loss_func is not None or overrides(self, "compute_loss")
+        if not own and has_chunked_loss(self.model):
+            return True
+        if self.is_world_process_zero():
+            logger.warning_once(
+                "`overlap` ('pairs') has no effect on a micro-batch without a partner: it is not split in two, since "
+                "the loss is not the one that `prepare_omni` sets, and losses of halves may not add up to that of the "
+                "batch. Make `gradient_accumulation_steps` an even number, so that each micro-batch has a partner."
+            )
+        return False
 
     def _parts(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
         return split_batch(batch, hf.text_config(hf.base_model(self.model)).hidden_size)
