@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from hf_veomni import hf
+from hf_veomni.context import current
 from hf_veomni.errors import UnsupportedError
 
 _HELD, RAN = "_omni_held", "_omni_ran"
@@ -73,6 +74,9 @@ class _Watch:
 def reshard_after_inference(model: nn.Module, args: Any, output: Any) -> None:
     """Without a backward nothing would free the kept units: parameters would stay unsharded after an evaluation."""
     setattr(model, RAN, True)
+    flight = current().flight
+    if flight is not None and not flight.is_last:  # the other one may be inside of a unit
+        return
     if not torch.is_grad_enabled() and not getattr(model, _HELD, False):
         _reshard(model)
 

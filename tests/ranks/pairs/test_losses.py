@@ -1,11 +1,15 @@
-"""Losses of one's own with two sequences in flight."""
+"""Losses of one's own with two sequences in flight: means over a batch, and forwards without gradients beside."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from tests.models import build_model, packed_batch
+from tests.ranks.parity import relative_error, whole
 from tests.ranks.trainer import test_losses as functions
 from tests.ranks.trainer import test_overrides as overridden
 from tests.ranks.training import Run
@@ -39,3 +43,34 @@ def test_a_mean_of_a_function_is_that_of_the_whole_batch(ranks) -> None:
     expected = functions.outcome(stock, stock.train().training_loss)
     for found in ranks(2).run(_function, "sp=2,overlap=pairs", timeout=120):
         functions._assert_same(found, expected)
+
+
+def _two_forwards(plan: str, at_once: bool, reference: str) -> tuple[list[float], dict[str, Tensor]]:
+    """A loss that looks at the model, and without gradients at a reference: a second model, or itself."""
+    from hf_veomni import prepare_omni, run_pair
+
+    model: Any = prepare_omni(build_model("llama", dtype=torch.float64), plan)
+    other: Any = prepare_omni(build_model("llama", dtype=torch.float64), plan) if reference == "model" else model
+    batches = [packed_batch((9, 5, 14), seed=0), packed_batch((20, 8), seed=5)]
+
+    def compute(batch: dict[str, Tensor]) -> Tensor:
+        loss = model(**batch).loss
+        with torch.no_grad():
+            beside = other(**batch).loss
+        return loss * (1 + beside)
+
+    losses = run_pair(compute, *batches) if at_once else [compute(batch) for batch in batches]
+    for loss in [losses[0] + losses[1]] if at_once else reversed(losses):
+        loss.backward()
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return [loss.item() for loss in losses], gradients
+
+
+@pytest.mark.parametrize("reference", ["model", "itself"])
+def test_a_forward_without_gradients_beside_equals_one_after_the_other(ranks, reference: str) -> None:
+    """When it ends in one sequence the other one may be inside of a layer, whose parameters must stay."""
+    found = ranks(2).run(_two_forwards, "sp=2,overlap=pairs", True, reference, timeout=60)
+    plain = ranks(2).run(_two_forwards, "sp=2", False, reference, timeout=60)
+    for (losses, gradients), (wanted, expected) in zip(found, plain, strict=True):
+        assert losses == pytest.approx(wanted, rel=1e-12)
+        assert max(relative_error(gradients[name], expected[name]) for name in expected) < 1e-12
