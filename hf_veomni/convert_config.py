@@ -103,15 +103,18 @@ _LEFT_OUT = (
     "train.profile",
 )
 
+# Of what is kept for the backward, beside activation checkpointing.
+_OFFLOAD = "`activation_checkpointing_kwargs={'offload': True}` offloads the inputs of layers here: leave it out"
+
 # Keys with an equal in one value alone, and the way out from the others.
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "data.data_type": (("conversation", "plaintext"), "pack_dataset in a script of your own reads other samples"),
     "data.text_keys": (("messages", "conversations", "text"), "rename the column of the data set to one of these"),
     "model.lora_config.share_expert_lora": ((False,), "each expert has a low-rank pair of its own here: leave it out"),
-    "train.accelerator.offload.enable_activation": ((False,), "nothing is offloaded here: use more ranks, or LoRA"),
-    "train.enable_activation_offload": ((False,), "nothing is offloaded here: use more ranks, or LoRA"),
-    "train.enable_fsdp_offload": ((False,), "nothing is offloaded here: use more ranks, or LoRA"),
-    "train.accelerator.fsdp_config.offload": ((False,), "nothing is offloaded here: use more ranks, or LoRA"),
+    "train.accelerator.offload.enable_activation": ((False,), _OFFLOAD),
+    "train.enable_activation_offload": ((False,), _OFFLOAD),
+    "train.enable_fsdp_offload": ((False,), "parameters stay on the device: use more ranks, or LoRA"),
+    "train.accelerator.fsdp_config.offload": ((False,), "parameters stay on the device: use more ranks, or LoRA"),
     "train.checkpoint.save_epochs": ((0, 1), "a recipe saves every `save_steps`, or without them after each epoch"),
     "train.load_checkpoint_path": (("",), "`train(resume_from_checkpoint=...)` in a script goes on from checkpoints"),
     "train.lr_decay_ratio": ((1.0,), "the schedule of a recipe decays until the end"),
