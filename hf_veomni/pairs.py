@@ -123,6 +123,7 @@ class Lane:
     Attributes:
         parts: whether both are parts of one batch.
         shared: what both have one of beside the thread's: `take()` before the other one runs, `put(taken)` after it.
+        found: by backbone that it is inside of, how it has found it switched.
     """
 
     other: Lane
@@ -132,6 +133,7 @@ class Lane:
         self.call, self.parts, self.active = call, parts, active
         self.state = visit.state  # that it goes on with, while it does not run
         self.shared: list[Any] = []
+        self.found: dict[object, Any] = {}
         self.frames: dict[object, list[_Frame]] = {}  # of checkpointing, which the other one has not come to
         self._around = _saving_hooks()
         self.waits_for: object = None
@@ -198,7 +200,7 @@ class Lane:
         """Let go of what was run: both lanes refer to each other, and would keep it until garbage is collected."""
         del self.other, self.call
         self.result = self._visit = self._met = None
-        self.shared, self.frames = [], {}
+        self.shared, self.found, self.frames = [], {}, {}
 
     def meet(
         self, key: object, visit: Visit, together: Callable[[Visit, Visit], tuple], alone: Callable[..., Any]

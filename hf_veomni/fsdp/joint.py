@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 from hf_veomni import hf
 from hf_veomni.context import current, enter, leave
 from hf_veomni.errors import UnsupportedError
+from hf_veomni.hf import peft as hf_peft
 from hf_veomni.mesh import ParallelState
 from hf_veomni.pairs import Lane, check_greenlet
 
@@ -257,20 +258,47 @@ def _groups(state: Any) -> list[Any]:
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
+class _Switches(NamedTuple):
+    """What a user may change between two forwards of a model, and with it for whoever runs in it."""
+
+    training: bool
+    inference_mode: bool
+    adapters: frozenset[tuple[str, ...]]  # in use, by layer
+
+
 class _Backbone:
     """Hooks around a backbone, within which a sequence gives way to another one."""
 
-    def __init__(self, progress: _Progress) -> None:
-        self.progress = progress
+    def __init__(self, progress: _Progress, adapted: Sequence[nn.Module]) -> None:
+        self.progress, self.adapted = progress, adapted
 
     def enter(self, module: nn.Module, args: object) -> None:
         flight = current().flight
-        if flight is not None and self.progress not in flight.shared:
-            flight.shared.append(self.progress)
+        if flight is not None:
+            if self.progress not in flight.shared:
+                flight.shared.append(self.progress)
+            now = flight.found[self] = self._switches(module)
+            self._check(module, flight.other.found.get(self, now), now)
         enter(self, lane=flight)
 
     def leave(self, module: nn.Module, args: object, output: object) -> None:
         leave(self)
+        flight = current().flight
+        if flight is not None and (before := flight.found.pop(self, None)) is not None and output is not None:
+            self._check(module, before, self._switches(module))
+
+    def _switches(self, module: nn.Module) -> _Switches:
+        return _Switches(module.training, torch.is_inference_mode_enabled(), hf_peft.adapters_in_use(self.adapted))
+
+    @staticmethod
+    def _check(module: nn.Module, before: _Switches, now: _Switches) -> None:
+        """The other sequence is in the middle of its layers, which have these switches in common."""
+        if before != now:
+            raise UnsupportedError(
+                f"{type(module).__name__.removeprefix('FSDP')} was switched from {before} to {now} while another "
+                "sequence runs in it, which `overlap` ('pairs') cannot keep apart: call a reference model of its own, "
+                "under torch.no_grad(), or leave `overlap` out of the plan."
+            )
 
 
 def attach_pairs(model: PreTrainedModel, undo: list[Callable[[], Any]]) -> None:
@@ -285,7 +313,8 @@ def attach_pairs(model: PreTrainedModel, undo: list[Callable[[], Any]]) -> None:
     # Of a unit of several modules (norm and head), which lie apart, each sequence runs all in turn.
     joint = [unit for unit in units if unit in inside and len(_state(unit)._modules) == 1]
     alone = dict.fromkeys(_state(unit) for unit in units if unit not in joint)
-    around = _Backbone(_Progress(list(alone)))
+    adapted = [module for module in model.modules() if hf_peft.is_adapter(module)]
+    around = _Backbone(_Progress(list(alone)), adapted)
     undo += [
         decoder.register_forward_pre_hook(around.enter).remove,
         decoder.register_forward_hook(around.leave, always_call=True, prepend=True).remove,  # last in, first out

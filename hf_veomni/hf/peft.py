@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -75,3 +75,8 @@ def picks_tokens_by_place(model: object) -> bool:
 def is_adapter(module: nn.Module) -> bool:
     """Whether a module is what PEFT puts around one of the model: an adapted layer, a trained copy, trained tokens."""
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def adapters_in_use(adapted: Iterable[Any]) -> frozenset[tuple[str, ...]]:
+    """Names of the adapters that run, of all modules together: one entry if it is the same for each of them."""
+    return frozenset(() if one.disable_adapters else tuple(one.active_adapters) for one in adapted)

@@ -159,7 +159,7 @@ class OmniTrainerMixin(
             best = choose_plan(args, model, kwargs.get("train_dataset"), kwargs.get("peft_config"), optimizer)
             args.settle_plan(best.layout.plan)
             args.activation_checkpointing = args.gradient_checkpointing = best.layout.checkpointing
-        check_trl(self, args, model)
+        check_trl(self, args, model, kwargs)
         check_budget(args, kwargs.get("train_dataset"))
         make_output_dir(args)
         own = is_trl(self) or "peft_config" in names  # then the trainer behind loads, or adds adapters, itself

@@ -12,7 +12,7 @@ gathered before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -81,12 +81,15 @@ def adapt_trl(trainer: Any, accelerator: Any) -> None:
     accelerator.prepare_model = prepare
 
 
-def check_trl(trainer: object, args: Any, model: object) -> None:
+def check_trl(trainer: object, args: Any, model: object, given: Mapping[str, Any]) -> None:
     """Refuse, over several ranks, what reads full parameters or samples while it trains.
 
+    Args:
+        given: to the trainer's constructor, by name.
+
     Raises:
-        UnsupportedError: a trainer that is not known to work, an argument of one that does not, or a prepared
-            `PeftModel` for a trainer that compares it with a copy of its adapter.
+        UnsupportedError: a trainer that is not known to work, an argument of one that does not, a prepared `PeftModel`
+            for a trainer that compares it with a copy of its adapter, or adapters that it switches off under `pairs`.
     """
     plan: ParallelPlan = args.plan
     if plan.world_size == 1 or not is_trl(trainer):
@@ -114,6 +117,13 @@ def check_trl(trainer: object, args: Any, model: object) -> None:
         raise UnsupportedError(
             f"`model` is prepared already, but {trl_name(trainer)} compares its adapter with a frozen copy, which "
             "comes before the parameters are sharded: pass the PeftModel as it was before `prepare_omni`."
+        )
+    adapted = isinstance(model, PeftModel) or given.get("peft_config") is not None
+    if plan.overlap == "pairs" and set(names) & set(_WITH_REFERENCE) and adapted and given.get("ref_model") is None:
+        raise UnsupportedError(
+            f"`overlap` ('pairs') does not go with adapters in {trl_name(trainer)}, which switches them off for its "
+            "reference while the other of two sequences runs through the same layers: leave `overlap` out of the "
+            "plan, or use 'chunks'."
         )
 
 

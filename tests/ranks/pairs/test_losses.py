@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from tests.models import build_model, packed_batch
@@ -14,7 +15,10 @@ from tests.ranks.trainer import test_losses as functions
 from tests.ranks.trainer import test_overrides as overridden
 from tests.ranks.training import Run
 
-ROWS = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2}  # nothing to run beside a batch of two
+ROWS: dict[str, Any] = {
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 2,
+}  # nothing to run beside a batch of two
 
 
 @pytest.mark.parametrize("kind", ["last_token", "own_labels", "added"])
@@ -26,22 +30,31 @@ def test_an_overridden_loss_is_that_of_the_whole_batch(ranks, kind: str) -> None
         overridden._assert_same(found, expected)
 
 
-def _function(plan: str) -> Any:
+def _function(plan: str, run: Run, name: str) -> Any:
     from hf_veomni.trainer import OmniTrainer, OmniTrainingArguments
 
-    run = Run(plain=True, num_rows=7)
-    arguments = OmniTrainingArguments(**functions._arguments(plan=plan, **ROWS))
-    trainer = OmniTrainer(run.model(), arguments, compute_loss_func=functions._mean, **run.data())
+    arguments = OmniTrainingArguments(**functions._arguments(plan=plan, **run.arguments))
+    function, _ = functions.FUNCTIONS[name]
+    trainer = OmniTrainer(run.model(), arguments, compute_loss_func=function, **run.data())
     return functions.outcome(trainer, trainer.train().training_loss)
 
 
-def test_a_mean_of_a_function_is_that_of_the_whole_batch(ranks) -> None:
-    run = Run(plain=True, num_rows=7)
-    kind = type("Stock", (functions.Trainer,), {"loss_is_scaled_for_ga": False})
-    arguments = functions.TrainingArguments(**functions._arguments(**ROWS))
-    stock = kind(run.model(), arguments, compute_loss_func=functions._mean, **run.data())
+TIED = Run(plain=True, num_rows=7, config={"tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [("mean", Run(plain=True, num_rows=7, arguments=ROWS)), ("share", TIED)],
+    ids=["a mean, rows", "the first one ends first"],
+)
+def test_a_function_sees_the_whole_batch(ranks, name: str, run: Run) -> None:
+    """Tied embeddings belong to the root, so that it is the first sequence that is ahead, and ends first."""
+    function, scaled = functions.FUNCTIONS[name]
+    kind = type("Stock", (functions.Trainer,), {"loss_is_scaled_for_ga": scaled})
+    arguments = functions.TrainingArguments(**functions._arguments(**run.arguments))
+    stock = kind(run.model(), arguments, compute_loss_func=function, **run.data())
     expected = functions.outcome(stock, stock.train().training_loss)
-    for found in ranks(2).run(_function, "sp=2,overlap=pairs", timeout=120):
+    for found in ranks(2).run(_function, "sp=2,overlap=pairs", run, name, timeout=120):
         functions._assert_same(found, expected)
 
 
@@ -74,3 +87,46 @@ def test_a_forward_without_gradients_beside_equals_one_after_the_other(ranks, re
     for (losses, gradients), (wanted, expected) in zip(found, plain, strict=True):
         assert losses == pytest.approx(wanted, rel=1e-12)
         assert max(relative_error(gradients[name], expected[name]) for name in expected) < 1e-12
+
+
+def _switched(how: str) -> None:
+    from hf_veomni import prepare_omni, run_pair
+
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    model: Any = prepare_omni(get_peft_model(build_model("llama"), lora), "sp=2,overlap=pairs")
+
+    def compute(batch: dict[str, Tensor]) -> Tensor:
+        loss = model(**batch).loss
+        with model.disable_adapter() if how == "adapter" else torch.inference_mode(how == "inference"):
+            if how == "eval":
+                model.eval()
+            model(**batch)
+        return loss
+
+    run_pair(compute, packed_batch((9, 5)), packed_batch((20, 8)))
+
+
+@pytest.mark.parametrize("how", ["adapter", "inference", "eval"])
+def test_a_model_that_is_switched_under_the_other_sequence_is_refused(ranks, how: str) -> None:
+    """The other one would go on with the adapters off, say, which nobody would see."""
+    ranks(2).raises(_switched, how, match="Llama.* was switched from .*`overlap`.*reference model of its own")
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO"])
+def test_adapters_that_trl_switches_off_are_refused(ranks, tmp_path, kind: str) -> None:
+    pytest.importorskip("trl", reason="needs the extra `trl`")
+    from tests.ranks.trl_runs import omni_trainer
+
+    case = kind, "sp=2,overlap=pairs", str(tmp_path), "lora"
+    ranks(2).raises(omni_trainer, *case, match="`overlap`.*does not go with adapters in TRL's " + kind)
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO"])
+def test_trl_with_a_reference_model_logs_what_it_logs_without_overlap(ranks, tmp_path, kind: str) -> None:
+    pytest.importorskip("trl", reason="needs the extra `trl`")
+    from tests.ranks.trl_runs import assert_same_logs, omni
+
+    expected = ranks(2).run(omni, kind, "sp=2", str(tmp_path / "plain"), "dense", timeout=120)
+    found = ranks(2).run(omni, kind, "sp=2,overlap=pairs", str(tmp_path / "pairs"), "dense", timeout=120)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_same_logs(mine, theirs)
