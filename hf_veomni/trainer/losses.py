@@ -217,7 +217,8 @@ class LossMixin(_Trainer):
                 return (loss * one.factor if scaled else loss * one.factor / real), outputs
 
             self.current_gradient_accumulation_steps = real if scaled else 1
-            with self._as_one_process(own):
+            # Around both of two sequences, of which either may end first.
+            with self._as_one_process(own), self._full(model, self._wants_logits, lazy=False):
                 if beside is None:
                     loss, outputs = compute(replace(batch, stream=nullcontext))  # it runs in that of its step
                 else:
@@ -246,6 +247,11 @@ class LossMixin(_Trainer):
         finally:
             self._outputs_are_full = False
 
+    @property
+    def _wants_logits(self) -> bool:
+        """Whether Trainer's `compute_loss` hands what the model returns to a function."""
+        return self.compute_loss_func is not None or self.label_smoother is not None
+
     @override
     def compute_loss(
         self, model: nn.Module, inputs: object, return_outputs: bool = False, num_items_in_batch: object = None
@@ -254,8 +260,7 @@ class LossMixin(_Trainer):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         # `compute_loss_func` gets full logits and full labels. Every rank of the SP group computes the full loss from
         # them; the gather's backward sums the equal gradients, and FSDP's mean over the group takes the sum back.
-        looks = self.compute_loss_func is not None or self.label_smoother is not None
-        with self._full(model, looks, lazy=False):
+        with self._full(model, self._wants_logits, lazy=False):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
