@@ -121,6 +121,8 @@ CASES = [
     Case("llama", Layout(1, 2, 4, 1, False), 32768, lora=16),
     Case("llama", Layout(1, 2, 4, 1, True), 32768, lora=16),
     Case("qwen3", Layout(1, 4, 1, 1, False), 8192, lora=16, mixed=True),
+    Case("qwen3", Layout(1, 1, 1, 1, False), 8192, lora=16, mixed=True),
+    Case("qwen3", Layout(1, 1, 1, 1, True), 8192, lora=16, mixed=True),
     Case("qwen3_moe", Layout(1, 1, 1, 1, False), 4096),
     Case("qwen3_moe", Layout(1, 4, 4, 1, False), 32768),
     Case("qwen3_moe", Layout(1, 4, 4, 1, True), 65536),

@@ -21,7 +21,8 @@ class Job:
         batch: packed sequences of an optimizer step, over all ranks; None: one for each micro-batch.
         accumulation: micro-batches of each data rank, where `batch` does not say.
         lora: rank of adapters on all linear layers; None trains everything.
-        mixed: gathers in bf16, and reductions of gradients in fp32, as the Trainer has them with `bf16=True`.
+        mixed: autocast to bf16, gathers in bf16, and reductions of gradients in fp32, as the Trainer has them with
+            `bf16=True`.
         fp32: parameters, gradients and states of the optimizer are kept in fp32 (with `mixed`), else in bf16.
     """
 
@@ -47,11 +48,6 @@ class Job:
     def reduced(self) -> int:
         """Bytes of a gradient on its way through a reduction."""
         return 4 if self.mixed else self.trained
-
-    @property
-    def adapter(self) -> int:
-        """Bytes of an adapter's parameter as gathered."""
-        return 2 if self.mixed else 4
 
 
 @dataclass(frozen=True)
@@ -123,6 +119,15 @@ class Layout:
     def tokens(self, job: Job) -> int:
         """Tokens of a packed sequence on one rank."""
         return ceil(job.context / self.sp)
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether FSDP2 gathers the parameters: a rank alone computes with its own."""
+        return self.stage > 1
+
+    def adapter(self, job: Job) -> int:
+        """Bytes of an adapter's parameter as a layer finds it, and of its gradient there."""
+        return 2 if job.mixed and self.wrapped else 4
 
     def sequence(self, job: Job) -> int:
         """Tokens on one rank of what runs at a time: under pairs without a second micro-batch the larger half of a

@@ -74,12 +74,12 @@ class _Unit:
         experts, more = (every // layout.ep, routed // layout.ep) if apart else (0, 0)
         elements = dense // ranks + experts // layout.efsdp
         adapters = extra // ranks + more // layout.efsdp
-        full = job.lora is None
+        full, size = job.lora is None, layout.adapter(job)
         return cls(
-            whole=dense * B16 + extra * job.adapter,
-            experts=experts * B16 + more * job.adapter,
-            trained=dense * B16 if full else extra * job.adapter,
-            experts_trained=experts * B16 if full else more * job.adapter,
+            whole=dense * B16 + extra * size,
+            experts=experts * B16 + more * size,
+            trained=dense * B16 if full else extra * size,
+            experts_trained=experts * B16 if full else more * size,
             gradients=(elements if full else adapters) * job.trained,
             elements=elements,
             extra=adapters,
@@ -112,8 +112,8 @@ class _Step:
         """
         self.shape, self.layout, self.job = shape, layout, job
         self.trained = job.lora is None
-        self.size = B16 if self.trained else job.adapter  # of an element of a full gradient
-        self.wrapped, self.sharded = layout.stage > 1, layout.fsdp > 1
+        self.size = B16 if self.trained else layout.adapter(job)  # of an element of a full gradient
+        self.wrapped, self.sharded = layout.wrapped, layout.fsdp > 1
         self.flights = 2 if layout.overlap == "pairs" else 1  # sequences at once
         self.tokens = layout.sequence(job)
         self.stream = self.flights * self.tokens * shape.width * B16

@@ -34,26 +34,29 @@ class _Maker:
         ep: int,
         lora: int | None,
         adapter: int,
+        autocast: bool,
         chunks: bool,
     ) -> None:
+        """`adapter`: bytes of an adapter's parameter; `autocast`: matmuls are in bf16 whatever they are given."""
         self.layer, self.heads, self.t, self.sp, self.ep = layer, attention, t, sp, ep
-        self.lora, self.adapter, self.chunks = lora, adapter, chunks
+        self.lora, self.adapter, self.autocast, self.chunks = lora, adapter, autocast, chunks
         self.trained = lora is None
         self.program = Program(self.t * layer.width * B16)
 
     def make(self) -> Program:
         layer, size = self.layer, self.t * self.layer.width
-        attended = self._attention(self._norm(INPUT, size))
-        stream = self._residual(INPUT, attended)
+        normed = self._norm(INPUT, size)
+        stream = self._residual(INPUT, self._attention(normed), normed)
         normed = self._norm(stream, size)
         out = self._experts(normed) if layer.experts else self._mlp(normed, layer.inner)
         if layer.shared:
             out = self._residual(out, self._mlp(normed, layer.shared))
-        self._residual(stream, out)
+        self._residual(stream, out, normed)
         return self.program
 
-    def _residual(self, stream: int, update: int) -> int:
-        return self.program.add((), self.t * self.layer.width * B16, passes=(stream, update))
+    def _residual(self, stream: int, update: int, *given: int) -> int:
+        """`given`: what a module has made the update of, which its caller holds until it returns."""
+        return self.program.add((), self.t * self.layer.width * B16, passes=(stream, update), holds=given)
 
     def _norm(self, x: int, elements: int) -> int:
         add = self.program.add
@@ -69,13 +72,17 @@ class _Maker:
         out = add([x], t * rows * B16, saves=[x] if self.trained else [], weight=rows * width * B16 * self.trained)
         if lora is None:
             return out
-        given = add([x], t * width * size) if size == B32 else x
-        low = add([given], t * lora * size, saves=[given], weight=lora * width * size)
-        high = add([low], t * rows * size, saves=[low], weight=lora * rows * size)
+        given = add([x], t * width * size) if size == B32 else x  # PEFT casts to the adapter's dtype
+        weights, casts, held = (lora * width * size, lora * rows * size), (0, 0), [x, given]
+        if size == B32 and self.autocast:  # which casts back, and the adapter, whose cast stays for the backward
+            given, size = add([given], t * width * B16), B16
+            casts = lora * width * B16, lora * rows * B16
+        low = add([given], t * lora * size, saves=[given], keeps=casts[0], weight=weights[0])
+        high = add([low], t * rows * size, saves=[low], keeps=casts[1], weight=weights[1])
         scaled = add([high], t * rows * size)
         if size == B16:
-            return add((), t * rows * size, passes=(out, scaled))
-        added = add([out], t * rows * size, passes=[scaled])
+            return add((), t * rows * size, passes=(out, scaled), holds=held)
+        added = add([out], t * rows * size, passes=[scaled], holds=held)
         return add([added], t * rows * B16)
 
     def _attention(self, x: int) -> int:
@@ -290,9 +297,17 @@ class Walk:
 
 @lru_cache(maxsize=8192)
 def _walk(
-    layer: Layer, attention: Attention, t: int, sp: int, ep: int, lora: int | None, wide: int, overlap: str
+    layer: Layer,
+    attention: Attention,
+    t: int,
+    sp: int,
+    ep: int,
+    lora: int | None,
+    adapter: int,
+    autocast: bool,
+    overlap: str,
 ) -> Walk:
-    program = _Maker(layer, attention, t, sp, ep, lora, wide, overlap == "chunks").make()
+    program = _Maker(layer, attention, t, sp, ep, lora, adapter, autocast, overlap == "chunks").make()
     apart = ep > 1 and layer.experts > 0
     again = program.forward(until_saved=True)
     again = again._replace(activations=again.activations - program.sizes[INPUT] + program.waiting())
@@ -307,4 +322,5 @@ def _walk(
 def walk_layer(layer: Layer, attention: Attention, layout: Layout, job: Job, tokens: int) -> Walk:
     """One decoder layer on one rank, with so many tokens there."""
     ep = layout.ep if layer.experts else 1
-    return _walk(layer, attention, tokens, layout.sp, ep, job.lora, job.adapter, layout.overlap)
+    sizes = layout.adapter(job), job.mixed
+    return _walk(layer, attention, tokens, layout.sp, ep, job.lora, *sizes, layout.overlap)

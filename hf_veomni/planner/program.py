@@ -117,7 +117,8 @@ class Program:
         """The highest moment, the layer's input included. `until_saved`: stop once all is saved that will be, as a
         recomputation does."""
         last = {x: i for i, op in enumerate(self.operations) for x in (*op.inputs, *op.passes)}
-        last |= {x: i - 1 for i, op in enumerate(self.operations) for x in op.holds}
+        for i, op in enumerate(self.operations):
+            last.update({x: max(i - 1, last.get(x, 0)) for x in op.holds})
         end = max(i for i, op in enumerate(self.operations) if op.saves) if until_saved else len(self.operations)
         live, saved, kept, best = {INPUT}, set[int](), 0, Live(0)
         for i, op in enumerate(self.operations[: end + 1]):

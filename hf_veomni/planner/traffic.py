@@ -122,11 +122,11 @@ def _of_units(shape: Shape, layout: Layout, job: Job) -> Iterator[Exchange]:
         every, routed = layer.experts * layer.expert, layer.experts * layer.expert_adapter(job.lora)
         dense = _whole(layer.weights, n) + (0 if alone else every)
         extra = _whole(layer.adapters(job.lora), n) + (0 if alone else routed)
-        gathered += count * (BYTES * dense + job.adapter * extra)
+        gathered += count * (BYTES * dense + layout.adapter(job) * extra)
         trained += count * job.reduced * (extra if job.lora else dense)
         if alone:
             routed_layers += count
-            experts += count * (BYTES * every + job.adapter * routed) // layout.ep
+            experts += count * (BYTES * every + layout.adapter(job) * routed) // layout.ep
             experts_trained += count * job.reduced * (routed if job.lora else every) // layout.ep
     head, root = BYTES * _whole(shape.head, n), BYTES * _whole(shape.root, n)
     reduced = 0 if job.lora else (head + root) * job.reduced // BYTES
