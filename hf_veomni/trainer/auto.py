@@ -18,13 +18,23 @@ from hf_veomni.logs import announce
 from hf_veomni.mesh import is_prepared
 from hf_veomni.planner import Device, Entry, Plans, find_device, identify_device, plan_layouts
 from hf_veomni.trainer.loaders import sample_sizes
+from hf_veomni.trainer.trl import is_trl, trains_rows, trl_name
 
 _ADAMW = "adamw_torch_fused"  # unfused it makes a copy of the trained shard within its step
+# Methods of a Trainer that make the optimizer, and packages whose own ones make that of `args.optim`.
+_MAKES_OPTIMIZER = ("create_optimizer", "create_optimizer_and_scheduler", "get_optimizer_cls_and_kwargs")
+_STOCK = ("transformers", "trl", "hf_veomni")
 _BESIDE_LORA = ("modules_to_save", "trainable_token_indices", "use_dora", "bias", "lora_bias", "layer_replication")
 
 
 def choose_plan(
-    args: Any, model: object, dataset: object, peft_config: object = None, optimizer: object = None
+    args: Any,
+    model: object,
+    dataset: object,
+    peft_config: object = None,
+    optimizer: object = None,
+    quantization: object = None,
+    trainer: object = None,
 ) -> Entry:
     """The planner's first for a Trainer's arguments, model and training set; the same on all ranks.
 
@@ -35,17 +45,22 @@ def choose_plan(
         peft_config: adapters that are still to be added; their rank is taken to be on all linear layers, the most
             that `target_modules` could have.
         optimizer: one that the Trainer is given, or its class; None is that of `args.optim`.
+        quantization: `quantization_config` that a trainer of TRL loads the model with.
+        trainer: for whom; one of TRL prepares the rows of `dataset` itself.
 
     Collectives: an all-gather of what went wrong, and one of the choice.
 
     Raises:
         ValueError: no training set whose samples have lengths, ranks that see different devices.
-        UnsupportedError: a device that is not in the table, a model that the formulas do not describe, another
-            optimizer than fused AdamW, parameters that are frozen or trained beside LoRA, nothing that fits, also
-            while the full weights are sharded.
+        UnsupportedError: a device that is not in the table, a model that the formulas do not describe, quantized
+            weights, a trainer of TRL for other things than rows of tokens, another optimizer than fused AdamW,
+            parameters that are frozen or trained beside LoRA, nothing that fits, also while the full weights are
+            sharded.
     """
     with together("Choosing a plan"):
-        plans = _plan(args, model, dataset, peft_config, optimizer)
+        _check_trainer(args, trainer)
+        _check_quantized(args, model, quantization)
+        plans = _plan(args, model, dataset, peft_config, optimizer, trainer)
         if plans.shape.encoders:
             raise UnsupportedError(
                 f"`plan` ('{args.plan}') has no formulas for activations of encoders, and {plans.shape.name} has "
@@ -86,7 +101,7 @@ def _best(args: Any, plans: Plans) -> Entry:
     return found
 
 
-def _plan(args: Any, model: Any, dataset: object, peft_config: object, optimizer: object) -> Plans:
+def _plan(args: Any, model: Any, dataset: object, peft_config: object, optimizer: object, trainer: object) -> Plans:
     if isinstance(model, nn.Module) and is_prepared(model):
         raise ValueError(f"`plan` ('{args.plan}') is chosen before the model is prepared: pass the plain model.")
     if model is None:
@@ -101,7 +116,7 @@ def _plan(args: Any, model: Any, dataset: object, peft_config: object, optimizer
             "the model in bfloat16, or name a plan."
         )
     _check_trained(args, model, adapters, optimizer)
-    context, document = _lengths(args, dataset)
+    context, document = _lengths(args, dataset, trainer)
     return plan_layouts(
         config,
         args.world_size,
@@ -114,6 +129,45 @@ def _plan(args: Any, model: Any, dataset: object, peft_config: object, optimizer
         fp32=dtype != torch.bfloat16,
         without=("pp", "pairs"),  # which not every training takes: name them
     )
+
+
+def _check_trainer(args: Any, trainer: object) -> None:
+    """Raise UnsupportedError for a trainer whose loss, or whose optimizer, is another than the formulas have."""
+    if is_trl(trainer) and not trains_rows(trainer):
+        raise UnsupportedError(
+            f"`plan` ('{args.plan}') has formulas for the loss of the tokens of a row, and {trl_name(trainer)} has "
+            "another one, or reference models beside it: name a plan."
+        )
+    for name in _MAKES_OPTIMIZER:
+        owner = next((kind for kind in type(trainer).__mro__ if name in vars(kind)), None)
+        if owner is not None and owner.__module__.partition(".")[0] not in _STOCK:
+            raise UnsupportedError(
+                f"`plan` ('{args.plan}') has formulas for '{_ADAMW}' by `optim`, and {owner.__name__} has a `{name}` "
+                "of its own: name a plan, or leave the optimizer to `optim`."
+            )
+
+
+def _check_quantized(args: Any, model: Any, quantization: object) -> None:
+    """Raise UnsupportedError for weights that are quantized, or will be when they are loaded."""
+    if isinstance(model, nn.Module):
+        odd = next((p for p in model.parameters() if not _is_plain(p)), None)
+        kind = None if odd is None else type(odd).__name__ if odd.is_floating_point() else str(odd.dtype)
+        found = getattr(getattr(model, "config", None), "quantization_config", None) or kind
+    else:
+        given = (getattr(args, "model_init_kwargs", None) or {}).get("quantization_config")
+        config = None if model is None else load_config(model)
+        found = quantization or given or getattr(config, "quantization_config", None)
+    if found is not None:
+        raise UnsupportedError(
+            f"`plan` ('{args.plan}') has formulas for weights in bf16 or fp32, and the model's are quantized "
+            f"({found if isinstance(found, str) else type(found).__name__}): name a plan, or load it without "
+            "`quantization_config`."
+        )
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether its numbers are what it holds; quantized ones are integers, or a class of their own (torchao, bnb)."""
+    return type(parameter) is nn.Parameter and parameter.is_floating_point()
 
 
 def _loaded_dtype(args: Any, config: Any) -> torch.dtype:
@@ -168,7 +222,7 @@ def _device(args: Any) -> Device:
     return identify_device(properties.name, properties.total_memory / 2**30)
 
 
-def _lengths(args: Any, dataset: Any) -> tuple[int, int]:
+def _lengths(args: Any, dataset: Any, trainer: object) -> tuple[int, int]:
     """Tokens of the largest micro-batch of a data rank, and of the longest document in it."""
     if dataset is None or not has_length(dataset) or not len(dataset):
         raise ValueError(
@@ -182,6 +236,20 @@ def _lengths(args: Any, dataset: Any) -> tuple[int, int]:
             f"`plan` ('{args.plan}') is chosen by the lengths of the samples in `train_dataset`. {error} Or name a "
             "plan."
         ) from error
+    row = int(lengths.max())
     longest = max(int(max(parts)) if getattr(parts, "ndim", 0) else int(parts) for parts in documents)
-    tokens = args.token_budget or int(lengths.max()) * args.per_device_train_batch_size
+    if is_trl(trainer) and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        row, longest = _shorten(args, row, int(lengths.sum()))
+    tokens = args.token_budget or row * args.per_device_train_batch_size
     return tokens, min(longest, tokens)
+
+
+def _shorten(args: Any, longest: int, total: int) -> tuple[int, int]:
+    """Tokens of a row and of its longest document, as TRL makes them of samples: it cuts them to `max_length`, and
+    with `packing` fills rows up to that. Its strategy "wrapped" does not tell documents apart."""
+    limit = args.max_length or total
+    document = min(longest, limit)
+    if not args.packing:
+        return document, document
+    row = min(total, limit)
+    return row, row if args.packing_strategy == "wrapped" else document

@@ -156,7 +156,15 @@ class OmniTrainerMixin(
         module: Any = model
         if asks_auto(args.plan):
             optimizer = (kwargs.get("optimizers") or (None,))[0] or kwargs.get("optimizer_cls_and_kwargs")
-            best = choose_plan(args, model, kwargs.get("train_dataset"), kwargs.get("peft_config"), optimizer)
+            best = choose_plan(
+                args,
+                model,
+                kwargs.get("train_dataset"),
+                kwargs.get("peft_config"),
+                optimizer,
+                quantization=kwargs.get("quantization_config"),
+                trainer=self,
+            )
             args.settle_plan(best.layout.plan)
             args.activation_checkpointing = args.gradient_checkpointing = best.layout.checkpointing
         check_trl(self, args, model, kwargs)

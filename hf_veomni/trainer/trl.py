@@ -34,6 +34,7 @@ from hf_veomni.prepare import gather_sequence, on_detach, prepare_omni
 from hf_veomni.sequence.shard import shard_sequence
 
 _SUPPORTED = ("SFTTrainer", "DPOTrainer", "RewardTrainer", "KTOTrainer")
+_OF_ROWS = "SFTTrainer"
 _WITH_REFERENCE = ("DPOTrainer", "KTOTrainer")
 _NOTES = ("_metrics", "_total_train_tokens")  # what their losses note for the log
 _SAMPLING = ("GRPOTrainer", "RLOOTrainer", "DistillationTrainer")
@@ -46,6 +47,11 @@ def _bases(trainer: object) -> list[str]:
 def is_trl(trainer: object) -> bool:
     """Whether this trainer is one of TRL's."""
     return bool(_bases(trainer))
+
+
+def trains_rows(trainer: object) -> bool:
+    """Whether it learns the tokens of rows, without pairs and reference models."""
+    return _OF_ROWS in _bases(trainer)
 
 
 def trl_name(trainer: object) -> str:
