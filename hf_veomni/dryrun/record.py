@@ -101,8 +101,8 @@ class StepRecorder(TorchDispatchMode):
         if name.startswith(("c10d::", "_c10d_functional::")):
             self._note(name, [x for x in tree_leaves(args) if memory.counts(x)])
             self.traffic.see(name, args, made)
-            if name in WRITES and memory.category(args[0]) == "activations":
-                memory.label([args[0]], "communication")
+            written = tree_leaves(args[0]) if name in WRITES else []
+            memory.label([x for x in written if memory.category(x) == "activations"], "communication")
         elif name == _GATHERS:
             memory.label(new, "communication")
         elif name == _FILLS:

@@ -58,7 +58,8 @@ _RULES = {
     "_c10d_functional::all_to_all_single": _Rule("all-to-all", 3, _argument(0)),
 }
 _SILENT = {"_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd", "c10d::barrier"}
-WRITES = {"c10d::_allgather_base_", "c10d::_reduce_scatter_base_", "c10d::alltoall_base_"}  # into their first argument
+# Into their first argument, one tensor or a list.
+WRITES = {"c10d::_allgather_base_", "c10d::_reduce_scatter_base_", "c10d::alltoall_base_", "c10d::allreduce_"}
 
 
 def _bytes(value: object) -> int:

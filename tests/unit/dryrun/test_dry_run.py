@@ -102,6 +102,15 @@ def test_mixed_precision_keeps_fp32_shards() -> None:
     assert gathers[0] == gathers[1]
 
 
+def test_what_replicas_reduce_is_communication() -> None:
+    """FSDP2 holds the fp32 buffers of all layers' all-reduces until the backward's end."""
+    run = dry_run(DENSE, "dp_replicate=4", 4, tokens=16, mixed_precision=True)
+    attention = WIDTH * (HEADS + 2 * KEYS) * HEAD + HEADS * HEAD * WIDTH
+    layers = LAYERS * (attention + 3 * WIDTH * SIZES["intermediate_size"]) * 4
+    assert run.peak.place.phase == "backward"
+    assert run.peak.categories["communication"] > layers > 4 * run.peak.categories["activations"]
+
+
 def test_skew_fills_a_rank() -> None:
     even, full = (dry_run(MOE, "ep=4", 8, tokens=4096, skew=skew) for skew in (1.0, 2.0))
     assert full.peak.total > 1.1 * even.peak.total
