@@ -1,7 +1,7 @@
 """The headline on paper: 30B, 235B and 671B mixtures of experts at 160K tokens, on up to 16,384 devices, by formulas.
 
     python -m benchmarks headline            plans, growth, and mixed hardware: seconds, no device
-    python -m benchmarks headline --dry-run  and the step of one of 128 ranks by the real code, about a minute
+    python -m benchmarks headline --dry-run  and the step of one of 128 ranks by the real code: half a minute of a core
 
 Nothing here is measured but what the dry run takes. docs/headline.md has the assumptions.
 """
