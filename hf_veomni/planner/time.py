@@ -20,7 +20,7 @@ from typing import NamedTuple
 from hf_veomni.expert.dispatch import chunk_sizes
 from hf_veomni.expert.forward import CHUNKS
 from hf_veomni.planner.devices import Device
-from hf_veomni.planner.exposure import Chunked, Segment, bare_chunks, bare_pairs
+from hf_veomni.planner.exposure import Border, Chunked, Segment, bare_chunks, bare_pairs
 from hf_veomni.planner.layout import Job, Layout
 from hf_veomni.planner.shape import Shape
 from hf_veomni.planner.stages import cut_shape
@@ -138,6 +138,11 @@ def _exposed(
         elif exchange.axis != "pp":
             units += exchange.seconds(device)
     exposed = tokens
+    if (
+        layout.checkpointing and tokens["ep"]
+    ):  # the gradient of a layer's last exchange travels under its recomputation
+        forward = work.matmul + work.attention + work.experts + work.rest
+        exposed = {**tokens, "ep": tokens["ep"] - min(tokens["ep"] / 6, forward)}
     if layout.overlap == "chunks":
         exposed = _under_chunks(shape, layout, job, work, tokens)
     elif layout.overlap == "pairs":
@@ -177,7 +182,9 @@ def _under_chunks(shape: Shape, layout: Layout, job: Job, work: _Work, tokens: d
         t = layout.tokens(job)
         own = [size / t for size in chunk_sizes(t, CHUNKS)]
         each = [x * tokens["ep"] / len(passes) / 2 for x in own]
-        found["ep"] = bare_chunks(Chunked(each, each, [x * work.experts for x in own], 2), passes)
+        found["ep"] = bare_chunks(
+            Chunked(each, each, [x * work.experts for x in own], 2), passes, layout.checkpointing
+        )
     return found
 
 
@@ -197,7 +204,17 @@ def _under_pairs(shape: Shape, layout: Layout, work: _Work, tokens: dict[str, fl
         segments += [Segment(work.attention, 2.5, "sp", share[0] * leave)]
     elif tokens["ep"]:
         segments = [Segment(other + work.attention, 2, "ep", share[1]), Segment(work.experts, 2, "ep", share[1])]
-    return {**tokens, **bare_pairs(segments, passes)}
+    experts = bool(tokens["ep"])
+    front = 1.0 if experts else 1 - _behind_attention(shape)
+    border = Border(len(shape.order), front, layout.checkpointing and not experts, layout.checkpointing and experts)
+    return {**tokens, **bare_pairs(segments, passes, border)}
+
+
+def _behind_attention(shape: Shape) -> float:
+    """Share of a layer's matmuls that comes after its attention."""
+    layers = [shape.kinds[kind] for kind in shape.order]
+    behind = sum(x.width * (shape.attention.out + 3 * (x.inner * (x.top_k or 1) + x.shared)) for x in layers)
+    return behind / sum(x.active for x in layers)
 
 
 def _pairs(job: Job, window: int) -> float:
