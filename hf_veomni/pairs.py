@@ -320,6 +320,16 @@ class _Frame:
         return found
 
 
+def _abandon(lanes: list[Lane], error: BaseException) -> None:
+    """End those that have begun and not ended. What they raise in turn becomes a note of `error`."""
+    for lane in lanes:
+        while lane.greenlet:
+            try:
+                lane.greenlet.throw(_Abandoned())
+            except Exception as other:
+                error.add_note(f"When the other of two sequences was ended after this error, it raised {other!r}.")
+
+
 def run_both(calls: Calls, visits: tuple[Visit, ...], parts: bool = False, active: bool = True) -> tuple[Any, Any]:
     """Results of both calls, each in the state of its visit, which becomes that in which it has ended.
 
@@ -332,10 +342,10 @@ def run_both(calls: Calls, visits: tuple[Visit, ...], parts: bool = False, activ
         for lane in lanes:
             while not lane.greenlet.dead:
                 lane.greenlet.switch()
+    except BaseException as error:
+        _abandon(lanes, error)
+        raise
     finally:
-        for lane in lanes:
-            while lane.greenlet:  # has begun and not ended
-                lane.greenlet.throw(_Abandoned())
         before.restore()
         found = lanes[0].result, lanes[1].result
         for lane in lanes:

@@ -134,6 +134,46 @@ def test_an_error_before_the_other_has_begun_is_raised() -> None:
         _both(run, "a", "b")
 
 
+def test_an_error_of_who_is_ended_becomes_a_note_of_the_first() -> None:
+    def run(name: str) -> None:
+        torch.manual_seed(ord(name))
+        with torch.no_grad():
+            give_way()
+            if name == "b":
+                raise KeyError(name)
+            try:
+                give_way()
+            except Exception as error:
+                raise OSError("while it ended") from error
+            finally:
+                torch.set_grad_enabled(False)
+
+    state = torch.get_rng_state()
+    with pytest.raises(KeyError, match="b") as raised:
+        _both(run, "a", "b")
+    assert "OSError('while it ended')" in raised.value.__notes__[0]
+    assert torch.is_grad_enabled() and torch.equal(torch.get_rng_state(), state)
+    assert current().flight is None and _both(lambda x: x, 1, 2) == (1, 2)
+
+
+def test_an_interrupt_of_who_is_ended_is_raised() -> None:
+    def run(name: str) -> None:
+        torch.manual_seed(ord(name))
+        give_way()
+        if name == "b":
+            raise KeyError(name)
+        try:
+            give_way()
+        finally:
+            raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        _both(run, "a", "b")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def _meeting(key: object, log: list[Any], value: int) -> int:
     def together(*visits: Visit) -> tuple[int, int]:
         log.append(tuple(visit.args[0] for visit in visits))
