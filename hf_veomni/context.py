@@ -16,11 +16,12 @@ experts and towers all read the context, so it stands below all of them and know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -176,6 +177,43 @@ def within(**fields: object) -> Iterator[None]:
         yield
     finally:
         leave(owner)
+
+
+def leave_when_interrupted(model: nn.Module) -> Callable[[], None]:
+    """Have hooks that are always called be called after Ctrl-C, too: torch calls them after an Exception alone.
+
+    Without it a notebook would go on with the fields, the random stream and the counters of the interrupted forward.
+
+    Returns:
+        A function that takes this off again.
+    """
+    hooked = [module for module in model.modules() if module._forward_hooks_always_called]
+    hooked = [module for module in hooked if "_call_impl" not in vars(module)]
+    for module in hooked:
+        vars(module)["_call_impl"] = MethodType(_call, module)
+    return partial(_call_as_torch, hooked)
+
+
+def _call(module: Any, *args: object, **kwargs: object) -> Any:
+    stock = type(module)._call_impl
+    if torch.compiler.is_compiling():  # torch calls none after an error either
+        return stock(module, *args, **kwargs)
+    try:
+        return stock(module, *args, **kwargs)
+    except Exception:
+        raise
+    except BaseException:
+        for handle, hook in list(module._forward_hooks.items()):
+            if handle in module._forward_hooks_always_called:
+                inputs = (args, kwargs) if handle in module._forward_hooks_with_kwargs else (args,)
+                with suppress(Exception):  # another one is on its way
+                    hook(module, *inputs, None)
+        raise
+
+
+def _call_as_torch(hooked: Iterable[nn.Module]) -> None:
+    for module in hooked:
+        vars(module).pop("_call_impl", None)
 
 
 def is_generating(model: nn.Module) -> bool:

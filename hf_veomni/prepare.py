@@ -23,6 +23,7 @@ from hf_veomni.checkpoint import (
     retain_weights,
 )
 from hf_veomni.comm.agree import together
+from hf_veomni.context import leave_when_interrupted
 from hf_veomni.errors import UnsupportedError
 from hf_veomni.expert import attach_experts, attach_router_loss, check_model, cut_into_chunks, find_experts
 from hf_veomni.fsdp import (
@@ -152,7 +153,7 @@ def _parallelize(
     if stages is not None:
         join_stages(model, stages.tied, state)
     mark_replaced(before, model)
-    undo.append(attach_stock_calls(model, base, state.world_size))
+    undo += [attach_stock_calls(model, base, state.world_size), leave_when_interrupted(model)]
     setattr(base, _STATE, state)
     setattr(base, _UNDO, undo)
 
