@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import _StopRecomputationError
 
@@ -153,6 +154,12 @@ class Lane:
             self.state = _ThreadState.now()
 
     def _switch(self) -> None:
+        if get_eval_frame_callback() not in (None, False):  # the compiler would go on in the other one
+            raise UnsupportedError(
+                "`overlap` ('pairs') cannot be combined with torch.compile around layers or exchanges, within which "
+                "another sequence runs: compile modules inside of layers that exchange nothing, or leave `overlap` "
+                "out of the plan."
+            )
         self.state = _ThreadState.now()
         taken = [(shared, shared.take()) for shared in self.shared]
         saving = []

@@ -127,7 +127,7 @@ def _parallelize(
     base = hf.base_model(model)
     before = list(model.parameters())
     with together("Preparing the model"):
-        check_overlap(state)
+        check_overlap(base, state)
         check_units(base, state)
         if state.world_size > 1:
             check_no_gradient_hooks(model)

@@ -322,12 +322,12 @@ def attach_pairs(model: PreTrainedModel, undo: list[Callable[[], Any]]) -> None:
     undo += [_JointCall(unit).remove for unit in joint]
 
 
-def check_overlap(state: ParallelState) -> None:
+def check_overlap(model: nn.Module, state: ParallelState) -> None:
     """Raise where two sequences in flight would be without effect, or cannot be. No collectives.
 
     Raises:
         ValueError: there is one rank, so nothing is exchanged or gathered.
-        UnsupportedError: a rule by module beside it; the package greenlet is missing.
+        UnsupportedError: a rule by module beside it; a compiled module; the package greenlet is missing.
     """
     if state.plan.overlap != "pairs":
         return
@@ -338,5 +338,12 @@ def check_overlap(state: ParallelState) -> None:
         raise UnsupportedError(
             f"The rule `overlap` ({ruled[0][1]!r}) for {ruled[0][0]!r} cannot be combined with `overlap` ('pairs'), "
             "where two sequences run through the full model: leave one of the two out."
+        )
+    # What is compiled so calls a module past `_JointCall`.
+    compiled = next((name for name, module in model.named_modules() if module._compiled_call_impl is not None), None)
+    if compiled is not None:
+        raise UnsupportedError(
+            f"`overlap` ('pairs') cannot be combined with '{compiled or type(model).__name__}', which is compiled: "
+            "leave `compile` out, or `overlap` out of the plan."
         )
     check_greenlet()

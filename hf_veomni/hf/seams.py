@@ -157,6 +157,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "_push_saved_tensors_default_hooks",
         "_top_saved_tensors_default_hooks",
     ),
+    "torch._C._dynamo.eval_frame": ("get_eval_frame_callback",),
     "torch._functorch": ("config",),
     "torch._functorch.config": ("enable_autograd_cache",),
     "torch._guards": ("active_fake_mode",),
@@ -193,6 +194,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "torch.nn:Module": (
         "_buffers",
         "_call_impl",
+        "_compiled_call_impl",
         "_forward_hooks",
         "_forward_hooks_always_called",
         "_forward_hooks_with_kwargs",
