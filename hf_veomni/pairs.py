@@ -176,11 +176,6 @@ class Lane:
             self.state.restore()
 
     @property
-    def is_last(self) -> bool:
-        """Whether the other sequence has ended."""
-        return self.other.greenlet.dead
-
-    @property
     def other_runs(self) -> bool:
         """Whether the other sequence can go on: it has not ended, and does not wait for this one."""
         return not self.other.greenlet.dead and self.other.waits_for is None

@@ -71,11 +71,11 @@ class _Watch:
         self.model.unshard()
 
 
-def reshard_after_inference(model: nn.Module, args: Any, output: Any) -> None:
+def reshard_after_inference(model: Any, args: Any, output: Any) -> None:
     """Without a backward nothing would free the kept units: parameters would stay unsharded after an evaluation."""
     setattr(model, RAN, True)
     flight = current().flight
-    if flight is not None and not flight.is_last:  # the other one may be inside of a unit
+    if flight is not None and hf.find_backbone(model) in flight.other.found:  # the other one is in its layers
         return
     if not torch.is_grad_enabled() and not getattr(model, _HELD, False):
         _reshard(model)

@@ -277,14 +277,14 @@ class _Backbone:
         if flight is not None:
             if self.progress not in flight.shared:
                 flight.shared.append(self.progress)
-            now = flight.found[self] = self._switches(module)
-            self._check(module, flight.other.found.get(self, now), now)
+            now = flight.found[module] = self._switches(module)
+            self._check(module, flight.other.found.get(module, now), now)
         enter(self, lane=flight)
 
     def leave(self, module: nn.Module, args: object, output: object) -> None:
         leave(self)
         flight = current().flight
-        if flight is not None and (before := flight.found.pop(self, None)) is not None and output is not None:
+        if flight is not None and (before := flight.found.pop(module, None)) is not None and output is not None:
             self._check(module, before, self._switches(module))
 
     def _switches(self, module: nn.Module) -> _Switches:

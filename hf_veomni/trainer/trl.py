@@ -127,9 +127,9 @@ def check_trl(trainer: object, args: Any, model: object, given: Mapping[str, Any
     adapted = isinstance(model, PeftModel) or given.get("peft_config") is not None
     if plan.overlap == "pairs" and set(names) & set(_WITH_REFERENCE) and adapted and given.get("ref_model") is None:
         raise UnsupportedError(
-            f"`overlap` ('pairs') does not go with adapters in {trl_name(trainer)}, which switches them off for its "
-            "reference while the other of two sequences runs through the same layers: leave `overlap` out of the "
-            "plan, or use 'chunks'."
+            f"`overlap` ('pairs') cannot be combined with adapters in {trl_name(trainer)}, which switches them off "
+            "for its reference while the other of two sequences runs through the same layers: leave `overlap` out of "
+            "the plan, or use 'chunks'."
         )
 
 

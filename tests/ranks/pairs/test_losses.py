@@ -89,6 +89,35 @@ def test_a_forward_without_gradients_beside_equals_one_after_the_other(ranks, re
         assert max(relative_error(gradients[name], expected[name]) for name in expected) < 1e-12
 
 
+def _teacher(plan: str, at_once: bool) -> list[float]:
+    """Losses of two steps with a teacher that is asked first, and whose weights change after each step."""
+    from hf_veomni import prepare_omni, run_pair
+
+    model, teacher = (prepare_omni(build_model("llama", dtype=torch.float64), plan) for _ in range(2))
+    weights, losses = list(teacher.parameters()), []
+    batches = [packed_batch((9, 5, 14), seed=0), packed_batch((20, 8), seed=5)]
+
+    def compute(batch: dict[str, Tensor]) -> Any:
+        with torch.no_grad():
+            beside = teacher(**batch).loss
+        return model(**batch).loss * (1 + beside)
+
+    for _ in range(2):
+        found = run_pair(compute, *batches) if at_once else [compute(batch) for batch in batches]
+        losses += [loss.item() for loss in found]
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(1.1)
+    return losses
+
+
+def test_a_teacher_that_is_asked_first_has_its_new_weights_in_the_next_step(ranks) -> None:
+    """Its head stays gathered after a forward without gradients only while another sequence is in its layers."""
+    found = ranks(2).run(_teacher, "sp=2,overlap=pairs", True, timeout=60)
+    for losses, expected in zip(found, ranks(2).run(_teacher, "sp=2", False, timeout=60), strict=True):
+        assert losses == pytest.approx(expected, rel=1e-12)
+
+
 def _switched(how: str) -> None:
     from hf_veomni import prepare_omni, run_pair
 
@@ -118,7 +147,7 @@ def test_adapters_that_trl_switches_off_are_refused(ranks, tmp_path, kind: str) 
     from tests.ranks.trl_runs import omni_trainer
 
     case = kind, "sp=2,overlap=pairs", str(tmp_path), "lora"
-    ranks(2).raises(omni_trainer, *case, match="`overlap`.*does not go with adapters in TRL's " + kind)
+    ranks(2).raises(omni_trainer, *case, match="`overlap`.*cannot be combined with adapters in TRL's " + kind)
 
 
 @pytest.mark.parametrize("kind", ["DPO", "KTO"])
