@@ -129,6 +129,11 @@ class Layout:
         """Bytes of an adapter's parameter as a layer finds it, and of its gradient there."""
         return 2 if job.mixed and self.wrapped else 4
 
+    def hidden(self, job: Job) -> int:
+        """Bytes of a number of the hidden states, and of a weight as a layer finds it: FSDP2 casts both to bf16, and
+        autocast, which a rank alone has, only what a matmul is given."""
+        return job.stored if job.mixed and not self.wrapped else 2
+
     def sequence(self, job: Job) -> int:
         """Tokens on one rank of what runs at a time: under pairs without a second micro-batch the larger half of a
         sequence, which is cut between documents: the longer ones are taken to be of equal length."""

@@ -74,12 +74,12 @@ class _Unit:
         experts, more = (every // layout.ep, routed // layout.ep) if apart else (0, 0)
         elements = dense // ranks + experts // layout.efsdp
         adapters = extra // ranks + more // layout.efsdp
-        full, size = job.lora is None, layout.adapter(job)
+        full, size, weight = job.lora is None, layout.adapter(job), layout.hidden(job)
         return cls(
-            whole=dense * B16 + extra * size,
-            experts=experts * B16 + more * size,
-            trained=dense * B16 if full else extra * size,
-            experts_trained=experts * B16 if full else more * size,
+            whole=dense * weight + extra * size,
+            experts=experts * weight + more * size,
+            trained=dense * weight if full else extra * size,
+            experts_trained=experts * weight if full else more * size,
             gradients=(elements if full else adapters) * job.trained,
             elements=elements,
             extra=adapters,
@@ -112,11 +112,13 @@ class _Step:
         """
         self.shape, self.layout, self.job = shape, layout, job
         self.trained = job.lora is None
-        self.size = B16 if self.trained else layout.adapter(job)  # of an element of a full gradient
+        self.hidden = layout.hidden(job)
+        self.size = self.hidden if self.trained else layout.adapter(job)  # of an element of a full gradient
         self.wrapped, self.sharded = layout.wrapped, layout.fsdp > 1
         self.flights = 2 if layout.overlap == "pairs" else 1  # sequences at once
         self.tokens = layout.sequence(job)
-        self.stream = self.flights * self.tokens * shape.width * B16
+        self.states = self.flights * self.tokens * shape.width  # numbers of the hidden states
+        self.stream = self.states * self.hidden
         self.units = [_Unit.of(layer, layout, job) for layer in shape.kinds]
         self.walks = [walk_layer(layer, shape.attention, layout, job, self.tokens) for layer in shape.kinds]
         self.order = shape.order
@@ -126,8 +128,8 @@ class _Step:
         for kind, other in zip(self.order, reversed(self.order), strict=True):
             self.sums.append(self.sums[-1] + self.kept[kind])
             self.behind.append(self.behind[-1] + self.units[other].gradients)
-        self.head, self.root = (_whole(weights, layout.fsdp) * B16 for weights in (shape.head, shape.root))
-        outer = (self.head + self.root) // B16 // layout.fsdp
+        self.head, self.root = (_whole(weights, layout.fsdp) * self.hidden for weights in (shape.head, shape.root))
+        outer = (self.head + self.root) // self.hidden // layout.fsdp
         local = sum(self.units[kind].elements for kind in self.order) + outer
         extra = sum(self.units[kind].extra for kind in self.order)
         trained = local if self.trained else extra
@@ -139,7 +141,7 @@ class _Step:
         self.after_all_reduce = job.reduced / job.trained if holds else 0.0
         # Until the end there are the last norm's output, of the head's call, tied embeddings with their gradient, and
         # frozen embeddings of the full sequence, which checkpointing has been given.
-        tables = 2 * self.flights * self.tokens * shape.attention.rotated * B16  # of the rotary embeddings
+        tables = 2 * self.flights * self.tokens * shape.attention.rotated * self.hidden  # of the rotary embeddings
         self.tied = self.head if shape.tied and layout.pp == 1 else 0
         self.embedded = layout.sp * self.stream if layout.sp > 1 and shape.embeds else 0
         frozen = layout.checkpointing and not self.trained
@@ -170,6 +172,8 @@ class _Step:
     def moments(self) -> Iterator[tuple[str, dict[str, int]]]:
         if self.shape.ends:
             yield "loss", self._loss() if self.trained else self._frozen_loss()
+            if self.trained and self._cached():
+                yield "forward", self._forward_loss()
         if not self.layout.checkpointing:
             yield "forward", self._forward()
         for index in self._edges():
@@ -191,7 +195,7 @@ class _Step:
     def _below(self, layers: int) -> int:
         """What so many layers keep. Behind frozen embeddings the first norm has no backward."""
         frozen = layers and not self.trained and not self.layout.checkpointing and self.shape.embeds
-        return self.sums[layers] - (2 * self.stream if frozen else 0) + self.waiting
+        return self.sums[layers] - (self.states * B32 if frozen else 0) + self.waiting
 
     def _sharded_gradients(self, layers: int) -> int:
         """Gradients on this rank once the backward is through the head and so many layers."""
@@ -201,7 +205,7 @@ class _Step:
 
     def _backward_gradients(self, layers: int) -> int:
         """Of these, what this micro-batch's backward has made."""
-        head = 0 if self.tied or not self.trained else self.head // self.layout.fsdp * self.job.trained // B16
+        head = 0 if self.tied or not self.trained else self.head // self.layout.fsdp * self.job.trained // self.hidden
         return head + self.behind[layers]
 
     def _all_reduced(self, layers: int) -> int:
@@ -209,20 +213,47 @@ class _Step:
 
     def _loss(self) -> dict[str, int]:
         last = self.units[self.order[-1]]
-        normed = self.stream // B16 * (B32 + 2 * B16)  # of the last norm
         return {
-            "activations": self._below(len(self.order)) + self.held - self.stream + normed,
-            "loss": self.stream // B16 * (B32 + B16) + self._block(),
+            "activations": self._normed(),
+            "loss": self.states * (B32 + self.hidden) + self._block() + self._loss_casts(),
             "gradients": self.accumulated + self.flights * (self.head if self.trained else 0),
             "gathered": self.head if self.wrapped else 0,
             "communication": last.both if self.sharded else 0,
         }
 
+    def _normed(self) -> int:
+        """What the layers and the last norm keep."""
+        return self._below(len(self.order)) + self.held - self.stream + self.states * (B32 + 2 * self.hidden)
+
+    def _loss_casts(self) -> int:
+        """Copies in bf16 of hidden states in fp32, and of a block of the head's weight."""
+        if self.hidden == B16:
+            return 0
+        classes = self._block() // 2 // B16 // (self.states // self.shape.width)
+        return self.states * B16 + classes * self.shape.width * B16
+
+    def _cast_head(self) -> int:
+        """The head's weight in bf16, where it is in fp32."""
+        return self.head // self.hidden * B16 if self.hidden == B32 else 0
+
+    def _cached(self) -> int:
+        """Copies in bf16 that autocast keeps until the end of the forward, beside what is kept for the backward."""
+        if self.hidden == B16 or not self.layout.checkpointing:
+            return 0
+        if not self.trained:
+            return sum(w.size for layer in self.shape.layers for w in layer.adapters(self.job.lora)) * B16
+        return sum(layer.matmuls for layer in self.shape.layers) * B16
+
+    def _forward_loss(self) -> dict[str, int]:
+        """The forward of the loss of a head that is trained, which only autocast's copies make a peak."""
+        loss = self.stream + self._cast_head() + self._block() // 2
+        return {"activations": self._normed() + self._cached(), "loss": loss, "gradients": self.accumulated}
+
     def _frozen_loss(self) -> dict[str, int]:
         """The loss of a head that is not trained has its gradient in the forward."""
         return {
-            "activations": self._below(len(self.order)) + self.held + self.stream // B16 * B32,
-            "loss": 2 * self.stream + self._block(),
+            "activations": self._below(len(self.order)) + self.held + self.states * B32 + self._cached(),
+            "loss": 2 * self.stream + self._block() + self._cast_head(),
             "gradients": self.accumulated,
             "gathered": self.head if self.wrapped else 0,
             "communication": self.head if self.sharded else 0,
@@ -260,7 +291,7 @@ class _Step:
         ahead = (self.units[self.order[index - 1]].both if index else self.root) if self.sharded else 0
 
         def moment(live: Live, gathered: int, sent: int, name: str = "layer") -> tuple[str, dict[str, int]]:
-            again = self.stream if self.layout.checkpointing else 0
+            again = self.stream if self.layout.checkpointing and self.hidden == B16 else 0  # else the layer saves it
             return name, {
                 "activations": below + live.activations + again,
                 "communication": live.communication + (reduced + sent if self.wrapped else 0),

@@ -35,18 +35,24 @@ class _Maker:
         lora: int | None,
         adapter: int,
         autocast: bool,
+        hidden: int,
         chunks: bool,
     ) -> None:
-        """`adapter`: bytes of an adapter's parameter; `autocast`: matmuls are in bf16 whatever they are given."""
+        """
+        Args:
+            adapter: bytes of an adapter's parameter.
+            autocast: matmuls are in bf16 whatever they are given.
+            hidden: bytes of a number of the hidden states, and of a weight.
+        """
         self.layer, self.heads, self.t, self.sp, self.ep = layer, attention, t, sp, ep
-        self.lora, self.adapter, self.autocast, self.chunks = lora, adapter, autocast, chunks
-        self.trained = lora is None
-        self.program = Program(self.t * layer.width * B16)
+        self.lora, self.adapter, self.autocast, self.hidden, self.chunks = lora, adapter, autocast, hidden, chunks
+        self.trained, self.wide = lora is None, hidden == B32
+        self.program = Program(self.t * layer.width * hidden)
 
     def make(self) -> Program:
         layer, size = self.layer, self.t * self.layer.width
         normed = self._norm(INPUT, size)
-        stream = self._residual(INPUT, self._attention(normed), normed)
+        stream = self._residual(INPUT, *self._attention(normed), normed)
         normed = self._norm(stream, size)
         out = self._experts(normed) if layer.experts else self._mlp(normed, layer.inner)
         if layer.shared:
@@ -56,23 +62,39 @@ class _Maker:
 
     def _residual(self, stream: int, update: int, *given: int) -> int:
         """`given`: what a module has made the update of, which its caller holds until it returns."""
-        return self.program.add((), self.t * self.layer.width * B16, passes=(stream, update), holds=given)
+        size = self.t * self.layer.width
+        if self.wide and not self._is_wide(update, size):  # fp32 and bf16, and so are the gradients
+            return self.program.add([update], size * B32, passes=[stream], holds=given)
+        return self.program.add((), size * self.hidden, passes=(stream, update), holds=given)
+
+    def _is_wide(self, x: int, elements: int) -> bool:
+        """Whether it is in fp32."""
+        return self.wide and self.program.sizes[x] == elements * B32
+
+    def _narrow(self, x: int, elements: int) -> int:
+        """What autocast gives a matmul: a copy in bf16 for each, where `x` is in fp32."""
+        return self.program.add([x], elements * B16) if self._is_wide(x, elements) else x
 
     def _norm(self, x: int, elements: int) -> int:
-        add = self.program.add
-        wide = add([x], elements * B32)
+        """In fp32, times the weight in the dtype of what it was given."""
+        add, out, casts = self.program.add, elements * self.hidden, not self._is_wide(x, elements)
+        wide = add([x], elements * B32) if casts else x
         scaled = add([wide], elements * B32, saves=[wide], scratch=elements * B32, back=2 * elements * B32)
-        narrow = add([scaled], elements * B16)
-        weighed = [narrow] if self.trained else []
-        return add([narrow], elements * B16, saves=weighed, back=elements * B16 if self.trained else 0)
+        narrow = add([scaled], elements * B16) if casts else scaled
+        back = out * self.trained + (out if casts and self.wide else 0)
+        return add([narrow], out, saves=[narrow] if self.trained else [], back=back)
 
     def _linear(self, x: int, rows: int, width: int) -> int:
         """[t, width] to [t, rows], with its adapter."""
         add, t, lora, size = self.program.add, self.t, self.lora, self.adapter
-        out = add([x], t * rows * B16, saves=[x] if self.trained else [], weight=rows * width * B16 * self.trained)
+        cast = rows * width * B16 * self.wide  # autocast's of the weight, which stays for the backward
+        given, weight = self._narrow(x, t * width), rows * width * self.hidden * self.trained
+        saved = [given] if self.trained else []
+        out = add([given], t * rows * B16, saves=saved, keeps=cast, weight=weight, back=cast * self.trained)
         if lora is None:
             return out
-        given = add([x], t * width * size) if size == B32 else x  # PEFT casts to the adapter's dtype
+        casts_up = size == B32 and not self._is_wide(x, t * width)
+        given = add([x], t * width * size) if casts_up else x  # PEFT casts to the adapter's dtype
         weights, casts, held = (lora * width * size, lora * rows * size), (0, 0), [x, given]
         if size == B32 and self.autocast:  # which casts back, and the adapter, whose cast stays for the backward
             given, size = add([given], t * width * B16), B16
@@ -85,7 +107,8 @@ class _Maker:
         added = add([out], t * rows * size, passes=[scaled], holds=held)
         return add([added], t * rows * B16)
 
-    def _attention(self, x: int) -> int:
+    def _attention(self, x: int) -> tuple[int, ...]:
+        """What it makes, and what is alive until it returns though nothing reads it."""
         heads, t, width = self.heads, self.t, self.layer.width
         if heads.latent:
             query, key, value = self._latent(x)
@@ -97,10 +120,13 @@ class _Maker:
             if heads.normed:
                 query, key = self._norm(query, t * heads.queries), self._norm(key, t * heads.keys)
             query, key = self._rotate(query, t * heads.queries * B16), self._rotate(key, t * heads.keys * B16)
-        return self._linear(self._attend(query, key, value), width, heads.out)
+        held = (query, key) if self.wide else ()  # in bf16 they are the kernel's
+        query, key = self._narrow(query, t * heads.queries), self._narrow(key, t * heads.keys)
+        return self._linear(self._attend(query, key, value), width, heads.out), *held
 
     def _rotate(self, x: int, size: int) -> int:
         """The rotary embedding of a part of the columns, joined with the others if there are any."""
+        size = size // B16 * self.hidden
         part = size * self.heads.rotated // self.heads.width
         if not self.heads.joins:
             return self.program.add([x], size, scratch=2 * size, back=3 * size)
@@ -116,8 +142,9 @@ class _Maker:
         pair = self._linear(self._norm(joint, t * heads.latent), heads.heads * both, heads.latent)
         factor = 4 if heads.complex else 1  # complex numbers of fp32
         part = factor * t * heads.heads * heads.rotated * B16
-        query = add([query], t * heads.queries * B16, scratch=2 * part, back=3 * part)
-        key = add([pair, joint], t * heads.queries * B16, back=t * heads.queries * B16)
+        size = t * heads.queries * self.hidden
+        query = add([query], size, scratch=2 * part, back=3 * part)
+        key = add([pair, joint], size, back=size)
         return query, key, pair
 
     def _attend(self, query: int, key: int, value: int) -> int:
@@ -174,13 +201,14 @@ class _Maker:
         """The router's weights [t, top_k] of the experts that each token goes to."""
         layer, t, add = self.layer, self.t, self.program.add
         pairs, every, size = t * layer.top_k, t * layer.experts * B32, layer.experts * layer.width
-        router = size * B16 * self.trained
-        if layer.casts:
+        router, cast = size * self.hidden * self.trained, size * B16 * self.wide
+        x = self._narrow(x, t * layer.width)
+        if layer.casts and not self.wide:
             x = add([x], t * layer.width * B32)
             kept = [x] if self.trained else []
             logits = add([x], every, saves=kept, weight=router, back=size * B32 * self.trained)
         else:
-            logits = add([x], every // 2, saves=[x] if self.trained else [], weight=router)
+            logits = add([x], every // 2, saves=[x] if self.trained else [], keeps=cast, weight=router)
         probabilities = add([logits], every, saves_output=True)
         chosen = add([probabilities], pairs * B32, keeps=pairs * INDEX, back=every)
         return add([chosen], pairs * (B32 if layer.wide else B16))
@@ -194,9 +222,12 @@ class _Maker:
         if self.ep > 1:
             return self._exchanged(x, weights, own)
         size, order = pairs * layer.width * B16, pairs * INDEX
-        out = self._work(add([x], size, keeps=order, scratch=order), pairs, own)
+        rows = add([x], size // B16 * self.hidden, keeps=order, scratch=order)
+        out = self._work(rows, pairs, own)
         if self.lora:  # the package's own experts, without an exchange
-            return self._sum(self._weigh(add([out], size, keeps=order), weights, pairs))
+            held = (rows, out) if self.wide else ()  # until they return
+            out = self._sum(self._weigh(add([out], size, keeps=order), weights, pairs))
+            return add([out], self.t * layer.width * B32, holds=held) if self.wide else out
         weighed = self._weigh(out, weights, pairs)
         return self._sum(add([weighed], self.program.sizes[weighed], keeps=order))
 
@@ -267,9 +298,11 @@ class _Maker:
         if lora is None:
             made, added = (weight, 0) if last else (0, weight)
             return add([x], pairs * rows * B16, saves=[x], weight=made, back=added, experts=True)
-        out = add([x], pairs * rows * B16)
-        low = add([x], 2 * pairs * lora * B16, saves=[x])
-        high = add([low], pairs * rows * B16, saves=[low], experts=True)
+        each = self.layer.experts // self.ep * B16 * self.wide  # in bf16 for the backward, too
+        out = add([self._narrow(x, pairs * width)], pairs * rows * B16, keeps=each * rows * width)
+        x = self._narrow(x, pairs * width)
+        low = add([x], 2 * pairs * lora * B16, saves=[x], keeps=2 * each * lora * width)
+        high = add([low], pairs * rows * B16, saves=[low], keeps=2 * each * lora * rows, experts=True)
         scaled = add([high], pairs * rows * B16)
         return add((), pairs * rows * B16, passes=(out, scaled))
 
@@ -281,7 +314,7 @@ class Walk:
     Attributes:
         saved: bytes for its backward.
         forward: the highest moment of the forward, its input included.
-        again: that of a recomputation, with the gradients that wait, and without the input.
+        again: that of a recomputation, with the gradients that wait, and without the input unless that is saved.
         first, second: moments of the backward, see `Program.backward`; under pairs of two sequences.
         opening, rest: see `Both`.
     """
@@ -305,12 +338,14 @@ def _walk(
     lora: int | None,
     adapter: int,
     autocast: bool,
+    hidden: int,
     overlap: str,
 ) -> Walk:
-    program = _Maker(layer, attention, t, sp, ep, lora, adapter, autocast, overlap == "chunks").make()
+    program = _Maker(layer, attention, t, sp, ep, lora, adapter, autocast, hidden, overlap == "chunks").make()
     apart = ep > 1 and layer.experts > 0
     again = program.forward(until_saved=True)
-    again = again._replace(activations=again.activations - program.sizes[INPUT] + program.waiting())
+    given = program.sizes[INPUT] if hidden == B16 else 0  # the first norm saves what is in fp32 already
+    again = again._replace(activations=again.activations - given + program.waiting())
     saved, forward = program.saved().total, program.forward()
     if overlap == "pairs":
         both = program.backward_of_two(apart)
@@ -322,5 +357,5 @@ def _walk(
 def walk_layer(layer: Layer, attention: Attention, layout: Layout, job: Job, tokens: int) -> Walk:
     """One decoder layer on one rank, with so many tokens there."""
     ep = layout.ep if layer.experts else 1
-    sizes = layout.adapter(job), job.mixed
+    sizes = layout.adapter(job), job.mixed, layout.hidden(job)
     return _walk(layer, attention, tokens, layout.sp, ep, job.lora, *sizes, layout.overlap)

@@ -153,6 +153,7 @@ def plan_layouts(
             "the longest document in a sequence, or change `max_position_embeddings` in the config."
         )
     wanted = [layout for layout in layouts(shape, world_size) if layout.runs(job) and not layout.has(without)]
+    wanted = _leave_out_experts_in_fp32(shape, job, wanted)
     entries = [_entry(shape, layout, job, found) for layout in wanted]
     entries.sort(key=lambda e: (not e.fits, -e.tokens_per_second if e.fits else e.over))
     return Plans(shape, found, world_size, job, tuple(entries))
@@ -180,6 +181,23 @@ def _check_wish(
             f"`document` ({document}) must not be longer than `context` ({context}), the packed sequence that it is "
             "in: take a longer context, or shorter documents."
         )
+
+
+def _leave_out_experts_in_fp32(shape: Shape, job: Job, wanted: list[Layout]) -> list[Layout]:
+    """Without layouts where transformers' grouped matmuls get fp32: autocast knows none, and a rank alone has no FSDP2
+    to cast the weights. The package's own, which run under adapters, cast them.
+
+    Raises:
+        UnsupportedError: nothing is left.
+    """
+    left = [layout for layout in wanted if job.lora or not shape.experts or layout.hidden(job) == 2]
+    if wanted and not left:
+        raise UnsupportedError(
+            f"Weights in fp32 (`fp32`, True) have {shape.name} compute its experts in fp32 on a rank alone, where "
+            "nobody casts them, and the formulas are for a computation in bf16: load the weights in bf16, train "
+            "adapters (`lora`), or take more ranks."
+        )
+    return left
 
 
 def _entry(shape: Shape, layout: Layout, job: Job, device: Device) -> Entry:

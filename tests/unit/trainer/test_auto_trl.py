@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, Trainer
 
 from hf_veomni import OmniTrainer, OmniTrainerMixin, OmniTrainingArguments, UnsupportedError
 from hf_veomni.trainer import auto
-from tests.ranks.training import tiny_model, word_tokenizer
+from tests.ranks.training import tiny_mixtral, tiny_model, word_tokenizer
 
 LENGTHS = (30, 7, 50, 20, 9)
 
@@ -121,6 +121,11 @@ def weights_of_a_class_of_their_own() -> nn.Module:
 def test_refuses_quantized_weights(tmp_path: Path, build: Any, named: str) -> None:
     with pytest.raises(UnsupportedError, match=f"`plan` .*quantized .{named}.: name a plan, or load it without"):
         OmniTrainer(build(), make_arguments(tmp_path), train_dataset=make_rows())
+
+
+def test_refuses_experts_in_fp32_on_a_rank_alone(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="fp32.*experts in fp32 on a rank alone.*load the weights in bf16"):
+        OmniTrainer(tiny_mixtral(), make_arguments(tmp_path, token_budget=64), train_dataset=make_rows())
 
 
 @pytest.mark.parametrize("by", ["argument", "model_init_kwargs"])
