@@ -228,7 +228,7 @@ def test_an_autograd_function_of_the_logits_of_a_tied_model():
 def test_an_autograd_function_after_a_change_in_place_is_refused(model):
     chunked, _ = _pair(model)
     chunked[..., 5] = 0
-    with pytest.raises(UnsupportedError, match=r"changed in place.*hand over `logits \+ 0`"):
+    with pytest.raises(UnsupportedError, match=r"changed in place.*pass `logits \+ 0`"):
         _SumOfSquares.apply(chunked).backward()
     _SumOfSquares.apply(chunked + 0).backward()
 

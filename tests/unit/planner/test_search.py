@@ -379,7 +379,7 @@ def test_files_that_could_not_start_or_be_written(tmp_path: Path) -> None:
             "`world_size` (12) must be a multiple of the 8",
         ),
         (["--world-size", "8", "--write", str(tmp_path)], "is a folder"),
-        (["--world-size", "8", "--json", str(tmp_path / "no/plans.json")], "is in no folder"),
+        (["--world-size", "8", "--json", str(tmp_path / "no/plans.json")], "does not exist: make"),
         (["--world-size", "8", "--picture", str(tmp_path / "x.foo")], "must end in one of"),
     ):
         result = CliRunner().invoke(app, [*common, *options], terminal_width=200)
