@@ -195,7 +195,7 @@ def test_images_are_shared_over_the_ranks_of_a_sequence() -> None:
 @pytest.mark.parametrize(
     ("config", "grids", "kind", "message"),
     [
-        (DENSE, [(1, 4, 4)], UnsupportedError, "Images for 'llama' are not made up"),
+        (DENSE, [(1, 4, 4)], UnsupportedError, "cannot make images for 'llama'"),
         (IMAGES, [(1, 3, 4)], ValueError, "multiples of 2"),
         (IMAGES, [(1, 64, 64)], ValueError, "make 1024 tokens, and `tokens` .100. must hold"),
     ],
