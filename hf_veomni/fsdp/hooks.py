@@ -65,7 +65,7 @@ class _Watch:
             raise UnsupportedError(
                 f"'{name}' of {kind} was called outside of the model's forward, and its gradient would be lost, since "
                 f"it is sharded with the root: make it a unit of its own by a rule of the plan, "
-                f"{{'modules': {{'{name}': {{'fsdp': 'keep'}}}}}}, or hand `input_ids` to the model."
+                f"{{'modules': {{'{name}': {{'fsdp': 'keep'}}}}}}, or pass `input_ids` to the model."
             )
         self.model._get_fsdp_state()._lazy_init()
         self.model.unshard()

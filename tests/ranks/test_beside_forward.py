@@ -80,7 +80,7 @@ def test_embeddings_that_a_rule_makes_a_unit(ranks, how):
 
 @pytest.mark.parametrize("how", ["embeds", "after"])
 def test_embeddings_sharded_with_the_root_are_refused(ranks, how):
-    ranks(2).raises(_ranks, "gpt2", how, "sp=2", match=r"'transformer.wte' .* beside .*'fsdp': 'keep'")
+    ranks(2).raises(_ranks, "gpt2", how, "sp=2", match=r"'transformer.wte' .* outside of .*'fsdp': 'keep'")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
