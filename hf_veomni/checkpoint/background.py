@@ -21,7 +21,6 @@ from hf_veomni.checkpoint import writer
 from hf_veomni.checkpoint.lazy import LazyTensor
 from hf_veomni.checkpoint.shards import Shard
 
-_LIMIT = 1800.0  # seconds that rank 0 waits for the files of the others
 _ALIGNMENT = 64
 # The two packages without what they import: torch, and transformers.
 _START = """
@@ -103,9 +102,14 @@ class HostMemory:
 
 
 class BackgroundWriter:
-    """Writes one checkpoint at a time beside training. Errors are returned by `poll` and `wait`, not raised."""
+    """Writes one checkpoint at a time beside training. Errors are returned by `poll` and `wait`, not raised.
 
-    def __init__(self) -> None:
+    Args:
+        limit: seconds that rank 0's process waits for the files of the others.
+    """
+
+    def __init__(self, limit: float = 1800.0) -> None:
+        self._limit = limit
         self._memory = HostMemory()
         self._process: subprocess.Popen[bytes] | None = None
         self._job: dict[str, Any] | None = None
@@ -140,7 +144,7 @@ class BackgroundWriter:
             files.append({"name": name, "header": header, "range": [begin, stop]})
         self._memory.wait()
         job = {"files": files, "staging": str(staging.absolute()), "target": str(target.absolute())}
-        self._send({**job, "rank": rank, "world": world, "memory": self._memory.size, "limit": _LIMIT})
+        self._send({**job, "rank": rank, "world": world, "memory": self._memory.size, "limit": self._limit})
 
     def _send(self, job: dict[str, Any]) -> None:
         if self._process is None or self._process.poll() is not None:

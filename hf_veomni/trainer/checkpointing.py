@@ -136,7 +136,7 @@ class CheckpointingMixin(_Trainer):
         """Written beside its place, flushed, described by a manifest, then renamed: see `checkpoint.manifest`."""
         root, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self._saver is None:
-            self._saver = CheckpointSaver(self.args.async_save)
+            self._saver = CheckpointSaver(self.args.async_save, self.args.ddp_timeout)
             self._beside = self._saver.poll if self.args.async_save else None
         written = self._saver.finish()
         with together(f"Cleaning up '{root}'"):

@@ -23,13 +23,14 @@ class CheckpointSaver:
 
     Args:
         beside: publish beside training: it stops for a copy of this rank's shards in host memory.
+        limit: seconds that rank 0's process then waits for the files of the others, one of which may be dead.
 
     Every method but `poll` and `close` is collective; an error on one rank is raised on all of them.
     """
 
-    def __init__(self, beside: bool) -> None:
+    def __init__(self, beside: bool, limit: float = 1800.0) -> None:
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self._writer = BackgroundWriter() if beside else None
+        self._writer = BackgroundWriter(limit) if beside else None
         self._shards: list[Shard] = []
         self._target: Path | None = None  # of the save beside training
         self._error: Exception | None = None

@@ -174,3 +174,15 @@ def test_the_process_ends_with_a_killed_trainer(tmp_path: Path) -> None:
     while not ended(pid) and time.monotonic() < end:
         time.sleep(0.05)
     assert ended(pid)
+
+
+def test_a_rank_whose_part_does_not_come_is_named_after_the_limit(tmp_path: Path) -> None:
+    made = BackgroundWriter(limit=1.0)
+    try:
+        staging, target = begin(tmp_path), tmp_path / "checkpoint-8"
+        made.start([plan_shard(tensors(), staging / "one.safetensors")], staging, target, 0, 2)
+        error = made.wait(30)
+        assert not made.busy and not target.exists()
+        assert isinstance(error, BackgroundError) and "ranks [1] have not written their parts within 1 s" in str(error)
+    finally:
+        made.close(0)
